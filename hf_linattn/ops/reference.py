@@ -1,0 +1,33 @@
+"""The whole of linear attention in ten lines: quadratic, any dtype, any device. Every other form is held against it."""
+
+import torch
+from torch import Tensor
+
+from .unit import unit
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, a=1.0, b=1.0, c=0.0, *, causal=True, normalize_qk=True, temperature=1.0,
+              log_decay: Tensor | None = None, lag: int = 0, segment_ids: Tensor | None = None) -> Tensor:  # fmt: skip
+    """Normalised attention with weights f(s) = a + b s + c s^2, by the matrix of all pairs.
+
+    Shapes: query (B, Hq, N, D), key (B, Hk, N, D), value (B, Hk, N, Dv), result (B, Hq, N, Dv); a, b, c and temperature
+    a number or (Hq,); log_decay None, (H,) or (B, H, N) with H one of Hk, Hq; segment_ids (B, N), 0 for padding.
+    """
+    heads, n = query.shape[1], query.shape[2]
+    per_query_head = lambda x: x.repeat_interleave(heads // x.shape[-3], -3)  # noqa: E731
+    column = lambda x: x.to(query)[:, None, None] if isinstance(x, Tensor) else x  # noqa: E731
+    q, k, v = unit(query) if normalize_qk else query, per_query_head(unit(key) if normalize_qk else key), per_query_head(value)
+    s = column(temperature) * (q @ k.mT)                                           # (B, Hq, N, N)
+    weights = column(a) + column(b) * s + column(c) * s * s
+    steps = torch.arange(n, device=query.device)
+    visible = steps <= steps[:, None] - lag if causal else torch.ones(n, n, dtype=torch.bool, device=query.device)
+    if segment_ids is not None:
+        same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, :, None]
+        visible = visible & same[:, None]
+    if log_decay is not None:
+        rate = log_decay[:, None].expand(-1, n) if log_decay.dim() == 1 else log_decay
+        total = per_query_head(rate.to(query).cumsum(-1)[..., None])               # G (.., Hq, N, 1)
+        weights = weights * (-(total - total.mT).abs()).exp()
+    weights = weights.masked_fill(~visible, 0)
+    mass = weights.sum(-1, keepdim=True)                                           # g
+    return weights @ v / mass.masked_fill(mass == 0, 1)

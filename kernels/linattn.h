@@ -1,0 +1,73 @@
+// The C interface of the compiled library: plain pointers, sizes, strides and a stream in, a CUDA error code out.
+// No torch headers, so that one library serves every Python and every torch.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { LINATTN_FLOAT32 = 0, LINATTN_FLOAT16 = 1, LINATTN_BFLOAT16 = 2 } linattn_dtype;
+
+// A tensor (B, H, N, D) with a contiguous last dimension; strides in elements.
+typedef struct {
+  void *data;
+  int64_t batch_stride, head_stride, token_stride;
+} linattn_tensor;
+
+// What forward and backward share. Pointers marked "or null" are absent when null.
+typedef struct {
+  int32_t batch, query_heads, key_heads, state_heads, head_dim, value_dim;
+  int64_t length;
+  linattn_dtype dtype;            // of query, key, value, out and their gradients
+  int32_t degree;                 // 1: f = a + b s, 2: f = a + b s + c s^2
+  int32_t causal, normalize_qk;
+  int32_t allow_tf32;             // float32 inputs: nonzero permits tf32 products
+  linattn_tensor query, key, value;
+  const float *coefficients;      // (4, query_heads): rows a, b, c, temperature
+  const float *log_decay;         // (state_heads) or (batch, state_heads, length) contiguous, or null
+  int32_t log_decay_per_token;
+  const int32_t *query_segments;  // (batch, length), row stride query_segments_stride, or null
+  const int32_t *key_segments;
+  int64_t query_segments_stride, key_segments_stride;
+  const float *initial_state;     // (batch, state_heads, features, value_dim + 1) contiguous, or null
+  const float *dropout_p;         // one float on the device, or null: no noise
+  const int64_t *seed;            // one int64 on the device
+  void *workspace;                // of at least linattn_*_workspace bytes, 256-byte aligned
+  void *stream;                   // cudaStream_t
+} linattn_problem;
+
+typedef struct {
+  linattn_tensor out;
+  float *mass;                    // (batch, query_heads, length): the denominator g
+  float *state;                   // as initial_state, or null: not asked for
+} linattn_forward_result;
+
+typedef struct {
+  linattn_tensor out, grad_out;   // out as forward returned it
+  const float *mass;
+  const float *grad_mass;         // (batch, query_heads, length) contiguous, or null
+  const float *grad_state;        // as the state, or null
+  linattn_tensor grad_query, grad_key, grad_value;
+  float *grad_coefficients;       // (4, query_heads), or null
+  float *grad_log_decay;          // shape of log_decay, or null
+  float *grad_initial_state;      // or null
+} linattn_backward_data;
+
+// Bytes of scratch memory that a call needs; the caller takes them from PyTorch's allocator.
+int64_t linattn_forward_workspace(const linattn_problem *problem);
+int64_t linattn_backward_workspace(const linattn_problem *problem);
+
+// 0 or a cudaError_t; linattn_error_string names it.
+int linattn_forward(const linattn_problem *problem, const linattn_forward_result *result);
+int linattn_backward(const linattn_problem *problem, const linattn_backward_data *data);
+const char *linattn_error_string(int code);
+
+// Which path a problem takes on the current device, as a word for people ("direct", "mma", "hopper", "none").
+const char *linattn_path(const linattn_problem *problem);
+// The architectures compiled in, as "sm_80 sm_90a compute_100".
+const char *linattn_architectures(void);
+
+#ifdef __cplusplus
+}
+#endif
