@@ -1,0 +1,1 @@
+"""Helpers that every recipe shares; they know nothing of any task."""

@@ -1,0 +1,154 @@
+"""A recipe's settings: one dataclass, read from YAML, changed by `key=value`, every value checked against the field's type.
+
+A file may name another under `base` (a path relative to itself) and state only what differs; dictionaries are merged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from recipes.common.errors import RecipeError, sentence
+
+C = TypeVar("C")
+
+
+def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
+    """Read `path` and `overrides` ("key=value", the value in YAML, a dot reaching into a dictionary) into the dataclass `cls`.
+
+    Raises:
+        RecipeError: the file is missing or is no YAML mapping, a key is unknown, a value has the wrong type, or
+            `cls.__post_init__` raised a `ValueError`.
+    """
+    values = _read(Path(path))
+    for override in overrides:
+        _apply(values, override)
+    return build(cls, values, str(path))
+
+
+def build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+    """Make the dataclass `cls` of a dictionary; `where` names its origin in error messages."""
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "the keys are " + ", ".join(sorted(fields))
+            raise RecipeError(f"{where}: unknown key {key!r}; {hint}")
+    optional = {n for n, f in fields.items() if (f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING)}
+    required = [name for name in fields if name not in optional and name not in values]
+    if required:
+        raise RecipeError(f"{where}: {', '.join(required)} must be given; add it to the file or pass --set {required[0]}=VALUE")
+    typed = {key: _typed(value, hints[key], f"{where}: {key}") for key, value in values.items()}
+    try:
+        return cls(**typed)
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as plain values, for `dump` and for comparing two runs."""
+    return dataclasses.asdict(config)
+
+
+def dump(config: Any) -> str:
+    """The dataclass, or its dictionary, as YAML in field order."""
+    values = config if isinstance(config, dict) else to_dict(config)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise RecipeError(f"{path}: its 'base' leads back to itself; name another file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: the config file cannot be read ({error.strerror}); give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a YAML file ({' '.join(str(error).split())[:200]})") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path}: expected lines of 'key: value', got a {type(values).__name__}")
+    base = values.pop("base", None)
+    return values if base is None else _merge(_read(path.parent / str(base), (*seen, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(merged.get(key), dict) and isinstance(value, dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override!r}: expected key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r}: the value is not YAML ({sentence(error)})") from None
+    *parents, last = key.strip().split(".")
+    target = values
+    for parent in parents:
+        inner = target.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {override!r}: {parent!r} is not a dictionary, so it has no key {last!r}")
+        target = inner
+    target[last] = value
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    if hint is Any:
+        return value
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        options = [option for option in arguments if option is not type(None)]
+        for option in options:
+            try:
+                return _typed(value, option, where)
+            except RecipeError:
+                if len(options) == 1:
+                    raise
+        raise RecipeError(f"{where}: expected {_name(hint)}, got {value!r}")
+    if origin is Literal:
+        if value not in arguments:
+            raise RecipeError(f"{where}: expected one of {', '.join(map(str, arguments))}, got {value!r}")
+        return value
+    if origin is list and isinstance(value, list):
+        return [_typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {_typed(k, arguments[0], where): _typed(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return build(hint, value, where)
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-3, without a dot, as text.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (bool, int, float, str) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise RecipeError(f"{where}: expected {_name(hint)}, got {value!r}")
+
+
+def _name(hint: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join("nothing (null)" if option is type(None) else _name(option) for option in get_args(hint))
+    if get_origin(hint) is list:
+        return f"a list, each of it {_name(get_args(hint)[0])}"
+    if get_origin(hint) is dict or dataclasses.is_dataclass(hint):
+        return "a dictionary"
+    return names.get(hint, str(hint))

@@ -1,0 +1,39 @@
+"""Curves as a PNG, drawn without a display."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def plot_curves(
+    path: str | Path, curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str, title: str = "", log_x: bool = False
+) -> None:
+    """Draw each named list of (x, y) points as a line, into the PNG `path`; a list of one point is drawn as a dot."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, points in curves.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 40 else "", markersize=3)
+    axes.set(xlabel=x, ylabel=y, title=title)
+    if log_x:
+        axes.set_xscale("log", base=2)
+    if any(curves.values()):
+        axes.legend()
+    axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def save_figure(figure: plt.Figure, path: str | Path) -> None:
+    """Write `figure` to the PNG `path`, whole or not at all, and close it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    figure.savefig(aside, format="png", dpi=120)
+    plt.close(figure)
+    aside.replace(path)

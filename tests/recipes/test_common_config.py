@@ -1,0 +1,131 @@
+"""Settings: values are checked against their field's type, and every refusal is a sentence that names the key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from recipes.common.config import dump, load_config
+from recipes.common.errors import RecipeError, exit_with_sentence
+from recipes.common.files import staged_directory, write_json, write_text
+
+
+@dataclass
+class Settings:
+    model: str
+    steps: int = 3
+    rate: float = 0.1
+    fast: bool = False
+    kind: Literal["a", "b"] = "a"
+    limit: int | None = None
+    files: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+
+
+@pytest.fixture
+def file(tmp_path):
+    (tmp_path / "base.yaml").write_text("model: m\nextra: {x: 1, y: {z: 2}}\n")
+    path = tmp_path / "c.yaml"
+    path.write_text("base: base.yaml\nrate: 1e-3\nfiles: [one, two]\nextra: {x: 5}\n")
+    return path
+
+
+def test_values_come_from_base_file_and_overrides_in_that_order(file):
+    config = load_config(Settings, file, ["steps=7", "extra.y.w=3", "limit=4", "fast=true", "kind=b"])
+    assert config == Settings("m", 7, 1e-3, True, "b", 4, ["one", "two"], {"x": 5, "y": {"z": 2, "w": 3}})
+    assert load_config(Settings, file, ["limit=null"]).limit is None
+    assert yaml.safe_load(dump(config))["rate"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("step=1", "unknown key 'step'; did you mean 'steps'?"),
+        ("nonsense=1", "unknown key 'nonsense'; the keys are extra, fast"),
+        ("steps=many", "steps: expected a whole number, got 'many'"),
+        ("steps=2.5", "steps: expected a whole number, got 2.5"),
+        ("steps=true", "steps: expected a whole number, got True"),
+        ("rate=fast", "rate: expected a number, got 'fast'"),
+        ("fast=1", "fast: expected true or false, got 1"),
+        ("kind=c", "kind: expected one of a, b, got 'c'"),
+        ("limit=x", "limit: expected a whole number, got 'x'"),
+        ("files=one", "files: expected a list, each of it text, got 'one'"),
+        ("files=[1]", "files[0]: expected text, got 1"),
+        ("extra=3", "extra: expected a dictionary, got 3"),
+        ("model=null", "model: expected text, got None"),
+        ("steps=0", "steps must be at least 1, got 0"),
+        ("steps", "expected key=value"),
+        ("steps=[", "is not YAML"),
+        ("steps.x=1", "steps: expected a whole number"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(file, override, message):
+    with pytest.raises(RecipeError) as error:
+        load_config(Settings, file, [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"- a\n- b\n", "expected lines of 'key: value', got a list"),
+        (b"model: [\n", "not a YAML file"),
+        (b"model: \xff\xfe\n", "not a YAML file"),
+        (b"steps: 2\n", "model must be given"),
+        (b"base: c.yaml\n", "leads back to itself"),
+        (b"base: absent.yaml\n", "absent.yaml: the config file cannot be read"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text)
+    with pytest.raises(RecipeError, match="c.yaml|absent.yaml") as error:
+        load_config(Settings, path)
+    assert message in str(error.value)
+
+
+def test_an_error_becomes_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as exit_, exit_with_sentence():
+        raise RecipeError("wrong")
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: wrong\n"
+    with pytest.raises(SystemExit) as exit_, exit_with_sentence():
+        raise OSError(28, "No space left on device", "out/file")
+    assert exit_.value.code == 2
+    assert "out/file: No space left on device; free some space" in capsys.readouterr().err
+
+
+def test_a_staged_directory_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(KeyError), staged_directory(target) as aside:
+        write_text(aside / "x", "1")
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    with staged_directory(target) as aside:
+        write_text(aside / "x", "1")
+        assert not target.exists()
+    assert (target / "x").read_text() == "1"
+    with pytest.raises(RecipeError, match="exists already"), staged_directory(target):
+        pass
+    with pytest.raises(KeyError), staged_directory(target, overwrite=True) as aside:
+        raise KeyError
+    assert (target / "x").read_text() == "1"
+    with staged_directory(target, overwrite=True) as aside:
+        write_text(aside / "y", "2")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "y"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert (tmp_path / "a.json").read_text() == '{\n  "x": 1\n}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
