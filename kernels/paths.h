@@ -1,0 +1,25 @@
+// What api.cu chooses between. A path is a pair of launchers, what they ask of the workspace and whether they take a problem at all.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "linattn.h"
+
+namespace linattn {
+
+// kernels/generic_*.cu: float32 arithmetic on the ordinary cores; takes every problem.
+int64_t generic_forward_workspace(const linattn_problem &problem);
+int64_t generic_backward_workspace(const linattn_problem &problem);
+cudaError_t generic_forward(const linattn_problem &problem, const linattn_forward_result &result);
+cudaError_t generic_backward(const linattn_problem &problem, const linattn_backward_data &data);
+
+// kernels/mma_*.cu: the tensor cores. `mma_takes_*` decides by the problem alone (never by its pointers' contents or the result asked for),
+// so that the workspace, the launcher and linattn_path agree; forward and backward may decide differently.
+bool mma_takes_forward(const linattn_problem &problem);
+bool mma_takes_backward(const linattn_problem &problem);
+int64_t mma_forward_workspace(const linattn_problem &problem);
+int64_t mma_backward_workspace(const linattn_problem &problem);
+cudaError_t mma_forward(const linattn_problem &problem, const linattn_forward_result &result);
+cudaError_t mma_backward(const linattn_problem &problem, const linattn_backward_data &data);
+const char *mma_name(const linattn_problem &problem);  // "mma" or "hopper"
+
+}  // namespace linattn
