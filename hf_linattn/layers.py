@@ -1,0 +1,108 @@
+"""Learnable parameters of a linear attention layer, a few numbers per query head."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from hf_linattn.config import LinAttnConfig
+
+START_RATIO = 0.95
+"""Where b * temperature / a starts at most in the linear kernel, whose bound is 1."""
+SHORTEST_TIME_CONSTANT = 1.5
+"""Time constant, in tokens, of the fastest head at the start."""
+
+_INSIDE = 0.999
+
+
+class LinAttnParams(nn.Module):
+    """f(s) = a + b s + c s^2 of s = temperature * q.k, and a decay, learned per query head and inside their bounds by construction.
+
+    Attention divides by the sum of f, so multiplying a, b and c by one number changes nothing, and neither does trading b and c against
+    the temperature. What is left is one number a head for the linear kernel and two for the quadratic one; these are learned, and the
+    rest stays at the configuration's numbers:
+
+    ============  ==================================  =======================================  =====================
+    kernel        learned                             bound held                               fixed
+    ============  ==================================  =======================================  =====================
+    ``linear``    temperature, in (0, a / b)          f > 0 for every \\|s\\| <= temperature   a, b
+    ``quadratic`` temperature, > 0                    any s                                    a, c
+    ..            b, in (0, 2 sqrt(a c))              b^2 < 4 a c: f > 0 for every s
+    ============  ==================================  =======================================  =====================
+
+    With ``decay="head"`` a token n steps back is weighed by exp(-n / T) as well, T > 0 the head's time constant in tokens.
+
+    Starting values: those of the configuration, drawn inside the bound where they are not (b temperature / a at most 0.95; b at most
+    0.95 of its bound); T from 1.5 tokens in the first head, growing geometrically to ``longest`` in the last one.
+
+    Args:
+        heads: number of query heads H, at least 1.
+        config: ``kernel``, ``a``, ``b``, ``c``, ``temperature``, ``decay``; ``learnable=False`` freezes the parameters.
+        longest: time constant of the slowest head at the start, in tokens, at least 1.5.
+
+    Raises:
+        ValueError: no heads, or a, b, temperature (or c of the quadratic kernel) that is not positive.
+    """
+
+    def __init__(self, heads: int, config: LinAttnConfig, longest: float = 512.0) -> None:
+        super().__init__()
+        if heads < 1:
+            raise ValueError(f"learnable linear attention needs at least one head, got {heads}")
+        self.kernel, self.longest = config.kernel, max(float(longest), SHORTEST_TIME_CONSTANT)
+        self.a, self.b, self.temperature = float(config.a), float(config.b), float(config.temperature)
+        self.c = float(0.5 if config.c is None else config.c) if config.kernel == "quadratic" else 0.0
+        numbers = {"a": self.a, "b": self.b, "temperature": self.temperature} | ({"c": self.c} if config.kernel == "quadratic" else {})
+        for name, number in numbers.items():
+            if not number > 0:
+                raise ValueError(f"learnable linear attention needs {name} > 0 to start from, got {number}")
+        parameter_names = ["temperature_logit"] if config.kernel == "linear" else ["log_temperature", "b_logit"]
+        if config.decay == "head":
+            parameter_names.append("log_rate")
+        for name in parameter_names:
+            self.register_parameter(name, nn.Parameter(torch.empty(heads, dtype=torch.float32), requires_grad=config.learnable))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the starting values, except in parameters that Transformers has loaded from disk."""
+        for name, parameter in self.named_parameters(recurse=False):
+            init.copy_(parameter, self._start(name, parameter.shape[0]))
+
+    def forward(self) -> dict[str, Tensor]:
+        """The numbers to attend with, as new float32 tensors of shape (H,).
+
+        Returns:
+            ``a``, ``b``, ``temperature``; with the quadratic kernel ``c``; with a decay ``log_decay`` = -1 / T < 0.
+        """
+        learned = {name: parameter.float() for name, parameter in self.named_parameters(recurse=False)}
+        like = next(iter(learned.values()))
+        out = {"a": torch.full_like(like, self.a)}
+        if self.kernel == "linear":
+            out["b"] = torch.full_like(like, self.b)
+            out["temperature"] = self._limit() * torch.sigmoid(learned["temperature_logit"])
+        else:
+            out["b"] = self._limit() * torch.sigmoid(learned["b_logit"])
+            out["c"] = torch.full_like(like, self.c)
+            out["temperature"] = torch.exp(learned["log_temperature"])
+        if "log_rate" in learned:
+            out["log_decay"] = -torch.exp(learned["log_rate"])
+        return out
+
+    def extra_repr(self) -> str:
+        heads = next(self.parameters()).shape[0]
+        return f"heads={heads}, kernel={self.kernel}, learned={[name for name, _ in self.named_parameters()]}"
+
+    def _limit(self) -> float:
+        # A logistic function reaches 1 in float32; the bound itself must stay out of reach.
+        return _INSIDE * (self.a / self.b if self.kernel == "linear" else 2 * math.sqrt(self.a * self.c))
+
+    def _start(self, name: str, heads: int) -> Tensor:
+        if name == "log_rate":
+            exponents = torch.linspace(0, 1, heads)
+            return -(math.log(SHORTEST_TIME_CONSTANT) + exponents * math.log(self.longest / SHORTEST_TIME_CONSTANT))
+        if name == "log_temperature":
+            return torch.full((heads,), math.log(self.temperature))
+        share = min((self.temperature if name == "temperature_logit" else self.b) * _INSIDE / self._limit(), START_RATIO) / _INSIDE
+        return torch.full((heads,), math.log(share / (1 - share)))
