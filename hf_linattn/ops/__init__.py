@@ -1,0 +1,6 @@
+"""The mathematics: tensors in, tensors out. Nothing here knows of Transformers."""
+
+from .functional import empty_state, linear_attention, linear_attention_step
+from .reference import reference
+
+__all__ = ["empty_state", "linear_attention", "linear_attention_step", "reference"]

@@ -1,0 +1,345 @@
+"""Linear attention in time and memory linear in N, in PyTorch, on any device, with its analytic backward.
+
+The sequence is cut into chunks. Inside a chunk the weights are formed pair by pair; all that came before is one running sum, the state
+M = sum psi(k) [v, 1]^T (see `features`). The denominator is the value column of ones, so that forward and backward know no special case
+for it:
+
+    num_i = sum_n A_in [v_n, 1]       A_in = f(s_in) exp(G_i - G_n)       g_i = last column       o_i = num_i / g_i
+    w_i = [W_i / g_i, -(W_i . o_i) / g_i]      W = dL/do      dA_in = w_i . [v_n, 1]
+    dq_i = sum_n A'_in dA_in k_n      dk_n = sum_i A'_in dA_in q_i      d[v_n, 1] = sum_i A_in w_i      A' = (b + 2 c s) exp(..)
+
+dq runs forward through the sequence beside M; dk and dv run backward beside R, the gradient of M. Second-degree weights have a state of
+about D^2 / 2 rows; below `DIRECT_LENGTH` D^2 tokens it is cheaper to form all their pairs, a chunk of rows at a time.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .features import feature_count, key_features, key_features_backward, query_features, query_features_backward
+from .noise import paper_factor, standard_normal
+from .unit import unit, unit_backward
+
+CHUNK = 128  # tokens: the pairs inside a chunk then cost about what the state does at D = 64
+DIRECT_LENGTH = 1.0  # of D^2 tokens, up to which second-degree weights are formed pair by pair
+
+
+def empty_like_query(query: Tensor, width: int) -> Tensor:
+    """An uninitialised (B, Hq, N, width) in the memory order of `query`, so that Transformers' transpose back costs no copy."""
+    batch, heads, length, _ = query.shape
+    if query.stride(1) < query.stride(2):
+        return query.new_empty(batch, length, heads, width).transpose(1, 2)
+    return query.new_empty(batch, heads, length, width)
+
+
+def state_heads(query: Tensor, key: Tensor, log_decay: Tensor | None) -> int:
+    """Heads of the state: the key heads, or the query heads where each has a decay of its own."""
+    return key.shape[1] if log_decay is None else log_decay.shape[-2 if log_decay.dim() == 3 else 0]
+
+
+@dataclass
+class Problem:
+    """One call, cut into chunks. Rows are queries, columns are keys; heads fold to (B, Hs, r), r query heads to a state."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    coefficients: Tensor
+    log_decay: Tensor | None
+    query_segments: Tensor | None
+    key_segments: Tensor | None
+    initial_state: Tensor | None
+    dropout_p: Tensor | None
+    seed: Tensor | None
+    degree: int
+    causal: bool
+    normalize_qk: bool
+    stateful: bool  # a state comes in or is asked for
+
+    def __post_init__(self) -> None:
+        self.batch, self.heads, self.length, self.head_dim = self.query.shape
+        self.key_length, self.value_dim = self.value.shape[2:]
+        self.states = state_heads(self.query, self.key, self.log_decay)
+        self.group = self.heads // self.states
+        self.dtype = torch.float64 if self.query.dtype == torch.float64 else torch.float32
+        coefficients = self.coefficients.to(self.dtype).view(4, self.states, self.group, 1, 1)
+        self.a, self.b, self.c, self.temperature = coefficients.unbind()
+        self.direct = self.degree == 2 and not self.stateful and self.key_length <= DIRECT_LENGTH * self.head_dim**2
+        self.total_decay = None  # G, in float64: only its differences are used, and they may be small
+        if self.log_decay is not None:
+            rate = self.log_decay[None, :, None].expand(-1, -1, self.key_length) if self.log_decay.dim() == 1 else self.log_decay
+            self.total_decay = rate.double().cumsum(-1)
+
+    # ---- the pieces of a chunk
+
+    def chunks(self, length: int) -> list[slice]:
+        return [slice(start, min(start + CHUNK, length)) for start in range(0, length, CHUNK)]
+
+    def columns_for(self, rows: slice) -> Iterator[slice]:
+        """The keys whose pairs with these rows are formed one by one."""
+        if self.direct:
+            yield slice(0, rows.stop if self.causal else self.key_length)
+        elif self.causal:
+            yield rows
+
+    def rows_for(self, columns: slice) -> Iterator[slice]:
+        """The queries whose pairs with these columns are formed one by one."""
+        if self.direct:
+            yield slice(columns.start if self.causal else 0, self.length)
+        elif self.causal:
+            yield columns
+
+    def fold(self, x: Tensor) -> Tensor:
+        """(B, Hq, C, .) to (B, Hs, r, C, .)."""
+        return x.unflatten(1, (self.states, self.group))
+
+    def per_state(self, x: Tensor) -> Tensor:
+        """Key heads repeated for the states that share them, within a chunk only."""
+        return x if self.states == x.shape[1] else x.repeat_interleave(self.states // x.shape[1], 1)
+
+    def real(self, x: Tensor, segments: Tensor | None, span: slice) -> Tensor:
+        """x with padding tokens zeroed, NaN among them too."""
+        return x if segments is None else x.masked_fill((segments[:, span] <= 0)[:, None, :, None], 0)
+
+    def queries(self, rows: slice) -> Tensor:
+        """tau q (B, Hs, r, C, D), q of unit length where asked for."""
+        q = self.real(self.query[:, :, rows].to(self.dtype), self.query_segments, rows)
+        return self.fold(unit(q) if self.normalize_qk else q) * self.temperature
+
+    def keys(self, columns: slice) -> Tensor:
+        """k (B, Hs, C, D), of unit length where asked for."""
+        k = self.real(self.key[:, :, columns].to(self.dtype), self.key_segments, columns)
+        return self.per_state(unit(k) if self.normalize_qk else k)
+
+    def values(self, columns: slice) -> Tensor:
+        """[v, 1] (B, Hs, C, Dv + 1)."""
+        v = self.real(self.value[:, :, columns].to(self.dtype), self.key_segments, columns)
+        return self.per_state(torch.cat([v, torch.ones_like(v[..., :1])], -1))
+
+    def pair_factor(self, rows: slice, columns: slice) -> Tensor | None:
+        """exp(G_i - G_n) where row i sees column n, else 0; broadcasts against (B, Hs, r, C, C'). None for 1 everywhere."""
+        factor = None
+        if self.total_decay is not None:
+            # never positive where it counts; the clamp keeps unseen pairs from overflowing before they are zeroed
+            gap = (self.total_decay[..., rows, None] - self.total_decay[..., None, columns]).clamp_(max=0)
+            factor = gap.to(self.dtype).exp()[:, :, None]
+        seen = None
+        if self.causal:
+            size = rows.stop - rows.start, columns.stop - columns.start
+            seen = torch.ones(size, dtype=torch.bool, device=self.query.device).tril(rows.start - columns.start)
+        if self.query_segments is not None and self.key_segments is not None:
+            here = self.query_segments[:, rows, None]
+            same = ((here == self.key_segments[:, None, columns]) & (here > 0))[:, None, None]
+            seen = same if seen is None else seen & same
+        if seen is None:
+            return factor
+        return seen.to(self.dtype) if factor is None else factor * seen
+
+    def products(self, q: Tensor, k: Tensor) -> Tensor:
+        """x . y of every row with every column: (B, Hs, r, C, D) and (B, Hs, C', D) to (B, Hs, r, C, C')."""
+        return (q.flatten(2, 3) @ k.mT).unflatten(2, q.shape[2:4])
+
+    def weights(self, s: Tensor, factor: Tensor | None) -> Tensor:
+        weights = self.a + self.b * s if self.degree == 1 else self.a + (self.b + self.c * s) * s
+        return weights if factor is None else weights * factor
+
+    # ---- the state
+
+    def empty_state(self) -> Tensor:
+        rows = feature_count(self.head_dim, self.degree)
+        return self.query.new_zeros(self.batch, self.states, rows, self.value_dim + 1, dtype=self.dtype)
+
+    def first_state(self) -> Tensor:
+        return self.empty_state() if self.initial_state is None else self.initial_state.to(self.dtype)
+
+    def run_before(self, span: slice) -> Tensor:
+        """The run of tokens that the state ahead of this chunk holds (B, 1)."""
+        assert self.key_segments is not None
+        at = max(span.start - 1, 0) if self.causal else 0
+        return self.key_segments[:, at : at + 1].abs()
+
+    def carry_in(self, rows: slice) -> Tensor | None:
+        """What the state ahead of the chunk weighs for each row; broadcasts against (B, Hs, r, C, 1)."""
+        factor = None
+        if self.total_decay is not None and self.causal:
+            before = self.total_decay[..., rows.start - 1 : rows.start] if rows.start else 0.0
+            factor = (self.total_decay[..., rows] - before).to(self.dtype).exp()[:, :, None, :, None]
+        if self.query_segments is not None:
+            same = (self.query_segments[:, rows] == self.run_before(rows))[:, None, None, :, None]
+            factor = same.to(self.dtype) if factor is None else factor * same
+        return factor
+
+    def carry_out(self, columns: slice) -> tuple[Tensor | None, Tensor | None]:
+        """What weighs in the state behind the chunk: each column (B, Hs, C, 1), and the state ahead (B, Hs, 1, 1)."""
+        column = keep = None
+        if self.total_decay is not None and self.causal:
+            last = self.total_decay[..., columns.stop - 1 : columns.stop]
+            before = self.total_decay[..., columns.start - 1 : columns.start] if columns.start else 0.0
+            column = (last - self.total_decay[..., columns]).to(self.dtype).exp()[..., None]
+            keep = (last - before).to(self.dtype).exp()[..., None]
+        if self.key_segments is not None:
+            last_run = self.key_segments[:, columns.stop - 1 : columns.stop].abs()
+            inside = (self.key_segments[:, columns] == last_run)[:, None, :, None]
+            same_run = (last_run == self.run_before(columns))[:, None, :, None]
+            column = inside.to(self.dtype) if column is None else column * inside
+            keep = same_run.to(self.dtype) if keep is None else keep * same_run
+        return column, keep
+
+    def advance(self, state: Tensor, columns: slice) -> Tensor:
+        """The state behind the chunk from the state ahead of it."""
+        column, keep = self.carry_out(columns)
+        features = key_features(self.keys(columns), self.degree)
+        new = features.mT @ scaled(self.values(columns), column)
+        return new.add_(scaled(state, keep))
+
+    def whole_state(self) -> Tensor:
+        """The state of all keys: what every row of bidirectional attention reads."""
+        state = self.first_state()
+        for columns in self.chunks(self.key_length):
+            state = self.advance(state, columns)
+        return state
+
+    def noise(self, rows: slice) -> Tensor | None:
+        """(1 - p) (1 + psi) for each output of these rows (B, Hq, C, Dv)."""
+        if self.dropout_p is None or self.seed is None:
+            return None
+        normal = standard_normal(self.seed, self.batch, self.heads, rows.start, rows.stop, self.value_dim)
+        return paper_factor(self.dropout_p.to(self.dtype), normal.to(self.dtype))
+
+
+def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
+    return x if factor is None else x * factor
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None, query_segments: Tensor | None,
+            key_segments: Tensor | None, initial_state: Tensor | None, dropout_p: Tensor | None, seed: Tensor | None, degree: int,
+            causal: bool, normalize_qk: bool, return_state: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """out (B, Hq, N, Dv), mass g (B, Hq, N) and the state behind the last key, or an empty tensor where it is not asked for."""
+    problem = Problem(query, key, value, coefficients, log_decay, query_segments, key_segments, initial_state, dropout_p, seed, degree,
+                      causal, normalize_qk, return_state or initial_state is not None)  # fmt: skip
+    out = empty_like_query(query, problem.value_dim)
+    mass = query.new_empty(query.shape[:3], dtype=problem.dtype)
+    state = problem.first_state() if causal or problem.direct else problem.whole_state()
+    has_past = initial_state is not None or not causal
+    for rows in problem.chunks(problem.length):
+        q = problem.queries(rows)
+        parts = []
+        if has_past and not problem.direct:
+            phi = query_features(q, problem.a, problem.b, problem.c, degree)
+            parts.append(scaled((phi.flatten(2, 3) @ state).unflatten(2, q.shape[2:4]), problem.carry_in(rows)))
+        for columns in problem.columns_for(rows):
+            weights = problem.weights(problem.products(q, problem.keys(columns)), problem.pair_factor(rows, columns))
+            parts.append((weights.flatten(2, 3) @ problem.values(columns)).unflatten(2, q.shape[2:4]))
+        num = (parts[0] if len(parts) == 1 else parts[0].add_(parts[1])).flatten(1, 2)
+        g = num[..., -1:]
+        o = num[..., :-1] / g.masked_fill(g == 0, 1)
+        out[:, :, rows] = scaled(o, problem.noise(rows))
+        mass[:, :, rows] = g[..., 0]
+        if causal and not problem.direct and (return_state or rows.stop < problem.length):
+            state = problem.advance(state, rows)
+            has_past = True
+    return out, mass, state if return_state else query.new_empty(0, dtype=problem.dtype)
+
+
+def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+             coefficients: Tensor, log_decay: Tensor | None, query_segments: Tensor | None, key_segments: Tensor | None,
+             initial_state: Tensor | None, dropout_p: Tensor | None, seed: Tensor | None, out: Tensor, mass: Tensor, degree: int,
+             causal: bool, normalize_qk: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of query, key, value, coefficients (4, Hq), log_decay and initial_state; the last two empty where the input is None."""
+    p = Problem(query, key, value, coefficients, log_decay, query_segments, key_segments, initial_state, dropout_p, seed, degree,
+                causal, normalize_qk, grad_state is not None or initial_state is not None)  # fmt: skip
+    grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    grad_coefficients = coefficients.new_zeros(4, p.states, p.group, dtype=p.dtype)
+
+    def rows_gradient(rows: slice) -> Tensor:
+        """w (B, Hs, r, C, Dv + 1)."""
+        upstream = p.real(grad_out[:, :, rows].to(p.dtype), query_segments, rows)
+        g = mass[:, :, rows, None]
+        inverse = torch.where(g == 0, 0, 1 / g)
+        last = -inverse * (upstream * out[:, :, rows]).sum(-1, keepdim=True)
+        if grad_mass is not None:
+            last = last + p.real(grad_mass[:, :, rows, None].to(p.dtype), query_segments, rows)
+        return p.fold(torch.cat([inverse * scaled(upstream, p.noise(rows)), last], -1))
+
+    # forward through the sequence, beside the state: the queries' side
+    state = p.first_state() if causal or p.direct else p.whole_state()
+    reverse = p.empty_state()  # R: the gradient of the state; gathered here where attention is bidirectional
+    has_past = initial_state is not None or not causal
+    for rows in p.chunks(p.length):
+        q, w = p.queries(rows), rows_gradient(rows)
+        grad_q = torch.zeros_like(q)
+        coefficient_rows = []  # parts of the gradients of a, b, c (3, Hs, r)
+        if has_past and not p.direct:
+            carried = scaled(w, p.carry_in(rows)).flatten(2, 3)
+            grad_phi = (carried @ state.mT).unflatten(2, q.shape[2:4])
+            part, *rest = query_features_backward(grad_phi, q, p.b, p.c, degree)
+            grad_q += part
+            coefficient_rows.append(torch.stack([x.sum((0, 3)) for x in rest]))
+            if not causal:
+                reverse += query_features(q, p.a, p.b, p.c, degree).flatten(2, 3).mT @ carried
+        for columns in p.columns_for(rows):
+            k = p.keys(columns)
+            s = p.products(q, k)
+            grad_weights = scaled(p.products(w, p.values(columns)), p.pair_factor(rows, columns))
+            slope = p.b if degree == 1 else p.b + 2 * p.c * s
+            grad_q += ((slope * grad_weights).flatten(2, 3) @ k).unflatten(2, q.shape[2:4])
+            moments = [grad_weights.sum((0, 3, 4)), (grad_weights * s).sum((0, 3, 4))]
+            moments.append((grad_weights * s * s).sum((0, 3, 4)) if degree == 2 else torch.zeros_like(moments[0]))
+            coefficient_rows.append(torch.stack(moments))
+        grad_coefficients[:3] += sum(coefficient_rows)
+        grad_coefficients[3] += (grad_q * q).sum((0, 3, 4)) / p.temperature[:, :, 0, 0]
+        grad_q = (grad_q * p.temperature).flatten(1, 2)
+        plain = p.real(query[:, :, rows].to(p.dtype), query_segments, rows)
+        grad_q = unit_backward(grad_q, plain) if normalize_qk else grad_q
+        grad_query[:, :, rows] = p.real(grad_q, query_segments, rows)
+        if causal and not p.direct and (rows.stop < p.length or grad_state is not None):
+            state = p.advance(state, rows)
+            has_past = True
+
+    # backward through the sequence, beside R: the keys' side
+    grad_total = query.new_zeros(p.batch, p.states, p.key_length, dtype=torch.float64) if log_decay is not None else None
+    if grad_state is not None:
+        reverse = reverse + grad_state
+        if grad_total is not None:
+            grad_total[..., -1] += (state * grad_state).sum((-1, -2))
+    has_future = grad_state is not None or not causal
+    for columns in reversed(p.chunks(p.key_length)):
+        k, v = p.keys(columns), p.values(columns)
+        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+        column, keep = p.carry_out(columns)
+        if has_future and not p.direct:
+            features = key_features(k, degree)
+            grad_v += scaled(features @ reverse, column)
+            grad_k += key_features_backward(scaled(v, column) @ reverse.mT, k, degree)
+        for rows in p.rows_for(columns):
+            q, w = p.queries(rows), rows_gradient(rows)
+            factor = p.pair_factor(rows, columns)
+            s = p.products(q, k)
+            grad_weights = scaled(p.products(w, v), factor)
+            slope = p.b if degree == 1 else p.b + 2 * p.c * s
+            grad_v += p.weights(s, factor).flatten(2, 3).mT @ w.flatten(2, 3)
+            grad_k += (slope * grad_weights).flatten(2, 3).mT @ q.flatten(2, 3)
+            if not p.direct:
+                phi = query_features(q, p.a, p.b, p.c, degree).flatten(2, 3)
+                carried = scaled(w, p.carry_in(rows)).flatten(2, 3)
+                reverse = scaled(reverse, keep) + phi.mT @ carried
+                has_future = True
+        if grad_total is not None:
+            grad_total[..., columns] -= (v * grad_v).sum(-1)
+        if normalize_qk:
+            plain = p.real(key[:, :, columns].to(p.dtype), key_segments, columns)
+            grad_k = unit_backward(grad_k, p.per_state(plain))
+        per_key_head = lambda x: p.real(x.unflatten(1, (key.shape[1], -1)).sum(2), key_segments, columns)  # noqa: B023, E731
+        grad_key[:, :, columns], grad_value[:, :, columns] = per_key_head(grad_k), per_key_head(grad_v[..., :-1])
+
+    empty = query.new_empty(0, dtype=p.dtype)
+    grad_log_decay = empty
+    if log_decay is not None and grad_total is not None:
+        if grad_mass is not None:
+            grad_total += p.fold((grad_mass * mass).double()).sum(2)
+        grad_rate = grad_total.flip(-1).cumsum(-1).flip(-1)
+        grad_log_decay = (grad_rate.sum((0, -1)) if log_decay.dim() == 1 else grad_rate).to(log_decay.dtype)
+    grad_initial = reverse if initial_state is not None else empty
+    return grad_query, grad_key, grad_value, grad_coefficients.flatten(1).to(coefficients.dtype), grad_log_decay, grad_initial

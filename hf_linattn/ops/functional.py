@@ -1,0 +1,287 @@
+"""linear_attention and linear_attention_step: what a user calls. Arguments in any allowed form go in, the operators' one form comes out."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import checks
+from .chunked import state_heads
+from .features import feature_count
+from .operators import forward, noise_like, step
+from .segments import canonical_segments, reversed_segments
+
+Coefficient = float | Tensor
+_constants: dict[tuple, Tensor] = {}  # coefficients given as numbers, kept so that a call starts no kernel to write them
+
+
+def empty_state(batch: int, heads: int, head_dim: int, value_dim: int, *, degree: int = 1, device: torch.device | str | None = None,
+                dtype: torch.dtype = torch.float32) -> Tensor:  # fmt: skip
+    """The state before the first token: zeros (batch, heads, F, value_dim + 1), F = D + 1, or D + 1 + D (D + 1) / 2 for degree 2."""
+    return torch.zeros(batch, heads, feature_count(head_dim, degree), value_dim + 1, device=device, dtype=dtype)
+
+
+def _coefficients(query: Tensor, a: Coefficient, b: Coefficient, c: Coefficient, temperature: Coefficient) -> Tensor:
+    """(4, Hq), float32 beside inputs of up to 32 bits."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    heads = query.shape[1]
+    given = (a, b, c, temperature)
+    if any(isinstance(x, Tensor) for x in given):
+        return torch.stack([
+            (x.to(dtype) if isinstance(x, Tensor) else torch.full((), float(x), dtype=dtype, device=query.device)).expand(heads)
+            for x in given
+        ])  # fmt: skip
+    if torch.compiler.is_compiling():
+        return torch.stack([torch.full((heads,), float(x), dtype=dtype, device=query.device) for x in given])
+    signature = (*map(float, given), heads, dtype, query.device)
+    if signature not in _constants:
+        with torch.inference_mode(False), torch.no_grad():
+            made = torch.tensor([[float(x)] * heads for x in given], dtype=dtype, device=query.device)
+        if type(made) is not Tensor or made.device.type == "meta":
+            return made
+        if len(_constants) >= 256:
+            _constants.clear()
+        _constants[signature] = made
+    return _constants[signature]
+
+
+def _degree(c: Coefficient) -> int:
+    return 1 if not isinstance(c, Tensor) and c == 0 else 2
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    device = tensors[0].device.type
+    if all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
+    return tensors
+
+
+def _canonical_decay(log_decay: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    if log_decay is None:
+        return None
+    checks.check_decay(log_decay, query.shape[0], query.shape[1], key.shape[1], key.shape[2])
+    return log_decay.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+
+
+def linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    a: Coefficient = 1.0,
+    b: Coefficient = 1.0,
+    c: Coefficient = 0.0,
+    *,
+    causal: bool = True,
+    normalize_qk: bool = True,
+    temperature: Coefficient = 1.0,
+    log_decay: Tensor | None = None,
+    lag: int = 0,
+    segment_ids: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_state: bool = False,
+    dropout_p: float | Tensor = 0.0,
+    dropout_kind: str = "paper",
+    seed: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Normalised attention with polynomial weights, in time and memory linear in N.
+
+    out_i = sum_n A_in v_n / sum_n A_in with A_in = f(s_in) exp(G_i - G_n), f(s) = a + b s + c s^2, s_in = temperature * q_i . k_n and G the
+    running sum of log_decay (*Towards Making Linear Attention Usable*, eq. 6-10; the decay is ours). n runs up to i - lag when causal, over
+    everything otherwise, with exp(-|G_i - G_n|) there. Gradients reach every tensor argument but segment_ids, dropout_p and seed.
+
+    Args:
+        query: (B, Hq, N, D), float64, float32, bfloat16 or float16. Sums are float32 (float64 for float64). Any strides.
+        key: (B, Hk, N, D) with Hq a multiple of Hk; heads are shared by groups and never repeated in memory.
+        value: (B, Hk, N, Dv).
+        a, b, c: numbers or tensors (Hq,). f must not be negative: a >= |b| temperature for c = 0 with normalize_qk. c other than the
+            number 0 selects the second-degree form, whose state has D + 1 + D (D + 1) / 2 rows.
+        causal: False for an encoder; then key and value may have another length than query.
+        normalize_qk: bring every query and key to unit length first. Without it, keeping f positive is the caller's business.
+        temperature: a number or (Hq,), above 0.
+        log_decay: None, (Hk,) or (Hq,) for a constant rate a head, (B, Hk, N) or (B, Hq, N) for one a token; at most 0.
+        lag: a query sees keys at least this many tokens behind it. With an initial_state, give key and value with the `lag` tokens
+            before in front: they are not in the state yet.
+        segment_ids: (B, N) integers, 0 for padding; tokens with equal ids see each other, and ids never fall along a row. Or a bool mask of
+            the real tokens. The output at padding is 0, and nothing at padding, NaN included, reaches another row.
+        initial_state: float32 (B, Hs, F, Dv + 1) from a call before; it belongs to the first segment. Hs is Hq where log_decay is a query
+            head's own, else Hk. See `empty_state`.
+        return_state: also return the state behind the last token (of the last segment).
+        dropout_p: noise in place of dropout; at least 0, below 1; a tensor without dimensions lets a schedule change it without
+            recompilation.
+        dropout_kind: "paper" multiplies the output by (1 - p) (1 + psi), psi ~ N(0, p) (eq. 28); "moment" adds noise of the variance that
+            dropout of the weights would have, p / (1 - p) sum_n a_in^2 (v_n - out_i)^2 (c = 0 only, about three times the work).
+        seed: int, or an int64 tensor without dimensions; None draws one from torch's generator.
+
+    Returns:
+        out (B, Hq, N, Dv) in query's dtype and memory order; with return_state also the state, float32 (B, Hs, F, Dv + 1).
+
+    Raises:
+        ValueError: shapes, devices or values that do not fit. Values of CUDA tensors are not read, and so not checked.
+        TypeError: wrong types or dtypes.
+    """
+    query, key, value = _autocast(query, key, value)
+    checks.check_tensors(query, key, value, lag, causal, initial_state is not None)
+    checks.check_weights(a, b, c, temperature, query.shape[1], normalize_qk)
+    checks.check_dropout(dropout_p, dropout_kind)
+    batch, heads, length, head_dim = query.shape
+    degree = _degree(c)
+    coefficients = _coefficients(query, a, b, c, temperature)
+    decay = _canonical_decay(log_decay, query, key)
+    packed = segment_ids is not None and segment_ids.dtype != torch.bool
+    segments = None if segment_ids is None else canonical_segments(segment_ids, batch, key.shape[2])
+    if segments is not None and not causal and key.shape[2] != length:
+        raise ValueError(f"segment_ids need as many keys as queries, but there are {key.shape[2]} and {length}.")
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if initial_state is not None:
+        rows = feature_count(head_dim, degree)
+        checks.check_state(initial_state, (batch, state_heads(query, key, decay), rows, value.shape[-1] + 1), dtype)
+
+    noisy = isinstance(dropout_p, Tensor) or dropout_p > 0
+    p_tensor = seed_tensor = None
+    if noisy:
+        p_tensor = dropout_p if isinstance(dropout_p, Tensor) else torch.full((), float(dropout_p), device=query.device)
+        p_tensor = p_tensor.detach().to(query.device, torch.float32)
+        seed_tensor = _seed(seed, query.device)
+
+    two_sided = not causal and (decay is not None or packed)
+    if two_sided and (initial_state is not None or return_state):
+        raise ValueError("a state goes with causal attention, or with bidirectional attention without log_decay and packed segments.")
+    if noisy and dropout_kind == "moment" and (degree == 2 or initial_state is not None):
+        raise ValueError('dropout_kind="moment" needs c = 0 and no initial_state: its variance takes the square of f over all keys.')
+
+    def attend(values: Tensor, table: Tensor, rate: Tensor | None, power: int, state_wanted: bool, in_kernel_p: Tensor | None):
+        if two_sided:
+            return *_two_sided(query, key, values, table, rate, segments, power, normalize_qk), None
+        return _one_sided(query, key, values, table, rate, segments, initial_state, in_kernel_p, seed_tensor, power, causal, normalize_qk,
+                          lag, state_wanted)  # fmt: skip
+
+    in_kernel = p_tensor if noisy and dropout_kind == "paper" and not two_sided else None
+    out, mass, state = attend(value, coefficients, decay, degree, return_state, in_kernel)
+    if noisy and in_kernel is None:
+        if dropout_kind == "paper":
+            out = noise_like(out, p_tensor, seed_tensor)
+        else:
+            squared = _squared_weights(coefficients)
+            moments, mass2, _ = attend(torch.cat([value * value, value], -1), squared, None if decay is None else 2 * decay, 2, False, None)
+            deviation = _dropout_deviation(out, mass, moments, mass2, p_tensor)
+            out = out + noise_like(deviation.to(out.dtype), None, seed_tensor)
+    return (out, state) if return_state else out
+
+
+def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(0, 2**62, (), device=device)
+    if isinstance(seed, Tensor):
+        if seed.dim() or seed.dtype != torch.int64:
+            raise ValueError(f"seed must be an int or an int64 tensor without dimensions, not {seed.dtype} of shape {tuple(seed.shape)}.")
+        return seed.to(device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _one_sided(query, key, value, coefficients, decay, segments, initial_state, dropout_p, seed, degree, causal, normalize_qk, lag,
+               return_state):  # fmt: skip
+    """One call of the operator. A lag is a shift of the rows against the columns: row i meets the columns up to i - lag.
+
+    The shift leaves out the decay between i - lag and i. It is one factor a row, and the division by the mass cancels it.
+    """
+    padding, length = 0, query.shape[2]
+    query_segments = segments
+    if lag and key.shape[2] > length:  # the state covers all but the tokens in front, so the shift is in the keys already
+        key, value = key[:, :, :length], value[:, :, :length]
+        query_segments = None if segments is None else segments[:, lag:]
+    elif lag:
+        padding = min(lag, length)
+        kept = length - padding
+        query, key, value = query[:, :, padding:], key[:, :, :kept], value[:, :, :kept]
+        query_segments = None if segments is None else segments[:, padding:]
+    count = key.shape[2]
+    segments = None if segments is None else segments[:, :count]
+    if decay is not None and decay.dim() == 3:
+        decay = decay[:, :, :count]
+    out, mass, state = forward(query, key, value, coefficients, decay, query_segments, segments, initial_state, dropout_p, seed, degree,
+                               causal, normalize_qk, return_state)  # fmt: skip
+    if padding:
+        out, mass = F.pad(out, (0, 0, padding, 0)), F.pad(mass, (padding, 0))
+    return out, mass, state
+
+
+def _two_sided(query, key, value, coefficients, decay, segments, degree, normalize_qk) -> tuple[Tensor, Tensor]:
+    """Bidirectional attention with a decay or with packed segments: what lies behind each token and what lies ahead, joined by mass."""
+    length = query.shape[2]
+    rate = decay[None, :, None].expand(query.shape[0], -1, length) if decay is not None and decay.dim() == 1 else decay
+    rest = None, None, None, degree, True, normalize_qk
+    behind, mass_behind, _ = _one_sided(query, key, value, coefficients, rate, segments, *rest, 0, False)
+    if length < 2:
+        return behind, mass_behind
+    # read from the end, token i decays by the rate of token i + 1; the row's own factor is given back, since two masses are added here
+    shifted = None if rate is None else F.pad(rate.flip(-1)[..., :-1], (1, 0))
+    runs = None if segments is None else reversed_segments(segments)
+    ahead, mass_ahead, _ = _one_sided(query.flip(2), key.flip(2), value.flip(2), coefficients, shifted, runs, *rest, 1, False)
+    ahead, mass_ahead = ahead.flip(2), mass_ahead.flip(-1)
+    if rate is not None:
+        next_rate = F.pad(rate[..., 1:], (0, 1)).exp()
+        mass_ahead = mass_ahead * next_rate.repeat_interleave(query.shape[1] // next_rate.shape[1], 1)
+    mass = mass_behind + mass_ahead
+    share = (mass_behind / mass.masked_fill(mass == 0, 1))[..., None]
+    out = share * behind + (1 - share) * ahead
+    if segments is not None:
+        out = out.masked_fill((segments <= 0)[:, None, :, None], 0)
+    return out.to(query.dtype), mass
+
+
+def _squared_weights(coefficients: Tensor) -> Tensor:
+    """f^2 = a^2 + 2 a b s + b^2 s^2, again a second-degree polynomial."""
+    a, b, _, temperature = coefficients.unbind()
+    return torch.stack([a * a, 2 * a * b, b * b, temperature])
+
+
+def _dropout_deviation(out: Tensor, mass: Tensor, moments: Tensor, squared_mass: Tensor, p: Tensor) -> Tensor:
+    """The standard deviation that dropout of the weights gives each output: sqrt(p / (1 - p) sum_n a_in^2 (v_nj - o_ij)^2)."""
+    second, first = moments.to(mass.dtype).chunk(2, -1)  # means of v^2 and v under the weights f^2
+    spread = (second - 2 * out * first + out * out).clamp(min=0)
+    share = torch.where(mass == 0, 0, squared_mass / mass.masked_fill(mass == 0, 1).square())[..., None]
+    variance = p / (1 - p) * share * spread
+    return torch.where(variance > 0, variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt(), 0)
+
+
+def linear_attention_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    state: Tensor,
+    a: Coefficient = 1.0,
+    b: Coefficient = 1.0,
+    c: Coefficient = 0.0,
+    *,
+    normalize_qk: bool = True,
+    temperature: Coefficient = 1.0,
+    log_decay: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+) -> Tensor:
+    """One new token a sequence: `state` is updated in place, and what `linear_attention` would give at this token is returned.
+
+    Args:
+        query, key, value: (B, Hq, 1, D), (B, Hk, 1, D), (B, Hk, 1, Dv).
+        state: float32 (B, Hs, F, Dv + 1), from `linear_attention(..., return_state=True)` or `empty_state`; changed in place.
+        a, b, c, normalize_qk, temperature: as in `linear_attention`.
+        log_decay: None, (H,) or (B, H, 1).
+        segment_ids: (B, 1); where 0 or False the sequence has no new token: its state stays and its output is 0.
+
+    Returns:
+        (B, Hq, 1, Dv) in query's dtype. Not differentiable: train with `linear_attention`.
+
+    Raises:
+        ValueError, TypeError: as `linear_attention`, and ValueError where N is not 1.
+    """
+    query, key, value = _autocast(query, key, value)
+    checks.check_tensors(query, key, value, 0, True, True)
+    checks.check_weights(a, b, c, temperature, query.shape[1], normalize_qk)
+    if query.shape[2] != 1:
+        raise ValueError(f"linear_attention_step takes one token a call, not {query.shape[2]}: use linear_attention for more.")
+    degree = _degree(c)
+    decay = _canonical_decay(log_decay, query, key)
+    rows = feature_count(query.shape[-1], degree)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    checks.check_state(state, (query.shape[0], state_heads(query, key, decay), rows, value.shape[-1] + 1), dtype)
+    segments = None if segment_ids is None else canonical_segments(segment_ids, query.shape[0], 1)
+    return step(query, key, value, state, _coefficients(query, a, b, c, temperature), decay, segments, degree, normalize_qk)

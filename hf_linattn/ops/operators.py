@@ -1,0 +1,166 @@
+"""The operators `linattn::forward`, `linattn::backward`, `linattn::step` and `linattn::noise`, as torch.library knows them.
+
+They take tensors in one canonical form, which `functional` prepares: coefficients (4, Hq) with rows a, b, c, temperature; log_decay (Hs,)
+or (B, Hs, N); segments (B, N) int32, where |id| counts the runs of a row upward from 1 and a negative id is padding inside its run, so that
+row i sees column n where query_segments[i] == key_segments[n] > 0; dropout_p and seed without dimensions. Bidirectional calls have no
+decay and one run. What is absent is None on the way in and an empty tensor on the way out.
+"""
+
+import torch
+from torch import Tensor
+
+from . import chunked, noise
+from .features import feature_count, key_features, query_features
+from .unit import unit
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor coefficients, Tensor? log_decay, Tensor? query_segments, "
+    "Tensor? key_segments, Tensor? initial_state, Tensor? dropout_p, Tensor? seed"
+)
+_library = torch.library.Library("linattn", "DEF")
+_library.define(
+    f"forward({_INPUTS}, int degree, bool causal, bool normalize_qk, bool return_state) -> (Tensor out, Tensor mass, Tensor state)"
+)
+_library.define(
+    f"backward(Tensor grad_out, Tensor? grad_mass, Tensor? grad_state, {_INPUTS}, Tensor out, Tensor mass, int degree, bool causal, "
+    "bool normalize_qk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "step(Tensor query, Tensor key, Tensor value, Tensor(a!) state, Tensor coefficients, Tensor? log_decay, Tensor? segments, int degree, "
+    "bool normalize_qk) -> Tensor"
+)
+_library.define("noise(Tensor x, Tensor? dropout_p, Tensor seed) -> Tensor")
+
+forward = torch.ops.linattn.forward
+step = torch.ops.linattn.step
+noise_like = torch.ops.linattn.noise
+
+
+def _accumulated(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+# ---- forward and backward
+
+_library.impl("forward", chunked.forward, "CPU")
+_library.impl("backward", chunked.backward, "CPU")
+
+
+@torch.library.register_fake("linattn::forward")
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None, query_segments, key_segments,
+                  initial_state, dropout_p, seed, degree: int, causal, normalize_qk, return_state: bool):  # fmt: skip
+    dtype = _accumulated(query)
+    out = chunked.empty_like_query(query, value.shape[-1])
+    mass = query.new_empty(query.shape[:3], dtype=dtype)
+    heads = chunked.state_heads(query, key, log_decay)
+    shape = (query.shape[0], heads, feature_count(query.shape[-1], degree), value.shape[-1] + 1) if return_state else (0,)
+    return out, mass, query.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("linattn::backward")
+def _backward_fake(grad_out, grad_mass, grad_state, query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor,
+                   log_decay: Tensor | None, query_segments, key_segments, initial_state: Tensor | None, *rest):  # fmt: skip
+    absent = query.new_empty(0, dtype=_accumulated(query))
+    return (
+        torch.empty_like(query),
+        torch.empty_like(key),
+        torch.empty_like(value),
+        torch.empty_like(coefficients),
+        absent if log_decay is None else torch.empty_like(log_decay),
+        absent if initial_state is None else torch.empty_like(initial_state, dtype=_accumulated(query)),
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.degree, ctx.causal, ctx.normalize_qk, _ = inputs
+    out, mass, _ = output
+    ctx.save_for_backward(*tensors, out, mass)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_out, grad_mass, grad_state):
+    *inputs, out, mass = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    if grad_state is not None and grad_state.numel() == 0:  # the state was not asked for
+        grad_state = None
+    grads = torch.ops.linattn.backward(
+        grad_out, grad_mass, grad_state, *inputs, out, mass, ctx.degree, ctx.causal, ctx.normalize_qk
+    )
+    query, key, value, coefficients, log_decay, initial_state = grads
+    return (
+        query, key, value, coefficients, log_decay if inputs[4] is not None else None, None, None,
+        initial_state.to(inputs[7].dtype) if inputs[7] is not None else None, None, None, None, None, None, None,
+    )  # fmt: skip
+
+
+torch.library.register_autograd("linattn::forward", _differentiate, setup_context=_save)
+
+# ---- one new token
+
+
+def _step(query: Tensor, key: Tensor, value: Tensor, state: Tensor, coefficients: Tensor, log_decay: Tensor | None, segments: Tensor | None,
+          degree: int, normalize_qk: bool) -> Tensor:  # fmt: skip
+    dtype, heads, groups = state.dtype, state.shape[1], query.shape[1] // state.shape[1]
+    q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
+    padding = None if segments is None else (segments <= 0)[:, :, None, None]
+    if padding is not None:
+        q, k, v = q.masked_fill(padding, 0), k.masked_fill(padding, 0), v.masked_fill(padding, 0)
+    if normalize_qk:
+        q, k = unit(q), unit(k)
+    a, b, c, temperature = coefficients.to(dtype).view(4, heads, groups, 1).unbind()
+    features = key_features(k, degree)
+    values = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    if padding is not None:
+        features = features.masked_fill(padding, 0)
+    new = features.mT @ values  # an outer product a key head
+    if heads != key.shape[1]:
+        new = new.repeat_interleave(heads // key.shape[1], 1)
+    if log_decay is not None:
+        rate = log_decay[:, None] if log_decay.dim() == 1 else log_decay
+        decay = rate.to(dtype).exp()[..., None]
+        if padding is not None:
+            decay = decay.masked_fill(padding, 1)
+        state.mul_(decay)
+    state.add_(new)
+    q = q.view(*q.shape[:1], heads, groups, -1) * temperature
+    num = query_features(q, a, b, c, degree) @ state
+    mass = num[..., -1:]
+    out = num[..., :-1] / mass.masked_fill(mass == 0, 1)
+    if padding is not None:
+        out = out.masked_fill(padding, 0)
+    return out.reshape(*query.shape[:3], -1).to(query.dtype)
+
+
+_library.impl("step", _step, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("linattn::step")
+def _step_fake(query: Tensor, key, value: Tensor, *rest) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[-1])
+
+
+# ---- noise outside a kernel, where the output is composed of several calls
+
+
+def _noise(x: Tensor, dropout_p: Tensor | None, seed: Tensor) -> Tensor:
+    batch, heads, length, width = x.shape
+    normal = noise.standard_normal(seed, batch, heads, 0, length, width)
+    factor = normal if dropout_p is None else noise.paper_factor(dropout_p.float(), normal)
+    return torch.empty_like(x).copy_(x * factor)
+
+
+_library.impl("noise", _noise, "CompositeExplicitAutograd")
+torch.library.register_fake("linattn::noise", lambda x, dropout_p, seed: torch.empty_like(x))
+
+
+def _save_noise(ctx, inputs, output) -> None:
+    _, dropout_p, seed = inputs
+    ctx.save_for_backward(dropout_p, seed)
+
+
+torch.library.register_autograd(
+    "linattn::noise",
+    lambda ctx, grad: (torch.ops.linattn.noise(grad, *ctx.saved_tensors), None, None),  # linear in x: its own transpose
+    setup_context=_save_noise,
+)
