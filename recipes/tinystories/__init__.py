@@ -1,0 +1,1 @@
+"""Train and evaluate causal language models on short stories."""

@@ -1,0 +1,277 @@
+"""Stories from the hub or from text files, without duplicates, tokenized and packed to sequences of one length.
+
+A story is tokenized as it stands behind one start token (the tokenizer's bos, or its eos where there is no bos). Stories follow one
+another in a stream that is cut every `length` tokens; what is left at the end is dropped.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from datasets.exceptions import DatasetGenerationError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from recipes.common.errors import RecipeError, sentence
+
+_TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """One place that stories come from.
+
+    name: a text file (stories apart by `separator`), a .jsonl, .json, .parquet or .csv file (one story in each row's `column`), or
+        a data set's id on the hub (`split` of it).
+    """
+
+    name: str
+    split: str = "train"
+    column: str = "text"
+    separator: str = "<|endoftext|>"
+
+    def stamp(self) -> list[Any]:
+        """What changes when the source does: for a local file its path, size and time of change."""
+        path = Path(self.name)
+        place = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else [self.name, self.split]
+        return [*place, self.column, self.separator]
+
+
+def read_stories(source: Source) -> Iterator[str]:
+    """The stories of `source`, stripped, empty ones left out.
+
+    Raises:
+        RecipeError: no such file or data set, not UTF-8, or no text in it.
+    """
+    path = Path(source.name)
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder; give the text file itself, or several of them")
+    if path.exists() and path.suffix not in _TABLES:
+        texts: Iterable[str] = _split_file(path, source.separator)
+    elif path.exists() or _is_hub_id(source.name):
+        texts = _rows(source)
+    else:
+        raise RecipeError(f"{source.name}: no such file; give a text file, or a data set's id on the hub such as roneneldan/TinyStories")
+    found = False
+    for text in texts:
+        if stripped := text.strip():
+            found = True
+            yield stripped
+    if not found:
+        raise RecipeError(f"{source.name} holds no text; give a file with stories in it, apart by {source.separator}")
+
+
+def unique(stories: Iterable[str], seen: set[bytes]) -> Iterator[str]:
+    """`stories` without those met before; `seen` collects their digests and may be shared between streams."""
+    for story in stories:
+        digest = hashlib.blake2b(story.encode(), digest_size=16).digest()
+        if digest not in seen:
+            seen.add(digest)
+            yield story
+
+
+def split_stories(train: Sequence[Source], valid: Sequence[Source], held_out: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training and validation stories (a column "text"), no story twice and none in both.
+
+    Without `valid`, the last `held_out` distinct stories of `train` are held out.
+    """
+    key = ["stories", [s.stamp() for s in train], [s.stamp() for s in valid], 0 if valid else held_out]
+
+    def generate(part: str) -> Iterator[dict[str, str]]:
+        seen: set[bytes] = set()
+        if valid:
+            validation = unique(chain.from_iterable(map(read_stories, valid)), seen)
+            if part == "valid":
+                yield from ({"text": text} for text in validation)
+                return
+            for _ in validation:
+                pass
+            yield from ({"text": text} for text in unique(chain.from_iterable(map(read_stories, train)), seen))
+            return
+        last: list[str] = []
+        for text in unique(chain.from_iterable(map(read_stories, train)), seen):
+            last.append(text)
+            if len(last) > 2 * held_out:
+                yield from ({"text": text} for text in last[:held_out] if part == "train")
+                del last[:held_out]
+        if len(last) <= held_out:
+            raise RecipeError(
+                f"{len(last)} stories are too few to hold {held_out} out for validation; lower valid_stories or give valid_data"
+            )
+        yield from ({"text": text} for text in (last[:-held_out] if part == "train" else last[-held_out:]))
+
+    return _cached(generate, [*key, "train"], part="train"), _cached(generate, [*key, "valid"], part="valid")
+
+
+def all_stories(sources: Sequence[Source]) -> list[str]:
+    """The distinct stories of `sources`, in memory."""
+    return list(unique(chain.from_iterable(map(read_stories, sources)), set()))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or hub id, or a bare tokenizer.json."""
+    try:
+        if Path(name).is_file():
+            tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_file=name)
+            if "<|endoftext|>" in tokenizer.get_vocab():
+                tokenizer.add_special_tokens({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise RecipeError(
+            f"{name}: no tokenizer can be loaded from it ({sentence(error)}); give a checkpoint or a tokenizer.json"
+        ) from None
+    start_token(tokenizer)
+    return tokenizer
+
+
+def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that stands in front of every story."""
+    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if token is None:
+        raise RecipeError(
+            "the tokenizer has neither a bos nor an eos token, one of which must mark where a story starts; set bos_token in it"
+        )
+    return int(token)
+
+
+def pack(stories: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> datasets.Dataset:
+    """Sequences of exactly `length` tokens, in a column "input_ids".
+
+    Raises:
+        RecipeError: all stories together are shorter than one sequence.
+    """
+    start = start_token(tokenizer)
+    vocabulary = hashlib.blake2b(json.dumps(sorted(tokenizer.get_vocab().items())).encode(), digest_size=16).hexdigest()
+
+    def generate() -> Iterator[dict[str, list[int]]]:
+        stream: list[int] = []
+        found = False
+        for batch in stories.iter(batch_size=1000):
+            for ids in tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]:
+                stream += [start, *ids]
+            whole = len(stream) - len(stream) % length
+            for begin in range(0, whole, length):
+                found = True
+                yield {"input_ids": stream[begin : begin + length]}
+            del stream[:whole]
+        if not found:
+            raise RecipeError(
+                f"the text is {len(stream)} tokens, shorter than one sequence of {length}; give more text or a smaller length"
+            )
+
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+    key = ["packed", stories._fingerprint, tokenizer.name_or_path, vocabulary, start, length]
+    return _cached(generate, key, features).with_format("torch")
+
+
+def digest(packed: datasets.Dataset) -> str:
+    """A short digest of the first and last sequences and their number, to notice that a run is resumed on other data."""
+    ends = [packed[0]["input_ids"].tolist(), packed[len(packed) - 1]["input_ids"].tolist(), len(packed)]
+    return hashlib.blake2b(json.dumps(ends).encode(), digest_size=8).hexdigest()
+
+
+class Collator:
+    """Rows of `pack` to a batch: input_ids (B, N) int64 and, with `separate`, position_ids (B, N) that restart at every story.
+
+    Positions that restart tell the attention that the stories are separate: none sees another.
+    """
+
+    def __init__(self, start: int, separate: bool) -> None:
+        self.start = start
+        self.separate = separate
+
+    def __call__(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        ids = torch.stack([row["input_ids"] for row in rows]).long()
+        if not self.separate:
+            return {"input_ids": ids}
+        position = torch.arange(ids.shape[1]).expand_as(ids)
+        first = torch.where(ids == self.start, position, 0).cummax(dim=1).values
+        return {"input_ids": ids, "position_ids": position - first}
+
+
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """Indices below `size` in an order that depends on (seed, epoch) alone, from any point of the epoch on.
+
+    Each epoch gives `per_epoch` of them (a multiple of what one optimizer step takes) and leaves the rest to chance.
+    """
+
+    def __init__(self, size: int, per_epoch: int, seed: int) -> None:
+        self.size, self.per_epoch, self.seed = size, per_epoch, seed
+        self.begin_at(0, 0)
+
+    def begin_at(self, epoch: int, position: int) -> None:
+        """Go on in `epoch` after its first `position` indices."""
+        self.epoch, self.position = epoch, position
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.size, generator=generator)
+        return iter(order[self.position : self.per_epoch].tolist())
+
+    def __len__(self) -> int:
+        return self.per_epoch - self.position
+
+
+def _split_file(path: Path, separator: str, chunk: int = 1 << 20) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest, offset = "", 0
+    with path.open("rb") as file:
+        while data := file.read(chunk):
+            pending = len(decoder.getstate()[0])
+            try:
+                rest += decoder.decode(data)
+            except UnicodeDecodeError as error:
+                where = offset - pending + error.start
+                raise RecipeError(
+                    f"{path} is not UTF-8 text (byte {where} is 0x{error.object[error.start]:02x}); convert it to UTF-8"
+                ) from None
+            offset += len(data)
+            *whole, rest = rest.split(separator)
+            yield from whole
+    if decoder.getstate()[0]:
+        raise RecipeError(f"{path} is not UTF-8 text (its last character is cut off); convert it to UTF-8")
+    yield rest
+
+
+def _rows(source: Source) -> Iterator[str]:
+    path = Path(source.name)
+    try:
+        if path.exists():
+            data = datasets.load_dataset(_TABLES[path.suffix], data_files=str(path), split="train")
+        else:
+            data = datasets.load_dataset(source.name, split=source.split)
+    except Exception as error:  # datasets, huggingface_hub, pyarrow and the network each raise their own
+        raise RecipeError(f"{source.name}: the data set cannot be loaded ({sentence(error)})") from None
+    if source.column not in data.column_names:
+        raise RecipeError(f"{source.name} has no column {source.column!r}; set text_column to one of {', '.join(data.column_names)}")
+    return (str(row) for batch in data.iter(1000) for row in batch[source.column])
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and Path(name).suffix not in {".txt", *_TABLES}
+
+
+def _cached(generate: Any, key: list[Any], features: datasets.Features | None = None, **arguments: Any) -> datasets.Dataset:
+    """`datasets`' on-disk copy of a generator's rows, made once for each `key`."""
+    name = hashlib.blake2b(json.dumps([_CACHE_VERSION, *key]).encode(), digest_size=16).hexdigest()
+    try:
+        return datasets.Dataset.from_generator(generate, features=features, gen_kwargs=arguments, fingerprint=name)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, RecipeError):
+            raise error.__cause__ from None
+        raise
+
+
+def first_words(stories: Sequence[str], number: int, words: int) -> list[str]:
+    """The first `words` words of each of the first `number` stories: prompts to go on from."""
+    return [" ".join(story.split()[:words]) for story in islice(stories, number)]
