@@ -44,7 +44,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, lag: int, causal: b
 
 def check_weights(a, b, c, temperature, heads: int, normalize_qk: bool) -> None:
     """f(s) = a + b s + c s^2 must be able to be a weight: finite, and nowhere negative over the s that can occur."""
-    table = []
+    table: list = []
     readable = True
     for name, x in (("a", a), ("b", b), ("c", c), ("temperature", temperature)):
         if isinstance(x, Tensor):
@@ -56,16 +56,14 @@ def check_weights(a, b, c, temperature, heads: int, normalize_qk: bool) -> None:
         table.append(x)
     if not readable or torch.compiler.is_compiling():
         return
-    if not any(isinstance(x, Tensor) for x in table):
-        rows = [tuple(float(x) for x in table)]
-    else:
-        rows = list(zip(*[x.detach().double().expand(heads).tolist() if isinstance(x, Tensor) else [float(x)] * heads for x in table],
-                        strict=True))  # fmt: skip
-    for row in rows:
-        _check_row(*row, normalize_qk)
+    if not any(isinstance(x, Tensor) for x in table):  # one row says it all
+        heads = 1
+    columns = [x.detach().double().expand(heads).tolist() if isinstance(x, Tensor) else [float(x)] * heads for x in table]
+    for row in zip(*columns, strict=True):
+        _check_row(*row, normalize_qk=normalize_qk)
 
 
-def _check_row(a: float, b: float, c: float, temperature: float, normalize_qk: bool) -> None:
+def _check_row(a: float, b: float, c: float, temperature: float, *, normalize_qk: bool) -> None:
     shown = f"a={a:g}, b={b:g}, c={c:g}, temperature={temperature:g}"
     if not all(math.isfinite(x) for x in (a, b, c, temperature)):
         raise ValueError(f"a, b, c and temperature must be finite, but {shown}.")

@@ -157,7 +157,7 @@ def linear_attention(
 
     in_kernel = p_tensor if noisy and dropout_kind == "paper" and not two_sided else None
     out, mass, state = attend(value, coefficients, decay, degree, return_state, in_kernel)
-    if noisy and in_kernel is None:
+    if p_tensor is not None and in_kernel is None:
         if dropout_kind == "paper":
             out = noise_like(out, p_tensor, seed_tensor)
         else:
