@@ -1,0 +1,204 @@
+"""The attention function that Transformers calls in every attention module of a model with `attn_implementation="linattn"`."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_torchdynamo_compiling, logging
+
+from .cache import LinearStateLayer, take_layer
+from .config import NAME, LinAttnConfig
+from .mask import padding_of, refuse_other_patterns, segment_ids, sequence_starts
+from .ops import linear_attention, linear_attention_step
+from .rollback import Recurrence, without_padding
+from .support import refuse_unknown_calls
+
+logger = logging.get_logger(__name__)
+
+Number = float | Tensor
+FASTEST, SLOWEST = 1.5, 512.0  # tokens: the time constants of the first and of the last head
+
+
+def linattn_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float | Tensor = 0.0,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Linear attention of one layer, or softmax where `softmax_layers` keeps it.
+
+    query (B, Hq, N, D), key and value (B, Hk, N, D) as Transformers gives them, rotary embedding applied; the result is
+    (B, N, Hq, Dv), contiguous, in the query's dtype, and None, for there are no attention weights to return. A sliding window,
+    a softcap and attention sinks shape softmax scores and have no meaning here: they are dropped.
+
+    Raises:
+        ValueError: cross-attention, a cache of keys and values, a mask or bias that linear attention cannot honour, or options
+            of `config.linattn` out of bounds.
+        TypeError: options of the wrong type.
+    """
+    options = options_of(module)
+    if keeps_softmax(module, options):
+        starts = sequence_starts(padding_of(attention_mask, query.shape[2]), position_ids, cu_seq_lens_q, query.shape[2])
+        return softmax_attention(module, query, key, value, attention_mask, starts, scaling, dropout, is_causal, kwargs)
+    refuse_unknown_calls(module, query, key, kwargs)
+    warn_about_softcap(module, kwargs)
+    length = query.shape[2]
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    layer = take_layer(key)
+    first = layer is None or layer.is_first(length)
+    if not causal and not first:
+        raise ValueError("A cache holds what came before; bidirectional linear attention cannot go on from it. Give use_cache=False.")
+
+    padding = padding_of(attention_mask, length)
+    starts = sequence_starts(padding, position_ids, cu_seq_lens_q, length) if first else None
+    segments = segment_ids(padding, starts, query.shape[0])
+    refuse_other_patterns(attention_mask, segments, causal)
+    numbers = coefficients(module, options, query, scaling)
+    if layer is None or not causal:
+        out: Any = linear_attention(query, key, value, causal=causal, segment_ids=segments, **numbers, **noise(module, options, dropout))
+    else:
+        out = attend_with_state(layer, first, query, key, value, segments, numbers, noise(module, options, dropout))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def attend_with_state(
+    layer: LinearStateLayer, first: bool, query: Tensor, key: Tensor, value: Tensor, segments: Tensor | None, numbers: dict, noise: dict
+) -> Tensor:
+    """Causal attention over the state and the new tokens; leaves the state after them in `layer`."""
+    log_decay = numbers.get("log_decay")
+    recurrence = Recurrence(query.shape[1], not _is_zero(numbers["c"]), numbers["normalize_qk"], log_decay)
+    heads = key.shape[1] if log_decay is None else log_decay.shape[0]
+    before = None if first else layer.allocate(query.shape[0], heads, *_widths(key, value), recurrence.quadratic, query.device)
+    packed = segments is not None and segments.dtype != torch.bool
+    if not packed:
+        layer.record(recurrence, key, value, segments, before)
+    if before is not None and query.shape[2] == 1 and not noise and not _needs_grad(query, key, value):
+        return linear_attention_step(query, key, value, before, **numbers)
+    numbers["log_decay"] = without_padding(log_decay, segments if not packed else None)
+    out, after = linear_attention(
+        query, key, value, segment_ids=segments, initial_state=before, return_state=True, **numbers, **noise
+    )
+    layer.write(after)
+    return out
+
+
+def _widths(key: Tensor, value: Tensor) -> tuple[int, int]:
+    return key.shape[-1], value.shape[-1]
+
+
+def _is_zero(c: Number) -> bool:
+    return not isinstance(c, Tensor) and c == 0
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def options_of(module: nn.Module) -> LinAttnConfig:
+    """`LinAttnConfig.of(module.config)`, checked once per content of `config.linattn`, not once a token."""
+    config: Any = module.config
+    if is_torchdynamo_compiling():
+        return LinAttnConfig.of(config)
+    stored = getattr(config, NAME, None)
+    cached = module.__dict__.get("_linattn_options")
+    if cached is None or cached[0] != stored:
+        cached = (copy.deepcopy(stored), LinAttnConfig.of(config))
+        module.__dict__["_linattn_options"] = cached
+    return cached[1]
+
+
+def keeps_softmax(module: nn.Module, options: LinAttnConfig) -> bool:
+    """Whether this module's layer is one of `softmax_layers`.
+
+    Raises:
+        ValueError: the option is set and the module does not know its layer's index.
+    """
+    if not options.softmax_layers:
+        return False
+    index = getattr(module, "layer_idx", None)
+    if index is None:
+        raise ValueError(f"{type(module).__name__} does not know its layer's index, so linattn option softmax_layers cannot apply to it.")
+    return index in options.softmax_layers
+
+
+def coefficients(module: nn.Module, options: LinAttnConfig, query: Tensor, scaling: float | None) -> dict[str, Any]:
+    """a, b, c, temperature, log_decay and normalize_qk of a layer: its parameters where it has some, else the config's numbers."""
+    numbers: dict[str, Any] = {"a": options.a, "b": options.b, "c": options.c, "temperature": options.temperature}
+    if options.decay == "head":
+        numbers["log_decay"] = starting_log_decay(query.shape[1], query.device)
+    if hasattr(module, NAME):
+        numbers.update(getattr(module, NAME)())
+    if not options.normalize_qk:
+        numbers["temperature"] = numbers["temperature"] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    numbers["normalize_qk"] = options.normalize_qk
+    return numbers
+
+
+def starting_log_decay(heads: int, device: torch.device | None = None) -> Tensor:
+    """-1 / tau, float32 (heads,), tau from 1.5 to 512 tokens in equal ratios: the fixed rates of a model without parameters."""
+    return -torch.logspace(-math.log10(FASTEST), -math.log10(SLOWEST), heads, device=device, dtype=torch.float32)
+
+
+def noise(module: nn.Module, options: LinAttnConfig, dropout: Number) -> dict[str, Any]:
+    """Noise dropout of this call: `linattn_dropout_p` of the module, else the config's, else the model's; none outside training."""
+    if not module.training:
+        return {}
+    p: Number | None = getattr(module, "linattn_dropout_p", options.dropout)
+    p = dropout if p is None else p
+    if not isinstance(p, Tensor) and p == 0:
+        return {}
+    return {"dropout_p": p, "dropout_kind": options.dropout_kind}
+
+
+def warn_about_softcap(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Says once that a softcap or sinks of softmax attention are gone."""
+    if not is_torchdynamo_compiling() and (kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None):
+        logger.warning_once(f"{type(module).__name__}: softcap and attention sinks shape softmax scores; linear attention drops them.")
+
+
+def softmax_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    starts: Tensor | None,
+    scaling: float | None,
+    dropout: Number,
+    is_causal: bool | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """The softmax of a layer that keeps it: SDPA, or the architecture's own eager form where it has a softcap."""
+    if starts is not None and key.shape[2] == query.shape[2]:
+        mask = _same_sequence(mask, starts, causal=is_causal if is_causal is not None else getattr(module, "is_causal", True))
+    common = {"scaling": scaling, "dropout": dropout, **kwargs}
+    if kwargs.get("softcap") is None:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, is_causal=is_causal, **common)
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    if mask is None:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - query.shape[2])
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return eager(module, query, key, value, mask, **common)[0], None
+
+
+def _same_sequence(mask: Tensor | None, starts: Tensor, causal: bool) -> Tensor:
+    """A mask narrowed to keys of the query's own packed sequence."""
+    runs = starts.cumsum(-1)
+    same = (runs[:, :, None] == runs[:, None, :])[:, None]
+    if mask is None:
+        return same.tril() if causal else same
+    return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, torch.finfo(mask.dtype).min)

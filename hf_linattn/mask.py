@@ -1,0 +1,112 @@
+"""Which tokens are padding, and which belong to the same packed sequence.
+
+Linear layers need no (N, N) mask: the mask function gives them a padding mask (B, N), True at tokens, or None. Packed sequences
+are read from what every attention call receives, `position_ids` that restart or `cu_seq_lens_q`. A model that keeps softmax layers
+gets the mask of "sdpa" for all its layers, and the padding is read back off it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, masking_utils
+from transformers.utils.import_utils import is_tracing
+
+from .config import linear_layers
+from .support import require_attention_interface
+
+PADDING = "_linattn_padding"
+
+
+def linattn_mask(
+    *, q_length: int, config: PreTrainedConfig, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Tensor | None:
+    """The padding mask of the new tokens, bool (B, q_length), or None where none is padding. Softmax layers: the sdpa mask."""
+    if not is_tracing(attention_mask):
+        require_attention_interface(config)
+    padding = _last_tokens(attention_mask, q_length)
+    if all(linear_layers(config)):
+        return padding
+    mask = masking_utils.sdpa_mask(q_length=q_length, attention_mask=attention_mask, **kwargs)
+    if mask is not None:
+        setattr(mask, PADDING, padding)
+    return mask
+
+
+def _last_tokens(mask: Tensor | None, length: int) -> Tensor | None:
+    """The last `length` columns of a 2D mask; idempotent, for generate's compiled decoding feeds its own result back."""
+    if mask is None or length == 1:  # a decoded token is never padding
+        return None
+    mask = mask[:, -length:].to(torch.bool)
+    if not is_tracing(mask) and bool(mask.all()):
+        return None
+    return mask
+
+
+def padding_of(mask: Tensor | None, length: int) -> Tensor | None:
+    """The padding mask (B, length) behind whatever mask a layer was given: None, 2D, or 4D as for sdpa or eager."""
+    if mask is None or mask.dim() == 2:
+        return _last_tokens(mask, length)
+    if hasattr(mask, PADDING):
+        return getattr(mask, PADDING)
+    return _last_tokens(_visible(mask)[:, 0].diagonal(mask.shape[-1] - length, -2, -1), length)
+
+
+def _visible(mask: Tensor) -> Tensor:
+    """True where a 4D mask, bool or additive, lets a query see a key."""
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def refuse_other_patterns(mask: Tensor | None, segments: Tensor | None, causal: bool) -> None:
+    """Linear attention knows padding, packing and causality; refuses a 4D mask that says anything else.
+
+    Raises:
+        ValueError: the mask is no such pattern.
+    """
+    if mask is None or mask.dim() != 4 or is_tracing(mask):
+        return
+    length, keys = mask.shape[-2:]
+    wanted = torch.ones(length, keys, dtype=torch.bool, device=mask.device)
+    wanted = wanted.tril(keys - length) if causal else wanted
+    if segments is not None:
+        runs = segments.to(torch.int32)
+        real = runs > 0
+        new = (runs[:, :, None] == runs[:, None, :]) & real[:, :, None]
+        given = torch.where(real[:, None, :, None], _visible(mask), False)[..., -length:]
+        same = bool((given == (wanted[:, -length:] & new)[:, None]).all())
+    else:
+        same = bool((_visible(mask) == wanted).all())
+    if not same:
+        raise ValueError(
+            "The 4D attention mask is neither causal, padded nor packed, and linear attention knows no other pattern; give a 2D "
+            "padding mask or position_ids that restart at each sequence."
+        )
+
+
+def sequence_starts(padding: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None, length: int) -> Tensor | None:
+    """Where a packed sequence begins, bool (B or 1, length), the first token apart; None where nothing is packed."""
+    if length == 1:
+        return None
+    if cu_seq_lens is not None:
+        starts = torch.zeros(length + 1, dtype=torch.bool, device=cu_seq_lens.device)
+        starts = starts.index_fill(0, cu_seq_lens.long(), True)[None, :length]
+    elif position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] != length:
+        return None
+    elif padding is None:
+        steps = position_ids[:, 1:] - position_ids[:, :-1]
+        starts = torch.cat([torch.zeros_like(position_ids[:, :1], dtype=torch.bool), steps != 1], -1)
+    else:
+        starts = position_ids == 0  # positions jump at padding inside a text; only 0 begins one
+    if not is_tracing(starts) and not bool(starts[:, 1:].any()):
+        return None
+    return starts
+
+
+def segment_ids(padding: Tensor | None, starts: Tensor | None, batch: int) -> Tensor | None:
+    """What `linear_attention` takes: None, the padding mask (B, N), or int32 (B, N), 0 at padding and n in the n-th sequence."""
+    if starts is None:
+        return padding
+    ids = (1 + starts.cumsum(-1, dtype=torch.int32)).expand(batch, -1)
+    return ids if padding is None else ids * padding
