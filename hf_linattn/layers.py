@@ -44,13 +44,16 @@ class LinAttnParams(nn.Module):
         longest: time constant of the slowest head at the start, in tokens, at least 1.5.
 
     Raises:
-        ValueError: no heads, or a, b, temperature (or c of the quadratic kernel) that is not positive.
+        ValueError: no heads; the linear kernel without ``normalize_qk``; a, b, temperature (or c of the quadratic kernel) that is not
+            positive.
     """
 
     def __init__(self, heads: int, config: LinAttnConfig, longest: float = 512.0) -> None:
         super().__init__()
         if heads < 1:
             raise ValueError(f"learnable linear attention needs at least one head, got {heads}")
+        if config.kernel == "linear" and not config.normalize_qk:
+            raise ValueError("the learnable linear kernel is bounded only for unit-length queries and keys: set normalize_qk to true")
         self.kernel, self.longest = config.kernel, max(float(longest), SHORTEST_TIME_CONSTANT)
         self.a, self.b, self.temperature = float(config.a), float(config.b), float(config.temperature)
         self.c = float(0.5 if config.c is None else config.c) if config.kernel == "quadratic" else 0.0

@@ -50,7 +50,7 @@ class LinAttnModelMixin:
             config.linattn = LinAttnConfig(learnable=True).to_dict()
         if config._attn_implementation is None:
             config._attn_implementation = "linattn"
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _attach_parameters(self)  # type: ignore[arg-type]
         # Transformers never saves the implementation in use, but a plain attribute of this name it saves, and honours on load.
         self.config.attn_implementation = "linattn"
@@ -98,7 +98,7 @@ def _attach_parameters(model: PreTrainedModel) -> None:
                 module.linattn = LinAttnParams(config.num_attention_heads, options, longest)
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and not isinstance(inner, LinAttnModelMixin):
-            inner._init_weights = _InnerInitWeights(inner)
+            inner._init_weights = _InnerInitWeights(inner)  # type: ignore[method-assign]
 
 
 def config_class_for(model_type: str) -> type:
@@ -157,9 +157,10 @@ def _make_config_class(base_type: str) -> type:
 
 
 def _make_model_classes(base_type: str, config_class: type) -> dict[str, type]:
-    base_config, classes = transformers.CONFIG_MAPPING[base_type], {}
+    base_config = transformers.CONFIG_MAPPING[base_type]
+    classes: dict[str, type] = {}
     for auto, mapping in _AUTO_CLASSES:
-        base = mapping[base_config]
+        base: Any = mapping[base_config]
         in_float32 = {*(base._keep_in_fp32_modules_strict or ()), "linattn"}
         members = {"config_class": config_class, "__annotations__": {"config": config_class}, "_keep_in_fp32_modules_strict": in_float32}
         model_class = _make_class(f"LinAttn{base.__name__}", (LinAttnModelMixin, base), **members)
@@ -183,7 +184,7 @@ def _share_tokenizer(base_type: str) -> None:
     names = tokenization_auto.TOKENIZER_MAPPING_NAMES
     if base_type in names:
         names[PREFIX + base_type] = names[base_type]
-    known_wrong = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
+    known_wrong: set[str] = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
     if base_type in known_wrong:
         known_wrong.add(PREFIX + base_type)
 

@@ -1,0 +1,30 @@
+"""What a softmax layer has and a linear one has not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def dropped_features(config: Any, linear: list[bool]) -> list[dict[str, Any]]:
+    """What linear layers leave behind of the source's attention.
+
+    Args:
+        config: the source's configuration.
+        linear: for each layer, whether it becomes linear.
+
+    Returns:
+        One entry a feature: ``what``, its ``value`` in the source, the ``layers`` it is dropped from, and ``note``.
+    """
+    dropped = []
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(linear)
+    windowed = [i for i, is_linear in enumerate(linear) if is_linear and types[i] == "sliding_attention"]
+    if window is not None and windowed and getattr(config, "use_sliding_window", True):
+        note = "a linear layer sees all earlier tokens"
+        dropped.append({"what": "sliding_window", "value": window, "layers": windowed, "note": note})
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None and any(linear):
+        note = "scores of unit-length queries and keys are bounded by the temperature"
+        layers = [i for i, is_linear in enumerate(linear) if is_linear]
+        dropped.append({"what": "attn_logit_softcapping", "value": softcap, "layers": layers, "note": note})
+    return dropped

@@ -1,0 +1,89 @@
+"""What a conversion did: the content of conversion.json, and its summary on screen."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from torch import Tensor
+
+from convert.check import CheckReport
+from convert.source import Source
+from hf_linattn.config import LinAttnConfig
+from hf_linattn.layers import LinAttnParams
+
+_PACKAGES = ("hf_linattn", "torch", "transformers", "safetensors")
+
+
+def conversion_report(
+    source: Source,
+    config: Any,
+    options: dict[str, Any],
+    dropped: list[dict[str, Any]],
+    added: dict[str, Tensor],
+    checked: CheckReport | None,
+) -> dict[str, Any]:
+    """The content of conversion.json.
+
+    Args:
+        source: what was converted.
+        config: the converted configuration.
+        options: as they were given.
+        dropped: what linear layers leave behind.
+        added: the new parameters by name.
+        checked: what the check found, None where it was left out.
+    """
+    kept = config.linattn["softmax_layers"]
+    return {
+        "source": source.name,
+        "revision": source.folder.name if source.hub_id else None,
+        "options": options,
+        "linattn": config.linattn,
+        "linear_layers": [layer for layer in range(config.num_hidden_layers) if layer not in kept],
+        "starting_values": _starting_values(config, added),
+        "dropped": dropped,
+        "parameters": {"source": source.parameters(), "added": sum(tensor.numel() for tensor in added.values())},
+        "check": asdict(checked) if checked else None,
+        "versions": {package: _version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+    }
+
+
+def summary(output: Path, report: dict[str, Any]) -> Table:
+    """The report as a table for the screen."""
+    table = Table(title=f"{report['source']} -> {output}", show_header=False, title_justify="left")
+    linattn, parameters = report["linattn"], report["parameters"]
+    table.add_row("linear layers", f"{len(report['linear_layers'])}, kernel {linattn['kernel']}, decay {linattn['decay']}")
+    table.add_row("softmax layers", ", ".join(map(str, linattn["softmax_layers"])) or "none")
+    table.add_row("parameters", f"{parameters['source']:,} + {parameters['added']:,} new")
+    for item in report["dropped"]:
+        table.add_row("dropped", f"{item['what']} = {item['value']} in {len(item['layers'])} layers: {item['note']}")
+    checked = report["check"]
+    if checked is None:
+        table.add_row("check", "left out (--no-check)")
+        return table
+    table.add_row("check", f"{checked['tensors']} weights equal the source's; logits are finite")
+    if checked["ignored"]:
+        table.add_row("", f"{len(checked['ignored'])} weights that the model has no use for, such as {checked['ignored'][0]}")
+    if checked["step_error"] is not None:
+        table.add_row("", f"cached steps against the full forward pass: {checked['step_error']:.1e} of the largest logit")
+    return table
+
+
+def _starting_values(config: Any, added: dict[str, Tensor]) -> dict[str, Any]:
+    """What every linear layer starts with: a list of H numbers, or one for all, for each of temperature, a, b, c, log_decay."""
+    if not added:
+        return {name: config.linattn[name] for name in ("temperature", "a", "b", "c")}
+    layer = LinAttnParams(config.num_attention_heads, LinAttnConfig(**config.linattn))
+    layer.load_state_dict({name.rpartition(".")[2]: value for name, value in added.items()})
+    return {name: [round(number, 6) for number in values.tolist()] for name, values in layer().items()}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "from a checkout"
