@@ -13,6 +13,7 @@ that checkpoint is cut off on resume, because the run will write it again.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from accelerate import Accelerator
 from recipes.common.config import dump
 from recipes.common.errors import RecipeError
 from recipes.common.files import staged_directory, write_json, write_text
+
+# It warns of tied weights at every checkpoint, which load again as they were.
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 class Run:
@@ -53,15 +57,12 @@ class Run:
         Raises:
             RecipeError: the folder exists and neither `resume` nor `overwrite` is given, is no run's folder, or belongs to another run.
         """
+        cls.check(folder, resume=resume, overwrite=overwrite)
         folder = Path(folder)
         facts = {**(facts or {}), "processes": accelerator.num_processes}
         going_on = resume and folder.exists()
         if going_on:
             _check_same(folder, {**config, **facts})
-        elif folder.exists() and not overwrite:
-            raise RecipeError(f"{folder} exists already; pass --resume to go on, --overwrite to start anew, or choose another output")
-        elif folder.exists() and any(folder.iterdir()) and not (folder / "config.yaml").is_file():
-            raise RecipeError(f"{folder} holds no config.yaml, so it is not a run's folder and is not overwritten; choose another output")
         accelerator.wait_for_everyone()
         if accelerator.is_main_process and not going_on:
             with staged_directory(folder, overwrite=True) as aside:
@@ -69,6 +70,17 @@ class Run:
                 write_json(aside / "facts.json", facts)
         accelerator.wait_for_everyone()
         return cls(folder, accelerator)
+
+    @staticmethod
+    def check(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+        """What `open` refuses without knowing the config: call it before slow preparations."""
+        folder = Path(folder)
+        if not folder.exists() or resume:
+            return
+        if not overwrite:
+            raise RecipeError(f"{folder} exists already; pass --resume to go on, --overwrite to start anew, or choose another output")
+        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.yaml").is_file()):
+            raise RecipeError(f"{folder} holds no config.yaml, so it is not a run's folder and is not overwritten; choose another output")
 
     @property
     def metrics_file(self) -> Path:

@@ -1,0 +1,101 @@
+"""The model of a run: from a checkpoint, or made from a config."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import hf_linattn
+from recipes.common.errors import RecipeError, sentence
+
+
+def load_model(
+    name: str,
+    *,
+    attn_implementation: str | None = None,
+    linattn: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """A causal language model from a checkpoint folder or hub id; safetensors only, pickled weights are refused.
+
+    Args:
+        attn_implementation: None keeps what the checkpoint says.
+        linattn: values laid over the checkpoint's `config.linattn`.
+        overrides: values of other config keys.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{name}: no checkpoint can be loaded from it ({sentence(error)}); give a folder or a hub id") from None
+    _change(config, overrides or {}, linattn or {}, name)
+    model: PreTrainedModel
+    info: dict[str, Any]
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
+            name, config=config, attn_implementation=attn_implementation, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers, safetensors and the hub client each raise their own
+        raise RecipeError(f"{name}: its weights cannot be loaded ({sentence(error)}); give a whole checkpoint in safetensors") from None
+    if missing := sorted(info["missing_keys"]):
+        raise RecipeError(f"{name} lacks {len(missing)} of the model's weights, such as {missing[0]}; give a whole checkpoint")
+    return model
+
+
+def new_model(
+    model_type: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    attn_implementation: str | None,
+    linattn: dict[str, Any],
+    settings: dict[str, Any],
+) -> PreTrainedModel:
+    """A causal language model with random weights; the vocabulary's size and special tokens are the tokenizer's unless `settings` says."""
+    known = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    try:
+        config = AutoConfig.for_model(model_type)
+    except ValueError:
+        raise RecipeError(f"model_type: {model_type!r} is no model of Transformers; give one such as llama or gpt_neox") from None
+    _change(config, {**known, **settings}, linattn, "model_config")
+    if config.vocab_size < len(tokenizer):
+        raise RecipeError(f"model_config: vocab_size {config.vocab_size} is less than the tokenizer's {len(tokenizer)}; leave it out")
+    try:
+        # The config is built anew so that what follows from a setting (such as head_dim from hidden_size) follows.
+        fresh = AutoConfig.for_model(model_type, **{**known, **settings}, **({"linattn": linattn} if linattn else {}))
+        return AutoModelForCausalLM.from_config(fresh, attn_implementation=attn_implementation, dtype=torch.float32)
+    except Exception as error:  # strict configs, missing backends and shape errors come in many types
+        raise RecipeError(f"model_config: no {model_type} model can be made of it ({sentence(error)})") from None
+
+
+def is_linear(model: PreTrainedModel) -> bool:
+    """Whether the model's attention is the plugin's."""
+    return model.config._attn_implementation == "linattn"
+
+
+def check_length(model: PreTrainedModel, length: int, what: str = "length") -> None:
+    """Raise RecipeError where `length` tokens are more than the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise RecipeError(
+            f"{what} {length} is more than the model's {positions} positions; lower it or set model_config.max_position_embeddings"
+        )
+
+
+def _change(config: PretrainedConfig, overrides: dict[str, Any], linattn: dict[str, Any], where: str) -> None:
+    known = config.to_dict()
+    for key, value in overrides.items():
+        if key not in known and not hasattr(config, key):
+            close = difflib.get_close_matches(key, known, n=1)
+            raise RecipeError(
+                f"{where}: {key!r} is no key of a {config.model_type} config" + (f"; did you mean {close[0]!r}?" if close else "")
+            )
+        setattr(config, key, value)
+    if linattn:
+        config.linattn = {**(getattr(config, "linattn", None) or {}), **linattn}
+        try:
+            hf_linattn.LinAttnConfig.of(config)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"linattn: {sentence(error)}") from None

@@ -1,0 +1,116 @@
+"""The settings of a training run, one key a line in the YAML files under configs/."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass
+class Settings:
+    """What decides a run. Every field is a key of the YAML file and of `--set`."""
+
+    output: str
+    """Folder of the run: checkpoints, metrics, curve, and at the end model/."""
+
+    # The model
+    model: str | None = None
+    """Checkpoint folder or hub id, softmax or converted; leave out for a model from scratch."""
+    model_type: str | None = None
+    """Transformers' name of an architecture (llama, gpt_neox, ...), for a model from scratch."""
+    model_config: dict[str, Any] = field(default_factory=dict)
+    """Keys of the model's own config, over the checkpoint's or the architecture's defaults."""
+    tokenizer: str | None = None
+    """Checkpoint, hub id or tokenizer.json; by default the model's."""
+    attn_implementation: str | None = None
+    """linattn, sdpa, eager, ...; by default what the checkpoint says."""
+    linattn: dict[str, Any] = field(default_factory=dict)
+    """Keys of LinAttnConfig, over the checkpoint's."""
+
+    # The text
+    train_data: list[str] = field(default_factory=lambda: ["roneneldan/TinyStories"])
+    """Text files or hub ids."""
+    valid_data: list[str] = field(default_factory=list)
+    """Text files or hub ids; none: the last `valid_stories` of the training text are held out."""
+    train_split: str = "train"
+    valid_split: str = "validation"
+    text_column: str = "text"
+    separator: str = "<|endoftext|>"
+    valid_stories: int = 500
+    length: int = 512
+    """Tokens a sequence."""
+    separate_stories: bool = False
+    """Whether stories packed into one sequence are hidden from one another."""
+
+    # The optimizer
+    steps: int | None = None
+    """Optimizer steps; by default `epochs` times the text."""
+    epochs: float = 1.0
+    batch_size: int = 8
+    """Sequences a process and forward pass."""
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-3
+    linattn_learning_rate: float = 0.1
+    """Of the per-head parameters of converted attention, which stay where they start at an ordinary rate."""
+    weight_decay: float = 0.01
+    beta2: float = 0.95
+    warmup: float = 0.05
+    """Share of the steps over which the rates rise from 0; after it they fall to 0 along a cosine."""
+    clip: float = 1.0
+    """Bound of the gradient's norm."""
+    noise: float = 0.0
+    """Noise dropout's p at the first step (attn_implementation linattn)."""
+    noise_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How p falls to 0 over the run."""
+    teacher: str | None = None
+    """Checkpoint whose predictions are matched; the tokenizer must be the same."""
+    teacher_weight: float = 1.0
+    """Share of the KL divergence to the teacher in the loss; the rest is the text's cross-entropy."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """By default what accelerate's own config says."""
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    # What is reported and kept
+    log_every: int = 10
+    eval_every: int = 100
+    eval_sequences: int = 64
+    checkpoint_every: int = 100
+    samples: int = 2
+    """Stories gone on with at each evaluation."""
+    sample_tokens: int = 60
+
+    def __post_init__(self) -> None:
+        counts = (
+            "length",
+            "batch_size",
+            "gradient_accumulation",
+            "log_every",
+            "eval_every",
+            "eval_sequences",
+            "checkpoint_every",
+            "valid_stories",
+        )
+        for name in (*counts, *(["steps"] if self.steps is not None else [])):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "linattn_learning_rate", "epochs", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name, top in (("warmup", 1), ("teacher_weight", 1), ("noise", 0.999), ("beta2", 0.9999)):
+            if not 0 <= getattr(self, name) <= top:
+                raise ValueError(f"{name} must lie between 0 and {top}, got {getattr(self, name)}")
+        for name in ("weight_decay", "samples", "sample_tokens"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.length < 2:
+            raise ValueError(f"length must be at least 2, got {self.length}")
+        for name in ("checkpoint_every", "eval_every"):
+            if getattr(self, name) % self.log_every:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be a multiple of log_every ({self.log_every})")
+        if (self.model is None) == (self.model_type is None):
+            raise ValueError("give either model (a checkpoint) or model_type (an architecture, from scratch)")
+        if self.model is None and self.tokenizer is None:
+            raise ValueError("a model from scratch needs a tokenizer: a checkpoint, a hub id or a tokenizer.json")
+        if not self.train_data:
+            raise ValueError("train_data names no text")
