@@ -56,11 +56,17 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-def _canonical_decay(log_decay: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+def _canonical_decay(log_decay: Tensor | None, query: Tensor, key: Tensor, segments: Tensor | None) -> Tensor | None:
+    """float32 (float64 beside float64), and 0 at padding: a padded row decays as it does without its padding."""
     if log_decay is None:
         return None
-    checks.check_decay(log_decay, query.shape[0], query.shape[1], key.shape[1], key.shape[2])
-    return log_decay.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    batch, length = query.shape[0], key.shape[2]
+    checks.check_decay(log_decay, batch, query.shape[1], key.shape[1], length)
+    rate = log_decay.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    if segments is None:
+        return rate
+    rate = rate[None, :, None].expand(batch, -1, length) if rate.dim() == 1 else rate
+    return rate.masked_fill((segments <= 0)[:, None], 0)
 
 
 def linear_attention(
@@ -102,7 +108,7 @@ def linear_attention(
         lag: a query sees keys at least this many tokens behind it. With an initial_state, give key and value with the `lag` tokens
             before in front: they are not in the state yet.
         segment_ids: (B, N) integers, 0 for padding; tokens with equal ids see each other, and ids never fall along a row. Or a bool mask of
-            the real tokens. The output at padding is 0, and nothing at padding, NaN included, reaches another row.
+            the real tokens. The output at padding is 0; nothing at padding, NaN included, reaches another row, and decay does not count it.
         initial_state: float32 (B, Hs, F, Dv + 1) from a call before; it belongs to the first segment. Hs is Hq where log_decay is a query
             head's own, else Hk. See `empty_state`.
         return_state: also return the state behind the last token (of the last segment).
@@ -126,9 +132,9 @@ def linear_attention(
     batch, heads, length, head_dim = query.shape
     degree = _degree(c)
     coefficients = _coefficients(query, a, b, c, temperature)
-    decay = _canonical_decay(log_decay, query, key)
     packed = segment_ids is not None and segment_ids.dtype != torch.bool
     segments = None if segment_ids is None else canonical_segments(segment_ids, batch, key.shape[2])
+    decay = _canonical_decay(log_decay, query, key, segments)
     if segments is not None and not causal and key.shape[2] != length:
         raise ValueError(f"segment_ids need as many keys as queries, but there are {key.shape[2]} and {length}.")
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
@@ -279,9 +285,9 @@ def linear_attention_step(
     if query.shape[2] != 1:
         raise ValueError(f"linear_attention_step takes one token a call, not {query.shape[2]}: use linear_attention for more.")
     degree = _degree(c)
-    decay = _canonical_decay(log_decay, query, key)
+    segments = None if segment_ids is None else canonical_segments(segment_ids, query.shape[0], 1)
+    decay = _canonical_decay(log_decay, query, key, segments)
     rows = feature_count(query.shape[-1], degree)
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     checks.check_state(state, (query.shape[0], state_heads(query, key, decay), rows, value.shape[-1] + 1), dtype)
-    segments = None if segment_ids is None else canonical_segments(segment_ids, query.shape[0], 1)
     return step(query, key, value, state, _coefficients(query, a, b, c, temperature), decay, segments, degree, normalize_qk)

@@ -118,10 +118,7 @@ def _step(query: Tensor, key: Tensor, value: Tensor, state: Tensor, coefficients
         new = new.repeat_interleave(heads // key.shape[1], 1)
     if log_decay is not None:
         rate = log_decay[:, None] if log_decay.dim() == 1 else log_decay
-        decay = rate.to(dtype).exp()[..., None]
-        if padding is not None:
-            decay = decay.masked_fill(padding, 1)
-        state.mul_(decay)
+        state.mul_(rate.to(dtype).exp()[..., None])
     state.add_(new)
     q = q.view(*q.shape[:1], heads, groups, -1) * temperature
     num = query_features(q, a, b, c, degree) @ state

@@ -11,7 +11,8 @@ def reference(query: Tensor, key: Tensor, value: Tensor, a=1.0, b=1.0, c=0.0, *,
     """Normalised attention with weights f(s) = a + b s + c s^2, by the matrix of all pairs.
 
     Shapes: query (B, Hq, N, D), key (B, Hk, N, D), value (B, Hk, N, Dv), result (B, Hq, N, Dv); a, b, c and temperature
-    a number or (Hq,); log_decay None, (H,) or (B, H, N) with H one of Hk, Hq; segment_ids (B, N), 0 for padding.
+    a number or (Hq,); log_decay None, (H,) or (B, H, N) with H one of Hk, Hq; segment_ids (B, N), 0 for padding,
+    which is neither seen nor counted by the decay.
     """
     heads, n = query.shape[1], query.shape[2]
     per_query_head = lambda x: x.repeat_interleave(heads // x.shape[-3], -3)  # noqa: E731
@@ -25,8 +26,10 @@ def reference(query: Tensor, key: Tensor, value: Tensor, a=1.0, b=1.0, c=0.0, *,
         same = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (segment_ids > 0)[:, :, None]
         visible = visible & same[:, None]
     if log_decay is not None:
-        rate = log_decay[:, None].expand(-1, n) if log_decay.dim() == 1 else log_decay
-        total = per_query_head(rate.to(query).cumsum(-1)[..., None])               # G (.., Hq, N, 1)
+        rate = log_decay[None, :, None].expand(len(query), -1, n) if log_decay.dim() == 1 else log_decay
+        if segment_ids is not None:
+            rate = rate.masked_fill((segment_ids == 0)[:, None], 0)                # padding takes no time
+        total = per_query_head(rate.to(query).cumsum(-1)[..., None])               # G (B, Hq, N, 1)
         weights = weights * (-(total - total.mT).abs()).exp()
     weights = weights.masked_fill(~visible, 0)
     mass = weights.sum(-1, keepdim=True)                                           # g

@@ -14,8 +14,9 @@ def make_inputs(batch=2, heads=4, key_heads=2, length=37, head_dim=8, value_dim=
     def uniform(*shape):
         return torch.rand(*shape, generator=generator, dtype=torch.float64)
 
-    query, key, value = normal(batch, heads, length, head_dim), normal(batch, key_heads, length, head_dim), normal(batch, key_heads, length, value_dim)
-    options = {}
+    query, key = normal(batch, heads, length, head_dim), normal(batch, key_heads, length, head_dim)
+    value = normal(batch, key_heads, length, value_dim)
+    options = {"b": 0.5}  # f stays well above 0: at its bound a lone token's mass can vanish, and with it every digit
     if learned:
         options = {"a": 1.2 + uniform(heads), "b": 0.2 + 0.5 * uniform(heads), "temperature": 0.5 + 0.5 * uniform(heads)}
     if quadratic:
@@ -52,6 +53,7 @@ def gradients(function, tensors, options, seed=1):
     """The output and the gradients of a fixed random projection of it, by name."""
     out = function(*tensors, **options)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(out)
-    leaves = {f"arg{i}": x for i, x in enumerate(tensors)} | {n: x for n, x in options.items() if isinstance(x, torch.Tensor) and x.requires_grad}
+    leaves = dict(zip(("query", "key", "value"), tensors, strict=True))
+    leaves |= {name: x for name, x in options.items() if isinstance(x, torch.Tensor) and x.requires_grad}
     grads = torch.autograd.grad((out * weight).sum(), list(leaves.values()), allow_unused=True)
     return out, dict(zip(leaves, grads, strict=True))
