@@ -67,7 +67,7 @@ class LinearStateLayer(CacheLayerMixin):
         setattr(key_states, HANDED, self)
         return key_states, value_states
 
-    def _advance(self, tokens: int) -> None:
+    def _advance(self, tokens: Any) -> None:
         self.cumulative_length += tokens
 
     def is_first(self, tokens: int) -> bool:
@@ -130,7 +130,7 @@ class LinearStateLayer(CacheLayerMixin):
         self._advance(-count)
 
     def reset(self) -> None:
-        super().reset()
+        self._advance(-self.cumulative_length)
         if self.state is not None:
             self.write(torch.zeros_like(self.state))
         self._recent, self._awaited = None, False
@@ -175,7 +175,7 @@ class StaticLinearStateLayer(LinearStateLayer):
         if not is_torchdynamo_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
 
-    def _advance(self, tokens: int) -> None:
+    def _advance(self, tokens: Any) -> None:
         self.cumulative_length.add_(tokens)
 
     def is_first(self, tokens: int) -> bool:

@@ -23,6 +23,8 @@ from transformers import (
     ViTConfig,
 )
 
+import hf_linattn  # noqa: F401  (registers "linattn")
+
 VOCABULARY = 97
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = {**SIZES, "vocab_size": VOCABULARY, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

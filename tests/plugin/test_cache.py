@@ -1,0 +1,162 @@
+"""The cache has constant size, and every way of cutting a text into calls gives the logits of one full forward pass."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import CAUSAL, tiny_config, tiny_model, tiny_tokens
+from transformers import DynamicCache, StaticCache
+
+from hf_linattn import LinearStateLayer, StaticLinearStateLayer
+from hf_linattn.layers import LinAttnParams
+
+TOLERANCE = 1e-4
+OPTIONS = {
+    "linear": {},
+    "quadratic": {"kernel": "quadratic"},
+    "decay": {"decay": "head"},
+    "quadratic-decay": {"kernel": "quadratic", "decay": "head"},
+    "no-unit-length": {"normalize_qk": False, "b": 0.2},
+}
+CASES = [(name, "linear") for name in CAUSAL] + [("llama", option) for option in OPTIONS if option != "linear"] + [("gemma3", "decay")]
+
+
+def state_bytes(cache):
+    return sum(layer.state.numel() * layer.state.element_size() for layer in cache.layers)
+
+
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
+def case(request):
+    name, option = request.param
+    model, ids = tiny_model(name, **OPTIONS[option]), tiny_tokens()
+    with torch.no_grad():
+        return model, ids, model(ids, use_cache=False).logits
+
+
+def feed(model, ids, cache, lengths):
+    with torch.no_grad():
+        return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(lengths, 1)], 1)
+
+
+def test_token_by_token_equals_the_full_pass_at_constant_size(case):
+    model, ids, full = case
+    cache, sizes, out = DynamicCache(config=model.config), [], []
+    for token in ids.split(1, 1):
+        out.append(feed(model, token, cache, 1))
+        sizes.append(state_bytes(cache))
+    torch.testing.assert_close(torch.cat(out, 1), full, atol=TOLERANCE, rtol=0)
+    assert len(set(sizes)) == 1 and cache.get_seq_length() == ids.shape[1]
+
+
+@pytest.mark.parametrize("lengths", [[7, 1, 9, 6], [1, 22], [22, 1]], ids=str)
+def test_chunks_equal_the_full_pass(case, lengths):
+    model, ids, full = case
+    torch.testing.assert_close(feed(model, ids, DynamicCache(config=model.config), lengths), full, atol=TOLERANCE, rtol=0)
+
+
+def test_the_model_builds_its_own_cache(case):
+    model, ids, full = case
+    with torch.no_grad():
+        cache = model(ids[:, :10]).past_key_values
+        assert all(isinstance(layer, LinearStateLayer) for layer in cache.layers)
+        torch.testing.assert_close(model(ids[:, 10:], past_key_values=cache).logits, full[:, 10:], atol=TOLERANCE, rtol=0)
+
+
+def test_static_cache_equals_the_full_pass(case):
+    model, ids, full = case
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    assert all(isinstance(layer, StaticLinearStateLayer) for layer in cache.layers)
+    out = feed(model, ids, cache, [9, 1, 1, 12])
+    torch.testing.assert_close(out, full, atol=TOLERANCE, rtol=0)
+    address = cache.layers[0].state.data_ptr()
+    cache.reset()
+    torch.testing.assert_close(feed(model, ids, cache, [23]), full, atol=TOLERANCE, rtol=0)
+    assert cache.layers[0].state.data_ptr() == address
+
+
+def test_a_copied_cache_goes_its_own_way():
+    model, ids = tiny_model("llama"), tiny_tokens()
+    cache = DynamicCache(config=model.config)
+    feed(model, ids[:, :10], cache, 10)
+    other = copy.deepcopy(cache)
+    expected = feed(model, ids[:, 10:], cache, 13)
+    torch.testing.assert_close(feed(model, ids[:, 10:], other, 13), expected, atol=0, rtol=0)
+
+
+def test_reset_starts_again():
+    model, ids = tiny_model("llama"), tiny_tokens()
+    cache = DynamicCache(config=model.config)
+    first = feed(model, ids, cache, [20, 3])
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(feed(model, ids, cache, [20, 3]), first, atol=1e-6, rtol=0)
+
+
+def test_batch_operations_follow_the_sequences():
+    model, ids = tiny_model("llama", decay="head"), tiny_tokens(3)
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    feed(model, ids[:, :12], cache, 12)
+    cache.reorder_cache(torch.tensor([2, 0, 1]))
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 3, 5]))
+    chosen = [2, 0, 1]
+    assert cache.batch_size == 3
+    torch.testing.assert_close(feed(model, ids[chosen, 12:], cache, 11), full[chosen, 12:], atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", ["linear", "quadratic"])
+def test_parameters_of_each_head_reach_every_step(kernel):
+    """Learned numbers that differ by head, a decay among them, through prefill, chunk and single step."""
+    model, ids = tiny_model("llama", kernel=kernel, decay="head", learnable=True), tiny_tokens()
+    with torch.no_grad():
+        plain = model(ids, use_cache=False).logits
+        for number, module in enumerate(m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")):
+            torch.manual_seed(number)
+            module.linattn = LinAttnParams(4, LinAttn(model), longest=64.0)
+            for parameter in module.linattn.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        full = model(ids, use_cache=False).logits
+    assert (full - plain).abs().max() > 1e-3
+    cache = DynamicCache(config=model.config)
+    torch.testing.assert_close(feed(model, ids, cache, [8, 1, 1, 13]), full, atol=TOLERANCE, rtol=0)
+    assert cache.layers[0].state.shape[1] == 4  # a decay of each query head has a state of its own
+
+
+def LinAttn(model):
+    from hf_linattn import LinAttnConfig
+
+    return LinAttnConfig.of(model.config)
+
+
+def test_offloading_leaves_the_state_where_it_is():
+    model, ids = tiny_model("llama"), tiny_tokens()
+    layer = DynamicCache(config=model.config).layers[0]
+    layer.offload()
+    layer.prefetch()
+    cache = DynamicCache(config=model.config)
+    feed(model, ids, cache, 23)
+    address = cache.layers[0].state.data_ptr()
+    cache.layers[0].offload()
+    cache.layers[0].prefetch()
+    assert cache.layers[0].state.data_ptr() == address
+
+
+def test_state_is_float32_in_a_bfloat16_model():
+    model, ids = tiny_model("llama").to(torch.bfloat16), tiny_tokens()
+    cache = DynamicCache(config=model.config)
+    out = feed(model, ids, cache, [20, 1, 2])
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits
+    assert cache.layers[0].state.dtype == torch.float32 and out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, full, atol=0.05, rtol=0.05)
+
+
+def test_other_models_keep_their_own_caches():
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    soft = AutoModelForCausalLM.from_config(tiny_config("gemma3"), attn_implementation="sdpa")
+    kinds = [type(layer) for layer in DynamicCache(config=soft.config).layers]
+    assert set(kinds) <= {DynamicLayer, DynamicSlidingWindowLayer} and AutoConfig is not None

@@ -1,0 +1,105 @@
+"""generate() in all its forms gives what full forward passes give."""
+
+import pytest
+import torch
+from tiny_models import CAUSAL, tiny_model, tiny_tokens
+from transformers import CompileConfig
+
+VARIANTS = [(name, {}) for name in CAUSAL] + [("llama", {"kernel": "quadratic"}), ("qwen3", {"decay": "head"})]
+NEW = {"max_new_tokens": 12, "min_new_tokens": 12, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: "-".join([v[0], *map(str, v[1].values())]))
+def model(request):
+    name, options = request.param
+    return tiny_model(name, **options)
+
+
+def generate(model, ids, mask=None, **kwargs):
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, **{"do_sample": False, **NEW, **kwargs})
+
+
+def left_padded(ids):
+    """Two sequences of 23 and 19 tokens, padded on the left to 28."""
+    padded = torch.zeros(2, 28, dtype=torch.long)
+    padded[0, 5:], padded[1, 9:] = ids[0], ids[1, :19]
+    return padded, (padded != 0).long()
+
+
+def test_greedy(model):
+    ids = tiny_tokens()
+    assert torch.equal(generate(model, ids), generate(model, ids, use_cache=False))
+
+
+def test_sampling(model):
+    ids, drawn = tiny_tokens(), []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        drawn.append(generate(model, ids, do_sample=True, use_cache=use_cache))
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], generate(model, ids))
+
+
+def test_beams(model):
+    ids = tiny_tokens()
+    assert torch.equal(generate(model, ids, num_beams=4), generate(model, ids, num_beams=4, use_cache=False))
+
+
+def test_several_returned_sequences(model):
+    ids, drawn = tiny_tokens(), []
+    for use_cache in (True, False):
+        torch.manual_seed(4)
+        drawn.append(generate(model, ids, do_sample=True, num_return_sequences=3, use_cache=use_cache))
+    assert drawn[0].shape[0] == 6 and torch.equal(*drawn)
+
+
+def test_left_padding_gives_what_each_sequence_gives_alone(model):
+    ids = tiny_tokens()
+    padded, mask = left_padded(ids)
+    alone = torch.cat([generate(model, ids[:1])[:, 23:], generate(model, ids[1:, :19])[:, 19:]])
+    assert torch.equal(generate(model, padded, mask)[:, 28:], alone)
+
+
+def test_prefill_in_chunks(model):
+    padded, mask = left_padded(tiny_tokens())
+    assert torch.equal(generate(model, padded, mask, prefill_chunk_size=6), generate(model, padded, mask))
+
+
+def test_a_conversation_goes_on_from_returned_past_key_values(model):
+    ids = tiny_tokens()
+    first = generate(model, ids, return_dict_in_generate=True)
+    longer = torch.cat([first.sequences, tiny_tokens(2, 4, seed=5)], 1)
+    assert torch.equal(generate(model, longer, past_key_values=first.past_key_values), generate(model, longer))
+
+
+def test_static_cache(model):
+    padded, mask = left_padded(tiny_tokens())
+    assert torch.equal(generate(model, padded, mask, cache_implementation="static"), generate(model, padded, mask))
+
+
+def test_prompt_lookup_takes_wrong_guesses_back(model):
+    # a prompt that repeats itself, so that there are guesses, and a model that does not, so that most are wrong
+    ids = tiny_tokens(1, 8).repeat(1, 3)
+    assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3), generate(model, ids))
+
+
+def test_an_assistant_model_drafts(model):
+    assistant = tiny_model("llama", scale=1.5)
+    ids = tiny_tokens(1)
+    assert torch.equal(generate(model, ids, assistant_model=assistant), generate(model, ids))
+
+
+@pytest.mark.parametrize("options", [{}, {"decay": "head"}, {"kernel": "quadratic"}], ids=str)
+def test_compiled_decoding_is_one_graph(options):
+    model, ids = tiny_model("llama", **options), tiny_tokens()
+    padded, mask = left_padded(ids)
+    expected = generate(model, padded, mask)
+    # generate compiles by itself on accelerators only; the private name is how it is told to do so here
+    model._compile_all_devices = True
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    out = generate(model, padded, mask, cache_implementation="static", compile_config=config)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(out, expected)
