@@ -161,6 +161,10 @@ def linear_attention(
         return _one_sided(query, key, values, table, rate, segments, initial_state, in_kernel_p, seed_tensor, power, causal, normalize_qk,
                           lag, state_wanted)  # fmt: skip
 
+    result_dtype = query.dtype
+    if noisy and dropout_kind == "moment":
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+
     in_kernel = p_tensor if noisy and dropout_kind == "paper" and not two_sided else None
     out, mass, state = attend(value, coefficients, decay, degree, return_state, in_kernel)
     if p_tensor is not None and in_kernel is None:
@@ -170,7 +174,7 @@ def linear_attention(
             squared = _squared_weights(coefficients)
             moments, mass2, _ = attend(torch.cat([value * value, value], -1), squared, None if decay is None else 2 * decay, 2, False, None)
             deviation = _dropout_deviation(out, mass, moments, mass2, p_tensor)
-            out = out + noise_like(deviation.to(out.dtype), None, seed_tensor)
+            out = (out + noise_like(deviation, None, seed_tensor)).to(result_dtype)
     return (out, state) if return_state else out
 
 
@@ -242,12 +246,15 @@ def _squared_weights(coefficients: Tensor) -> Tensor:
 
 
 def _dropout_deviation(out: Tensor, mass: Tensor, moments: Tensor, squared_mass: Tensor, p: Tensor) -> Tensor:
-    """The standard deviation that dropout of the weights gives each output: sqrt(p / (1 - p) sum_n a_in^2 (v_nj - o_ij)^2)."""
-    second, first = moments.to(mass.dtype).chunk(2, -1)  # means of v^2 and v under the weights f^2
-    spread = (second - 2 * out * first + out * out).clamp(min=0)
+    """The standard deviation that dropout of the weights gives each output, sqrt(p / (1 - p) sum_n a_in^2 (v_nj - o_ij)^2).
+
+    It is a difference of large numbers, so everything comes in at least float32.
+    """
+    second, first = moments.chunk(2, -1)  # means of v^2 and v under the weights f^2
+    spread = second - 2 * out * first + out * out
+    is_spread = spread > 64 * torch.finfo(spread.dtype).eps * second  # below, it is rounding, and a square root has no slope at 0
     share = torch.where(mass == 0, 0, squared_mass / mass.masked_fill(mass == 0, 1).square())[..., None]
-    variance = p / (1 - p) * share * spread
-    return torch.where(variance > 0, variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt(), 0)
+    return torch.where(is_spread, (p / (1 - p) * share * torch.where(is_spread, spread, 1)).sqrt(), 0)
 
 
 def linear_attention_step(
