@@ -65,7 +65,8 @@ def linattn_attention(
     padding = padding_of(attention_mask, length)
     starts = sequence_starts(padding, position_ids, cu_seq_lens_q, length) if first else None
     segments = segment_ids(padding, starts, query.shape[0])
-    refuse_other_patterns(attention_mask, segments, causal)
+    if not options.softmax_layers:  # else the 4D mask is the one made for the softmax layers, perhaps of a window
+        refuse_other_patterns(attention_mask, segments, causal)
     numbers = coefficients(module, options, query, scaling)
     if layer is None or not causal:
         out: Any = linear_attention(query, key, value, causal=causal, segment_ids=segments, **numbers, **noise(module, options, dropout))

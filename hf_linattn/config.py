@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -45,7 +45,7 @@ class LinAttnConfig:
     temperature: float = 1.0
     normalize_qk: bool = True
     decay: str = "none"
-    softmax_layers: list[int] = field(default_factory=list)
+    softmax_layers: list[int] = dataclasses.field(default_factory=list)
     dropout: float | None = None
     dropout_kind: str = "paper"
     learnable: bool = False
@@ -115,10 +115,9 @@ class LinAttnConfig:
             return cls()
         if not isinstance(stored, dict):
             raise TypeError(f"config.linattn must be a dict of options (LinAttnConfig(...).to_dict()), not {type(stored).__name__}.")
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = [name for name in stored if name not in known]
+        unknown = [name for name in stored if name not in OPTIONS]
         if unknown:
-            raise ValueError(f"config.linattn has the unknown option {unknown[0]!r}; the options are {', '.join(known)}.")
+            raise ValueError(f"config.linattn has the unknown option {unknown[0]!r}; the options are {', '.join(OPTIONS)}.")
         return cls(**stored)
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,6 +128,9 @@ class LinAttnConfig:
         """Writes the options into a model's config and, where it has one, its text config."""
         for config in (model_config, model_config.get_text_config()):
             setattr(config, NAME, self.to_dict())
+
+
+OPTIONS = tuple(field.name for field in dataclasses.fields(LinAttnConfig))
 
 
 def linear_layers(model_config: PreTrainedConfig) -> list[bool]:

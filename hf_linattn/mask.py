@@ -67,18 +67,13 @@ def refuse_other_patterns(mask: Tensor | None, segments: Tensor | None, causal: 
     """
     if mask is None or mask.dim() != 4 or is_tracing(mask):
         return
-    length, keys = mask.shape[-2:]
-    wanted = torch.ones(length, keys, dtype=torch.bool, device=mask.device)
-    wanted = wanted.tril(keys - length) if causal else wanted
-    if segments is not None:
-        runs = segments.to(torch.int32)
-        real = runs > 0
-        new = (runs[:, :, None] == runs[:, None, :]) & real[:, :, None]
-        given = torch.where(real[:, None, :, None], _visible(mask), False)[..., -length:]
-        same = bool((given == (wanted[:, -length:] & new)[:, None]).all())
-    else:
-        same = bool((_visible(mask) == wanted).all())
-    if not same:
+    length = mask.shape[-2]
+    runs = torch.ones(1, length, device=mask.device) if segments is None else segments.to(torch.int32)
+    real = runs > 0
+    wanted = (runs[:, :, None] == runs[:, None, :]) & real[:, :, None]
+    wanted = wanted.tril() if causal else wanted
+    given = _visible(mask)[..., -length:] & real[:, None, :, None]  # what padding sees is never read
+    if not bool((given == wanted[:, None]).all()):
         raise ValueError(
             "The 4D attention mask is neither causal, padded nor packed, and linear attention knows no other pattern; give a 2D "
             "padding mask or position_ids that restart at each sequence."

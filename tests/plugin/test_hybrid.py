@@ -1,0 +1,114 @@
+"""A model that keeps chosen layers softmax: cache, generation, padding and packing as for one kind of layer."""
+
+import pytest
+import torch
+from tiny_models import CAUSAL, tiny_model, tiny_tokens
+from transformers import DynamicCache
+
+from hf_linattn import LinearStateLayer
+
+NEW = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
+
+
+@pytest.fixture(scope="module", params=CAUSAL)
+def model(request):
+    return tiny_model(request.param, softmax_layers=[1])
+
+
+@pytest.fixture(scope="module", params=["mistral", "gemma2", "gemma3"])
+def windowed(request):
+    """Sliding windows of 8 tokens on a layer that stays softmax."""
+    return tiny_model(request.param, softmax_layers=[0, 2])
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def check_cache(model):
+    ids = tiny_tokens()
+    full = model(ids, use_cache=False).logits
+    for lengths in (1, [7, 1, 9, 6]):
+        cache = DynamicCache(config=model.config)
+        close(torch.cat([model(part, past_key_values=cache).logits for part in ids.split(lengths, 1)], 1), full)
+    linear = [isinstance(layer, LinearStateLayer) for layer in cache.layers]
+    assert linear == [i not in model.config.linattn["softmax_layers"] for i in range(3)]
+
+
+@torch.no_grad()
+def check_padding_and_generation(model):
+    ids = tiny_tokens()
+    full = model(ids, use_cache=False).logits
+    padded = torch.zeros(2, 28, dtype=torch.long)
+    padded[0, 5:], padded[1, 9:] = ids[0], ids[1, :19]
+    mask = (padded != 0).long()
+    for use_cache in (False, True):
+        out = model(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=use_cache).logits
+        close(out[0, 5:], full[0])
+        close(out[1, 9:], full[1, :19])
+    alone = torch.cat([model.generate(ids[:1], **NEW)[:, 23:], model.generate(ids[1:, :19], **NEW)[:, 19:]])
+    for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 6}):
+        assert torch.equal(model.generate(padded, attention_mask=mask, **NEW, **options)[:, 28:], alone), options
+
+
+@torch.no_grad()
+def check_packing(model):
+    ids = tiny_tokens()
+    full = model(ids, use_cache=False).logits
+    packed = torch.cat([ids[:1, :9], ids[1:, :14]], 1)
+    positions = torch.cat([torch.arange(9), torch.arange(14)])[None]
+    for use_cache in (False, True):
+        out = model(packed, position_ids=positions, use_cache=use_cache).logits
+        close(out[0, :9], full[0, :9])
+        close(out[0, 9:], full[1, :14])
+
+
+def test_cache(model):
+    check_cache(model)
+
+
+def test_padding_and_generation(model):
+    check_padding_and_generation(model)
+
+
+def test_packing(model):
+    check_packing(model)
+
+
+def test_cache_beside_a_window(windowed):
+    check_cache(windowed)
+
+
+def test_padding_and_generation_beside_a_window(windowed):
+    check_padding_and_generation(windowed)
+
+
+def test_packing_beside_a_window(windowed):
+    check_packing(windowed)
+
+
+def test_prompt_lookup(model):
+    ids = tiny_tokens(1, 8).repeat(1, 3)
+    assert torch.equal(model.generate(ids, prompt_lookup_num_tokens=3, **NEW), model.generate(ids, **NEW))
+
+
+@torch.no_grad()
+def test_all_layers_softmax_is_the_softmax_model():
+    ids = tiny_tokens()
+    hybrid, softmax = tiny_model("gemma2", softmax_layers=[0, 1, 2]), tiny_model("gemma2", "eager")
+    close(hybrid(ids).logits, softmax(ids).logits)
+
+
+@torch.no_grad()
+def test_the_kept_layer_is_softmax():
+    ids = tiny_tokens()
+    outputs = [tiny_model("llama", softmax_layers=layers)(ids).logits for layers in ([], [1], [0, 1, 2])]
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3 and (outputs[1] - outputs[2]).abs().max() > 1e-3
+    close(outputs[2], tiny_model("llama", "sdpa")(ids).logits)
+
+
+def test_a_layer_that_is_not_there():
+    model = tiny_model("llama", softmax_layers=[3])
+    with pytest.raises(ValueError, match="names layer 3, but the model has layers 0 to 2"):
+        model(tiny_tokens())

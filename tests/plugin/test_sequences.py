@@ -1,0 +1,170 @@
+"""Padded, packed and batched sequences give what each gives alone."""
+
+import pytest
+import torch
+from tiny_models import CAUSAL, tiny_model, tiny_tokens
+from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening, DynamicCache
+
+from hf_linattn.ops import reference
+
+VARIANTS = [(name, {}) for name in CAUSAL] + [("llama", {"kernel": "quadratic"}), ("llama", {"decay": "head"})]
+
+
+@pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: "-".join([v[0], *map(str, v[1].values())]))
+def case(request):
+    name, options = request.param
+    model, ids = tiny_model(name, **options), tiny_tokens()
+    with torch.no_grad():
+        return model, ids, model(ids, use_cache=False).logits
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_left_padding(case):
+    model, ids, full = case
+    padded = torch.zeros(2, 28, dtype=torch.long)
+    padded[0, 5:], padded[1, 9:] = ids[0], ids[1, :19]
+    mask = (padded != 0).long()
+    out = model(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+    close(out[0, 5:], full[0])
+    close(out[1, 9:], full[1, :19])
+    assert out.isfinite().all()
+
+
+@torch.no_grad()
+def test_right_padding(case):
+    model, ids, full = case
+    padded = torch.cat([ids, torch.zeros(2, 4, dtype=torch.long)], 1)
+    mask = (padded != 0).long()
+    close(model(padded, attention_mask=mask).logits[:, :23], full)
+
+
+@torch.no_grad()
+def test_a_text_goes_on_after_right_padding(case):
+    model, ids, full = case
+    lengths = (15, 11)
+    padded, mask = ids[:, :15].clone(), torch.ones(2, 15, dtype=torch.long)
+    padded[1, 11:], mask[1, 11:] = 0, 0
+    cache = DynamicCache(config=model.config)
+    model(padded, attention_mask=mask, past_key_values=cache)
+    rest = torch.stack([ids[row, n : n + 6] for row, n in enumerate(lengths)])
+    positions = torch.stack([torch.arange(n, n + 6) for n in lengths])
+    mask = torch.cat([mask, torch.ones_like(rest)], 1)
+    out = torch.cat([
+        model(rest[:, :1], attention_mask=mask[:, :16], position_ids=positions[:, :1], past_key_values=cache).logits,
+        model(rest[:, 1:], attention_mask=mask, position_ids=positions[:, 1:], past_key_values=cache).logits,
+    ], 1)  # fmt: skip
+    for row, n in enumerate(lengths):
+        close(out[row], full[row, n : n + 6])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.parametrize("mask", [None, "ones"])
+def test_packed_position_ids(case, use_cache, mask):
+    model, ids, full = case
+    packed = torch.cat([ids[:1, :9], ids[1:, :14]], 1)
+    positions = torch.cat([torch.arange(9), torch.arange(14)])[None]
+    mask = None if mask is None else torch.ones_like(packed)
+    out = model(packed, position_ids=positions, attention_mask=mask, use_cache=use_cache).logits
+    close(out[0, :9], full[0, :9])
+    close(out[0, 9:], full[1, :14])
+
+
+@torch.no_grad()
+def test_packed_and_padded(case):
+    model, ids, full = case
+    packed = torch.cat([ids[:1, :9], ids[1:, :10], torch.zeros(1, 4, dtype=torch.long)], 1)
+    positions = torch.cat([torch.arange(9), torch.arange(10), torch.arange(4)])[None]
+    out = model(packed, position_ids=positions, attention_mask=(packed != 0).long()).logits
+    close(out[0, :9], full[0, :9])
+    close(out[0, 9:19], full[1, :10])
+
+
+@torch.no_grad()
+def test_packed_cu_seq_lens(case):
+    model, ids, full = case
+    packed = torch.cat([ids[:1, :9], ids[1:, :14]], 1)
+    bounds = torch.tensor([0, 9, 23], dtype=torch.int32)
+    positions = torch.cat([torch.arange(9), torch.arange(14)])[None]
+    lengths = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 14, "max_length_k": 14}
+    close(model(packed, position_ids=positions, use_cache=False, **lengths).logits[0, 9:], full[1, :14])
+
+
+@torch.no_grad()
+def test_the_flattening_collator():
+    model, ids = tiny_model("llama"), tiny_tokens(3)
+    rows = [{"input_ids": ids[i, :n].tolist()} for i, n in enumerate((9, 1, 14))]
+    for return_flash_attn_kwargs in (False, True):
+        batch = DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=return_flash_attn_kwargs)(rows)
+        labels = batch.pop("labels")
+        assert labels is not None
+        out = model(**batch).logits[0].split([9, 1, 14])
+        for row, logits in zip(rows, out, strict=True):
+            close(logits, model(torch.tensor([row["input_ids"]])).logits[0])
+
+
+@torch.no_grad()
+def test_packed_then_continued_goes_on_from_the_last_sequence():
+    model, ids = tiny_model("llama", decay="head"), tiny_tokens()
+    packed = torch.cat([ids[:1, :9], ids[1:, :14]], 1)
+    positions = torch.cat([torch.arange(9), torch.arange(14)])[None]
+    cache = DynamicCache(config=model.config)
+    model(packed, position_ids=positions, past_key_values=cache)
+    out = model(ids[1:, 14:], position_ids=torch.arange(14, 23)[None], past_key_values=cache).logits
+    close(out, model(ids[1:]).logits[:, 14:])
+
+
+@torch.no_grad()
+def test_nan_at_padding_stays_there():
+    model, ids = tiny_model("llama"), tiny_tokens()
+    embedded = model.get_input_embeddings()(ids)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    expected = model(inputs_embeds=embedded, attention_mask=mask).logits[0, 6:]
+    spoilt = embedded.clone()
+    spoilt[0, :6] = float("nan")
+    close(model(inputs_embeds=spoilt, attention_mask=mask).logits[0, 6:], expected)
+
+
+def attend_by_reference(module, query, key, value, attention_mask, **kwargs):
+    options = getattr(module.config, "linattn", {})
+    c = 0.5 if options.get("kernel") == "quadratic" else 0.0
+    decay = -1 / torch.logspace(torch.tensor(1.5).log10().item(), torch.tensor(512.0).log10().item(), query.shape[1])
+    out = reference(query, key, value, 1.0, 1.0, c, log_decay=decay if options.get("decay") == "head" else None)
+    return out.transpose(1, 2).contiguous(), None
+
+
+@torch.no_grad()
+def test_the_model_computes_the_ten_lines_of_the_reference(case):
+    model, ids, full = case
+    AttentionInterface.register("ten_lines", attend_by_reference)
+    AttentionMaskInterface.register("ten_lines", lambda **kwargs: None)
+    try:
+        model.set_attn_implementation("ten_lines")
+        close(model(ids, use_cache=False).logits, full)
+    finally:
+        model.set_attn_implementation("linattn")
+
+
+@torch.no_grad()
+def test_a_4d_mask_of_padding_is_read():
+    model, ids = tiny_model("llama"), tiny_tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    expected = model(ids, attention_mask=mask).logits
+    visible = torch.ones(23, 23, dtype=torch.bool).tril() & (mask[:, None, None] > 0)
+    additive = torch.zeros(2, 1, 23, 23).masked_fill(~visible, torch.finfo(torch.float32).min)
+    for given in (visible, additive):
+        close(model(ids, attention_mask=given).logits[:, 6:], expected[:, 6:])
+
+
+def test_a_4d_mask_of_another_pattern_is_refused():
+    model, ids = tiny_model("llama"), tiny_tokens()
+    prefix = torch.ones(2, 1, 23, 23, dtype=torch.bool).tril()
+    prefix[..., :5] = True
+    with pytest.raises(ValueError, match="no other pattern"):
+        model(ids, attention_mask=prefix)
