@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 import hf_linattn
 from recipes.common.errors import RecipeError, sentence
+from recipes.tinystories.data import start_token
 
 
 def load_model(
@@ -82,6 +83,24 @@ def check_length(model: PreTrainedModel, length: int, what: str = "length") -> N
         raise RecipeError(
             f"{what} {length} is more than the model's {positions} positions; lower it or set model_config.max_position_embeddings"
         )
+
+
+def go_on(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
+    """The model's greedy continuation of a story's beginning, up to `tokens` tokens or the end of the story."""
+    start = start_token(tokenizer)
+    ids = torch.tensor([[start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]], device=model.device)
+    ends = sorted({start, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+    out = model.generate(  # type: ignore[operator]
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=ends,
+        pad_token_id=start,
+    )
+    whole, given = (str(tokenizer.decode(x, skip_special_tokens=True)) for x in (out[0], ids[0]))
+    return whole[len(given) :]
 
 
 def _change(config: PretrainedConfig, overrides: dict[str, Any], linattn: dict[str, Any], where: str) -> None:

@@ -29,7 +29,7 @@ from recipes.common.files import staged_directory
 from recipes.common.plots import plot_curves
 from recipes.common.run import Run
 from recipes.tinystories.data import Collator, EpochSampler, Source, digest, first_words, load_tokenizer, pack, split_stories, start_token
-from recipes.tinystories.model import check_length, is_linear, load_model, new_model
+from recipes.tinystories.model import check_length, go_on, is_linear, load_model, new_model
 from recipes.tinystories.settings import Settings
 
 
@@ -254,6 +254,9 @@ class Training:
             raise RecipeError(
                 "noise is dropout for linear attention, and this model's is softmax; set attn_implementation=linattn or noise=0"
             )
+        if is_linear(model):
+            # Transformers keeps this plain attribute in config.json, and forgets which attention it loaded the model with.
+            model.config.attn_implementation = "linattn"
         # A cache would be built in every training step, and stories packed together would then see one another.
         model.config.use_cache = False
         if s.gradient_checkpointing:
@@ -297,24 +300,6 @@ def aside(accelerator: Accelerator) -> Iterator[None]:
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         yield
-
-
-def go_on(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int) -> str:
-    """The model's greedy continuation of a story's beginning, up to `tokens` tokens or the end of the story."""
-    start = start_token(tokenizer)
-    ids = torch.tensor([[start, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]], device=model.device)
-    ends = sorted({start, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
-    out = model.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=ends,
-        pad_token_id=start,
-    )
-    whole, given = (str(tokenizer.decode(x, skip_special_tokens=True)) for x in (out[0], ids[0]))
-    return whole[len(given) :]
 
 
 def draw(run: Run) -> None:
