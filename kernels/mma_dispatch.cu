@@ -1,0 +1,107 @@
+// Which problems the tensor-core path takes, how it cuts them up, and the instance that each head dim and dtype goes to.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "mma_plan.h"
+#include "paths.h"
+
+namespace linattn_mma {
+namespace {
+
+int64_t rounded(int64_t floats) { return (floats + 63) / 64 * 64; }
+
+int64_t state_floats(const linattn_problem &problem) { return static_cast<int64_t>(problem.head_dim) * problem.head_dim + 2 * problem.head_dim + 4; }
+
+int64_t all_states(const linattn_problem &problem, const Plan &plan) {
+  return plan.needs_states ? rounded(static_cast<int64_t>(problem.batch) * problem.key_heads * plan.segments * state_floats(problem)) : 0;
+}
+
+int processors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 108;
+  return count;
+}
+
+// 16-byte rows: what the asynchronous copies ask of every tensor.
+bool aligned(const linattn_tensor &tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.batch_stride % 8 == 0 && tensor.head_stride % 8 == 0 && tensor.token_stride % 8 == 0;
+}
+
+bool takes(const linattn_problem &problem) {
+  const int d = problem.head_dim;
+  return problem.degree == 1 && problem.dtype == LINATTN_BFLOAT16 && d == problem.value_dim && (d == 32 || d == 64 || d == 80 || d == 96 || d == 128) &&
+         problem.length > 0 && problem.batch > 0 && problem.key_heads > 0 && problem.query_heads / problem.key_heads <= 32 &&
+         problem.state_heads == problem.key_heads && !problem.log_decay && !problem.query_segments && !problem.key_segments && !problem.dropout_p &&
+         static_cast<int64_t>(problem.batch) * problem.key_heads < 65536 && aligned(problem.query) && aligned(problem.key) && aligned(problem.value);
+}
+
+}  // namespace
+
+Plan make_plan(const linattn_problem &problem) {
+  const int d = problem.head_dim, chunk = d == 32 || d == 128 ? 64 : d;
+  const int64_t heads = static_cast<int64_t>(problem.batch) * problem.key_heads, chunks = (problem.length + chunk - 1) / chunk;
+  const int64_t slots = static_cast<int64_t>(processors()) * (d == 32 ? 4 : d == 64 ? 2 : 1);  // blocks at work at once
+  // Cutting costs a second reading of k and v: worth it only where heads alone leave much of the card idle.
+  int64_t segments = heads * 10 >= slots * 6 ? 1 : slots / heads;
+#ifdef LINATTN_TUNE
+  if (const char *const asked = std::getenv("LINATTN_SEGMENTS")) segments = std::atoi(asked);
+#endif
+  segments = std::max<int64_t>(1, std::min(segments, chunks / 4));
+  const int64_t chunks_each = (chunks + segments - 1) / segments;
+  segments = (chunks + chunks_each - 1) / chunks_each;
+  return {static_cast<int32_t>(segments), chunks_each * chunk, segments > 1 || !problem.causal};
+}
+
+BackwardWorkspace::BackwardWorkspace(const linattn_problem &problem, const Plan &plan) {
+  const int64_t rows = static_cast<int64_t>(problem.batch) * problem.query_heads * problem.length;
+  states = 0;
+  error = states + all_states(problem, plan);
+  query_scale = error + rounded(rows);
+  partials = query_scale + rounded(rows);
+  floats = partials + rounded(static_cast<int64_t>(problem.batch) * problem.query_heads * plan.segments * 2);
+}
+
+#define LINATTN_MMA_BY_DIM(T, call)   \
+  switch (problem.head_dim) {         \
+    case 32: return call(T, 32);      \
+    case 64: return call(T, 64);      \
+    case 80: return call(T, 80);      \
+    case 96: return call(T, 96);      \
+    case 128: return call(T, 128);    \
+    default: return cudaErrorInvalidValue; \
+  }
+
+}  // namespace linattn_mma
+
+namespace linattn {
+
+using namespace linattn_mma;
+
+bool mma_takes_forward(const linattn_problem &problem) { return takes(problem); }
+bool mma_takes_backward(const linattn_problem &problem) { return takes(problem); }
+const char *mma_name(const linattn_problem &) { return "mma"; }
+
+int64_t mma_forward_workspace(const linattn_problem &problem) { return 4 * all_states(problem, make_plan(problem)); }
+int64_t mma_backward_workspace(const linattn_problem &problem) { return 4 * BackwardWorkspace(problem, make_plan(problem)).floats; }
+
+cudaError_t mma_forward(const linattn_problem &problem, const linattn_forward_result &result) {
+  if (!aligned(result.out)) return cudaErrorMisalignedAddress;
+  const Plan plan = make_plan(problem);
+#define LINATTN_CALL(T, D) (forward<T, D>(problem, result, plan))
+  LINATTN_MMA_BY_DIM(__nv_bfloat16, LINATTN_CALL)
+#undef LINATTN_CALL
+}
+
+cudaError_t mma_backward(const linattn_problem &problem, const linattn_backward_data &data) {
+  for (const linattn_tensor *tensor : {&data.out, &data.grad_out, &data.grad_query, &data.grad_key, &data.grad_value})
+    if (!aligned(*tensor)) return cudaErrorMisalignedAddress;
+  const Plan plan = make_plan(problem);
+#define LINATTN_CALL(T, D) (backward<T, D>(problem, data, plan))
+  LINATTN_MMA_BY_DIM(__nv_bfloat16, LINATTN_CALL)
+#undef LINATTN_CALL
+}
+
+}  // namespace linattn

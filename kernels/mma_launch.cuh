@@ -1,0 +1,101 @@
+// How the kernels of one dtype and head dim are put together; instantiated once a translation unit, so that they compile in parallel.
+#pragma once
+#include "mma_columns.cuh"
+#include "mma_plan.h"
+#include "mma_rows.cuh"
+
+namespace linattn_mma {
+
+template <typename Kernel, typename Arguments>
+cudaError_t launch(Kernel kernel, int blocks, int threads, int shared, cudaStream_t stream, const Arguments &arguments) {
+  // Asked for at every launch: it is cheap, and a process may use several devices.
+  if (const cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared)) return failed;
+  kernel<<<blocks, threads, shared, stream>>>(arguments);
+  return cudaPeekAtLastError();
+}
+
+// The coefficients' gradients from every block's sums, in a fixed order: da = sum dA, db = tau sum dA q^.k^, dtau = b sum dA q^.k^.
+static __global__ void coefficients_kernel(const float *partials, const float *coefficients, float *gradients, int batch, int heads, int segments) {
+  const int head = blockIdx.x, lane = threadIdx.x;
+  double pairs = 0, products = 0;
+  for (int i = lane; i < batch * segments; i += 32) {
+    const float *const at = partials + 2 * ((static_cast<int64_t>(i / segments) * heads + head) * segments + i % segments);
+    pairs += at[0], products += at[1];
+  }
+  for (int step = 16; step > 0; step /= 2) {
+    pairs += __shfl_down_sync(0xffffffffu, pairs, step);
+    products += __shfl_down_sync(0xffffffffu, products, step);
+  }
+  if (lane == 0) {
+    gradients[head] = static_cast<float>(pairs);
+    gradients[heads + head] = static_cast<float>(products * coefficients[3 * heads + head]);
+    gradients[2 * heads + head] = 0.f;
+    gradients[3 * heads + head] = static_cast<float>(products * coefficients[heads + head]);
+  }
+}
+
+#define LINATTN_TRY(call)                       \
+  if (const cudaError_t failed = call) return failed
+
+template <int D>
+cudaError_t scan_segments(float *states, const linattn_problem &problem, const Plan &plan, Scan scan, const float *initial, float *total) {
+  const dim3 grid((D * D + 2 * D + 256) / 256, problem.batch * problem.key_heads);
+  scan_kernel<D><<<grid, 256, 0, static_cast<cudaStream_t>(problem.stream)>>>(states, plan.segments, scan, initial, total);
+  return cudaPeekAtLastError();
+}
+
+template <typename T, int D> cudaError_t forward(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
+  const int blocks = problem.batch * problem.key_heads * plan.segments;
+  float *const states = plan.needs_states ? static_cast<float *>(problem.workspace) : nullptr;
+  if (states) {
+    const SegmentArguments segments{problem, {}, nullptr, nullptr, nullptr, states, plan.segments, plan.segment_length};
+    LINATTN_TRY(launch(segments_kernel<T, D, false>, blocks, SegmentShape<D>::THREADS, SegmentShape<D>::SHARED, stream, segments));
+    LINATTN_TRY(scan_segments<D>(states, problem, plan, problem.causal ? Scan::kPrefix : Scan::kTotal, problem.initial_state, result.state));
+  }
+  RowArguments rows{};
+  rows.problem = problem, rows.result = result.out, rows.mass_out = result.mass, rows.states = states;
+  rows.final_state = states ? nullptr : result.state;
+  rows.segments = plan.segments, rows.segment_length = plan.segment_length;
+  using Shape = RowShape<D, false>;
+  return launch(rows_kernel<T, D, false>, blocks, Shape::THREADS, Shape::SHARED, stream, rows);
+}
+
+template <typename T, int D> cudaError_t backward(const linattn_problem &problem, const linattn_backward_data &data, const Plan &plan) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
+  const int blocks = problem.batch * problem.key_heads * plan.segments;
+  const BackwardWorkspace workspace(problem, plan);
+  float *const base = static_cast<float *>(problem.workspace), *const states = plan.needs_states ? base + workspace.states : nullptr;
+  float *const error = base + workspace.error, *const query_scale = base + workspace.query_scale, *const partials = base + workspace.partials;
+
+  if (states) {
+    const SegmentArguments keys{problem, {}, nullptr, nullptr, nullptr, states, plan.segments, plan.segment_length};
+    LINATTN_TRY(launch(segments_kernel<T, D, false>, blocks, SegmentShape<D>::THREADS, SegmentShape<D>::SHARED, stream, keys));
+    LINATTN_TRY(scan_segments<D>(states, problem, plan, problem.causal ? Scan::kPrefix : Scan::kTotal, problem.initial_state, nullptr));
+  }
+  RowArguments rows{};
+  rows.problem = problem, rows.out = data.out, rows.grad_out = data.grad_out, rows.result = data.grad_query;
+  rows.mass = data.mass, rows.grad_mass = data.grad_mass, rows.error = error, rows.query_scale = query_scale, rows.partials = partials;
+  rows.states = states, rows.segments = plan.segments, rows.segment_length = plan.segment_length;
+  LINATTN_TRY(launch(rows_kernel<T, D, true>, blocks, RowShape<D, true>::THREADS, RowShape<D, true>::SHARED, stream, rows));
+
+  if (states) {
+    const SegmentArguments queries{problem, data.grad_out, data.mass, error, query_scale, states, plan.segments, plan.segment_length};
+    LINATTN_TRY(launch(segments_kernel<T, D, true>, blocks, SegmentShape<D>::THREADS, SegmentShape<D>::SHARED, stream, queries));
+    LINATTN_TRY(scan_segments<D>(states, problem, plan, problem.causal ? Scan::kSuffix : Scan::kTotal, data.grad_state, data.grad_initial_state));
+  }
+  const ColumnArguments columns{problem, data.grad_out, data.grad_key, data.grad_value, data.mass, error, query_scale, states, data.grad_state,
+                                states ? nullptr : data.grad_initial_state, plan.segments, plan.segment_length};
+  LINATTN_TRY(launch(columns_kernel<T, D>, blocks, ColumnShape<D>::THREADS, ColumnShape<D>::SHARED, stream, columns));
+  if (data.grad_coefficients) {
+    coefficients_kernel<<<problem.query_heads, 32, 0, stream>>>(partials, problem.coefficients, data.grad_coefficients, problem.batch, problem.query_heads, plan.segments);
+    LINATTN_TRY(cudaPeekAtLastError());
+  }
+  return cudaSuccess;
+}
+
+#define LINATTN_MMA_INSTANTIATE(T, D)                                                                                    \
+  template cudaError_t forward<T, D>(const linattn_problem &, const linattn_forward_result &, const Plan &);             \
+  template cudaError_t backward<T, D>(const linattn_problem &, const linattn_backward_data &, const Plan &);
+
+}  // namespace linattn_mma
