@@ -26,7 +26,7 @@ from convert.report import conversion_report, summary
 from convert.source import Source, open_source
 from convert.weights import floating_dtype, new_parameters, write_weights
 from hf_linattn.config import LinAttnConfig
-from hf_linattn.layers import START_RATIO
+from hf_linattn.layers import LARGEST_START
 from hf_linattn.models import auto_map, config_class_for, model_class_for, write_stub
 
 REPORT = "conversion.json"
@@ -64,7 +64,7 @@ class LinearizeOptions:
         kernel: ``linear`` or ``quadratic``.
         decay: ``head`` or ``none``.
         keep_softmax: indices of the layers that keep softmax attention.
-        temperature: where the temperature starts; None: 0.95 (linear), 1 (quadratic).
+        temperature: where the temperature starts; None: 0.98 (linear), 2 (quadratic).
         dropout: probability of noise dropout in training; None: the model's own attention dropout.
         learnable: whether the new parameters are trained.
         dtype: None keeps the source's.
@@ -140,7 +140,7 @@ def _converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, A
         raise ConversionError(f"--keep-softmax names every layer of {source.name}: nothing is left to convert")
     dropped = dropped_features(config, [layer not in kept for layer in range(count)])
     try:
-        default = START_RATIO if options.kernel == "linear" else 1.0
+        default = LARGEST_START if options.kernel == "linear" else 2.0
         config.linattn = LinAttnConfig(
             kernel=options.kernel,
             decay=options.decay,
@@ -191,7 +191,7 @@ def main(
     kernel: Annotated[Kernel, typer.Option(help="Attention weight: a + b s, or a + b s + c s^2.")] = Kernel.linear,
     decay: Annotated[Decay, typer.Option(help="A learned decay per query head, or none.")] = Decay.head,
     keep_softmax: Annotated[str, typer.Option(help="Layers that stay softmax, such as 0,5.")] = "",
-    temperature: Annotated[float | None, typer.Option(help="Its start [0.95 linear, 1 quadratic].", show_default=False)] = None,
+    temperature: Annotated[float | None, typer.Option(help="Its start [0.98 linear, 2 quadratic].", show_default=False)] = None,
     dropout: Annotated[float | None, typer.Option(help="Noise dropout in training [the model's own].", show_default=False)] = None,
     learnable: Annotated[bool, typer.Option(help="Train the new parameters, or keep them as they start.")] = True,
     dtype: Annotated[DType | None, typer.Option(help="Store the weights as this [as they are].", show_default=False)] = None,

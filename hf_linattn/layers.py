@@ -10,8 +10,8 @@ from transformers import initialization as init
 
 from hf_linattn.config import LinAttnConfig
 
-START_RATIO = 0.95
-"""Where b * temperature / a starts at most in the linear kernel, whose bound is 1."""
+LARGEST_START = 0.98
+"""Largest start of what a bound limits, as a share of that bound: b * temperature / a (linear), b / (2 sqrt(a c)) (quadratic)."""
 SHORTEST_TIME_CONSTANT = 1.5
 """Time constant, in tokens, of the fastest head at the start."""
 
@@ -22,21 +22,14 @@ class LinAttnParams(nn.Module):
     """f(s) = a + b s + c s^2 of s = temperature * q.k, and a decay, learned per query head and inside their bounds by construction.
 
     Attention divides by the sum of f, so multiplying a, b and c by one number changes nothing, and neither does trading b and c against
-    the temperature. What is left is one number a head for the linear kernel and two for the quadratic one; these are learned, and the
-    rest stays at the configuration's numbers:
+    the temperature. What is left is one number a head for the linear kernel and two for the quadratic one, and these are learned:
 
-    ============  ==================================  =======================================  =====================
-    kernel        learned                             bound held                               fixed
-    ============  ==================================  =======================================  =====================
-    ``linear``    temperature, in (0, a / b)          f > 0 for every \\|s\\| <= temperature   a, b
-    ``quadratic`` temperature, > 0                    any s                                    a, c
-    ..            b, in (0, 2 sqrt(a c))              b^2 < 4 a c: f > 0 for every s
-    ============  ==================================  =======================================  =====================
+    - linear: the temperature, in (0, a / b), so that f > 0 for every s that unit-length q and k can give; a and b stay as configured;
+    - quadratic: the temperature, above 0, and b, in (0, 2 sqrt(a c)), so that f > 0 for every s; a and c stay as configured;
+    - with ``decay="head"``, the time constant T > 0 in tokens: a token n steps back is weighed by exp(-n / T) as well.
 
-    With ``decay="head"`` a token n steps back is weighed by exp(-n / T) as well, T > 0 the head's time constant in tokens.
-
-    Starting values: those of the configuration, drawn inside the bound where they are not (b temperature / a at most 0.95; b at most
-    0.95 of its bound); T from 1.5 tokens in the first head, growing geometrically to ``longest`` in the last one.
+    Starting values: temperature and b as configured, but at most 0.98 of their bound; T from 1.5 tokens in the first head, growing
+    geometrically to ``longest`` in the last.
 
     Args:
         heads: number of query heads H, at least 1.
@@ -107,5 +100,5 @@ class LinAttnParams(nn.Module):
             return -(math.log(SHORTEST_TIME_CONSTANT) + exponents * math.log(self.longest / SHORTEST_TIME_CONSTANT))
         if name == "log_temperature":
             return torch.full((heads,), math.log(self.temperature))
-        share = min((self.temperature if name == "temperature_logit" else self.b) * _INSIDE / self._limit(), START_RATIO) / _INSIDE
+        share = min((self.temperature if name == "temperature_logit" else self.b) * _INSIDE / self._limit(), LARGEST_START) / _INSIDE
         return torch.full((heads,), math.log(share / (1 - share)))
