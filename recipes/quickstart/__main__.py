@@ -1,0 +1,153 @@
+"""A softmax model in, a linear-attention model out, in a few minutes on two CPU cores.
+
+    python -m recipes.quickstart [--model DIR --data FILE] [--out DIR]
+
+Without --model it first makes a corpus of short stories and trains a small softmax Llama on it. Then: convert, fine-tune against the
+original's predictions with noise dropout, evaluate, generate. Stopped and started again it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from recipes.common import cli
+from recipes.common.errors import RecipeError, sentence
+from recipes.common.files import staged_directory, write_json, write_text
+from recipes.quickstart.corpus import stories
+
+HERE = Path(__file__).parent
+MARK = "<|endoftext|>"
+
+
+def main(
+    model: Annotated[Path | None, typer.Option(help="A softmax checkpoint to convert instead of a small one trained here.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Its text: stories apart by <|endoftext|>.")] = None,
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("out/quickstart"),
+    scale: Annotated[float, typer.Option(help="Multiplies the training steps and the corpus.", min=0.001)] = 1.0,
+) -> None:
+    """Convert a softmax model to linear attention, fine-tune it, and compare the two."""
+    if (model is None) != (data is None):
+        raise RecipeError("--model and --data go together: a checkpoint and text for it; give both, or neither")
+    if model is not None and not (model / "config.json").is_file():
+        raise RecipeError(f"{model} holds no config.json, so it is no checkpoint; give the folder of one")
+    if data is not None and not data.is_file():
+        raise RecipeError(f"{data}: no such file; give a text file of stories apart by {MARK}")
+    Quickstart(model, data, out, scale).run()
+
+
+class Quickstart:
+    """The steps, each of which leaves one folder under `out` that is whole once it is there."""
+
+    def __init__(self, model: Path | None, data: Path | None, out: Path, scale: float) -> None:
+        self.out, self.scale, self.own = out, scale, model is None
+        self.teacher = model or out / "teacher" / "model"
+        self.text = data or out / "corpus" / "stories.txt"
+        self.console = Console()
+        self.minutes: dict[str, float] = {}
+        asked = {"model": str(model and model.resolve()), "data": str(data and data.resolve()), "scale": scale}
+        state = out / "quickstart.json"
+        if state.is_file():
+            if (old := json.loads(state.read_text(encoding="utf-8"))) != asked:
+                different = next(key for key in asked if old.get(key) != asked[key])
+                raise RecipeError(
+                    f"{out} holds a quickstart with another {different} ({old.get(different)}, now {asked[different]}); "
+                    "choose another place with --out, or remove the folder"
+                )
+        elif out.exists() and any(out.iterdir()):
+            raise RecipeError(f"{out} exists and holds something else; choose another place with --out")
+        else:
+            write_json(state, asked)
+
+    def run(self) -> None:
+        """Do what is not done yet, and show the comparison."""
+        out, text = self.out, [f"train_data=[{json.dumps(str(self.text))}]"]
+        if self.own:
+            self.step("1. Make a corpus and its tokenizer", out / "corpus", self.make_corpus)
+            settings = [f"output={out}/teacher", f"tokenizer={out}/corpus", f"steps={self.steps(300)}", *text]
+            self.step(
+                "2. Train a small softmax Llama",
+                out / "teacher" / "model",
+                lambda: self.call("recipes.tinystories.train", "--config", f"{HERE}/teacher.yaml", "--resume", "--set", *settings),
+            )
+        self.step("3. Convert it", out / "swapped", lambda: self.call("convert.linearize", str(self.teacher), f"{out}/swapped"))
+        settings = [f"output={out}/tuned", f"model={out}/swapped", f"teacher={self.teacher}", f"steps={self.steps(250)}", *text]
+        held_out = 300
+        if not self.own:
+            held_out, length = 500, self.length()
+            settings += [f"valid_stories={held_out}", f"length={length}", f"batch_size={max(1, 4096 // length)}"]
+        self.step(
+            "4. Fine-tune it with noise dropout",
+            out / "tuned" / "model",
+            lambda: self.call("recipes.tinystories.train", "--config", f"{HERE}/finetune.yaml", "--resume", "--set", *settings),
+        )
+        self.console.rule("5. Evaluate and generate", align="left")
+        named = [f"teacher={self.teacher}", f"swapped={out}/swapped", f"fine-tuned={out}/tuned/model"]
+        began = time.perf_counter()
+        options = ["--data", str(self.text), "--stories", str(held_out), "--out", f"{out}/evaluation", "--overwrite"]
+        self.call("recipes.tinystories.evaluate", *named, *options)
+        self.minutes["5. Evaluate and generate"] = (time.perf_counter() - began) / 60
+        for name, minutes in self.minutes.items():
+            self.console.print(f"{name}: {minutes:.1f} min", highlight=False)
+        self.console.print(f"table: {out}/evaluation/evaluation.md   picture: {out}/evaluation/evaluation.png   model: {out}/tuned/model")
+
+    def step(self, title: str, result: Path, work: Callable[[], object]) -> None:
+        """Do `work`, which leaves `result`, unless that is there already."""
+        self.console.rule(title, align="left")
+        if result.exists():
+            self.console.print(f"{result} is there already")
+            return
+        began = time.perf_counter()
+        work()
+        self.minutes[title] = (time.perf_counter() - began) / 60
+
+    def steps(self, number: int) -> int:
+        """`number` of training steps, scaled."""
+        return max(1, round(number * self.scale))
+
+    def length(self) -> int:
+        """Tokens a sequence: 512, or what the given model has positions for."""
+        try:
+            config = AutoConfig.from_pretrained(self.teacher)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{self.teacher}: its config.json cannot be read ({sentence(error)})") from None
+        return min(512, int(getattr(config, "max_position_embeddings", None) or 512))
+
+    def call(self, module: str, *arguments: str) -> None:
+        """Run a script of the project as a user would."""
+        root = str(HERE.parent.parent)
+        paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self.console.print(f"python -m {module} {' '.join(arguments)}", style="dim", highlight=False, markup=False)
+        status = subprocess.run([sys.executable, "-m", module, *arguments], env={**os.environ, "PYTHONPATH": paths}).returncode
+        if status:
+            self.console.print(f"{module} stopped with status {status}; start again to go on from there", style="bold", highlight=False)
+            raise SystemExit(2 if status == 2 else 1)
+
+    def make_corpus(self) -> None:
+        """corpus/: stories.txt and a byte-level BPE tokenizer of 512 tokens trained on it."""
+        texts = list(stories(max(400, round(6000 * self.scale))))
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=512, special_tokens=[MARK], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        with staged_directory(self.out / "corpus") as place:
+            write_text(place / "stories.txt", f"\n{MARK}\n".join(texts) + "\n")
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=MARK, eos_token=MARK).save_pretrained(place)
+
+
+if __name__ == "__main__":
+    cli.run(main)
