@@ -334,12 +334,11 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
         per_key_head = lambda x: p.real(x.unflatten(1, (key.shape[1], -1)).sum(2), key_segments, columns)  # noqa: B023, E731
         grad_key[:, :, columns], grad_value[:, :, columns] = per_key_head(grad_k), per_key_head(grad_v[..., :-1])
 
-    empty = query.new_empty(0, dtype=p.dtype)
-    grad_log_decay = empty
+    grad_log_decay = query.new_empty(0, dtype=p.dtype)
     if log_decay is not None and grad_total is not None:
         if grad_mass is not None:
             grad_total += p.fold((grad_mass * mass).double()).sum(2)
         grad_rate = grad_total.flip(-1).cumsum(-1).flip(-1)
         grad_log_decay = (grad_rate.sum((0, -1)) if log_decay.dim() == 1 else grad_rate).to(log_decay.dtype)
-    grad_initial = reverse if initial_state is not None else empty
+    grad_initial = reverse if initial_state is not None else query.new_empty(0, dtype=p.dtype)
     return grad_query, grad_key, grad_value, grad_coefficients.flatten(1).to(coefficients.dtype), grad_log_decay, grad_initial

@@ -6,10 +6,13 @@ row i sees column n where query_segments[i] == key_segments[n] > 0; dropout_p an
 decay and one run. What is absent is None on the way in and an empty tensor on the way out.
 """
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import Tensor
 
-from . import chunked, noise
+from . import chunked, cuda, noise
 from .features import feature_count, key_features, query_features
 from .unit import unit
 
@@ -40,10 +43,26 @@ def _accumulated(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
+def _in_full_precision(kernel: Callable) -> Callable:
+    """Autocast has brought the inputs to its dtype before; the sums inside stay float32."""
+
+    @wraps(kernel)
+    def run(*args):
+        device = next(x.device.type for x in args if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return kernel(*args)
+        with torch.autocast(device, enabled=False):
+            return kernel(*args)
+
+    return run
+
+
 # ---- forward and backward
 
-_library.impl("forward", chunked.forward, "CPU")
-_library.impl("backward", chunked.backward, "CPU")
+_library.impl("forward", _in_full_precision(chunked.forward), "CPU")
+_library.impl("backward", _in_full_precision(chunked.backward), "CPU")
+_library.impl("forward", _in_full_precision(cuda.forward), "CUDA")
+_library.impl("backward", _in_full_precision(cuda.backward), "CUDA")
 
 
 @torch.library.register_fake("linattn::forward")
@@ -60,14 +79,14 @@ def _forward_fake(query: Tensor, key: Tensor, value: Tensor, coefficients: Tenso
 @torch.library.register_fake("linattn::backward")
 def _backward_fake(grad_out, grad_mass, grad_state, query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor,
                    log_decay: Tensor | None, query_segments, key_segments, initial_state: Tensor | None, *rest):  # fmt: skip
-    absent = query.new_empty(0, dtype=_accumulated(query))
+    dtype = _accumulated(query)
     return (
         torch.empty_like(query),
         torch.empty_like(key),
         torch.empty_like(value),
         torch.empty_like(coefficients),
-        absent if log_decay is None else torch.empty_like(log_decay),
-        absent if initial_state is None else torch.empty_like(initial_state, dtype=_accumulated(query)),
+        query.new_empty(0, dtype=dtype) if log_decay is None else torch.empty_like(log_decay),
+        query.new_empty(0, dtype=dtype) if initial_state is None else torch.empty_like(initial_state, dtype=dtype),
     )
 
 
@@ -129,7 +148,7 @@ def _step(query: Tensor, key: Tensor, value: Tensor, state: Tensor, coefficients
     return out.reshape(*query.shape[:3], -1).to(query.dtype)
 
 
-_library.impl("step", _step, "CompositeExplicitAutograd")
+_library.impl("step", _in_full_precision(_step), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("linattn::step")

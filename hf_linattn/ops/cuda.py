@@ -1,0 +1,273 @@
+"""The compiled form of linear attention: finds the library `_kernels.so`, hands it pointers, sizes, strides and the current stream.
+
+`forward` and `backward` have the operators' signatures. Where the library cannot run, the PyTorch form runs in its place, after one warning
+that names the cause and the cure; HF_LINATTN_BACKEND=cuda makes that an error, HF_LINATTN_BACKEND=torch asks for the PyTorch form.
+Nothing here waits for the device or allocates outside PyTorch, so calls can be captured in a CUDA graph.
+"""
+
+import ctypes
+import os
+import warnings
+from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import chunked
+from .features import feature_count
+
+LIBRARY = Path(__file__).resolve().parent.parent / "_kernels.so"
+OLDEST_CARD = (8, 0)
+MAX_DIM = 256
+BACKENDS = ("auto", "cuda", "torch")
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_CURE = "build it with `pip install .` or `python setup.py build_kernels` where nvcc is installed"
+
+
+# ---- kernels/linattn.h
+
+
+class _Tensor(Structure):
+    _fields_ = [("data", c_void_p), ("batch_stride", c_int64), ("head_stride", c_int64), ("token_stride", c_int64)]
+
+
+class _Problem(Structure):
+    _fields_ = [
+        *[(name, c_int32) for name in ("batch", "query_heads", "key_heads", "state_heads", "head_dim", "value_dim")],
+        ("length", c_int64),
+        *[(name, c_int32) for name in ("dtype", "degree", "causal", "normalize_qk", "allow_tf32")],
+        *[(name, _Tensor) for name in ("query", "key", "value")],
+        ("coefficients", c_void_p),
+        ("log_decay", c_void_p),
+        ("log_decay_per_token", c_int32),
+        ("query_segments", c_void_p),
+        ("key_segments", c_void_p),
+        ("query_segments_stride", c_int64),
+        ("key_segments_stride", c_int64),
+        *[(name, c_void_p) for name in ("initial_state", "dropout_p", "seed", "workspace", "stream")],
+    ]
+
+
+class _ForwardResult(Structure):
+    _fields_ = [("out", _Tensor), ("mass", c_void_p), ("state", c_void_p)]
+
+
+class _BackwardData(Structure):
+    _fields_ = [
+        ("out", _Tensor),
+        ("grad_out", _Tensor),
+        *[(name, c_void_p) for name in ("mass", "grad_mass", "grad_state")],
+        *[(name, _Tensor) for name in ("grad_query", "grad_key", "grad_value")],
+        *[(name, c_void_p) for name in ("grad_coefficients", "grad_log_decay", "grad_initial_state")],
+    ]
+
+
+@lru_cache
+def load_library(path: Path = LIBRARY) -> tuple[ctypes.CDLL | None, str]:
+    """The library and "", or None and one sentence that says why not."""
+    if not path.exists():
+        return None, f"the compiled library {path.name} is not part of this installation: {_CURE}"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.linattn_struct_bytes.restype = c_int64
+        theirs = [library.linattn_struct_bytes(which) for which in range(3)]
+        for name in ("linattn_forward_workspace", "linattn_backward_workspace"):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [POINTER(_Problem)], c_int64
+        library.linattn_forward.argtypes = [POINTER(_Problem), POINTER(_ForwardResult)]
+        library.linattn_backward.argtypes = [POINTER(_Problem), POINTER(_BackwardData)]
+        for name in ("linattn_forward_path", "linattn_backward_path"):
+            function = getattr(library, name)
+            function.argtypes, function.restype = [POINTER(_Problem)], c_char_p
+        library.linattn_error_string.argtypes, library.linattn_error_string.restype = [c_int], c_char_p
+        library.linattn_architectures.restype = c_char_p
+    except (OSError, AttributeError) as error:
+        return None, f"the compiled library {path.name} does not load ({error}): {_CURE}"
+    if theirs != [ctypes.sizeof(struct) for struct in (_Problem, _ForwardResult, _BackwardData)]:
+        return None, f"the compiled library {path.name} is of another version than this Python code: {_CURE}"
+    return library, ""
+
+
+def architectures() -> str:
+    """The architectures compiled in, as "sm_80 compute_80 sm_90a", or "" without the library."""
+    library, _ = load_library()
+    return "" if library is None else library.linattn_architectures().decode()
+
+
+def backend() -> str:
+    """HF_LINATTN_BACKEND: auto, cuda or torch.
+
+    Raises:
+        ValueError: it is set to something else.
+    """
+    name = os.environ.get("HF_LINATTN_BACKEND", "") or "auto"
+    if name not in BACKENDS:
+        raise ValueError(f"HF_LINATTN_BACKEND must be one of {', '.join(BACKENDS)}, not {name!r}.")
+    return name
+
+
+@lru_cache
+def cannot_run(device: int = 0) -> str:
+    """Why the compiled form cannot run on this device, as one sentence, or "" where it can."""
+    _, cause = load_library()
+    if cause:
+        return cause
+    if not torch.version.cuda:
+        return "this PyTorch is not built for CUDA: install a CUDA build of it"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no usable CUDA device: check the NVIDIA driver with `nvidia-smi`"
+    card = torch.cuda.get_device_capability(device)
+    if card < OLDEST_CARD:
+        name = torch.cuda.get_device_name(device)
+        return f"{name} has compute capability {card[0]}.{card[1]}, and the kernels need 8.0 (Ampere) or later"
+    return ""
+
+
+def _cannot_take(query: Tensor, key: Tensor, value: Tensor) -> str:
+    """Why the kernels cannot take this problem, or ""."""
+    if query.dtype not in _DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {query.dtype}"
+    if max(query.shape[-1], value.shape[-1]) > MAX_DIM:
+        return f"the kernels take head dimensions up to {MAX_DIM}, not {max(query.shape[-1], value.shape[-1])}"
+    if key.shape[2] != query.shape[2]:
+        return f"the kernels need as many keys as queries, not {key.shape[2]} and {query.shape[2]}"
+    return ""
+
+
+_warned: set[str] = set()
+
+
+def _falls_back(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the PyTorch form is to run; warns once for each cause."""
+    wish = backend()
+    if wish == "torch" or query.numel() == 0 or value.numel() == 0:
+        return True
+    cause = cannot_run(query.device.index or 0) or _cannot_take(query, key, value)
+    if not cause:
+        return False
+    if wish == "cuda":
+        raise RuntimeError(f"HF_LINATTN_BACKEND=cuda asks for the compiled kernels, but {cause}.")
+    if cause not in _warned:
+        _warned.add(cause)
+        warnings.warn(f"hf_linattn runs the slower PyTorch form on the GPU: {cause}. (HF_LINATTN_BACKEND=torch silences this.)", stacklevel=3)
+    return True
+
+
+# ---- a call
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself where its last dimension is contiguous and 16-byte loads of it may be aligned, else a copy."""
+    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+    return x if fits or x.is_contiguous() else x.contiguous()
+
+
+def _plain(x: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    return None if x is None else x.to(device=device, dtype=dtype).contiguous()
+
+
+def _describe(x: Tensor) -> _Tensor:
+    batch, head, token, _ = x.stride()
+    return _Tensor(x.data_ptr(), batch, head, token)
+
+
+def _pointer(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+class _Call:
+    """One problem as the library sees it, and every tensor behind its pointers, kept alive until the launch."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None,
+                 query_segments: Tensor | None, key_segments: Tensor | None, initial_state: Tensor | None, dropout_p: Tensor | None,
+                 seed: Tensor | None, degree: int, causal: bool, normalize_qk: bool) -> None:  # fmt: skip
+        device = query.device
+        self.query, self.key, self.value = _rows(query), _rows(key), _rows(value)
+        noisy = dropout_p is not None and seed is not None
+        floats = [_plain(x, torch.float32, device) for x in (coefficients, log_decay, initial_state, dropout_p if noisy else None)]
+        segments = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query_segments, key_segments)]
+        seed = _plain(seed, torch.int64, device) if noisy else None
+        self.kept = (*floats, *segments, seed)
+        problem = _Problem()
+        problem.batch, problem.query_heads, problem.length, problem.head_dim = query.shape
+        problem.key_heads, problem.value_dim = key.shape[1], value.shape[-1]
+        problem.state_heads = chunked.state_heads(query, key, log_decay)
+        problem.dtype, problem.degree, problem.causal, problem.normalize_qk = _DTYPES[query.dtype], degree, causal, normalize_qk
+        problem.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+        problem.query, problem.key, problem.value = _describe(self.query), _describe(self.key), _describe(self.value)
+        problem.coefficients, problem.log_decay, problem.initial_state, problem.dropout_p = map(_pointer, floats)
+        problem.log_decay_per_token = log_decay is not None and log_decay.dim() == 3
+        problem.query_segments, problem.key_segments = map(_pointer, segments)
+        problem.query_segments_stride, problem.key_segments_stride = (0 if x is None else x.stride(0) for x in segments)
+        problem.seed = _pointer(seed)
+        self.problem = problem
+
+    def launch(self, name: str, results: Structure) -> None:
+        library, _ = load_library()
+        assert library is not None
+        device = self.query.device
+        with torch.cuda.device(device):
+            size = getattr(library, f"linattn_{name}_workspace")(byref(self.problem))
+            workspace = torch.empty(size, dtype=torch.uint8, device=device)
+            self.problem.workspace = workspace.data_ptr()
+            self.problem.stream = torch.cuda.current_stream(device).cuda_stream
+            code = getattr(library, f"linattn_{name}")(byref(self.problem), byref(results))
+        if code:
+            raise RuntimeError(f"the {name} kernels of linear attention failed: {library.linattn_error_string(code).decode()}.")
+
+
+def paths(query: Tensor, key: Tensor, value: Tensor, *, degree: int = 1, causal: bool = True, normalize_qk: bool = True) -> tuple[str, str]:
+    """Which kernels such a call would take, forward and backward: "generic", "mma", "hopper", or "torch" where the PyTorch form runs."""
+    library, _ = load_library()
+    if library is None or cannot_run(query.device.index or 0) or _cannot_take(query, key, value) or backend() == "torch":
+        return "torch", "torch"
+    coefficients = query.new_ones(4, query.shape[1], dtype=torch.float32)
+    call = _Call(query, key, value, coefficients, None, None, None, None, None, None, degree, causal, normalize_qk)
+    with torch.cuda.device(query.device):
+        return tuple(x(byref(call.problem)).decode() for x in (library.linattn_forward_path, library.linattn_backward_path))  # type: ignore[return-value]
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None, query_segments: Tensor | None,
+            key_segments: Tensor | None, initial_state: Tensor | None, dropout_p: Tensor | None, seed: Tensor | None, degree: int,
+            causal: bool, normalize_qk: bool, return_state: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `chunked.forward`, on a CUDA device."""
+    inputs = query, key, value, coefficients, log_decay, query_segments, key_segments, initial_state, dropout_p, seed
+    if _falls_back(query, key, value):
+        return chunked.forward(*inputs, degree, causal, normalize_qk, return_state)
+    call = _Call(*inputs, degree, causal, normalize_qk)
+    out = chunked.empty_like_query(query, value.shape[-1])
+    mass = query.new_empty(query.shape[:3], dtype=torch.float32)
+    shape = (query.shape[0], call.problem.state_heads, feature_count(query.shape[-1], degree), value.shape[-1] + 1)
+    state = query.new_empty(shape if return_state else 0, dtype=torch.float32)
+    call.launch("forward", _ForwardResult(_describe(out), mass.data_ptr(), state.data_ptr() if return_state else None))
+    return out, mass, state
+
+
+def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
+             coefficients: Tensor, log_decay: Tensor | None, query_segments: Tensor | None, key_segments: Tensor | None,
+             initial_state: Tensor | None, dropout_p: Tensor | None, seed: Tensor | None, out: Tensor, mass: Tensor, degree: int,
+             causal: bool, normalize_qk: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `chunked.backward`, on a CUDA device."""
+    inputs = query, key, value, coefficients, log_decay, query_segments, key_segments, initial_state, dropout_p, seed
+    if _falls_back(query, key, value):
+        return chunked.backward(grad_out, grad_mass, grad_state, *inputs, out, mass, degree, causal, normalize_qk)
+    call = _Call(*inputs, degree, causal, normalize_qk)
+    grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    absent = query.new_empty(0, dtype=torch.float32)
+    grad_coefficients = torch.empty_like(coefficients, dtype=torch.float32, memory_format=torch.contiguous_format)
+    contiguous = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
+    grad_log_decay = absent if log_decay is None else torch.empty_like(log_decay, **contiguous)
+    grad_initial = absent if initial_state is None else torch.empty_like(initial_state, **contiguous)
+    device = query.device
+    out, grad_out = _rows(out), _rows(grad_out.to(query.dtype))
+    mass, grad_mass, grad_state = (_plain(x, torch.float32, device) for x in (mass, grad_mass, grad_state))
+    data = _BackwardData(
+        out=_describe(out), grad_out=_describe(grad_out), mass=_pointer(mass), grad_mass=_pointer(grad_mass), grad_state=_pointer(grad_state),
+        grad_query=_describe(grad_query), grad_key=_describe(grad_key), grad_value=_describe(grad_value),
+        grad_coefficients=grad_coefficients.data_ptr(), grad_log_decay=None if log_decay is None else grad_log_decay.data_ptr(),
+        grad_initial_state=None if initial_state is None else grad_initial.data_ptr(),
+    )  # fmt: skip
+    call.launch("backward", data)
+    return grad_query, grad_key, grad_value, grad_coefficients.to(coefficients.dtype), grad_log_decay, grad_initial

@@ -1,0 +1,76 @@
+"""What cannot be computed is refused in one sentence that names it."""
+
+import pytest
+import torch
+
+from hf_linattn import empty_state, linear_attention, linear_attention_step
+
+Q, K, V = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 6)
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("tensors, error, words", [
+    ((Q[0], K, V), ValueError, "query must have 4 dimensions"),
+    ((Q, "k", V), TypeError, "key must be a torch.Tensor"),
+    ((Q, K.double(), V), TypeError, "one dtype"),
+    ((Q.long(), K.long(), V.long()), TypeError, "float64, float32, bfloat16 or float16"),
+    ((Q, K.to("meta"), V), ValueError, "one device"),
+    ((Q, K[:, :, :5], V), ValueError, "key and value must agree"),
+    ((Q, K[..., :4], V), ValueError, "agree in batch and head_dim"),
+    ((Q[:, :3], K, V), ValueError, "3 query heads must be a multiple of the 2 key heads"),
+    ((Q[..., :0], K[..., :0], V), ValueError, "head_dim is 0"),
+    ((Q[:, :, :5], K, V), ValueError, "as many keys as queries: expected 5, got 9"),
+    ((Q[:1], K, V), ValueError, "agree in batch"),
+])  # fmt: skip
+def test_tensors(tensors, error, words):
+    with pytest.raises(error, match=words):
+        linear_attention(*tensors)
+
+
+@pytest.mark.parametrize("options, error, words", [
+    ({"a": NAN}, ValueError, "finite"),
+    ({"b": 1.5}, ValueError, "must not be negative"),
+    ({"temperature": 0.0}, ValueError, "above 0"),
+    ({"temperature": 3.0}, ValueError, "must not be negative"),
+    ({"b": torch.tensor([0.1, 0.1, 0.1, NAN])}, ValueError, "finite"),
+    ({"b": torch.ones(3)}, ValueError, r"shape \(4,\)"),
+    ({"b": "1"}, TypeError, "b must be a number"),
+    ({"b": 3.0, "c": 1.0, "temperature": 2.0}, ValueError, "must not be negative"),
+    ({"b": 3.0, "c": 1.0, "normalize_qk": False}, ValueError, r"b\^2 <= 4 a c"),
+    ({"log_decay": torch.tensor([0.1, -1.0])}, ValueError, "0 or negative"),
+    ({"log_decay": torch.tensor([NAN, -1.0])}, ValueError, "not NaN"),
+    ({"log_decay": torch.zeros(3)}, ValueError, "log_decay must have one of the shapes"),
+    ({"log_decay": -1.0}, TypeError, "log_decay must be a tensor"),
+    ({"lag": -1}, ValueError, "lag must be 0 or more"),
+    ({"lag": 1, "causal": False}, ValueError, "lag must be"),
+    ({"segment_ids": torch.ones(2, 5, dtype=torch.long)}, ValueError, r"shape \(2, 9\)"),
+    ({"segment_ids": torch.ones(2, 9)}, TypeError, "integers"),
+    ({"segment_ids": torch.tensor([[2] * 4 + [1] * 5] * 2)}, ValueError, "never fall"),
+    ({"segment_ids": torch.tensor([[1] * 4 + [-1] * 5] * 2)}, ValueError, "never fall"),
+    ({"dropout_p": 1.0}, ValueError, "below 1"),
+    ({"dropout_p": NAN}, ValueError, "below 1"),
+    ({"dropout_p": "0"}, TypeError, "dropout_p must be a number"),
+    ({"dropout_p": 0.1, "dropout_kind": "drop"}, ValueError, '"paper" or "moment"'),
+    ({"dropout_p": 0.1, "dropout_kind": "moment", "c": 1.0}, ValueError, "needs c = 0"),
+    ({"dropout_p": 0.1, "seed": torch.ones(2)}, ValueError, "seed must be"),
+    ({"initial_state": torch.zeros(2, 2, 9, 6)}, ValueError, "the state must be"),
+    ({"initial_state": torch.zeros(2, 2, 9, 7, dtype=torch.bfloat16)}, ValueError, "the state must be"),
+    ({"initial_state": empty_state(2, 2, 8, 6), "c": 1.0}, ValueError, "the state must be"),
+    ({"return_state": True, "causal": False, "log_decay": -torch.ones(2)}, ValueError, "a state goes with"),
+])  # fmt: skip
+def test_options(options, error, words):
+    with pytest.raises(error, match=words):
+        linear_attention(Q, K, V, **options)
+
+
+def test_step():
+    with pytest.raises(ValueError, match="one token a call"):
+        linear_attention_step(Q, K, V, empty_state(2, 2, 8, 6))
+    with pytest.raises(ValueError, match="the state must be"):
+        linear_attention_step(Q[:, :, :1], K[:, :, :1], V[:, :, :1], empty_state(2, 4, 8, 6))
+
+
+def test_the_bound_itself_is_allowed():
+    """a = b * temperature: f(s) = 1 + s touches 0 at s = -1 alone."""
+    assert linear_attention(Q, K, V, a=1.0, b=1.0).isfinite().all()
+    assert linear_attention(Q, K, V, a=1.0, b=-1.0).isfinite().all()
