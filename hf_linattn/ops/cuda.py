@@ -255,11 +255,10 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
         return chunked.backward(grad_out, grad_mass, grad_state, *inputs, out, mass, degree, causal, normalize_qk)
     call = _Call(*inputs, degree, causal, normalize_qk)
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    absent = query.new_empty(0, dtype=torch.float32)
     grad_coefficients = torch.empty_like(coefficients, dtype=torch.float32, memory_format=torch.contiguous_format)
     contiguous = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
-    grad_log_decay = absent if log_decay is None else torch.empty_like(log_decay, **contiguous)
-    grad_initial = absent if initial_state is None else torch.empty_like(initial_state, **contiguous)
+    grad_log_decay = query.new_empty(0, dtype=torch.float32) if log_decay is None else torch.empty_like(log_decay, **contiguous)
+    grad_initial = query.new_empty(0, dtype=torch.float32) if initial_state is None else torch.empty_like(initial_state, **contiguous)
     device = query.device
     out, grad_out = _rows(out), _rows(grad_out.to(query.dtype))
     mass, grad_mass, grad_state = (_plain(x, torch.float32, device) for x in (mass, grad_mass, grad_state))

@@ -1,0 +1,53 @@
+# Two commands do everything: `make quickstart` runs the main job, `make test` runs the tests. Both set up what they need.
+
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= out
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.PHONY: quickstart test lint kernels test-gpu test-oldest benchmark clean
+
+# MODEL=DIR and DATA=FILE run it from a checkpoint and a text of your own
+quickstart: $(VENV)/.quickstart
+	$(BIN)/python -m recipes.quickstart --out $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# compiles the CUDA kernels into the checkout; needs nvcc
+kernels: $(VENV)/.test
+	$(BIN)/python setup.py build_kernels
+
+# needs a GPU, and the kernels
+test-gpu:
+	$(PYTHON) -m pytest -m gpu tests
+
+# the oldest versions that the package declares
+test-oldest:
+	$(MAKE) test VENV=.venv-oldest TORCH="torch==2.11.0 transformers==5.17.0"
+
+benchmark: $(VENV)/.test
+	$(BIN)/python benchmarks/attention.py --device cpu
+
+# torch goes first: the version pinned here is enough for everything after it. Where nvcc is, installing compiles the kernels; the
+# quickstart leaves them out where there is no GPU to run them.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(TORCH)
+	touch $@
+
+$(VENV)/.quickstart: $(VENV)/.torch pyproject.toml
+	$(if $(shell command -v nvidia-smi),,HF_LINATTN_REQUIRE_CUDA=0) $(BIN)/pip install --quiet --editable ".[convert,recipes]"
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-oldest $(OUT) build *.egg-info hf_linattn/_kernels.so
