@@ -32,7 +32,7 @@ class CheckReport:
     """
 
     tensors: int
-    ignored: tuple[str, ...]
+    ignored: list[str]
     tokens: int
     step_error: float | None
 
@@ -52,7 +52,7 @@ def check_converted(folder: Path, model_class: Any, source: Source, dtype: torch
         count, name = len(missing), model_class.__name__
         raise ConversionError(f"{source.name} lacks {count} weights of {name}, such as {missing[0]}; nothing was kept")
     compared, ignored = _compare_weights(model, source, dtype, set(info["unexpected_keys"]))
-    return CheckReport(compared, tuple(ignored), PROBE_TOKENS, _probe(model.eval()))
+    return CheckReport(compared, ignored, PROBE_TOKENS, _probe(model.eval()))
 
 
 def _compare_weights(model: Any, source: Source, dtype: torch.dtype | None, unexpected: set[str]) -> tuple[int, list[str]]:

@@ -118,7 +118,8 @@ def linearize(
         write_stub(type(config), folder)
         _copy_companions(opened, folder)
         checked = check_converted(folder, model_class, opened, dtype) if options.check else None
-        report = conversion_report(opened, config, asdict(options), dropped, added, checked)
+        given = asdict(options) | {"keep_softmax": list(options.keep_softmax)}
+        report = conversion_report(opened, config, given, dropped, added, checked)
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(opened, config, report), encoding="utf-8")
     return report

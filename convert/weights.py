@@ -29,7 +29,7 @@ def new_parameters(model_class: Any, config: Any) -> dict[str, Tensor]:
         if isinstance(module, LinAttnParams):
             started = module.to_empty(device="cpu")
             started.reset_parameters()
-            added.update({f"{name}.{key}": value.detach() for key, value in started.named_parameters()})
+            added.update({f"{name}.{key}": value for key, value in started.state_dict().items()})
     return added
 
 

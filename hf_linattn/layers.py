@@ -33,7 +33,8 @@ class LinAttnParams(nn.Module):
 
     Args:
         heads: number of query heads H, at least 1.
-        config: ``kernel``, ``a``, ``b``, ``c``, ``temperature``, ``decay``; ``learnable=False`` freezes the parameters.
+        config: ``kernel``, ``a``, ``b``, ``c``, ``temperature``, ``decay``; ``learnable=False`` makes them buffers, which are
+            saved and never trained.
         longest: time constant of the slowest head at the start, in tokens, at least 1.5.
 
     Raises:
@@ -54,17 +55,23 @@ class LinAttnParams(nn.Module):
         for name, number in numbers.items():
             if not number > 0:
                 raise ValueError(f"learnable linear attention needs {name} > 0 to start from, got {number}")
-        parameter_names = ["temperature_logit"] if config.kernel == "linear" else ["log_temperature", "b_logit"]
+        self.heads = heads
+        self.names = ["temperature_logit"] if config.kernel == "linear" else ["log_temperature", "b_logit"]
         if config.decay == "head":
-            parameter_names.append("log_rate")
-        for name in parameter_names:
-            self.register_parameter(name, nn.Parameter(torch.empty(heads, dtype=torch.float32), requires_grad=config.learnable))
+            self.names.append("log_rate")
+        for name in self.names:
+            values = torch.empty(heads, dtype=torch.float32)
+            # Frozen ones are buffers: loading a checkpoint makes every parameter require a gradient again.
+            if config.learnable:
+                self.register_parameter(name, nn.Parameter(values))
+            else:
+                self.register_buffer(name, values)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Sets the starting values, except in parameters that Transformers has loaded from disk."""
-        for name, parameter in self.named_parameters(recurse=False):
-            init.copy_(parameter, self._start(name, parameter.shape[0]))
+        for name in self.names:
+            init.copy_(getattr(self, name), self._start(name))
 
     def forward(self) -> dict[str, Tensor]:
         """The numbers to attend with, as new float32 tensors of shape (H,).
@@ -72,8 +79,8 @@ class LinAttnParams(nn.Module):
         Returns:
             ``a``, ``b``, ``temperature``; with the quadratic kernel ``c``; with a decay ``log_decay`` = -1 / T < 0.
         """
-        learned = {name: parameter.float() for name, parameter in self.named_parameters(recurse=False)}
-        like = next(iter(learned.values()))
+        learned: dict[str, Tensor] = {name: getattr(self, name).float() for name in self.names}
+        like = learned[self.names[0]]
         out = {"a": torch.full_like(like, self.a)}
         if self.kernel == "linear":
             out["b"] = torch.full_like(like, self.b)
@@ -87,18 +94,17 @@ class LinAttnParams(nn.Module):
         return out
 
     def extra_repr(self) -> str:
-        heads = next(self.parameters()).shape[0]
-        return f"heads={heads}, kernel={self.kernel}, learned={[name for name, _ in self.named_parameters()]}"
+        return f"heads={self.heads}, kernel={self.kernel}, {', '.join(self.names)}"
 
     def _limit(self) -> float:
         # A logistic function reaches 1 in float32; the bound itself must stay out of reach.
         return _INSIDE * (self.a / self.b if self.kernel == "linear" else 2 * math.sqrt(self.a * self.c))
 
-    def _start(self, name: str, heads: int) -> Tensor:
+    def _start(self, name: str) -> Tensor:
         if name == "log_rate":
-            exponents = torch.linspace(0, 1, heads)
+            exponents = torch.linspace(0, 1, self.heads)
             return -(math.log(SHORTEST_TIME_CONSTANT) + exponents * math.log(self.longest / SHORTEST_TIME_CONSTANT))
         if name == "log_temperature":
-            return torch.full((heads,), math.log(self.temperature))
+            return torch.full((self.heads,), math.log(self.temperature))
         share = min((self.temperature if name == "temperature_logit" else self.b) * _INSIDE / self._limit(), LARGEST_START) / _INSIDE
-        return torch.full((heads,), math.log(share / (1 - share)))
+        return torch.full((self.heads,), math.log(share / (1 - share)))

@@ -152,7 +152,7 @@ def test_device_map_auto(converted: Converted, tokens: Tensor) -> None:
 
 
 def test_layers_offloaded_to_disk(converted: Converted, tokens: Tensor, tmp_path: Path) -> None:
-    resident = {name: "cpu" for name in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0")}
+    resident = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
     device_map = resident | {"model.layers.1": "disk", "model.layers.2": "disk"}
     offloaded = AutoModelForCausalLM.from_pretrained(converted(), device_map=device_map, offload_folder=tmp_path)
     whole = AutoModelForCausalLM.from_pretrained(converted())

@@ -65,7 +65,8 @@ def test_gradients_reach_every_parameter_through_the_operator(kernel: str) -> No
 
 def test_frozen_where_not_learnable() -> None:
     module = LinAttnParams(4, LinAttnConfig(decay="head", learnable=False))
-    assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert not list(module.parameters())
+    assert set(module.state_dict()) == {"temperature_logit", "log_rate"}
 
 
 def test_forward_gives_new_float32_tensors_whatever_the_parameters_are_in() -> None:
