@@ -63,10 +63,13 @@ int linattn_forward(const linattn_problem *problem, const linattn_forward_result
 int linattn_backward(const linattn_problem *problem, const linattn_backward_data *data);
 const char *linattn_error_string(int code);
 
-// Which path a problem takes on the current device, as a word for people ("direct", "mma", "hopper", "none").
-const char *linattn_path(const linattn_problem *problem);
-// The architectures compiled in, as "sm_80 sm_90a compute_100".
+// Which path a problem takes on the current device, as a word for people: "generic", "mma", "hopper", or "none" where it cannot run.
+const char *linattn_forward_path(const linattn_problem *problem);
+const char *linattn_backward_path(const linattn_problem *problem);
+// The architectures compiled in, as "sm_80 sm_90a compute_80".
 const char *linattn_architectures(void);
+// sizeof of linattn_problem (0), linattn_forward_result (1) and linattn_backward_data (2): a caller compares them with its own.
+int64_t linattn_struct_bytes(int which);
 
 #ifdef __cplusplus
 }

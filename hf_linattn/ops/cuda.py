@@ -151,7 +151,8 @@ def _falls_back(query: Tensor, key: Tensor, value: Tensor) -> bool:
         raise RuntimeError(f"HF_LINATTN_BACKEND=cuda asks for the compiled kernels, but {cause}.")
     if cause not in _warned:
         _warned.add(cause)
-        warnings.warn(f"hf_linattn runs the slower PyTorch form on the GPU: {cause}. (HF_LINATTN_BACKEND=torch silences this.)", stacklevel=3)
+        silence = "HF_LINATTN_BACKEND=torch silences this"
+        warnings.warn(f"hf_linattn runs the slower PyTorch form on the GPU: {cause}. ({silence}.)", stacklevel=3)
     return True
 
 
@@ -255,18 +256,18 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
         return chunked.backward(grad_out, grad_mass, grad_state, *inputs, out, mass, degree, causal, normalize_qk)
     call = _Call(*inputs, degree, causal, normalize_qk)
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    grad_coefficients = torch.empty_like(coefficients, dtype=torch.float32, memory_format=torch.contiguous_format)
-    contiguous = {"dtype": torch.float32, "memory_format": torch.contiguous_format}
-    grad_log_decay = query.new_empty(0, dtype=torch.float32) if log_decay is None else torch.empty_like(log_decay, **contiguous)
-    grad_initial = query.new_empty(0, dtype=torch.float32) if initial_state is None else torch.empty_like(initial_state, **contiguous)
+    grad_coefficients = query.new_empty(coefficients.shape, dtype=torch.float32)
+    grad_log_decay = absent if log_decay is None else query.new_empty(log_decay.shape, dtype=torch.float32)
+    grad_initial = absent if initial_state is None else query.new_empty(initial_state.shape, dtype=torch.float32)
     device = query.device
     out, grad_out = _rows(out), _rows(grad_out.to(query.dtype))
-    mass, grad_mass, grad_state = (_plain(x, torch.float32, device) for x in (mass, grad_mass, grad_state))
-    data = _BackwardData(
-        out=_describe(out), grad_out=_describe(grad_out), mass=_pointer(mass), grad_mass=_pointer(grad_mass), grad_state=_pointer(grad_state),
-        grad_query=_describe(grad_query), grad_key=_describe(grad_key), grad_value=_describe(grad_value),
-        grad_coefficients=grad_coefficients.data_ptr(), grad_log_decay=None if log_decay is None else grad_log_decay.data_ptr(),
-        grad_initial_state=None if initial_state is None else grad_initial.data_ptr(),
-    )  # fmt: skip
+    kept = [_plain(x, torch.float32, device) for x in (mass, grad_mass, grad_state)]
+    data = _BackwardData()
+    data.out, data.grad_out = _describe(out), _describe(grad_out)
+    data.mass, data.grad_mass, data.grad_state = map(_pointer, kept)
+    data.grad_query, data.grad_key, data.grad_value = _describe(grad_query), _describe(grad_key), _describe(grad_value)
+    data.grad_coefficients = grad_coefficients.data_ptr()
+    data.grad_log_decay = None if log_decay is None else grad_log_decay.data_ptr()
+    data.grad_initial_state = None if initial_state is None else grad_initial.data_ptr()
     call.launch("backward", data)
     return grad_query, grad_key, grad_value, grad_coefficients.to(coefficients.dtype), grad_log_decay, grad_initial
