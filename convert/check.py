@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from convert.errors import ConversionError
+from convert.errors import ConversionError, one_line
 from convert.source import Source
 
 PROBE_TOKENS = 24
@@ -46,7 +46,7 @@ def check_converted(folder: Path, model_class: Any, source: Source, dtype: torch
     try:
         model, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except Exception as error:
-        raise ConversionError(f"the converted checkpoint does not load ({error}); nothing was kept") from error
+        raise ConversionError(f"the converted checkpoint does not load ({one_line(error)}); nothing was kept") from error
     missing = sorted(info["missing_keys"])
     if missing:
         count, name = len(missing), model_class.__name__

@@ -5,3 +5,9 @@ from __future__ import annotations
 
 class ConversionError(ValueError):
     """What was wrong, what was expected and what to do, in one sentence."""
+
+
+def one_line(error: BaseException, longest: int = 300) -> str:
+    """The text of another error on one line, cut where it is long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else text[:longest] + " ..."

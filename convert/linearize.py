@@ -19,7 +19,7 @@ from rich.console import Console
 import hf_linattn  # noqa: F401  (registers the attention that the check runs)
 from convert.card import model_card
 from convert.check import check_converted
-from convert.errors import ConversionError
+from convert.errors import ConversionError, one_line
 from convert.losses import dropped_features
 from convert.output import check_output, written_aside
 from convert.report import conversion_report, summary
@@ -110,7 +110,7 @@ def linearize(
     check_output(output, opened.folder, options.overwrite)
     config, model_class, dropped = _converted_config(opened, options)
     added = new_parameters(model_class, config)
-    dtype = getattr(torch, DType(options.dtype).value) if options.dtype else None
+    dtype = getattr(torch, options.dtype) if options.dtype else None
     with written_aside(output) as folder:
         _require_space(folder, opened.nbytes)
         write_weights(opened, added, folder, dtype, on_shard)
@@ -132,7 +132,7 @@ def _converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, A
         config: Any = config_class.from_dict(stored)  # type: ignore[attr-defined]
         model_class = model_class_for(config_class, (source.config.get("architectures") or [None])[0])
     except Exception as error:
-        raise ConversionError(f"{source.name}: {error}") from error
+        raise ConversionError(f"{source.name}: {one_line(error)}") from error
     count, kept = config.num_hidden_layers, sorted(set(options.keep_softmax))
     outside = [layer for layer in kept if not 0 <= layer < count]
     if outside:
@@ -156,6 +156,8 @@ def _converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, A
     config.auto_map = auto_map(config_class)
     config.architectures = [model_class.__name__]
     if options.dtype:
+        if options.dtype not in list(DType):
+            raise ConversionError(f"the dtype {options.dtype!r} is unknown; give one of {', '.join(DType)}")
         config.dtype = options.dtype
     elif getattr(config, "dtype", None) is None:
         config.dtype = str(floating_dtype(source)).removeprefix("torch.")

@@ -49,7 +49,7 @@ def written_aside(output: Path) -> Iterator[Path]:
         _give_usual_modes(aside)
         _move_into_place(aside, output)
     except OSError as error:
-        raise ConversionError(f"writing {output} failed ({error.strerror or error}); nothing was left there") from error
+        raise ConversionError(f"writing {output} failed ({error.strerror or error}); it is as it was before") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -58,15 +58,20 @@ def _move_into_place(aside: Path, output: Path) -> None:
     if not output.exists():
         aside.rename(output)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-    output.rename(old / output.name)
+    room = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+    old = room / output.name
     try:
-        aside.rename(output)
+        output.rename(old)
+        try:
+            aside.rename(output)
+        except OSError:
+            old.rename(output)
+            raise
     except OSError:
-        (old / output.name).rename(output)
-        old.rmdir()
+        if not old.exists():
+            room.rmdir()
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(room, ignore_errors=True)
 
 
 def _give_usual_modes(folder: Path) -> None:
