@@ -70,8 +70,9 @@ class DeviceSplit:
 
 
 def training_order(lengths: np.ndarray, batch_size: int, seed: int, start: int = 0) -> Iterator[np.ndarray]:
-    """Batch after batch without end, from batch `start`: indices (batch_size,) int64. Every epoch has another order; what does not fill a batch is
-    left out of that epoch. Of each 50 batches the examples are sorted by length and the batches shuffled, so that little is padding.
+    """Batch after batch without end, from batch `start`: indices (batch_size,) int64. Every epoch has another order; what does not fill a
+    batch is left out of that epoch. Of each 50 batches the examples are sorted by length and the batches shuffled, so that little is
+    padding.
 
     Raises ValueError where the examples do not fill one batch."""
     per_epoch = len(lengths) // batch_size

@@ -1,7 +1,7 @@
 """The six tasks' data as compact arrays, read from prepared folders, from the release's files, from other local files, or from the hub.
 
-A token is one byte: a digit or operator (ListOps), a byte of text (Text, Retrieval), a grey level (Image, Pathfinder, Path-X). The model sees token + 1,
-and 0 as padding. A split of any task fits in memory, on the GPU too.
+A token is one byte: a digit or operator (ListOps), a byte of text (Text, Retrieval), a grey level (Image, Pathfinder, Path-X). The model
+sees token + 1, and 0 as padding. A split of any task fits in memory, on the GPU too.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _allowed(task: Task) -> str:
     return f"exactly {task.length}" if task.side else f"1 to {task.length}"
 
 
-# -- one example ---------------------------------------------------------------------------------------------------------------------------------------
+# -- one example ---------------------------------------------------------------------------------------------------------------------------
 
 _LISTOPS_CODES = np.full(256, 255, np.uint8)
 _LISTOPS_CODES[list(b"0123456789")] = range(10)
@@ -235,7 +235,7 @@ def parse_label(text: Any, classes: int) -> int:
     return int(value)
 
 
-# -- files ---------------------------------------------------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def read_folder(task: Task, folder: Path, seed: int = 0, processes: int = 1) -> dict[str, Split]:
@@ -290,10 +290,9 @@ Example = tuple[tuple[np.ndarray, ...], int]
 
 def _rows(path: Path, read: Callable[[str, int], Example]) -> Iterator[Example]:
     """read(line, number) for each line, with the file and line in front of what it complains about. Undecodable bytes pass through."""
-    opened = lzma.open(path, "rt", encoding="utf-8", errors="surrogateescape", newline="\n") if path.suffix == ".xz" else None
     number = 0
     try:
-        with opened or path.open(encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield read(line.rstrip("\r\n"), number)
@@ -433,7 +432,8 @@ class _PathfinderReader:
 
 
 def read_metadata(path: Path) -> list[list[str]]:
-    """The rows of a metadata file: text with blanks between the fields, as in the release, or an array of strings, as the generator's own code saves it."""
+    """The rows of a metadata file: text with blanks between the fields, as in the release, or an array of strings, as the generator's own
+    code saves it."""
     with path.open("rb") as file:
         is_array = file.read(6) == b"\x93NUMPY"
     try:
@@ -444,13 +444,14 @@ def read_metadata(path: Path) -> list[list[str]]:
         raise RecipeError(f"{path}: not a metadata file ({sentence(error)}); expected text, or a NumPy array of strings") from None
 
 
-# -- hub -----------------------------------------------------------------------------------------------------------------------------------------------
+# -- hub -----------------------------------------------------------------------------------------------------------------------------------
 
 HUB = {"text": "stanfordnlp/imdb", "image": "uoft-cs/cifar10"}
 
 
 def read_hub(task: Task, name: str, seed: int = 0) -> dict[str, Split]:
-    """The three splits of a data set on the hub (or a local folder that `load_dataset` reads). A missing validation split is held out of train.
+    """The three splits of a data set on the hub (or a local folder that `load_dataset` reads). A missing validation split is held out of
+    train.
 
     Columns: Source and Target (ListOps); text1, text2 and label (Retrieval); text and label (Text); image or img, and label (the rest)."""
     import datasets

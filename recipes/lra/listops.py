@@ -1,11 +1,11 @@
 """ListOps (Nangia & Bowman 2018, arXiv:1804.06028) in its Long Range Arena form (Tay et al. 2020, arXiv:2011.04006, appendix A.1).
 
-A node at depth below 10 is a list with probability 1/4, else a digit 0-9; a list is one of MIN, MAX, MED (median, rounded down) or SM (sum modulo 10)
-with 2 to 10 arguments. A list counts 2 tokens (operator and closing bracket) plus its arguments; a tree is kept when it has more than 500 and fewer
-than 2000 tokens, and its value is the label.
+A node at depth below 10 is a list with probability 1/4, else a digit 0-9; a list is one of MIN, MAX, MED (median, rounded down) or SM
+(sum modulo 10) with 2 to 10 arguments. A list counts 2 tokens (operator and closing bracket) plus its arguments; a tree is kept when it
+has more than 500 and fewer than 2000 tokens, and its value is the label.
 
-Trees are drawn level by level for a whole batch at once, so that every step is an array operation; a batch depends on (seed, number of the batch)
-alone, so the data do not depend on how many processes make them.
+Trees are drawn level by level for a whole batch at once, so that every step is an array operation; a batch depends on (seed, number of
+the batch) alone, so the data do not depend on how many processes make them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ MIN_LENGTH, MAX_LENGTH = 500, 2000
 TREES_PER_BATCH = 4096
 BARREN_BATCHES = 50  # this many batches without one tree: the bounds are taken to leave no room
 
-# Codes of the written tokens: digits are themselves, an operator carries its number of arguments because the release writes that many parentheses.
+# Codes of the written tokens: digits are themselves, an operator carries its number of arguments because the release writes that many
+# parentheses.
 _OPERATOR, _CLOSE, _CLOSE_ROOT = 10, 80, 81
 
 
@@ -110,7 +111,8 @@ def lay_out(levels: list[Level], sizes: list[np.ndarray]) -> np.ndarray:
 
 
 def _written_tokens() -> list[str]:
-    """What the release writes for a code. It nests pairs, ((([MAX 2) 9) ]), so an operator opens one pair for each argument and one for the bracket."""
+    """What the release writes for a code. It nests pairs, ((([MAX 2) 9) ]), so an operator opens one pair for each argument and one for
+    the bracket."""
     table = [f"{digit} )" for digit in range(10)] + [""] * (_CLOSE_ROOT + 1 - 10)
     for index, name in enumerate(OPERATORS):
         for arguments in range(MIN_ARGUMENTS, MAX_ARGUMENTS + 1):
@@ -146,9 +148,9 @@ def generate(
     """`count` different (Source, Target) pairs, the same for any number of processes.
 
     Raises ValueError where the bounds leave no room for a tree."""
-    if not (1 < max_depth and 0 <= min_length < max_length - 1):
+    if max_depth < 2 or not 0 <= min_length < max_length - 1:
         raise ValueError(
-            f"ListOps needs a depth of 2 or more and min_length < max_length - 1, got depth {max_depth}, lengths {min_length} to {max_length}."
+            f"ListOps needs a depth of 2 or more and min_length < max_length - 1, got {max_depth}, {min_length} and {max_length}."
         )
     worker = partial(make_batch, seed=seed, max_depth=max_depth, min_length=min_length, max_length=max_length)
     seen: set[bytes] = set()

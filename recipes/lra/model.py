@@ -1,7 +1,8 @@
-"""The encoder of the Long Range Arena as a Transformers model: learned positions, attention by `attn_implementation`, one or two towers, a small head.
+"""The encoder of the Long Range Arena as a Transformers model: learned positions, attention by `attn_implementation`, one or two towers,
+a small head.
 
-    import recipes.lra.model
-    AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="linattn")
+import recipes.lra.model
+AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="linattn")
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class LRAConfig(PreTrainedConfig):
         pooling: "mean" over the tokens that are no padding; "mean_padded", their sum over max_position_embeddings, as the published small
             configuration has it; "cls", the state of a learned token put in front.
         norm: "pre", LayerNorm before attention and feed-forward and after the last layer; "post", after each sum.
+        attention_size: the width of queries, keys and values, all heads together; None: hidden_size.
         towers: 2 encodes a pair by the same encoder and classifies [a, b, a * b, a - b].
         pad_token_id: 0; the data's tokens begin at 1.
 
@@ -53,6 +55,7 @@ class LRAConfig(PreTrainedConfig):
         initializer_range: float = 0.02,
         pooling: str = "mean",
         norm: str = "pre",
+        attention_size: int | None = None,
         towers: int = 1,
         pad_token_id: int | None = 0,
         **kwargs: Any,
@@ -70,13 +73,15 @@ class LRAConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.pooling = pooling
         self.norm = norm
+        self.attention_size = attention_size or hidden_size
         self.towers = towers
         for name, value, allowed in (("pooling", pooling, POOLINGS), ("norm", norm, NORMS), ("towers", towers, (1, 2))):
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
-        if hidden_size % num_attention_heads:
-            raise ValueError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_attention_heads}")
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        if self.attention_size % num_attention_heads:
+            raise ValueError(f"the attention's width {self.attention_size} is not a multiple of num_attention_heads {num_attention_heads}")
+        self.pad_token_id = pad_token_id
+        super().__init__(**kwargs)
 
 
 def eager_attention_forward(
@@ -104,12 +109,12 @@ class LRAAttention(nn.Module):
     def __init__(self, config: LRAConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = config.attention_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query = nn.Linear(config.hidden_size, config.attention_size)
+        self.key = nn.Linear(config.hidden_size, config.attention_size)
+        self.value = nn.Linear(config.hidden_size, config.attention_size)
+        self.out = nn.Linear(config.attention_size, config.hidden_size)
 
     def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         shape = (*hidden.shape[:-1], -1, self.head_dim)
@@ -117,7 +122,7 @@ class LRAAttention(nn.Module):
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, _ = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout)  # (B, N, H, D)
-        return self.out(mixed.reshape(hidden.shape))
+        return self.out(mixed.flatten(2))
 
 
 class LRALayer(nn.Module):
@@ -165,7 +170,8 @@ class LRAPreTrainedModel(PreTrainedModel):
 
 
 class LRAModel(LRAPreTrainedModel):
-    """Tokens to states: input_ids (B, N) integer, attention_mask (B, N), 0 at padding, to (B, N, hidden_size) and the pooled (B, hidden_size).
+    """Tokens to states: input_ids (B, N) integer, attention_mask (B, N), 0 at padding, to (B, N, hidden_size) and the pooled (B,
+    hidden_size).
 
     Raises ValueError where N is above max_position_embeddings."""
 
@@ -188,7 +194,9 @@ class LRAModel(LRAPreTrainedModel):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
         if input_ids.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(f"{input_ids.shape[1]} tokens are given and the model has {self.config.max_position_embeddings} positions; shorten them.")
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens are given and the model has {self.config.max_position_embeddings} positions; shorten them."
+            )
         hidden = self.tokens(input_ids)
         if self.cls is not None:
             hidden = torch.cat([self.cls.expand(len(hidden), 1, -1), hidden], 1)
@@ -225,7 +233,7 @@ class LRAForSequenceClassification(LRAPreTrainedModel):
         self.encoder = LRAModel(config)
         width = config.hidden_size * (4 if config.towers == 2 else 1)
         self.classifier = nn.Sequential(
-            nn.Linear(width, config.intermediate_size), nn.ReLU(), nn.Linear(config.intermediate_size, config.num_labels)
+            nn.Linear(width, config.intermediate_size), nn.ReLU(), nn.Linear(config.intermediate_size, int(config.num_labels or 0))
         )
         self.post_init()
 

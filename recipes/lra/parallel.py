@@ -12,7 +12,8 @@ Result = TypeVar("Result")
 
 
 def ordered_map(worker: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
-    """worker(item) for each item, in order, at most two per process ahead of the reader. `items` may be endless; stop reading to stop the work."""
+    """worker(item) for each item, in order, at most two per process ahead of the reader. `items` may be endless; stop reading to stop the
+    work."""
     if processes <= 1:
         yield from map(worker, items)
         return

@@ -1,16 +1,16 @@
 """Pathfinder images (Linsley et al. 2018, arXiv:1805.08315; Kim et al. 2020) with the sizes and numbers of the Long Range Arena release.
 
-Two dashed paths of 14 paddles grow from two seeds near the middle; shorter distractors fill in. One marker lies on the tail of one path, the other on
-the head of the same path (label 1) or of the other path (label 0). A path grows paddle by paddle: from the gap after the last paddle, the next
-head lies on a circle, drawn with weight cos^2(continuity * turn), where no other paddle's surroundings lie.
+Two dashed paths of 14 paddles grow from two seeds near the middle; shorter distractors fill in. One marker lies on the tail of one path,
+the other on the head of the same path (label 1) or of the other path (label 0). A path grows paddle by paddle: from the gap after the
+last paddle, the next head lies on a circle, drawn with weight cos^2(continuity * turn), where no other paddle's surroundings lie.
 
 What is taken from the rules and what is ours:
-- A paddle's surroundings (its line widened by the margin) are a set of pixels, not grey levels; a board of such pixels is one Python integer, so a test
-  for room is a shift and an "and". This makes a 32 x 32 image in about a millisecond.
+- A paddle's surroundings (its line widened by the margin) are a set of pixels, not grey levels; a board of such pixels is one Python
+  integer, so a test for room is a shift and an "and". This makes a 32 x 32 image in about a millisecond.
 - Surroundings of different paths never overlap, seeds and last paddles included, so that a label is never in doubt; nor do
   the markers touch each other.
-- A path with no room to go on begins a new image, as in the published generator; at 64 and 128 pixels, where one beginning in 3000 or in 100 ends well,
-  it first takes back its last paddles and tries again, up to 30 times.
+- A path with no room to go on begins a new image, as in the published generator; at 64 and 128 pixels, where one beginning in 3000 or in
+  100 ends well, it first takes back its last paddles and tries again, up to 30 times.
 - A distractor with no room to grow to its full length stays as long as it got; one with no room at all is left out.
 - Labels alternate, so each split whose size is even is balanced exactly.
 
@@ -96,7 +96,8 @@ RULES = {
 
 @dataclass(frozen=True)
 class Paddle:
-    """One dash. pivot: the middle of the gap before it; tail, head: its ends; each (row, column). angle: from pivot to head, radians, rows downwards."""
+    """One dash. pivot: the middle of the gap before it; tail, head: its ends; each (row, column). angle: from pivot to head, radians,
+    rows downwards."""
 
     pivot: tuple[int, int]
     tail: tuple[float, float]
@@ -123,9 +124,9 @@ def step(point: tuple[int, int], angle: float, distance: float) -> tuple[int, in
 class Stencils:
     """Everything about paddles of one margin that does not depend on where they lie, computed once.
 
-    A board is an integer whose bit row * stride + column says that a pixel is taken. The guard around the image is taken too, so that no path needs a
-    test for the edge. A stencil is a board of the pixels around a point: shifted up by `shift(point)` it lies there, and a board shifted down by as much
-    can be compared with it."""
+    A board is an integer whose bit row * stride + column says that a pixel is taken. The guard around the image is taken too, so that no
+    path needs a test for the edge. A stencil is a board of the pixels around a point: shifted up by `shift(point)` it lies there, and a
+    board shifted down by as much can be compared with it."""
 
     def __init__(self, rules: Rules, margin: int):
         self.rules, self.margin = rules, margin
@@ -157,7 +158,8 @@ class Stencils:
         return int.from_bytes(np.packbits(rows, bitorder="little").tobytes(), "little")
 
     def surroundings(self, start: tuple[float, float], angle: float) -> int:
-        """The pixels near a paddle that leaves `start` in the direction `angle`: its line widened by the margin, a pixel counted when mostly covered."""
+        """The pixels near a paddle that leaves `start` in the direction `angle`: its line widened by the margin, a pixel counted when
+        mostly covered."""
         length, near = self.rules.paddle_length, self.margin + self.rules.paddle_thickness / 2 - 0.25
         y, x = self.grid[:, None] - start[0], self.grid[None] - start[1]
         along = np.clip(y * math.sin(angle) + x * math.cos(angle), 0, length)
@@ -304,7 +306,8 @@ def make_scene(rules: Rules, seed: int, number: int, attempt: int = 0) -> Scene:
 
 @lru_cache(maxsize=4096)
 def paddle_sprite(rules: Rules, angle: float, row: float, column: float) -> np.ndarray:
-    """A paddle's picture, float32 in [0, 1], drawn `antialias` times larger and scaled down; (row, column): its tail's offset from the middle pixel."""
+    """A paddle's picture, float32 in [0, 1], drawn `antialias` times larger and scaled down; (row, column): its tail's offset from the
+    middle pixel."""
     reach, scale = _sprite_reach(rules), rules.antialias
     side = (2 * reach + 1) * scale
     canvas = Image.new("L", (side, side))
@@ -344,8 +347,8 @@ def render(rules: Rules, scene: Scene) -> np.ndarray:
             sprite = paddle_sprite(rules, paddle.angle, round(paddle.tail[0] - row, 1), round(paddle.tail[1] - column, 1))
             _stamp(canvas, sprite, row + border, column + border)
     sprite = marker_sprite(rules.marker_radius, rules.antialias)
-    for row, column in scene.markers:
-        _stamp(canvas, sprite, int(row) + border, int(column) + border)
+    for marker in scene.markers:
+        _stamp(canvas, sprite, int(marker[0]) + border, int(marker[1]) + border)
     image = canvas[border:-border, border:-border]
     return (image * (255 / image.max()) + 0.5).astype(np.uint8)
 

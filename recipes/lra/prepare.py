@@ -1,7 +1,8 @@
 """Make the data of one task ready for training: python -m recipes.lra.prepare TASK --out DIR
 
-ListOps and Pathfinder are generated, Text and Image come from the hub, unless --source names a folder with the files. DIR then holds train.npz, valid.npz
-and test.npz (compact arrays, what training reads), prepared.json (how they were made), and for generated data the release's own files.
+ListOps and Pathfinder are generated, Text and Image come from the hub, unless --source names a folder with the files. DIR then holds
+train.npz, valid.npz and test.npz (compact arrays, what training reads), prepared.json (how they were made), and for generated data the
+release's own files.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     accelerate launch -m recipes.lra.train --config recipes/lra/configs/TASK.yaml --set attn_implementation=linattn dropout=noise
 
-Each seed's folder holds metrics.jsonl, best/ (the checkpoint of the best validation accuracy, for from_pretrained), checkpoints/, and result.json with the
-accuracy of best/ on the test set. With --resume a run goes on from its last checkpoint, and finished seeds are left as they are.
+Each seed's folder holds metrics.jsonl, best/ (the checkpoint of the best validation accuracy, for from_pretrained), checkpoints/, and
+result.json with the accuracy of best/ on the test set. With --resume a run goes on from its last checkpoint, and finished seeds are left
+as they are.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from recipes.common.errors import RecipeError, sentence
 from recipes.common.files import staged_directory, write_json
 from recipes.common.run import Run
 
+from .accuracy import accuracy
 from .batches import DeviceSplit, evaluation_order, training_order
 from .data import SPLITS, TASKS, Split, load
 from .model import LRAConfig, LRAForSequenceClassification
@@ -45,6 +47,7 @@ def main(
     overwrite: cli.Overwrite = False,
 ) -> None:
     """Train on one task of the Long Range Arena, one seed after another."""
+    transformers.utils.logging.disable_progress_bar()
     settings = load_config(Settings, config, [*(set_values or []), *(more or [])])
     splits = load(TASKS[settings.task], settings.data)
     accuracies = []
@@ -119,7 +122,7 @@ class Training:
             with accelerator.autocast():
                 loss = self.call(**batch).loss
             accelerator.backward(loss)
-            torch.nn.utils.clip_grad_value_(self.bare.parameters(), s.gradient_clip)
+            accelerator.clip_grad_value_(self.model.parameters(), s.gradient_clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
             losses += loss.detach()
@@ -176,10 +179,10 @@ class Training:
 
     def validate(self, step: int) -> None:
         """Log the validation accuracy and keep the weights in best/ if it is the best so far; the later one of equals."""
-        accuracy, loss = self.evaluate("valid", self.settings.validation_examples)
-        self.run.log(step, valid_accuracy=accuracy, valid_loss=loss, seconds=round(self.seconds, 2))
-        if accuracy >= self.best:
-            self.best, self.best_step = accuracy, step
+        score, loss = self.evaluate("valid", self.settings.validation_examples)
+        self.run.log(step, valid_accuracy=score, valid_loss=loss, seconds=round(self.seconds, 2))
+        if score >= self.best:
+            self.best, self.best_step = score, step
             if self.accelerator.is_main_process:
                 with staged_directory(self.run.folder / "best", overwrite=True) as aside:
                     self.bare.save_pretrained(aside)
@@ -188,8 +191,6 @@ class Training:
     @torch.no_grad()
     def evaluate(self, name: str, count: int | None = None) -> tuple[float, float]:
         """Accuracy and mean loss on a split, or on its first `count` examples."""
-        from .accuracy import Accuracy
-
         split, accelerator = self.splits[name], self.accelerator
         lengths = split.lengths[:count]
         guesses = torch.zeros(len(lengths), dtype=torch.int64, device=accelerator.device)
@@ -205,16 +206,14 @@ class Training:
             total += output.loss * len(indices)
         self.bare.train()
         guesses, total = accelerator.reduce(guesses, "sum"), accelerator.reduce(total, "sum")
-        result = Accuracy().compute(predictions=guesses.tolist(), references=split.split.labels[:count].tolist())
-        assert result is not None
-        return result["accuracy"], float(total) / len(lengths)
+        return accuracy(guesses.cpu().numpy(), split.split.labels[:count]), float(total) / len(lengths)
 
     def finish(self, step: int) -> dict[str, Any]:
         """Test best/ and write result.json."""
         s, accelerator = self.settings, self.accelerator
         best = LRAForSequenceClassification.from_pretrained(self.run.folder / "best")
         self.bare.load_state_dict(best.state_dict())
-        accuracy, loss = self.evaluate("test")
+        score, loss = self.evaluate("test")
         device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type
         result = {
             "task": s.task,
@@ -223,7 +222,7 @@ class Training:
             "dropout": s.dropout,
             "attention_dropout": s.attention_dropout if s.dropout != "none" else 0.0,
             "seed": self.seed,
-            "test_accuracy": accuracy,
+            "test_accuracy": score,
             "test_loss": loss,
             "valid_accuracy": self.best,
             "best_step": self.best_step,
@@ -239,14 +238,14 @@ class Training:
         if accelerator.is_main_process:
             write_json(self.run.folder / "result.json", result)
         accelerator.wait_for_everyone()
-        accelerator.print(f"{s.task}, seed {self.seed}: test accuracy {accuracy:.2%} (validation {self.best:.2%} at step {self.best_step})")
+        accelerator.print(f"{s.task}, seed {self.seed}: test accuracy {score:.2%} (validation {self.best:.2%} at step {self.best_step})")
         return result
 
 
 def new_model(settings: Settings) -> LRAForSequenceClassification:
     """The encoder of a run with fresh weights. Raises RecipeError where a size or an option of linattn is not allowed."""
     task = TASKS[settings.task]
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": task.vocabulary + 1,
         "max_position_embeddings": task.length,
         "num_labels": task.classes,
@@ -258,7 +257,9 @@ def new_model(settings: Settings) -> LRAForSequenceClassification:
     unknown = [key for key in settings.model if key not in known]
     if unknown or set(settings.model) & set(sizes):
         wrong = (unknown or sorted(set(settings.model) & set(sizes)))[0]
-        raise RecipeError(f"model: {wrong!r} is unknown or set by the task; it takes hidden_size, num_hidden_layers, pooling, norm and the like")
+        raise RecipeError(
+            f"model: {wrong!r} is unknown or set by the task; it takes hidden_size, num_hidden_layers, pooling, norm and the like"
+        )
     try:
         config = LRAConfig(**sizes, **settings.model)
         if settings.attn_implementation == "linattn":
