@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
-from .config import NAME, linear_layers
+from .config import NAME, softmax_layers
 from .ops import empty_state
 from .rollback import RecentTokens, Recurrence
 from .support import require_attention_interface
@@ -78,6 +78,8 @@ class LinearStateLayer(CacheLayerMixin):
         """The state, made of zeros if there is none yet."""
         if self.state is None:
             self.state = empty_state(batch, heads, head_dim, value_dim, degree=2 if quadratic else 1, device=device)
+        elif not is_torchdynamo_compiling() and self.state.is_inference() and not torch.is_inference_mode_enabled():
+            self.state = self.state.clone()  # made under torch.inference_mode(), it could not be written outside
         return self.state
 
     def record(self, recurrence: Recurrence, key: Tensor, value: Tensor, real: Tensor | None, before: Tensor | None) -> None:
@@ -182,12 +184,11 @@ class StaticLinearStateLayer(LinearStateLayer):
         return False  # not known without waiting for the device; a state of zeros says the same
 
     def allocate(self, batch: int, heads: int, head_dim: int, value_dim: int, quadratic: bool, device: torch.device) -> Tensor:
-        if self.state is None:
-            super().allocate(batch, heads, head_dim, value_dim, quadratic, device)
-            if not is_torchdynamo_compiling():
-                torch._dynamo.mark_static_address(self.state)
-        assert self.state is not None
-        return self.state
+        is_new = self.state is None
+        state = super().allocate(batch, heads, head_dim, value_dim, quadratic, device)
+        if is_new and not is_torchdynamo_compiling():
+            torch._dynamo.mark_static_address(state)
+        return state
 
     def write(self, state: Tensor) -> None:
         if self.state is None or (torch.is_grad_enabled() and state.requires_grad):
@@ -221,7 +222,8 @@ def get_layer_types_and_kwargs(config: PreTrainedConfig) -> tuple[list[str], Any
     types, kwargs = _layer_types(config)
     if config._attn_implementation == NAME:
         require_attention_interface(config)
-        types = [NAME if linear and kind in SOFTMAX_TYPES else kind for kind, linear in zip(types, linear_layers(config), strict=False)]
+        kept = softmax_layers(config)
+        types = [NAME if layer not in kept and kind in SOFTMAX_TYPES else kind for layer, kind in enumerate(types)]
     return types, kwargs
 
 

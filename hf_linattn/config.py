@@ -133,14 +133,14 @@ class LinAttnConfig:
 OPTIONS = tuple(field.name for field in dataclasses.fields(LinAttnConfig))
 
 
-def linear_layers(model_config: PreTrainedConfig) -> list[bool]:
-    """For each layer of a model, whether its attention is linear.
+def softmax_layers(model_config: PreTrainedConfig) -> set[int]:
+    """The layers of a model that keep softmax attention.
 
     Raises:
-        ValueError: `softmax_layers` names a layer that the model does not have.
+        ValueError: the option names a layer that the model does not have.
     """
-    count = model_config.num_hidden_layers
-    softmax = set(LinAttnConfig.of(model_config).softmax_layers)
-    if softmax and max(softmax) >= count:
-        raise ValueError(f"linattn option softmax_layers names layer {max(softmax)}, but the model has layers 0 to {count - 1}.")
-    return [i not in softmax for i in range(count)]
+    kept = set(LinAttnConfig.of(model_config).softmax_layers)
+    if kept and max(kept) >= model_config.num_hidden_layers:
+        last = model_config.num_hidden_layers - 1
+        raise ValueError(f"linattn option softmax_layers names layer {max(kept)}, but the model has layers 0 to {last}.")
+    return kept

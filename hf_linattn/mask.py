@@ -7,6 +7,7 @@ gets the mask of "sdpa" for all its layers, and the padding is read back off it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, masking_utils
 from transformers.utils.import_utils import is_tracing
 
-from .config import linear_layers
+from .config import softmax_layers
 from .support import require_attention_interface
 
 PADDING = "_linattn_padding"
+STARTS = "_linattn_starts"
 
 
 def linattn_mask(
@@ -27,7 +29,7 @@ def linattn_mask(
     if not is_tracing(attention_mask):
         require_attention_interface(config)
     padding = _last_tokens(attention_mask, q_length)
-    if all(linear_layers(config)):
+    if not softmax_layers(config):
         return padding
     mask = masking_utils.sdpa_mask(q_length=q_length, attention_mask=attention_mask, **kwargs)
     if mask is not None:
@@ -47,8 +49,10 @@ def _last_tokens(mask: Tensor | None, length: int) -> Tensor | None:
 
 def padding_of(mask: Tensor | None, length: int) -> Tensor | None:
     """The padding mask (B, length) behind whatever mask a layer was given: None, 2D, or 4D as for sdpa or eager."""
-    if mask is None or mask.dim() == 2:
-        return _last_tokens(mask, length)
+    if mask is None or length == 1:
+        return None
+    if mask.dim() == 2:
+        return mask[:, -length:].to(torch.bool)
     if hasattr(mask, PADDING):
         return getattr(mask, PADDING)
     return _last_tokens(_visible(mask)[:, 0].diagonal(mask.shape[-1] - length, -2, -1), length)
@@ -81,21 +85,43 @@ def refuse_other_patterns(mask: Tensor | None, segments: Tensor | None, causal: 
 
 
 def sequence_starts(padding: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None, length: int) -> Tensor | None:
-    """Where a packed sequence begins, bool (B or 1, length), the first token apart; None where nothing is packed."""
+    """Where a packed sequence begins, bool (B or 1, length), the first token apart; None where nothing is packed.
+
+    Positions jump at padding inside a text, so that beside a padding mask only position 0 begins a sequence.
+    """
     if length == 1:
         return None
     if cu_seq_lens is not None:
-        starts = torch.zeros(length + 1, dtype=torch.bool, device=cu_seq_lens.device)
-        starts = starts.index_fill(0, cu_seq_lens.long(), True)[None, :length]
-    elif position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] != length:
+        return _once_a_forward(cu_seq_lens, "bounds", lambda bounds: _starts_from_bounds(bounds, length))
+    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] != length:
         return None
-    elif padding is None:
-        steps = position_ids[:, 1:] - position_ids[:, :-1]
-        starts = torch.cat([torch.zeros_like(position_ids[:, :1], dtype=torch.bool), steps != 1], -1)
-    else:
-        starts = position_ids == 0  # positions jump at padding inside a text; only 0 begins one
-    if not is_tracing(starts) and not bool(starts[:, 1:].any()):
-        return None
+    if padding is not None:
+        return _once_a_forward(position_ids, "zeros", lambda positions: positions == 0)
+    return _once_a_forward(position_ids, "jumps", _starts_from_jumps)
+
+
+def _starts_from_bounds(bounds: Tensor, length: int) -> Tensor:
+    starts = torch.zeros(length + 1, dtype=torch.bool, device=bounds.device)
+    return starts.index_fill(0, bounds.long(), True)[None, :length]
+
+
+def _starts_from_jumps(positions: Tensor) -> Tensor:
+    jumps = positions[:, 1:] - positions[:, :-1] != 1
+    return torch.cat([torch.zeros_like(jumps[:, :1]), jumps], -1)
+
+
+def _once_a_forward(source: Tensor, kind: str, starts_of: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """`starts_of(source)`, None if it has no start but the first; kept on `source`, for asking a GPU once a layer would stall it."""
+    if is_tracing(source):
+        return starts_of(source)
+    written = None if source.is_inference() else source._version
+    known = getattr(source, STARTS, None)
+    if known is not None and written is not None and known[:2] == (kind, written):
+        return known[2]
+    starts: Tensor | None = starts_of(source)
+    if starts is not None and not bool(starts[:, 1:].any()):
+        starts = None
+    setattr(source, STARTS, (kind, written, starts))
     return starts
 
 

@@ -48,19 +48,23 @@ ENCODERS = ["bert", "modernbert", "vit"]
 CAUSAL = [name for name in CONFIGS if name not in ENCODERS]
 
 
-def tiny_config(name: str, **options: Any) -> PreTrainedConfig:
+def tiny_config(name: str, layers: int = 3, **options: Any) -> PreTrainedConfig:
     """The tiny configuration of an architecture; `options` become `config.linattn`."""
     config = CONFIGS[name]()
+    if layers != config.num_hidden_layers:
+        config.num_hidden_layers = layers
     if options:
         config.linattn = options
     return config
 
 
-def tiny_model(name: str, attn_implementation: str = "linattn", scale: float = 2.0, **options: Any) -> PreTrainedModel:
+def tiny_model(
+    name: str, attn_implementation: str = "linattn", scale: float = 2.0, layers: int = 3, **options: Any
+) -> PreTrainedModel:
     """A tiny model in evaluation mode, its weights `scale` times the usual ones: attention that matters, logits that differ."""
     torch.manual_seed(0)
     auto = AutoModel if name in ENCODERS else AutoModelForCausalLM
-    model = auto.from_config(tiny_config(name, **options), attn_implementation=attn_implementation).eval()
+    model = auto.from_config(tiny_config(name, layers, **options), attn_implementation=attn_implementation).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from ten_lines import by_reference
 from tiny_models import CAUSAL, tiny_model, tiny_tokens
-from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening, DynamicCache
-
-from hf_linattn.ops import reference
+from transformers import DataCollatorWithFlattening, DynamicCache
 
 VARIANTS = [(name, {}) for name in CAUSAL] + [("llama", {"kernel": "quadratic"}), ("llama", {"decay": "head"})]
 
@@ -130,24 +129,23 @@ def test_nan_at_padding_stays_there():
     close(model(inputs_embeds=spoilt, attention_mask=mask).logits[0, 6:], expected)
 
 
-def attend_by_reference(module, query, key, value, attention_mask, **kwargs):
-    options = getattr(module.config, "linattn", {})
-    c = 0.5 if options.get("kernel") == "quadratic" else 0.0
-    decay = -1 / torch.logspace(torch.tensor(1.5).log10().item(), torch.tensor(512.0).log10().item(), query.shape[1])
-    out = reference(query, key, value, 1.0, 1.0, c, log_decay=decay if options.get("decay") == "head" else None)
-    return out.transpose(1, 2).contiguous(), None
-
-
 @torch.no_grad()
 def test_the_model_computes_the_ten_lines_of_the_reference(case):
     model, ids, full = case
-    AttentionInterface.register("ten_lines", attend_by_reference)
-    AttentionMaskInterface.register("ten_lines", lambda **kwargs: None)
-    try:
-        model.set_attn_implementation("ten_lines")
+    with by_reference(model):
         close(model(ids, use_cache=False).logits, full)
-    finally:
-        model.set_attn_implementation("linattn")
+
+
+@torch.no_grad()
+def test_positions_written_in_place_are_read_again():
+    """Where sequences begin is kept on the tensor of positions, so that a GPU is asked once a forward; not for longer."""
+    model, ids = tiny_model("llama"), tiny_tokens(1)
+    positions = torch.arange(23)[None].clone()
+    full = model(ids, position_ids=positions).logits
+    positions[:, 9:] -= 9
+    packed = model(ids, position_ids=positions).logits
+    close(packed[:, 9:], model(ids[:, 9:]).logits)
+    assert (packed - full).abs().max() > 1e-3
 
 
 @torch.no_grad()

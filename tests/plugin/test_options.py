@@ -1,0 +1,131 @@
+"""LinAttnConfig: what it accepts, how it travels, and what bad options are told."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import ENCODERS, tiny_config, tiny_model, tiny_tokens
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Gemma3Config
+
+from hf_linattn import LinAttnConfig
+
+
+def test_defaults_are_the_linear_kernel():
+    options = LinAttnConfig()
+    assert (options.kernel, options.a, options.b, options.c, options.temperature) == ("linear", 1.0, 1.0, 0.0, 1.0)
+    assert LinAttnConfig(kernel="quadratic").c == 0.5
+
+
+def test_options_survive_save_and_load(tmp_path):
+    options = LinAttnConfig(kernel="quadratic", b=0.5, decay="head", softmax_layers=[1], dropout=0.1)
+    model = tiny_model("llama", **options.to_dict())
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["linattn"] == options.to_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="linattn").eval()
+    assert LinAttnConfig.of(loaded.config) == options
+    ids = tiny_tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", *ENCODERS])
+def test_a_softmax_checkpoint_loads_as_linear(name, tmp_path):
+    tiny_model(name, "sdpa").save_pretrained(tmp_path)
+    auto = AutoModel if name in ENCODERS else AutoModelForCausalLM
+    model = auto.from_pretrained(tmp_path, attn_implementation="linattn").eval()
+    inputs = torch.randn(2, 3, 16, 16) if name == "vit" else tiny_tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(model(inputs)[0], tiny_model(name)(inputs)[0])
+
+
+def test_the_implementation_can_be_switched_on_a_living_model():
+    model, ids = tiny_model("llama", "sdpa"), tiny_tokens()
+    with torch.no_grad():
+        softmax = model(ids).logits
+        model.set_attn_implementation("linattn")
+        torch.testing.assert_close(model(ids).logits, tiny_model("llama")(ids).logits)
+        model.set_attn_implementation("sdpa")
+        torch.testing.assert_close(model(ids).logits, softmax)
+
+
+def test_options_changed_on_a_living_model_are_used():
+    model, ids = tiny_model("llama"), tiny_tokens()
+    with torch.no_grad():
+        before = model(ids).logits
+        model.config.linattn = {"kernel": "quadratic"}
+        after = model(ids).logits
+        model.config.linattn["softmax_layers"] = [0]
+        hybrid = model(ids).logits
+        torch.testing.assert_close(after, tiny_model("llama", kernel="quadratic")(ids).logits)
+    assert (before - after).abs().max() > 1e-3 and (after - hybrid).abs().max() > 1e-3
+
+
+def test_store_reaches_the_text_config():
+    config = Gemma3Config()
+    LinAttnConfig(kernel="quadratic").store(config)
+    assert LinAttnConfig.of(config) == LinAttnConfig.of(config.get_text_config()) == LinAttnConfig(kernel="quadratic")
+
+
+def test_options_of_a_text_config_are_found_from_the_whole():
+    config = Gemma3Config()
+    config.get_text_config().linattn = {"decay": "head"}
+    assert LinAttnConfig.of(config).decay == "head"
+
+
+BAD_VALUES = [
+    ({"kernal": "linear"}, "unknown option 'kernal'; the options are kernel, a, b"),
+    ({"kernel": "cubic"}, "kernel='cubic' is unknown; give one of 'linear', 'quadratic'"),
+    ({"decay": "token"}, "decay='token' is unknown"),
+    ({"dropout_kind": "usual"}, "dropout_kind='usual' is unknown"),
+    ({"a": 0.0}, "above 0, not a=0.0"),
+    ({"temperature": -1.0}, "above 0"),
+    ({"a": float("nan")}, "a must be finite"),
+    ({"temperature": float("inf")}, "temperature must be finite"),
+    ({"b": 1.5}, "a >= |b| * temperature"),
+    ({"temperature": 2.0}, "a >= |b| * temperature"),
+    ({"c": 0.5}, 'needs kernel="quadratic"'),
+    ({"kernel": "quadratic", "c": 0.1}, "b^2 <= 4 a c"),
+    ({"kernel": "quadratic", "c": 0.0}, "c > 0"),
+    ({"dropout": 1.0}, "dropout must be in [0, 1)"),
+    ({"softmax_layers": [-1]}, "count layers from 0"),
+]
+BAD_TYPES = [
+    ({"a": "1"}, "a must be a number, not '1'"),
+    ({"b": None}, "b must be a number"),
+    ({"dropout": True}, "dropout must be a number"),
+    ({"normalize_qk": 1}, "normalize_qk must be true or false"),
+    ({"learnable": "yes"}, "learnable must be true or false"),
+    ({"softmax_layers": "0,1"}, "must be a list of layer indices"),
+    ({"softmax_layers": [0.5]}, "must be a list of layer indices"),
+    ([("kernel", "linear")], "must be a dict of options"),
+    (LinAttnConfig(), "must be a dict of options"),
+]
+
+
+@pytest.mark.parametrize(("options", "sentence"), BAD_VALUES, ids=str)
+def test_bad_values_are_named(options, sentence):
+    check_refusal(options, sentence, ValueError)
+
+
+@pytest.mark.parametrize(("options", "sentence"), BAD_TYPES, ids=str)
+def test_bad_types_are_named(options, sentence):
+    check_refusal(options, sentence, TypeError)
+
+
+def check_refusal(options, sentence, error):
+    config = tiny_config("llama")
+    config.linattn = options
+    with pytest.raises(error) as caught:
+        LinAttnConfig.of(config)
+    assert sentence in str(caught.value) and str(caught.value).count("\n") == 0
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="linattn")
+    with pytest.raises(error):
+        model(tiny_tokens())
+
+
+def test_unbounded_scores_are_allowed_without_unit_length():
+    assert LinAttnConfig(normalize_qk=False, b=5.0).b == 5.0
+
+
+def test_a_config_without_options_has_the_defaults():
+    assert LinAttnConfig.of(AutoConfig.for_model("llama")) == LinAttnConfig()

@@ -1,0 +1,134 @@
+"""What linear attention cannot serve is refused in one sentence that says what to do."""
+
+import pytest
+import torch
+from tiny_models import tiny_config, tiny_model, tiny_tokens
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    DynamicCache,
+    GPTJConfig,
+    T5Config,
+    T5EncoderModel,
+)
+
+from hf_linattn import require_attention_interface
+
+
+@torch.no_grad()
+def test_a_cache_without_the_models_config():
+    model, ids = tiny_model("llama"), tiny_tokens()
+    cache = DynamicCache()
+    model(ids[:, :10], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
+        model(ids[:, 10:], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_cache_of_the_softmax_model():
+    model, ids = tiny_model("llama", "sdpa"), tiny_tokens()
+    cache = model(ids[:, :10]).past_key_values
+    model.set_attn_implementation("linattn")
+    with pytest.raises(ValueError, match="the cache keeps keys and values"):
+        model(ids[:, 10:], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_cache_of_the_linear_model_under_softmax():
+    model, ids = tiny_model("llama"), tiny_tokens()
+    cache = model(ids[:, :10]).past_key_values
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="Make a new cache"):
+        for token in ids[:, 10:].split(1, 1):
+            model(token, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_cache_of_other_heads_or_batch():
+    model, ids = tiny_model("llama"), tiny_tokens()
+    cache = model(ids[:, :10]).past_key_values
+    with pytest.raises(ValueError, match="state"):
+        model(ids[:1, 10:], past_key_values=cache)
+    model.config.linattn = {"kernel": "quadratic"}
+    cache = tiny_model("llama")(ids[:, :10]).past_key_values
+    with pytest.raises(ValueError, match="state"):
+        model(ids[:, 10:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("config", [BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=97)], ids=lambda c: c.model_type)
+def test_an_architecture_without_the_attention_interface(config):
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="linattn")
+    for use_cache in (True, False):
+        with pytest.raises(ValueError, match="does not use Transformers' attention interface"):
+            model(tiny_tokens(), use_cache=use_cache)
+    for given in (model, type(model), config):
+        with pytest.raises(ValueError, match="such as Llama or GPT-NeoX"):
+            require_attention_interface(given)
+
+
+def test_gptj_is_told_too():
+    with pytest.raises(ValueError, match="attention interface"):
+        require_attention_interface(GPTJConfig())
+
+
+def test_supported_architectures_pass():
+    model = tiny_model("llama")
+    for given in (model, type(model), model.config, BertConfig()):
+        require_attention_interface(given)
+
+
+def test_cross_attention():
+    config = tiny_config("bert")
+    config.is_decoder = config.add_cross_attention = True
+    model = AutoModel.from_config(config, attn_implementation="linattn").eval()
+    with pytest.raises(ValueError, match="cross-attention"):
+        model(tiny_tokens(), encoder_hidden_states=torch.randn(2, 5, 64))
+
+
+def test_encoder_decoder():
+    from transformers import BartConfig, BartModel
+
+    config = BartConfig(vocab_size=97, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2)
+    model = BartModel._from_config(config, attn_implementation="linattn")
+    with pytest.raises(ValueError, match="cross-attention"):
+        model(tiny_tokens())
+
+
+def test_softmax_only_position_bias():
+    config = T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, is_encoder_decoder=False)
+    model = T5EncoderModel._from_config(config, attn_implementation="linattn")
+    with pytest.raises(ValueError, match="attention interface|position bias|cross-attention"):
+        model(tiny_tokens())
+
+
+@torch.no_grad()
+def test_attention_weights_are_none():
+    """There are none: as for SDPA, the model answers without them."""
+    out = tiny_model("llama")(tiny_tokens(), output_attentions=True)
+    assert out.attentions is None or all(weights is None for weights in out.attentions)
+
+
+@torch.no_grad()
+def test_a_softcap_is_dropped():
+    ids = tiny_tokens()
+    model = tiny_model("gemma2")
+    with_softcap = model(ids).logits
+    model.config.attn_logit_softcapping = None
+    for module in model.modules():
+        if hasattr(module, "attn_logit_softcapping"):
+            module.attn_logit_softcapping = None
+    assert torch.equal(model(ids).logits, with_softcap)
+
+
+@torch.no_grad()
+def test_a_sliding_window_is_dropped():
+    ids = tiny_tokens()
+    model = tiny_model("mistral")  # its window is 8
+    other = ids.clone()
+    other[:, 0] += 1
+    assert (model(ids).logits[:, -1] - model(other).logits[:, -1]).abs().max() > 1e-6
+    model.config.sliding_window = None
+    no_window = model(ids).logits
+    torch.testing.assert_close(no_window, tiny_model("mistral")(ids).logits)
