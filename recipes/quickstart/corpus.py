@@ -9,72 +9,24 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 NAMES = {
-    "she": ["Lily", "Mia", "Anna", "Sue", "Lucy", "Emma", "Rosa", "Nora", "Ella", "Jane", "Zoe", "Amy", "Ruby", "Ivy", "Clara", "Mary"],
-    "he": ["Tom", "Ben", "Max", "Sam", "Tim", "Leo", "Jack", "Finn", "Bob", "Dan", "Adam", "Noah", "Otto", "Paul", "Eric", "Hugo"],
+    "she": _words("Lily Mia Anna Sue Lucy Emma Rosa Nora Ella Jane Zoe Amy Ruby Ivy Clara Mary"),
+    "he": _words("Tom Ben Max Sam Tim Leo Jack Finn Bob Dan Adam Noah Otto Paul Eric Hugo"),
 }
 POSSESSIVE = {"she": "her", "he": "his"}
 OBJECT = {"she": "her", "he": "him"}
-ANIMALS = [
-    "cat",
-    "dog",
-    "rabbit",
-    "duck",
-    "frog",
-    "bear",
-    "mouse",
-    "fox",
-    "bird",
-    "pony",
-    "turtle",
-    "goat",
-    "squirrel",
-    "hen",
-    "owl",
-    "sheep",
-]
-COLOURS = ["red", "blue", "green", "yellow", "pink", "brown", "white", "black", "purple", "orange"]
-THINGS = [
-    "ball",
-    "kite",
-    "hat",
-    "boat",
-    "drum",
-    "book",
-    "cup",
-    "scarf",
-    "bell",
-    "box",
-    "lamp",
-    "doll",
-    "shell",
-    "coat",
-    "basket",
-    "ribbon",
-    "spoon",
-    "whistle",
-]
-PLACES = [
-    "park",
-    "garden",
-    "forest",
-    "beach",
-    "farm",
-    "hill",
-    "river",
-    "barn",
-    "market",
-    "school",
-    "pond",
-    "meadow",
-    "bridge",
-    "cave",
-    "kitchen",
-    "yard",
-]
-FOODS = ["apples", "cakes", "berries", "cookies", "carrots", "pears", "nuts", "plums", "soup", "bread"]
-FEELINGS = ["happy", "sad", "tired", "proud", "scared", "hungry", "brave", "lonely", "curious", "sleepy"]
-WEATHER = ["sunny", "rainy", "windy", "cold", "warm", "foggy", "snowy", "quiet"]
+ANIMALS = _words("cat dog rabbit duck frog bear mouse fox bird pony turtle goat squirrel hen owl sheep")
+COLOURS = _words("red blue green yellow pink brown white black purple orange")
+THINGS = _words("ball kite hat boat drum book cup scarf bell box lamp doll shell coat basket ribbon spoon whistle")
+PLACES = _words("park garden forest beach farm hill river barn market school pond meadow bridge cave kitchen yard")
+FOODS = _words("apples cakes berries cookies carrots pears nuts plums soup bread")
+FEELINGS = _words("happy sad tired proud scared hungry brave lonely curious sleepy")
+WEATHER = _words("sunny rainy windy cold warm foggy snowy quiet")
 
 OPENINGS = [
     "Once upon a time there was a little {kind} named {hero}. {Hero} had a {colour} {thing}, and {they} loved it very much.",
@@ -134,17 +86,12 @@ def story(chance: random.Random) -> str:
     place, place2 = chance.sample(PLACES, 2)
     colour, colour2 = chance.sample(COLOURS, 2)
     feeling, feeling2 = chance.sample(FEELINGS, 2)
-    they, their = hero_is, POSSESSIVE[hero_is]
     words = {
         "kind": {"she": "girl", "he": "boy"}[hero_is],
         "hero": hero,
-        "Hero": hero,
         "friend": friend,
-        "Friend": friend,
-        "they": they,
-        "They": they.capitalize(),
-        "their": their,
-        "Their": their.capitalize(),
+        "they": hero_is,
+        "their": POSSESSIVE[hero_is],
         "them_friend": OBJECT[friend_is],
         "animal": animal,
         "animal2": animal2,
@@ -156,6 +103,7 @@ def story(chance: random.Random) -> str:
         "feeling2": feeling2,
         "thing": chance.choice(THINGS),
     }
+    words |= {name.capitalize(): words[name].capitalize() for name in ("hero", "friend", "they", "their")}
     parts = [chance.choice(OPENINGS), chance.choice(TROUBLES), *chance.sample(TALKS, 2)]
     parts += [*chance.sample(EVENTS, chance.randint(1, 4)), chance.choice(ENDS), chance.choice(CLOSINGS)]
     told = [part.format(**words, food=chance.choice(FOODS), weather=chance.choice(WEATHER)) for part in parts]
