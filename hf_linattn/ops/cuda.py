@@ -257,8 +257,8 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
     call = _Call(*inputs, degree, causal, normalize_qk)
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     grad_coefficients = query.new_empty(coefficients.shape, dtype=torch.float32)
-    grad_log_decay = absent if log_decay is None else query.new_empty(log_decay.shape, dtype=torch.float32)
-    grad_initial = absent if initial_state is None else query.new_empty(initial_state.shape, dtype=torch.float32)
+    grad_log_decay = query.new_empty(0 if log_decay is None else log_decay.shape, dtype=torch.float32)
+    grad_initial = query.new_empty(0 if initial_state is None else initial_state.shape, dtype=torch.float32)
     device = query.device
     out, grad_out = _rows(out), _rows(grad_out.to(query.dtype))
     kept = [_plain(x, torch.float32, device) for x in (mass, grad_mass, grad_state)]

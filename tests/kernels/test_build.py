@@ -1,0 +1,61 @@
+"""How setup.py finds the compiler, names its targets and keeps objects apart, and what it says where there is no compiler."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "kernels").glob("*.cu"))
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """setup.py as a module, without running a command."""
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    specification = importlib.util.spec_from_file_location("setup_of_linattn", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_one_target_for_each_version(build):
+    assert build.targets("sm_80 compute_80 sm_90a") == [
+        "-gencode=arch=compute_80,code=[sm_80,compute_80]", "-gencode=arch=compute_90a,code=[sm_90a]",
+    ]  # fmt: skip
+
+
+def test_a_source_may_name_its_targets(build, tmp_path):
+    source = tmp_path / "x.cu"
+    source.write_text("// architectures: sm_90a\nint x;\n")
+    assert build.architectures_of(source) == "sm_90a"
+    source.write_text("int x;\n")
+    assert build.architectures_of(source) == build.ARCHITECTURES
+
+
+def test_an_object_depends_on_every_header_it_includes(build):
+    text = build.text_with_headers(ROOT / "kernels" / "generic_scan.cu")
+    assert b"__global__ void scan" in text and b"struct Rows" in text and b"linattn_problem;" in text
+
+
+def test_no_source_includes_torch():
+    for path in (*SOURCES, *(ROOT / "kernels").glob("*.cuh")):
+        assert "torch/" not in path.read_text() and "ATen" not in path.read_text(), path.name
+
+
+def run_setup(tmp_path, **environment):
+    """`setup.py build_kernels` on a machine where no nvcc can be found."""
+    environment = {"PATH": str(tmp_path), "CUDA_HOME": str(tmp_path), "NVCC": ""} | environment
+    return subprocess.run([sys.executable, "setup.py", "-q", "build_kernels"], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_without_nvcc_the_build_says_so_loudly(tmp_path):
+    done = run_setup(tmp_path)
+    assert done.returncode == 0 and "nvcc, the CUDA compiler, was not found" in done.stderr and "pure Python" in done.stderr
+
+
+def test_without_nvcc_a_required_library_is_an_error(tmp_path):
+    done = run_setup(tmp_path, HF_LINATTN_REQUIRE_CUDA="1")
+    assert done.returncode != 0 and "HF_LINATTN_REQUIRE_CUDA=1" in done.stderr

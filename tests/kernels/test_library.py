@@ -1,0 +1,145 @@
+"""The compiled library from the CPU's side: it loads, says what it holds, agrees with Python about its structures, and is missed loudly."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_linattn import env
+from hf_linattn.ops import chunked, cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+FUNCTIONS = [
+    "linattn_forward", "linattn_backward", "linattn_forward_workspace", "linattn_backward_workspace", "linattn_error_string",
+    "linattn_forward_path", "linattn_backward_path", "linattn_architectures", "linattn_struct_bytes",
+]  # fmt: skip
+
+needs_library = pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the compiled library is not built here (make kernels)")
+
+
+def operands(dtype=torch.float32, dim=8):
+    x = torch.randn(1, 2, 5, dim, dtype=dtype)
+    return x, x, x, torch.ones(4, 2), None, None, None, None, None, None, 1, True, True
+
+
+@needs_library
+def test_exports_the_interface_and_nothing_is_undefined():
+    library = ctypes.CDLL(str(cuda.LIBRARY), mode=os.RTLD_NOW)
+    for name in FUNCTIONS:
+        assert hasattr(library, name), name
+
+
+@needs_library
+def test_structures_are_those_of_the_header():
+    library, cause = cuda.load_library()
+    assert library is not None, cause
+    for which, struct in enumerate((cuda._Problem, cuda._ForwardResult, cuda._BackwardData)):
+        assert library.linattn_struct_bytes(which) == ctypes.sizeof(struct)
+
+
+@needs_library
+def test_architectures():
+    assert {"sm_80", "sm_90a"} <= set(cuda.architectures().split())
+    assert any(name.startswith("compute_") for name in cuda.architectures().split())  # forward to cards to come
+
+
+@needs_library
+@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("length", [1, 1000, 100_000])
+def test_workspace_is_linear_in_length(degree, length):
+    """Read off the sizes alone, without a device: a few numbers a token and head dimension."""
+    library, _ = cuda.load_library()
+    problem = cuda._Problem(batch=2, query_heads=4, key_heads=2, state_heads=2, head_dim=64, value_dim=64, length=length)
+    problem.dtype, problem.degree, problem.causal, problem.normalize_qk = 2, degree, 1, 1
+    for function in (library.linattn_forward_workspace, library.linattn_backward_workspace):
+        size = function(ctypes.byref(problem))
+        state = 2 * 2 * (65 if degree == 1 else 2145) * 65 * 4
+        assert 0 <= size <= 2 * 4 * length * 64 * 4 * (1 if degree == 1 else 3) + 4 * state + 65536
+
+
+def test_a_missing_library_is_one_sentence_with_a_cure(tmp_path):
+    library, cause = cuda.load_library(tmp_path / "_kernels.so")
+    assert library is None and "_kernels.so" in cause and "pip install" in cause
+
+
+def test_a_broken_library_is_one_sentence_with_a_cure(tmp_path):
+    broken = tmp_path / "_kernels.so"
+    broken.write_bytes(b"not a library")
+    library, cause = cuda.load_library(broken)
+    assert library is None and "does not load" in cause and "pip install" in cause
+
+
+def test_an_older_library_is_refused(tmp_path):
+    source, target = tmp_path / "old.c", tmp_path / "_kernels.so"
+    source.write_text("".join(f"long {name}(void) {{ return 8; }}\n" for name in FUNCTIONS))
+    try:
+        subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(target)], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("no C compiler here")
+    library, cause = cuda.load_library(target)
+    assert library is None and "another version" in cause
+
+
+@pytest.fixture
+def cannot(monkeypatch):
+    monkeypatch.setattr(cuda, "cannot_run", lambda device=0: "the card is too old")
+    monkeypatch.setattr(cuda, "_warned", set())
+    monkeypatch.delenv("HF_LINATTN_BACKEND", raising=False)
+
+
+def test_falls_back_with_one_loud_warning(cannot):
+    arguments = operands()
+    with pytest.warns(UserWarning, match="the card is too old"):
+        results = cuda.forward(*arguments, False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cuda.forward(*arguments, False)
+    for ours, expected in zip(results, chunked.forward(*arguments, False), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_backend_cuda_makes_it_an_error(cannot, monkeypatch):
+    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="HF_LINATTN_BACKEND=cuda asks for the compiled kernels, but the card is too old"):
+        cuda.forward(*operands(), False)
+
+
+def test_backend_torch_is_silent(cannot, monkeypatch):
+    monkeypatch.setenv("HF_LINATTN_BACKEND", "torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cuda.forward(*operands(), False)
+
+
+def test_an_unknown_backend_names_the_known_ones(monkeypatch):
+    monkeypatch.setenv("HF_LINATTN_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="auto, cuda, torch"):
+        cuda.backend()
+
+
+def test_what_the_kernels_cannot_take(monkeypatch):
+    monkeypatch.setattr(cuda, "cannot_run", lambda device=0: "")
+    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
+    with pytest.raises(RuntimeError, match="float64"):
+        cuda.forward(*operands(torch.float64), False)
+    with pytest.raises(RuntimeError, match="up to 256"):
+        cuda.forward(*operands(dim=257), False)
+
+
+def test_env_says_what_runs_and_why():
+    done = subprocess.run([sys.executable, "-m", "hf_linattn.env"], capture_output=True, text=True, cwd=ROOT, check=True)
+    lines = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    assert {"PyTorch", "CUDA of PyTorch", "library", "architectures", "runs"} <= {name.strip() for name in lines}
+    assert done.stdout.count("\n") == len(env.report())
+
+
+@pytest.mark.parametrize("wish, expected", [("torch", "HF_LINATTN_BACKEND=torch"), ("cuda", "but no card"), ("auto", "because no card"),
+                                            ("gpu", "must be one of")])  # fmt: skip
+def test_env_verdict(monkeypatch, wish, expected):
+    monkeypatch.setenv("HF_LINATTN_BACKEND", wish)
+    assert expected in env._verdict("no card")
