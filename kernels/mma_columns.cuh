@@ -4,6 +4,8 @@
 //   dk^_n = sum_i (mixed_i (v_n . W_i) + slope_i) q_i                    slope = b tau e / |q|
 // Half of the warps take dv, half dk; both need the state R = sum_i mixed_i q_i W_i^T of the later chunks, and its margins.
 #pragma once
+#include <type_traits>
+
 #include "mma_state.cuh"
 
 namespace linattn_mma {
@@ -28,9 +30,9 @@ template <int D> struct ColumnShape {
   static constexpr int STAGES = 2, TILE = C * D * 2, STATE_TILE = D * D * 2;
   static constexpr int MIN_BLOCKS = D == 32 ? 3 : D == 64 ? 2 : 1;
   struct Small {
-    float mixed[C], level[C], slope[C], column[D], line[D];
-    alignas(16) uint16_t high[3][C], low[3][C];
-    float counts[WARPS];
+    alignas(16) float mixed[C], level[C], slope[C], column[D], line[D], numbers[STAGES][3][C];
+    alignas(16) uint16_t high[3][C], low[3][C], zeros[C];
+    float counts[WARPS], coefficients[kMaxGroup][2];
   };
   static constexpr int SHARED = STAGES * 4 * TILE + STATE_TILE + static_cast<int>(sizeof(Small));
 };
@@ -40,65 +42,80 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   using Shape = ColumnShape<D>;
   using E = Element<T>;
   constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, STAGES = Shape::STAGES, TILE = Shape::TILE, STRIPES = Shape::STRIPES;
-  extern __shared__ __align__(128) unsigned char shared[];
-  unsigned char *const state_bytes = shared + STAGES * 4 * TILE;
-  typename Shape::Small &small = *reinterpret_cast<typename Shape::Small *>(state_bytes + Shape::STATE_TILE);
+  constexpr int kStripeBytes = 16 * Tile<D>::kRowBytes;
+  using Place = StatePlace<D, (Shape::SPLIT > 1)>;
+  extern __shared__ __align__(256) unsigned char shared[];
+  typename Shape::Small &small = *reinterpret_cast<typename Shape::Small *>(shared + STAGES * 4 * TILE + Shape::STATE_TILE);
   const auto weights_of = [&](int i) { return SplitWeights<T>{reinterpret_cast<const T *>(small.high[i]), reinterpret_cast<const T *>(small.low[i])}; };
-  const auto set_weight = [&](int i, int token, float value) { store_split(reinterpret_cast<T *>(small.high[i]), reinterpret_cast<T *>(small.low[i]), token, value); };
 
   const linattn_problem &p = args.problem;
-  const int thread = threadIdx.x, lane_id = thread & 31, warp = thread >> 5, group = lane_id >> 2, place = lane_id & 3;
-  const Lane<D> lane(lane_id);
+  const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number(), group = lane_id >> 2, place = lane_id & 3;
+  const uint32_t lane = lane_offset<D>(lane_id);
   const uint32_t key_tiles = shared_address(shared);                    // (stage, k and v)
   const uint32_t query_tiles = key_tiles + STAGES * 2 * TILE;           // (stage, q and W)
   const uint32_t state_tile = query_tiles + STAGES * 2 * TILE;
 
   const int head_pair = blockIdx.x / args.segments, segment = blockIdx.x % args.segments;
-  const int batch = head_pair / p.key_heads, key_head = head_pair % p.key_heads, heads = p.query_heads / p.key_heads;
-  const int64_t begin = segment * args.segment_length, end = min(p.length, begin + args.segment_length);
-  const int chunks = static_cast<int>((end - begin + C - 1) / C), iterations = p.causal ? chunks * heads : chunks;
+  const int batch = head_pair / p.key_heads, key_head = head_pair % p.key_heads;
   const bool causal = p.causal, unit = p.normalize_qk;
+  const int heads = causal ? p.query_heads / p.key_heads : 1;  // without a mask the queries are in the state alone
+  const int64_t begin = segment * args.segment_length, end = min(p.length, begin + args.segment_length);
+  const int chunks = static_cast<int>((end - begin + C - 1) / C), iterations = chunks * heads;
+  const int64_t last = begin + static_cast<int64_t>(chunks - 1) * C;  // where the first chunk to be worked on begins
 
-  const T *const key = head_of<const T>(p.key, batch, key_head), *const value = head_of<const T>(p.value, batch, key_head);
-  const auto prefetch = [&](int iteration) {
-    if (iteration < iterations) {
-      const int step = causal ? iteration / heads : iteration, head = causal ? iteration - step * heads : 0, query_head = key_head * heads + head;
-      const int64_t first = begin + static_cast<int64_t>(chunks - 1 - step) * C;
-      if (head == 0) {
-        const uint32_t keys = key_tiles + (step % STAGES) * 2 * TILE;
-        copy_tile<T, D, C, Shape::THREADS>(keys, key, p.key.token_stride, first, end, thread);
-        copy_tile<T, D, C, Shape::THREADS>(keys + TILE, value, p.value.token_stride, first, end, thread);
+  using Copy = TileCopy<T, D, C, Shape::THREADS>;
+  const int first_head = key_head * (p.query_heads / p.key_heads);
+  Copy k_copy(head_of<const T>(p.key, batch, key_head), p.key.token_stride, last, thread);
+  Copy v_copy(head_of<const T>(p.value, batch, key_head), p.value.token_stride, last, thread);
+  Copy q_copy(head_of<const T>(p.query, batch, first_head), p.query.token_stride, last, thread);
+  Copy w_copy(head_of<const T>(args.grad_out, batch, first_head), args.grad_out.token_stride, last, thread);
+  int64_t next_number = (static_cast<int64_t>(batch) * p.query_heads + first_head) * p.length + last + thread;
+  int next_count = static_cast<int>(end - last), next_iteration = 0, next_head = 0, next_stage = 0, next_key_stage = 0;
+  const auto prefetch = [&]() {
+    if (next_iteration < iterations) {
+      if (next_head == 0) {
+        const uint32_t keys = key_tiles + next_key_stage * 2 * TILE;
+        k_copy.start(keys, next_count, thread);
+        v_copy.start(keys + TILE, next_count, thread);
+        k_copy.next -= C * p.key.token_stride, v_copy.next -= C * p.value.token_stride;
       }
+      const bool wraps = next_head == heads - 1;
       if (causal) {
-        const uint32_t queries = query_tiles + (iteration % STAGES) * 2 * TILE;
-        copy_tile<T, D, C, Shape::THREADS>(queries, head_of<const T>(p.query, batch, query_head), p.query.token_stride, first, end, thread);
-        copy_tile<T, D, C, Shape::THREADS>(queries + TILE, head_of<const T>(args.grad_out, batch, query_head), args.grad_out.token_stride, first, end, thread);
+        const uint32_t queries = query_tiles + next_stage * 2 * TILE;
+        q_copy.start(queries, next_count, thread);
+        w_copy.start(queries + TILE, next_count, thread);
+        q_copy.next += wraps ? -C * p.query.token_stride - (heads - 1) * p.query.head_stride : p.query.head_stride;
+        w_copy.next += wraps ? -C * args.grad_out.token_stride - (heads - 1) * args.grad_out.head_stride : args.grad_out.head_stride;
+        if (thread < C) {
+          const uint32_t numbers = shared_address(small.numbers[next_stage][0] + thread);
+          const bool valid = thread < next_count;
+          copy_number_async(numbers, args.mass + (valid ? next_number : 0), valid);
+          copy_number_async(numbers + 4 * C, args.error + (valid ? next_number : 0), valid);
+          copy_number_async(numbers + 8 * C, args.query_scale + (valid ? next_number : 0), valid);
+        }
+        next_number += wraps ? -C - (heads - 1) * p.length : p.length;
       }
+      next_stage = next_stage == STAGES - 1 ? 0 : next_stage + 1;
+      next_head = wraps ? 0 : next_head + 1;
+      if (wraps) next_count = C, next_key_stage = next_key_stage == STAGES - 1 ? 0 : next_key_stage + 1;
     }
+    ++next_iteration;
     copy_commit();
   };
-  float count = 0.f;
-  // The three numbers of a query token, fetched one iteration ahead by the thread that will derive its weights.
-  float mass = 1.f, error = 0.f, query_scale = 0.f;
-  const auto fetch_scalars = [&](int iteration) {
-    mass = 1.f, error = 0.f, query_scale = 0.f;
-    if (!causal || thread >= C || iteration >= iterations) return;
-    const int step = iteration / heads, head = key_head * heads + iteration - step * heads;
-    const int64_t token = begin + static_cast<int64_t>(chunks - 1 - step) * C + thread;
-    if (token >= end) {
-      mass = 0.f;
-      return;
-    }
-    const int64_t index = (static_cast<int64_t>(batch) * p.query_heads + head) * p.length + token;
-    mass = args.mass[index], error = args.error[index], query_scale = args.query_scale[index];
-  };
-
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) prefetch(i);
-  fetch_scalars(0);
-  const int state_row = warp % BLOCKS, state_part = warp / BLOCKS;
+  for (int i = 0; i < STAGES - 1; ++i) prefetch();
+
+  if (thread < C) small.zeros[thread] = 0;
+  if (thread < heads) {
+    const int head = first_head + thread;
+    small.coefficients[thread][0] = p.coefficients[head], small.coefficients[thread][1] = p.coefficients[p.query_heads + head] * p.coefficients[3 * p.query_heads + head];
+  }
+  const int state_part = warp / BLOCKS;
   const bool holds_state = state_part < Shape::SPLIT;
-  const StatePlace at(state_row, state_part == 0, state_part * Shape::PAIRS, min(Shape::PAIRS, BLOCKS - state_part * Shape::PAIRS), lane_id);
+  const Place at(warp % BLOCKS, state_part == 0, Shape::SPLIT > 1 ? state_part : 0, Shape::SPLIT > 1 ? (BLOCKS + 1 - state_part) / 2 : BLOCKS, lane_id);
+  const bool owns_line = at.line_block() >= 0;
+  const T *const zeros = reinterpret_cast<const T *>(small.zeros);
+  const WeightReader<T> mixed(weights_of(0), zeros, lane_id), level(weights_of(1), zeros, lane_id), slope(weights_of(2), zeros, lane_id);
   StateTile<T, Shape::PAIRS> state;
   state.clear();
   const StateView<D> source = args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments, causal ? segment : 0)
@@ -106,92 +123,103 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   if (holds_state) load_state<D>(state, at, source, false);
 
   const int role = warp / STRIPES;  // 0: dv, from k; 1: dk, from v
-  const int place_in_role = warp % STRIPES;
+  const linattn_tensor &result = role == 0 ? args.grad_value : args.grad_key;
+  T *result_rows = head_of<T>(result, batch, key_head) + last * result.token_stride;
   uint32_t own[BLOCKS][4];
-  float acc[BLOCKS][2][4], key_scale0 = 1.f, key_scale1 = 1.f;
-  int step = 0, head = 0;
+  float acc[BLOCKS][2][4], key_scale0 = 1.f, key_scale1 = 1.f, count = 0.f;
+  int head = 0, stage = 0, key_stage = 0, tokens = static_cast<int>(end - last);
+  int stripe = role ? STRIPES - 1 - warp % STRIPES : warp % STRIPES;  // turned every chunk, as the earlier ones see more queries
   for (int iteration = 0; iteration < iterations; ++iteration) {
-    const int64_t first = begin + static_cast<int64_t>(chunks - 1 - step) * C;
-    const int stripe = (step + role) & 1 ? STRIPES - 1 - place_in_role : place_in_role;
-    const int local0 = 16 * stripe + group, local1 = local0 + 8;
-    const uint32_t k_tile = key_tiles + (step % STAGES) * 2 * TILE, v_tile = k_tile + TILE;
-    const uint32_t q_tile = query_tiles + (iteration % STAGES) * 2 * TILE, w_tile = q_tile + TILE;
+    const uint32_t k_tile = key_tiles + key_stage * 2 * TILE, q_tile = query_tiles + stage * 2 * TILE;
+    const Blocks<D> k_blocks(k_tile + stripe * kStripeBytes, lane), q_blocks(q_tile, lane), w_blocks(q_tile + TILE, lane);
 
     copy_wait<STAGES - 2>();
-    __syncthreads();
-    prefetch(iteration + STAGES - 1);
+    __syncthreads();  // the tiles are here, and nobody reads the ones that the next copies overwrite
+    prefetch();
     if (causal && thread < C) {
-      const int query_head = key_head * heads + head;
-      const float a = p.coefficients[query_head], b_tau = p.coefficients[p.query_heads + query_head] * p.coefficients[3 * p.query_heads + query_head];
-      const QueryWeights weights = query_weights(a, b_tau, mass, error, query_scale);
+      const float *const numbers = small.numbers[stage][0] + thread;
+      const float a = small.coefficients[head][0], error = numbers[C];
+      const QueryWeights weights = query_weights(a, small.coefficients[head][1], numbers[0], error, numbers[2 * C]);
       small.mixed[thread] = weights.mixed, small.level[thread] = weights.level, small.slope[thread] = weights.slope;
-      set_weight(0, thread, weights.mixed), set_weight(1, thread, weights.level), set_weight(2, thread, weights.slope);
+      weights_of(0).set(thread, weights.mixed), weights_of(1).set(thread, weights.level), weights_of(2).set(thread, weights.slope);
       count += a * error;
     }
-    fetch_scalars(iteration + 1);
     if (head == 0) {
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) load_rows<D>(own[block], lane, role == 0 ? k_tile : v_tile, stripe, block);
+      for (int block = 0; block < BLOCKS; ++block) load_rows(own[block], k_blocks.at(0, block));
       if (unit) {
-        uint32_t k[BLOCKS][4];
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) load_rows<D>(k[block], lane, k_tile, stripe, block);
-        row_products<T, BLOCKS>(key_scale0, key_scale1, k, k, lane_id);
+        row_products<T, BLOCKS>(key_scale0, key_scale1, own, own, lane_id);
         key_scale0 = inverse_norm(key_scale0), key_scale1 = inverse_norm(key_scale1);
       }
-      if ((causal || step == 0) && holds_state) publish_state<T, D>(state, at, state_bytes, small.line, [&](int row, float sum) { small.column[row] = sum; });
+      if (role == 1) {
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) load_rows(own[block], k_blocks.at(0, block) + TILE);
+      }
+      if ((causal || iteration == 0) && holds_state)
+        publish_state<T, D>(state, at, Blocks<D>(state_tile, lane, at.flip), small.line, lane_id, [&](int row, float sum) { small.column[row] = sum; });
     }
-    __syncthreads();
+    __syncthreads();  // the rounded state and the weights are written
 
     const float scale0 = role == 0 ? key_scale0 : 1.f, scale1 = role == 0 ? key_scale1 : 1.f;
     if (head == 0) {
+      const Blocks<D> state_blocks(state_tile, lane);
 #pragma unroll
       for (int q = 0; q < BLOCKS; ++q)
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[q][0][i] = acc[q][1][i] = 0.f;
+      if (role == 0) {
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block)
+        for (int block = 0; block < BLOCKS; ++block)
 #pragma unroll
-        for (int q = 0; q < BLOCKS; ++q) {
-          uint32_t s[4];
-          if (role == 0) load_columns_straight<D>(s, lane, state_tile, block, q);
-          else load_columns<D>(s, lane, state_tile, q, block);
-          E::mma(acc[q][0], own[block], s[0], s[1]);
-          E::mma(acc[q][1], own[block], s[2], s[3]);
-        }
-      const float *const margin = role == 0 ? small.line : small.column;
+          for (int q = 0; q < BLOCKS; ++q) {
+            uint32_t s[4];
+            load_columns_straight(s, state_blocks.at(block, q));
+            E::mma(acc[q][0], own[block], s[0], s[1]);
+            E::mma(acc[q][1], own[block], s[2], s[3]);
+          }
+      } else {
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block)
+#pragma unroll
+          for (int q = 0; q < BLOCKS; ++q) {
+            uint32_t s[4];
+            load_columns(s, state_blocks.at(q, block));
+            E::mma(acc[q][0], own[block], s[0], s[1]);
+            E::mma(acc[q][1], own[block], s[2], s[3]);
+          }
+      }
+      const float *const margin = (role == 0 ? small.line : small.column) + 2 * place;
 #pragma unroll
       for (int q = 0; q < BLOCKS; ++q)
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          const float2 add = *reinterpret_cast<const float2 *>(margin + 16 * q + 8 * t + 2 * place);
+          const float2 add = *reinterpret_cast<const float2 *>(margin + 16 * q + 8 * t);
           acc[q][t][0] = acc[q][t][0] * scale0 + add.x, acc[q][t][1] = acc[q][t][1] * scale0 + add.y;
           acc[q][t][2] = acc[q][t][2] * scale1 + add.x, acc[q][t][3] = acc[q][t][3] * scale1 + add.y;
         }
     }
 
     if (causal) {
-      const uint32_t pair_tile = role == 0 ? q_tile : w_tile, sum_tile = role == 0 ? w_tile : q_tile;
-      const float *const shifts = role == 0 ? small.level : small.slope;
-#pragma unroll 1
-      for (int j = stripe; j < STRIPES; ++j) {
+      const Blocks<D> pair_blocks(role == 0 ? q_tile : q_tile + TILE, lane), sum_blocks(role == 0 ? q_tile + TILE : q_tile, lane);
+      const float *const shifts = (role == 0 ? small.level : small.slope) + 2 * place, *const slopes = small.mixed + 2 * place;
+      const auto step = [&](auto diagonal, int j) {
         float s[2][4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[0][i] = s[1][i] = 0.f;
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block) {
           uint32_t other[4];
-          load_columns<D>(other, lane, pair_tile, j, block);
+          load_columns(other, pair_blocks.at(0, block) + j * kStripeBytes);
           E::mma(s[0], own[block], other[0], other[1]);
           E::mma(s[1], own[block], other[2], other[3]);
         }
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          const int column = 8 * t + 2 * place;
-          const float2 mixed = *reinterpret_cast<const float2 *>(small.mixed + 16 * j + column), shift = *reinterpret_cast<const float2 *>(shifts + 16 * j + column);
-          s[t][0] = s[t][0] * (scale0 * mixed.x) + shift.x, s[t][1] = s[t][1] * (scale0 * mixed.y) + shift.y;
-          s[t][2] = s[t][2] * (scale1 * mixed.x) + shift.x, s[t][3] = s[t][3] * (scale1 * mixed.y) + shift.y;
-          if (j == stripe) {
+          const float2 weight = *reinterpret_cast<const float2 *>(slopes + 16 * j + 8 * t), shift = *reinterpret_cast<const float2 *>(shifts + 16 * j + 8 * t);
+          s[t][0] = s[t][0] * scale0 * weight.x + shift.x, s[t][1] = s[t][1] * scale0 * weight.y + shift.y;
+          s[t][2] = s[t][2] * scale1 * weight.x + shift.x, s[t][3] = s[t][3] * scale1 * weight.y + shift.y;
+          if constexpr (decltype(diagonal)::value) {
+            const int column = 8 * t + 2 * place;
             if (column < group) s[t][0] = 0.f;
             if (column + 1 < group) s[t][1] = 0.f;
             if (column < group + 8) s[t][2] = 0.f;
@@ -201,66 +229,62 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
         const uint32_t weights[4] = {E::pack(s[0][0], s[0][1]), E::pack(s[0][2], s[0][3]), E::pack(s[1][0], s[1][1]), E::pack(s[1][2], s[1][3])};
 #pragma unroll
         for (int q = 0; q < BLOCKS; ++q) {
-          uint32_t z[4];
-          load_columns_straight<D>(z, lane, sum_tile, j, q);
-          E::mma(acc[q][0], weights, z[0], z[1]);
-          E::mma(acc[q][1], weights, z[2], z[3]);
+          uint32_t other[4];
+          load_columns_straight(other, sum_blocks.at(0, q) + j * kStripeBytes);
+          E::mma(acc[q][0], weights, other[0], other[1]);
+          E::mma(acc[q][1], weights, other[2], other[3]);
         }
-      }
-      if (holds_state) {
+      };
+      step(std::true_type(), stripe);
 #pragma unroll 1
+      for (int j = stripe + 1; j < STRIPES; ++j) step(std::false_type(), j);
+      if (holds_state) {
+        const Blocks<D> w_flipped(q_tile + TILE, lane, at.flip);
+#pragma unroll
         for (int block = 0; block < STRIPES; ++block)
-          update_state<T, D>(state, at, lane, q_tile, w_tile, block, weights_of(0), weights_of(2), weights_of(1));
+          update_state<T, D, false, false>(state, at, owns_line, q_blocks, w_blocks, w_flipped, block, mixed, slope, level);
       }
     }
 
-    const bool last_head = !causal || head == heads - 1;
-    if (last_head) {
-      // dv is staged over v and dk over k: both were taken into registers before the second barrier, k again just below.
-      unsigned char *const staging = shared + (step % STAGES) * 2 * TILE + (role == 0 ? TILE : 0);
-      if (role == 1) {
-        float dot0 = 0.f, dot1 = 0.f;
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+    if (++head < heads) continue;
+    if (role == 1) {
+      uint32_t k[BLOCKS][4];
+      float dot0 = 0.f, dot1 = 0.f;
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-          uint32_t k[4];
-          load_rows<D>(k, lane, k_tile, stripe, block);
-#pragma unroll
-          for (int t = 0; t < 2; ++t) {
-            dot0 += E::low(k[2 * t]) * acc[block][t][0] + E::high(k[2 * t]) * acc[block][t][1];
-            dot1 += E::low(k[2 * t + 1]) * acc[block][t][2] + E::high(k[2 * t + 1]) * acc[block][t][3];
-          }
-        }
-#pragma unroll
-        for (int shift = 1; shift < 4; shift *= 2) {
-          dot0 += __shfl_xor_sync(0xffffffffu, dot0, shift);
-          dot1 += __shfl_xor_sync(0xffffffffu, dot1, shift);
-        }
-        dot0 = unit ? dot0 * key_scale0 * key_scale0 : 0.f, dot1 = unit ? dot1 * key_scale1 * key_scale1 : 0.f;
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-          uint32_t k[4];
-          load_rows<D>(k, lane, k_tile, stripe, block);
-#pragma unroll
-          for (int t = 0; t < 2; ++t) {
-            acc[block][t][0] = (acc[block][t][0] - E::low(k[2 * t]) * dot0) * key_scale0, acc[block][t][1] = (acc[block][t][1] - E::high(k[2 * t]) * dot0) * key_scale0;
-            acc[block][t][2] = (acc[block][t][2] - E::low(k[2 * t + 1]) * dot1) * key_scale1, acc[block][t][3] = (acc[block][t][3] - E::high(k[2 * t + 1]) * dot1) * key_scale1;
-          }
-        }
-      }
-      __syncwarp();
-#pragma unroll
-      for (int q = 0; q < BLOCKS; ++q)
+      for (int block = 0; block < BLOCKS; ++block) {
+        load_rows(k[block], k_blocks.at(0, block));
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          *reinterpret_cast<uint32_t *>(staging + Tile<D>::at(local0, 2 * q + t) + 4 * place) = E::pack(acc[q][t][0], acc[q][t][1]);
-          *reinterpret_cast<uint32_t *>(staging + Tile<D>::at(local1, 2 * q + t) + 4 * place) = E::pack(acc[q][t][2], acc[q][t][3]);
+          dot0 += E::low(k[block][2 * t]) * acc[block][t][0] + E::high(k[block][2 * t]) * acc[block][t][1];
+          dot1 += E::low(k[block][2 * t + 1]) * acc[block][t][2] + E::high(k[block][2 * t + 1]) * acc[block][t][3];
         }
-      __syncwarp();
-      const linattn_tensor &result = role == 0 ? args.grad_value : args.grad_key;
-      store_stripe<T, D, 2 * BLOCKS>(head_of<T>(result, batch, key_head), result.token_stride, staging, 16 * stripe, 0, first, end, lane_id);
+      }
+#pragma unroll
+      for (int shift = 1; shift < 4; shift *= 2) {
+        dot0 += __shfl_xor_sync(0xffffffffu, dot0, shift);
+        dot1 += __shfl_xor_sync(0xffffffffu, dot1, shift);
+      }
+      dot0 = unit ? dot0 * key_scale0 * key_scale0 : 0.f, dot1 = unit ? dot1 * key_scale1 * key_scale1 : 0.f;
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block)
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          acc[block][t][0] -= E::low(k[block][2 * t]) * dot0, acc[block][t][1] -= E::high(k[block][2 * t]) * dot0;
+          acc[block][t][2] -= E::low(k[block][2 * t + 1]) * dot1, acc[block][t][3] -= E::high(k[block][2 * t + 1]) * dot1;
+        }
     }
-    if (last_head) head = 0, ++step;
-    else ++head;
+    __syncwarp();
+    // dv is staged over v and dk over k: both were taken into registers before the second barrier, k by the warps of dk again just now.
+    const int staged = role == 0 ? TILE : 0;
+    const float finish0 = role == 0 ? 1.f : key_scale0, finish1 = role == 0 ? 1.f : key_scale1;
+#pragma unroll
+    for (int q = 0; q < BLOCKS; ++q) store_block<T, D>(k_blocks.at(0, q) + staged, acc[q][0], acc[q][1], finish0, finish1, lane_id);
+    __syncwarp();
+    store_stripe<T, D, 2 * BLOCKS>(result_rows, result.token_stride, shared + key_stage * 2 * TILE + staged, 16 * stripe, tokens, lane_id, [](int i) { return i; });
+    result_rows -= C * result.token_stride;
+    head = 0, tokens = C, stripe = STRIPES - 1 - stripe;
+    key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
   }
   copy_wait<0>();
 

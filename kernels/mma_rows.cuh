@@ -5,6 +5,8 @@
 //   gradient  x = W, y = v, z = k:   dq^_i    = b tau sum_n ((x_i . y_n) / g_i + e_i) r_n z_n
 // Inside a chunk through the masked matrix of pairs, before it through the state sum_n r_n y_n z_n^T (float32 in registers, rounded once a chunk).
 #pragma once
+#include <type_traits>
+
 #include "mma_state.cuh"
 
 namespace linattn_mma {
@@ -38,11 +40,9 @@ template <int D, bool GRAD> struct RowShape {
   static constexpr int STATE_TILE = D * D * 2;
   static constexpr int MIN_BLOCKS = D == 32 ? 4 : D == 64 ? (GRAD ? 2 : 3) : D == 80 ? 2 : 1;
   struct Small {
-    float key_scale[C];
-    float line[D];
-    alignas(16) uint16_t key_high[C], key_low[C], column_high[D], column_low[D];
-    float exchange[2][C];
-    float totals[WARPS][kMaxGroup][2];
+    alignas(16) float key_scale[C], line[D], numbers[STAGES][2][C], exchange[2][C];
+    alignas(16) uint16_t key_high[C], key_low[C], column_high[D], column_low[D], zeros[C > D ? C : D];
+    float totals[WARPS][kMaxGroup][2], coefficients[kMaxGroup][2];
   };
   static constexpr int SHARED = STAGES * (ROW_TILES + 2) * TILE + STATE_TILE + static_cast<int>(sizeof(Small));
 };
@@ -54,14 +54,17 @@ rows_kernel(const __grid_constant__ RowArguments args) {
   using E = Element<T>;
   constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, OUT_PAIRS = Shape::OUT_PAIRS, STATE_PAIRS = Shape::STATE_PAIRS;
   constexpr int STAGES = Shape::STAGES, TILE = Shape::TILE, ROW_TILES = Shape::ROW_TILES;
-  extern __shared__ __align__(128) unsigned char shared[];
+  constexpr int kStripeBytes = 16 * Tile<D>::kRowBytes;
+  constexpr bool kAlternating = Shape::HALVES > 1 || Shape::STATE_SPLIT > 1;
+  using Place = StatePlace<D, kAlternating>;
+  extern __shared__ __align__(256) unsigned char shared[];
   typename Shape::Small &small = *reinterpret_cast<typename Shape::Small *>(shared + STAGES * (ROW_TILES + 2) * TILE + Shape::STATE_TILE);
-  T *const key_high = reinterpret_cast<T *>(small.key_high), *const key_low = reinterpret_cast<T *>(small.key_low);
-  T *const column_high = reinterpret_cast<T *>(small.column_high), *const column_low = reinterpret_cast<T *>(small.column_low);
+  const SplitWeights<T> key_weights{reinterpret_cast<T *>(small.key_high), reinterpret_cast<T *>(small.key_low)};
+  const SplitWeights<T> column_parts{reinterpret_cast<T *>(small.column_high), reinterpret_cast<T *>(small.column_low)};
 
   const linattn_problem &p = args.problem;
-  const int thread = threadIdx.x, lane_id = thread & 31, warp = thread >> 5, group = lane_id >> 2, place = lane_id & 3;
-  const Lane<D> lane(lane_id);
+  const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number(), group = lane_id >> 2, place = lane_id & 3;
+  const uint32_t lane = lane_offset<D>(lane_id);
   const uint32_t row_tiles = shared_address(shared);                               // (stage, ROW_TILES)
   const uint32_t key_tiles = row_tiles + STAGES * ROW_TILES * TILE;                // (stage, y and z)
   const uint32_t state_tile = key_tiles + STAGES * 2 * TILE;
@@ -72,113 +75,130 @@ rows_kernel(const __grid_constant__ RowArguments args) {
   const int iterations = static_cast<int>((end - begin + C - 1) / C) * heads;
   const bool causal = p.causal, unit = p.normalize_qk;
 
-  const T *const y_head = head_of<const T>(GRAD ? p.value : p.key, batch, key_head);
-  const T *const z_head = head_of<const T>(GRAD ? p.key : p.value, batch, key_head);
-  const int64_t y_stride = GRAD ? p.value.token_stride : p.key.token_stride, z_stride = GRAD ? p.key.token_stride : p.value.token_stride;
-  const linattn_tensor &x = GRAD ? args.grad_out : p.query;
+  const linattn_tensor &x = GRAD ? args.grad_out : p.query, &y = GRAD ? p.value : p.key, &z = GRAD ? p.key : p.value;
+  using Copy = TileCopy<T, D, C, Shape::THREADS>;
+  Copy x_copy(head_of<const T>(x, batch, key_head * heads), x.token_stride, begin, thread);
+  Copy y_copy(head_of<const T>(y, batch, key_head), y.token_stride, begin, thread);
+  Copy z_copy(head_of<const T>(z, batch, key_head), z.token_stride, begin, thread);
+  Copy o_copy(head_of<const T>(GRAD ? args.out : x, batch, key_head * heads), GRAD ? args.out.token_stride : 0, begin, thread);
+  Copy q_copy(head_of<const T>(p.query, batch, key_head * heads), p.query.token_stride, begin, thread);
+  int64_t next_number = (static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin + thread, next_left = end - begin;
+  int next_iteration = 0, next_head = 0, next_stage = 0, next_key_stage = 0;
 
-  const auto prefetch = [&](int iteration) {
-    if (iteration < iterations) {
-      const int chunk = iteration / heads, head = iteration - chunk * heads, query_head = key_head * heads + head;
-      const int64_t first = begin + static_cast<int64_t>(chunk) * C;
-      const uint32_t rows = row_tiles + (iteration % STAGES) * ROW_TILES * TILE;
-      copy_tile<T, D, C, Shape::THREADS>(rows, head_of<const T>(x, batch, query_head), x.token_stride, first, end, thread);
+  const auto prefetch = [&]() {
+    if (next_iteration < iterations) {
+      const int count = static_cast<int>(min(next_left, static_cast<int64_t>(C)));
+      const uint32_t rows = row_tiles + next_stage * ROW_TILES * TILE;
+      if (causal && next_head == 0) {
+        const uint32_t keys = key_tiles + next_key_stage * 2 * TILE;
+        y_copy.start(keys, count, thread);
+        z_copy.start(keys + TILE, count, thread);
+        y_copy.next += C * y.token_stride, z_copy.next += C * z.token_stride;
+      }
+      x_copy.start(rows, count, thread);
+      const bool wraps = next_head == heads - 1;
+      x_copy.next += wraps ? C * x.token_stride - (heads - 1) * x.head_stride : x.head_stride;
       if constexpr (GRAD) {
-        copy_tile<T, D, C, Shape::THREADS>(rows + TILE, head_of<const T>(args.out, batch, query_head), args.out.token_stride, first, end, thread);
-        copy_tile<T, D, C, Shape::THREADS>(rows + 2 * TILE, head_of<const T>(p.query, batch, query_head), p.query.token_stride, first, end, thread);
+        o_copy.start(rows + TILE, count, thread);
+        q_copy.start(rows + 2 * TILE, count, thread);
+        o_copy.next += wraps ? C * args.out.token_stride - (heads - 1) * args.out.head_stride : args.out.head_stride;
+        q_copy.next += wraps ? C * p.query.token_stride - (heads - 1) * p.query.head_stride : p.query.head_stride;
+        if (thread < C) {
+          const bool valid = thread < count;
+          copy_number_async(shared_address(small.numbers[next_stage][0] + thread), args.mass + (valid ? next_number : 0), valid);
+          if (args.grad_mass) copy_number_async(shared_address(small.numbers[next_stage][1] + thread), args.grad_mass + (valid ? next_number : 0), valid);
+        }
+        next_number += wraps ? C - (heads - 1) * p.length : p.length;
       }
-      if (causal && head == 0) {
-        const uint32_t keys = key_tiles + (chunk % STAGES) * 2 * TILE;
-        copy_tile<T, D, C, Shape::THREADS>(keys, y_head, y_stride, first, end, thread);
-        copy_tile<T, D, C, Shape::THREADS>(keys + TILE, z_head, z_stride, first, end, thread);
-      }
+      next_left -= wraps ? C : 0;
+      next_head = wraps ? 0 : next_head + 1;
+      next_stage = next_stage == STAGES - 1 ? 0 : next_stage + 1;
+      if (next_head == 0) next_key_stage = next_key_stage == STAGES - 1 ? 0 : next_key_stage + 1;
     }
+    ++next_iteration;
     copy_commit();
   };
-
-  const int state_row = Shape::STATE_SPLIT > 1 ? warp % BLOCKS : warp, state_part = Shape::STATE_SPLIT > 1 ? warp / BLOCKS : 0;
-  const int half = Shape::HALVES > 1 ? warp / Shape::STRIPES : 0;
-  // Which block of columns a warp calls its p-th: its own part comes first, in results and state alike, so that registers have fixed indices.
-  const int turn = Shape::HALVES > 1 ? half * OUT_PAIRS : Shape::STATE_SPLIT > 1 ? state_part * STATE_PAIRS : 0;
-  const int line_pair = (state_row - turn + BLOCKS) % BLOCKS;
-
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) prefetch(i);
-  StateTile<T, STATE_PAIRS> state;
-  const StatePlace place_of_state(state_row, state_part == 0, turn, STATE_PAIRS, lane_id);
-  const float count = load_state<D>(state, place_of_state, args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments, causal ? segment : 0)
-                                                                       : StateView<D>::of_caller(p.initial_state, head_pair), GRAD);
-  if constexpr (GRAD)
-    for (int i = thread; i < Shape::WARPS * kMaxGroup * 2; i += Shape::THREADS) (&small.totals[0][0][0])[i] = 0.f;
+  for (int i = 0; i < STAGES - 1; ++i) prefetch();
 
-  int chunk = 0, head = 0;
+  const int part = Shape::STATE_SPLIT > 1 ? warp / BLOCKS : 0, half = Shape::HALVES > 1 ? warp / Shape::STRIPES : 0;
+  const Place at(Shape::STATE_SPLIT > 1 ? warp % BLOCKS : warp, part == 0, Shape::HALVES > 1 ? half : part, STATE_PAIRS, lane_id);
+  const bool owns_line = at.line_block() >= 0;
+  const T *const zeros = reinterpret_cast<const T *>(small.zeros);
+  const WeightReader<T> key_reader(key_weights, zeros, lane_id);
+  const T *const column_vector = WeightReader<T>(column_parts, zeros, lane_id).vector;
+  StateTile<T, STATE_PAIRS> state;
+  const float count = load_state<D>(state, at, args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments, causal ? segment : 0)
+                                                           : StateView<D>::of_caller(p.initial_state, head_pair), GRAD);
+  for (int i = thread; i < (C > D ? C : D); i += Shape::THREADS) small.zeros[i] = 0;
+  for (int i = thread; i < Shape::WARPS * kMaxGroup * 2; i += Shape::THREADS) (&small.totals[0][0][0])[i] = 0.f;
+  if (GRAD && !args.grad_mass)
+    for (int i = thread; i < STAGES * C; i += Shape::THREADS) small.numbers[i / C][1][i % C] = 0.f;
+  if (thread < heads) {
+    const int head = key_head * heads + thread;
+    small.coefficients[thread][0] = p.coefficients[head], small.coefficients[thread][1] = p.coefficients[p.query_heads + head] * p.coefficients[3 * p.query_heads + head];
+  }
+
+  T *result_rows = head_of<T>(args.result, batch, key_head * heads) + begin * args.result.token_stride;
+  int64_t first_number = (static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin, left = end - begin;
+  float before = count;
+  int head = 0, stage = 0, key_stage = 0;
+  // Later stripes see more keys; turning them every chunk evens the load of the four schedulers.
+  int stripe = half ? Shape::STRIPES - 1 - warp % Shape::STRIPES : warp % Shape::STRIPES;
   for (int iteration = 0; iteration < iterations; ++iteration) {
-    const int query_head = key_head * heads + head;
-    const int64_t first = begin + static_cast<int64_t>(chunk) * C;
-    const int64_t rows_of_head = (static_cast<int64_t>(batch) * p.query_heads + query_head) * p.length;
-    // Later stripes see more keys; turning them every chunk evens the load of the four schedulers.
-    const int place_in_half = warp % Shape::STRIPES;
-    const int stripe = (chunk + half) & 1 ? Shape::STRIPES - 1 - place_in_half : place_in_half;
+    const int tokens = static_cast<int>(min(left, static_cast<int64_t>(C)));
     const int local0 = 16 * stripe + group, local1 = local0 + 8;
-    const uint32_t rows = row_tiles + (iteration % STAGES) * ROW_TILES * TILE;
-    const uint32_t y_tile = key_tiles + (chunk % STAGES) * 2 * TILE, z_tile = y_tile + TILE, k_tile = GRAD ? z_tile : y_tile;
-    const float a = p.coefficients[query_head], b = p.coefficients[p.query_heads + query_head], tau = p.coefficients[3 * p.query_heads + query_head];
-    float mass0 = 1.f, mass1 = 1.f, extra0 = 0.f, extra1 = 0.f;
-    if constexpr (GRAD) {
-      if (first + local0 < end) mass0 = args.mass[rows_of_head + first + local0];
-      if (first + local1 < end) mass1 = args.mass[rows_of_head + first + local1];
-      if (args.grad_mass) {
-        if (first + local0 < end) extra0 = args.grad_mass[rows_of_head + first + local0];
-        if (first + local1 < end) extra1 = args.grad_mass[rows_of_head + first + local1];
-      }
-    }
+    const uint32_t rows = row_tiles + stage * ROW_TILES * TILE, y_tile = key_tiles + key_stage * 2 * TILE, z_tile = y_tile + TILE;
+    const Blocks<D> y_blocks(y_tile, lane), z_blocks(z_tile, lane), z_flipped(z_tile, lane, at.flip);
 
     copy_wait<STAGES - 2>();
     __syncthreads();  // the tiles are here, and nobody reads the ones that the next copies overwrite
-    prefetch(iteration + STAGES - 1);
+    prefetch();
 
     if (head == 0) {
       if (causal && half == 0) {
-        float square0 = 1.f, square1 = 1.f;
+        float scale0 = 1.f, scale1 = 1.f;
         if (unit) {
           uint32_t k[BLOCKS][4];
 #pragma unroll
-          for (int block = 0; block < BLOCKS; ++block) load_rows<D>(k[block], lane, k_tile, stripe, block);
-          row_products<T, BLOCKS>(square0, square1, k, k, lane_id);
-          square0 = inverse_norm(square0), square1 = inverse_norm(square1);
+          for (int block = 0; block < BLOCKS; ++block) load_rows(k[block], (GRAD ? z_blocks : y_blocks).at(0, block) + stripe * kStripeBytes);
+          row_products<T, BLOCKS>(scale0, scale1, k, k, lane_id);
+          scale0 = inverse_norm(scale0), scale1 = inverse_norm(scale1);
         }
         if (place == 0) {
-          small.key_scale[local0] = square0, small.key_scale[local1] = square1;
-          store_split(key_high, key_low, local0, square0);
-          store_split(key_high, key_low, local1, square1);
+          small.key_scale[local0] = scale0, small.key_scale[local1] = scale1;
+          key_weights.set(local0, scale0), key_weights.set(local1, scale1);
         }
       }
-      if (causal || chunk == 0)
-        publish_state<T, D>(state, place_of_state, shared + STAGES * (ROW_TILES + 2) * TILE, small.line, [&](int row, float sum) { store_split(column_high, column_low, row, sum); });
+      if (causal || iteration == 0)
+        publish_state<T, D>(state, at, Blocks<D>(state_tile, lane, at.flip), small.line, lane_id, [&](int row, float sum) { column_parts.set(row, sum); });
     }
     uint32_t xs[BLOCKS][4];
+    const Blocks<D> x_blocks(rows + stripe * kStripeBytes, lane);
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) load_rows<D>(xs[block], lane, rows, stripe, block);
+    for (int block = 0; block < BLOCKS; ++block) load_rows(xs[block], x_blocks.at(0, block));
 
     // Per row: weight = slope (x . y) + shift, times r_n in the gradient.
+    const float a = small.coefficients[head][0], b_tau = small.coefficients[head][1];
     float slope0, slope1, shift0, shift1, query_scale0 = 1.f, query_scale1 = 1.f;
     if constexpr (!GRAD) {
       if (unit) {
         row_products<T, BLOCKS>(query_scale0, query_scale1, xs, xs, lane_id);
         query_scale0 = inverse_norm(query_scale0), query_scale1 = inverse_norm(query_scale1);
       }
-      slope0 = b * tau * query_scale0, slope1 = b * tau * query_scale1;
+      slope0 = b_tau * query_scale0, slope1 = b_tau * query_scale1;
       shift0 = shift1 = a;
     } else {
       uint32_t others[BLOCKS][4];
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) load_rows<D>(others[block], lane, rows + TILE, stripe, block);
+      for (int block = 0; block < BLOCKS; ++block) load_rows(others[block], x_blocks.at(0, block) + TILE);
       row_products<T, BLOCKS>(shift0, shift1, xs, others, lane_id);
+      const float mass0 = small.numbers[stage][0][local0], mass1 = small.numbers[stage][0][local1];
       slope0 = mass0 == 0.f ? 0.f : 1.f / mass0, slope1 = mass1 == 0.f ? 0.f : 1.f / mass1;
-      shift0 = extra0 - shift0 * slope0, shift1 = extra1 - shift1 * slope1;
+      shift0 = small.numbers[stage][1][local0] - shift0 * slope0, shift1 = small.numbers[stage][1][local1] - shift1 * slope1;
       if (unit) {
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) load_rows<D>(others[block], lane, rows + 2 * TILE, stripe, block);
+        for (int block = 0; block < BLOCKS; ++block) load_rows(others[block], x_blocks.at(0, block) + 2 * TILE);
         row_products<T, BLOCKS>(query_scale0, query_scale1, others, others, lane_id);
         query_scale0 = inverse_norm(query_scale0), query_scale1 = inverse_norm(query_scale1);
       }
@@ -190,28 +210,29 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc[q][0][i] = acc[q][1][i] = 0.f;
+    {
+      const Blocks<D> state_blocks(state_tile, lane, at.flip);
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
+      for (int block = 0; block < BLOCKS; ++block) {
 #pragma unroll
-      for (int q = 0; q < OUT_PAIRS; ++q) {
-        uint32_t s[4];
-        load_columns_straight<D>(s, lane, state_tile, block, (q + turn) % BLOCKS);
-        E::mma(acc[q][0], xs[block], s[0], s[1]);
-        E::mma(acc[q][1], xs[block], s[2], s[3]);
+        for (int q = 0; q < OUT_PAIRS; ++q) {
+          uint32_t s[4];
+          load_columns_straight(s, state_blocks.at(block, Place::order(q)));
+          E::mma(acc[q][0], xs[block], s[0], s[1]);
+          E::mma(acc[q][1], xs[block], s[2], s[3]);
+        }
+        uint32_t b0, b1;
+        WeightReader<T>::two(b0, b1, column_vector, 16 * block);
+        E::mma(margin, xs[block], b0, b1);
       }
-      const T *const part = group == 0 ? column_high : column_low;
-      const uint32_t b0 = group < 2 ? *reinterpret_cast<const uint32_t *>(part + 16 * block + 2 * place) : 0u;
-      const uint32_t b1 = group < 2 ? *reinterpret_cast<const uint32_t *>(part + 16 * block + 8 + 2 * place) : 0u;
-      E::mma(margin, xs[block], b0, b1);
     }
-    const float before = count + (causal ? static_cast<float>(chunk) * C : 0.f);
     float total0 = slope0 * __shfl_sync(0xffffffffu, margin[0] + margin[1], lane_id & ~3) + shift0 * before;
     float total1 = slope1 * __shfl_sync(0xffffffffu, margin[2] + margin[3], lane_id & ~3) + shift1 * before;
 #pragma unroll
     for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const float2 line = *reinterpret_cast<const float2 *>(small.line + 16 * ((q + turn) % BLOCKS) + 8 * t + 2 * place);
+        const float2 line = *reinterpret_cast<const float2 *>(small.line + 16 * at.block(q) + 8 * t + 2 * place);
         acc[q][t][0] = acc[q][t][0] * slope0 + shift0 * line.x;
         acc[q][t][1] = acc[q][t][1] * slope0 + shift0 * line.y;
         acc[q][t][2] = acc[q][t][2] * slope1 + shift1 * line.x;
@@ -220,38 +241,35 @@ rows_kernel(const __grid_constant__ RowArguments args) {
 
     if (causal) {
       float row_sum[4] = {0, 0, 0, 0};
-#pragma unroll 1
-      for (int j = 0; j < Shape::STRIPES; ++j) {
-        const bool visible = j <= stripe;
-        if (!visible && head != 0) break;
-        uint32_t weights[4];
-        if (visible) {
-          float s[2][4];
+      // Sixteen keys: their weights on this stripe's rows (VISIBLE), and their part in the state (UPDATES).
+      const auto step = [&](auto visible, auto diagonal, auto updates, int j) {
+        constexpr bool VISIBLE = decltype(visible)::value, DIAGONAL = decltype(diagonal)::value, UPDATES = decltype(updates)::value;
+        float s[2][4];
+        uint32_t weights[4], scaled[4];
+        if constexpr (VISIBLE) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) s[0][i] = s[1][i] = 0.f;
 #pragma unroll
           for (int block = 0; block < BLOCKS; ++block) {
-            uint32_t y[4];
-            load_columns<D>(y, lane, y_tile, j, block);
-            E::mma(s[0], xs[block], y[0], y[1]);
-            E::mma(s[1], xs[block], y[2], y[3]);
+            uint32_t other[4];
+            load_columns(other, y_blocks.at(0, block) + j * kStripeBytes);
+            E::mma(s[0], xs[block], other[0], other[1]);
+            E::mma(s[1], xs[block], other[2], other[3]);
           }
+        }
+        // forward: column = sum of unit keys, line = sum of v; gradient: column = sum of v, line = sum of unit keys.
+        if constexpr (UPDATES) update_margins<T, D, GRAD, !GRAD>(state, scaled, at, owns_line, y_blocks, z_blocks, j, key_reader, key_reader, key_reader);
+        if constexpr (VISIBLE) {
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
             const int column = 8 * t + 2 * place;
             const float2 scale = *reinterpret_cast<const float2 *>(small.key_scale + 16 * j + column);
-            if constexpr (!GRAD) {
-              s[t][0] = s[t][0] * (slope0 * scale.x) + shift0;
-              s[t][1] = s[t][1] * (slope0 * scale.y) + shift0;
-              s[t][2] = s[t][2] * (slope1 * scale.x) + shift1;
-              s[t][3] = s[t][3] * (slope1 * scale.y) + shift1;
-            } else {
-              s[t][0] = s[t][0] * slope0 + shift0;
-              s[t][1] = s[t][1] * slope0 + shift0;
-              s[t][2] = s[t][2] * slope1 + shift1;
-              s[t][3] = s[t][3] * slope1 + shift1;
-            }
-            if (j == stripe) {
+            if constexpr (!GRAD) s[t][0] *= scale.x, s[t][1] *= scale.y, s[t][2] *= scale.x, s[t][3] *= scale.y;
+            s[t][0] = s[t][0] * slope0 + shift0;
+            s[t][1] = s[t][1] * slope0 + shift0;
+            s[t][2] = s[t][2] * slope1 + shift1;
+            s[t][3] = s[t][3] * slope1 + shift1;
+            if constexpr (DIAGONAL) {
               if (column > group) s[t][0] = 0.f;
               if (column + 1 > group) s[t][1] = 0.f;
               if (column > group + 8) s[t][2] = 0.f;
@@ -270,39 +288,35 @@ rows_kernel(const __grid_constant__ RowArguments args) {
           // The mass is the sum of the rounded weights, so that a constant v comes back as itself.
           if constexpr (!GRAD) E::mma(row_sum, weights, E::kOnes, E::kOnes);
         }
-        uint32_t y[4], scaled[4], high0, high1, low0, low1;
-        if (head == 0) {
-          load_rows_transposed<D>(y, lane, y_tile, j, state_row);
-          high0 = *reinterpret_cast<const uint32_t *>(key_high + 16 * j + 2 * place), high1 = *reinterpret_cast<const uint32_t *>(key_high + 16 * j + 8 + 2 * place);
-          low0 = *reinterpret_cast<const uint32_t *>(key_low + 16 * j + 2 * place), low1 = *reinterpret_cast<const uint32_t *>(key_low + 16 * j + 8 + 2 * place);
-          scaled[0] = scale_two<T>(y[0], high0, low0), scaled[1] = scale_two<T>(y[1], high0, low0);
-          scaled[2] = scale_two<T>(y[2], high1, low1), scaled[3] = scale_two<T>(y[3], high1, low1);
-        }
-        const uint32_t scale_line0 = group == 0 ? high0 : group == 1 ? low0 : 0u, scale_line1 = group == 0 ? high1 : group == 1 ? low1 : 0u;
-        const uint32_t ones = group == 0 ? E::kOnes : 0u;
-        // forward: column = sum of unit keys, line = sum of v; gradient: column = sum of v, line = sum of unit keys.
-        if (head == 0 && state_part == 0) E::mma(state.column, y, GRAD ? ones : scale_line0, GRAD ? ones : scale_line1);
-        constexpr int kPairs = OUT_PAIRS > STATE_PAIRS ? OUT_PAIRS : STATE_PAIRS;
+        constexpr int kSums = UPDATES ? STATE_PAIRS : 0, kOuts = VISIBLE ? OUT_PAIRS : 0;
 #pragma unroll
-        for (int q = 0; q < kPairs; ++q) {
-          if (q < OUT_PAIRS || head == 0) {
-            uint32_t z[4];
-            load_columns_straight<D>(z, lane, z_tile, j, (q + turn) % BLOCKS);
-            if (q < OUT_PAIRS && visible) {
-              E::mma(acc[q < OUT_PAIRS ? q : 0][0], weights, z[0], z[1]);
-              E::mma(acc[q < OUT_PAIRS ? q : 0][1], weights, z[2], z[3]);
+        for (int q = 0; q < (kSums > kOuts ? kSums : kOuts); ++q) {
+          uint32_t other[4];
+          load_columns_straight(other, z_flipped.at(0, Place::order(q)) + j * kStripeBytes);
+          if constexpr (UPDATES) {
+            if (q < STATE_PAIRS) {
+              E::mma(state.sum[q < STATE_PAIRS ? q : 0][0], scaled, other[0], other[1]);
+              E::mma(state.sum[q < STATE_PAIRS ? q : 0][1], scaled, other[2], other[3]);
             }
-            if (q < STATE_PAIRS && head == 0) {
-              E::mma(state.sum[q < STATE_PAIRS ? q : 0][0], scaled, z[0], z[1]);
-              E::mma(state.sum[q < STATE_PAIRS ? q : 0][1], scaled, z[2], z[3]);
-              if (q == line_pair) {
-                const uint32_t line[4] = {GRAD ? scale_line0 : ones, 0u, GRAD ? scale_line1 : ones, 0u};
-                E::mma(state.line[0], line, z[0], z[1]);
-                E::mma(state.line[1], line, z[2], z[3]);
-              }
+          }
+          if constexpr (VISIBLE) {
+            if (q < OUT_PAIRS) {
+              E::mma(acc[q < OUT_PAIRS ? q : 0][0], weights, other[0], other[1]);
+              E::mma(acc[q < OUT_PAIRS ? q : 0][1], weights, other[2], other[3]);
             }
           }
         }
+      };
+      if (head == 0) {
+#pragma unroll 1
+        for (int j = 0; j < stripe; ++j) step(std::true_type(), std::false_type(), std::true_type(), j);
+        step(std::true_type(), std::true_type(), std::true_type(), stripe);
+#pragma unroll 1
+        for (int j = stripe + 1; j < Shape::STRIPES; ++j) step(std::false_type(), std::false_type(), std::true_type(), j);
+      } else {
+#pragma unroll 1
+        for (int j = 0; j < stripe; ++j) step(std::true_type(), std::false_type(), std::false_type(), j);
+        step(std::true_type(), std::true_type(), std::false_type(), stripe);
       }
       if constexpr (GRAD) {
         row_sum[0] += __shfl_xor_sync(0xffffffffu, row_sum[0], 1);
@@ -313,20 +327,20 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       total0 += row_sum[0], total1 += row_sum[2];
     }
 
-    unsigned char *const staging = shared + (iteration % STAGES) * ROW_TILES * TILE;
     float finish0, finish1;
     if constexpr (!GRAD) {
       if (place == 0 && half == 0) {
-        if (first + local0 < end) args.mass_out[rows_of_head + first + local0] = total0;
-        if (first + local1 < end) args.mass_out[rows_of_head + first + local1] = total1;
+        if (local0 < tokens) args.mass_out[first_number + local0] = total0;
+        if (local1 < tokens) args.mass_out[first_number + local1] = total1;
       }
       finish0 = total0 == 0.f ? 1.f : 1.f / total0, finish1 = total1 == 0.f ? 1.f : 1.f / total1;
     } else {
       uint32_t q_rows[OUT_PAIRS][4];
+      const Blocks<D> q_blocks(rows + 2 * TILE + stripe * kStripeBytes, lane, at.flip);
       float dot0 = 0.f, dot1 = 0.f;
 #pragma unroll
       for (int q = 0; q < OUT_PAIRS; ++q) {
-        load_rows<D>(q_rows[q], lane, rows + 2 * TILE, stripe, (q + turn) % BLOCKS);
+        load_rows(q_rows[q], q_blocks.at(0, Place::order(q)));
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           dot0 += E::low(q_rows[q][2 * t]) * acc[q][t][0] + E::high(q_rows[q][2 * t]) * acc[q][t][1];
@@ -345,10 +359,10 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         dot1 = small.exchange[0][local1] + small.exchange[1][local1];
       }
       if (half == 0) {
-        const bool real0 = first + local0 < end, real1 = first + local1 < end;
+        const bool real0 = local0 < tokens, real1 = local1 < tokens;
         if (place == 0) {
-          if (real0) args.error[rows_of_head + first + local0] = shift0, args.query_scale[rows_of_head + first + local0] = query_scale0;
-          if (real1) args.error[rows_of_head + first + local1] = shift1, args.query_scale[rows_of_head + first + local1] = query_scale1;
+          if (real0) args.error[first_number + local0] = shift0, args.query_scale[first_number + local0] = query_scale0;
+          if (real1) args.error[first_number + local1] = shift1, args.query_scale[first_number + local1] = query_scale1;
         }
         float pairs = (real0 ? total0 : 0.f) + (real1 ? total1 : 0.f);
         float products = (real0 ? dot0 * query_scale0 : 0.f) + (real1 ? dot1 * query_scale1 : 0.f);
@@ -359,7 +373,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         }
         if (lane_id == 0) small.totals[warp][head][0] += pairs, small.totals[warp][head][1] += products;
       }
-      finish0 = b * tau * query_scale0, finish1 = b * tau * query_scale1;
+      finish0 = b_tau * query_scale0, finish1 = b_tau * query_scale1;
       if (unit) {
         dot0 *= query_scale0 * query_scale0, dot1 *= query_scale1 * query_scale1;
 #pragma unroll
@@ -372,23 +386,35 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       }
     }
     __syncwarp();
+    {
+      const Blocks<D> staged(rows + stripe * kStripeBytes, lane, at.flip);
 #pragma unroll
-    for (int q = 0; q < OUT_PAIRS; ++q)
-#pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        const int piece = 2 * ((q + turn) % BLOCKS) + t;
-        *reinterpret_cast<uint32_t *>(staging + Tile<D>::at(local0, piece) + 4 * place) = E::pack(acc[q][t][0] * finish0, acc[q][t][1] * finish0);
-        *reinterpret_cast<uint32_t *>(staging + Tile<D>::at(local1, piece) + 4 * place) = E::pack(acc[q][t][2] * finish1, acc[q][t][3] * finish1);
-      }
-    __syncwarp();
-    store_stripe<T, D, 2 * OUT_PAIRS>(head_of<T>(args.result, batch, query_head), args.result.token_stride, staging, 16 * stripe,
-                                      Shape::HALVES > 1 ? half * 2 * OUT_PAIRS : 0, first, end, lane_id);
-    if (++head == heads) head = 0, ++chunk;
+      for (int q = 0; q < OUT_PAIRS; ++q) store_block<T, D>(staged.at(0, Place::order(q)), acc[q][0], acc[q][1], finish0, finish1, lane_id);
+      __syncwarp();
+      store_stripe<T, D, 2 * OUT_PAIRS>(result_rows, args.result.token_stride, shared + stage * ROW_TILES * TILE, 16 * stripe, tokens, lane_id,
+                                        [&](int i) { return Shape::HALVES > 1 ? 4 * (i / 2) + 2 * half + i % 2 : i; });
+    }
+
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+    if (head == heads - 1) {
+      head = 0;
+      key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
+      stripe = Shape::STRIPES - 1 - stripe;
+      left -= C;
+      first_number += C - (heads - 1) * p.length;
+      result_rows += C * args.result.token_stride - (heads - 1) * args.result.head_stride;
+      if (causal) before += C;
+    } else {
+      ++head;
+      first_number += p.length;
+      result_rows += args.result.head_stride;
+    }
   }
+  copy_wait<0>();
 
   if constexpr (!GRAD) {
     if (args.final_state && segment == args.segments - 1)
-      store_state<D>(state, place_of_state, StateView<D>::of_caller(args.final_state, head_pair), count + (causal ? static_cast<float>(end - begin) : 0.f), thread == 0);
+      store_state<D>(state, at, StateView<D>::of_caller(args.final_state, head_pair), count + (causal ? static_cast<float>(end - begin) : 0.f), thread == 0);
   } else {
     __syncthreads();
     if (thread < heads * 2) {
@@ -397,7 +423,6 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       args.partials[((static_cast<int64_t>(batch) * p.query_heads + key_head * heads + thread / 2) * args.segments + segment) * 2 + thread % 2] = total;
     }
   }
-  copy_wait<0>();
 }
 
 }  // namespace linattn_mma

@@ -25,24 +25,34 @@ template <int D> struct StateView {
   __device__ __forceinline__ float &count() const { return data[callers ? (D + 1) * (D + 1) - 1 : D * D + 2 * D]; }
 };
 
-// Which part of the state a lane holds: row block `row`, column blocks (p + turn) % BLOCKS for p < pairs, margins where it owns them.
-struct StatePlace {
-  int row, turn, pairs, group, place;
+// Which part of the state a warp holds: row block `row`, the column blocks block(p) of p < pairs, and the margins that it owns.
+// Where two warps share a row of blocks (or share out a stripe's results), their columns alternate: `flip` tells them apart.
+template <int D, bool ALTERNATING> struct StatePlace {
+  static constexpr int BLOCKS = D / 16, kEven = (BLOCKS + 1) / 2 * 2;
+  int row, flip, pairs, group, place;
   bool owns_column;
-  __device__ __forceinline__ StatePlace(int row_block, bool first_part, int turn_by, int pairs_held, int lane)
-      : row(row_block), turn(turn_by), pairs(pairs_held), group(lane >> 2), place(lane & 3), owns_column(first_part) {}
+  __device__ __forceinline__ StatePlace(int row_block, bool first_part, int flipped, int pairs_held, int lane)
+      : row(row_block), flip(flipped), pairs(pairs_held), group(lane >> 2), place(lane & 3), owns_column(first_part) {}
+  static constexpr __device__ __forceinline__ int order(int p) { return ALTERNATING ? 2 * p % kEven + 2 * p / kEven : p; }
+  __device__ __forceinline__ int block(int p) const { return ALTERNATING ? order(p) ^ flip : p; }
+  // Of the row's margin, each warp sums the block under its own number; -1: another warp of the row does.
+  __device__ __forceinline__ int line_block() const {
+#pragma unroll
+    for (int p = 0; p < BLOCKS; ++p)
+      if (p < pairs && block(p) == row) return row;
+    return -1;
+  }
 };
 
 // Transposed: the state of (value, key) is that of (key, value) with the margins' roles swapped. Returns the count.
-template <int D, typename T, int PAIRS>
-__device__ __forceinline__ float load_state(StateTile<T, PAIRS> &state, const StatePlace &at, const StateView<D> view, bool transposed) {
-  constexpr int BLOCKS = D / 16;
+template <int D, typename T, int PAIRS, typename Place>
+__device__ __forceinline__ float load_state(StateTile<T, PAIRS> &state, const Place &at, const StateView<D> view, bool transposed) {
   state.clear();
   if (!view.data) return 0.f;
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p) {
     if (p >= at.pairs) continue;
-    const int block = (p + at.turn) % BLOCKS;
+    const int block = at.block(p);
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
 #pragma unroll
@@ -65,13 +75,12 @@ __device__ __forceinline__ float load_state(StateTile<T, PAIRS> &state, const St
   return view.count();
 }
 
-template <int D, typename T, int PAIRS>
-__device__ __forceinline__ void store_state(const StateTile<T, PAIRS> &state, const StatePlace &at, const StateView<D> view, float count, bool writes_count) {
-  constexpr int BLOCKS = D / 16;
+template <int D, typename T, int PAIRS, typename Place>
+__device__ __forceinline__ void store_state(const StateTile<T, PAIRS> &state, const Place &at, const StateView<D> view, float count, bool writes_count) {
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p) {
     if (p >= at.pairs) continue;
-    const int block = (p + at.turn) % BLOCKS;
+    const int block = at.block(p);
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
 #pragma unroll
@@ -95,90 +104,98 @@ __device__ __forceinline__ void store_state(const StateTile<T, PAIRS> &state, co
 }
 
 // The state rounded into a tile for the products of a chunk; its margins stay exact.
-template <typename T, int D, int PAIRS, typename SetColumn>
-__device__ __forceinline__ void publish_state(const StateTile<T, PAIRS> &state, const StatePlace &at, unsigned char *tile, float *line, const SetColumn &set_column) {
-  constexpr int BLOCKS = D / 16;
-  const int row = 16 * at.row + at.group;
+template <typename T, int D, int PAIRS, typename Place, typename SetColumn>
+__device__ __forceinline__ void publish_state(const StateTile<T, PAIRS> &state, const Place &at, const Blocks<D> &flipped_tile, float *line, int lane, const SetColumn &set_column) {
 #pragma unroll
-  for (int p = 0; p < PAIRS; ++p) {
-    if (p >= at.pairs) continue;
-    const int block = (p + at.turn) % BLOCKS;
+  for (int p = 0; p < PAIRS; ++p)
+    if (p < at.pairs) store_block<T, D>(flipped_tile.at(0, at.order(p)) + at.row * 16 * Tile<D>::kRowBytes, state.sum[p][0], state.sum[p][1], 1.f, 1.f, lane);
+  if (at.line_block() >= 0) {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
-      const int piece = 2 * block + t;
-      *reinterpret_cast<uint32_t *>(tile + Tile<D>::at(row, piece) + 4 * at.place) = Element<T>::pack(state.sum[p][t][0], state.sum[p][t][1]);
-      *reinterpret_cast<uint32_t *>(tile + Tile<D>::at(row + 8, piece) + 4 * at.place) = Element<T>::pack(state.sum[p][t][2], state.sum[p][t][3]);
-      if (block == at.row) {
-        const float first = state.line[t][0] + __shfl_xor_sync(0xffffffffu, state.line[t][0], 4);
-        const float second = state.line[t][1] + __shfl_xor_sync(0xffffffffu, state.line[t][1], 4);
-        if (at.group == 0) *reinterpret_cast<float2 *>(line + 16 * block + 8 * t + 2 * at.place) = make_float2(first, second);
-      }
+      const float first = state.line[t][0] + __shfl_xor_sync(0xffffffffu, state.line[t][0], 4);
+      const float second = state.line[t][1] + __shfl_xor_sync(0xffffffffu, state.line[t][1], 4);
+      if (at.group == 0) *reinterpret_cast<float2 *>(line + 16 * at.row + 8 * t + 2 * at.place) = make_float2(first, second);
     }
   }
   if (at.owns_column && at.place == 0) {
+    const int row = 16 * at.row + at.group;
     set_column(row, state.column[0] + state.column[1]);
     set_column(row + 8, state.column[2] + state.column[3]);
   }
 }
 
-// Sixteen tokens into the state: sum += y diag(scale) z^T, column += y column_weights, line += line_weights z; null weights are ones.
-// The weights are given in two parts each, whose sum is exact enough.
+// A weight per token, in two parts whose sum is exact enough.
 template <typename T> struct SplitWeights {
   const T *high, *low;
-  __device__ __forceinline__ void load(uint32_t &high0, uint32_t &high1, uint32_t &low0, uint32_t &low1, int first, int place) const {
-    high0 = *reinterpret_cast<const uint32_t *>(high + first + 2 * place), high1 = *reinterpret_cast<const uint32_t *>(high + first + 8 + 2 * place);
-    low0 = *reinterpret_cast<const uint32_t *>(low + first + 2 * place), low1 = *reinterpret_cast<const uint32_t *>(low + first + 8 + 2 * place);
+  __device__ __forceinline__ void set(int token, float value) const { store_split(const_cast<T *>(high), const_cast<T *>(low), token, value); }
+};
+
+// What a lane reads of 16 tokens' weights: as factors of a fragment along its tokens, or (vector) as an operand of its own, with the high
+// parts in row (or column) 0, the low parts in 1 and zeros, which `zeros` must hold, in the others.
+template <typename T> struct WeightReader {
+  const T *high, *low, *vector;
+  __device__ __forceinline__ WeightReader(const SplitWeights<T> &weights, const T *zeros, int lane) {
+    const int group = lane >> 2, place = lane & 3;
+    high = weights.high + 2 * place, low = weights.low + 2 * place;
+    vector = (group == 0 ? weights.high : group == 1 ? weights.low : zeros) + 2 * place;
   }
-  // As one operand of a product: the high parts in row (or column) 0, the low parts in 1.
-  __device__ __forceinline__ void load_vector(uint32_t &first_half, uint32_t &second_half, int first, int group, int place) const {
-    const T *const part = group == 0 ? high : low;
-    first_half = second_half = 0u;
-    if (!high) {
-      if (group == 0) first_half = second_half = Element<T>::kOnes;
-    } else if (group < 2) {
-      first_half = *reinterpret_cast<const uint32_t *>(part + first + 2 * place);
-      second_half = *reinterpret_cast<const uint32_t *>(part + first + 8 + 2 * place);
-    }
+  static __device__ __forceinline__ void two(uint32_t &first, uint32_t &second, const T *at, int token) {
+    first = *reinterpret_cast<const uint32_t *>(at + token), second = *reinterpret_cast<const uint32_t *>(at + token + 8);
+  }
+  __device__ __forceinline__ void scale(uint32_t (&y)[4], int token) const {
+    uint32_t high0, high1, low0, low1;
+    two(high0, high1, high, token);
+    two(low0, low1, low, token);
+    y[0] = scale_two<T>(y[0], high0, low0), y[1] = scale_two<T>(y[1], high0, low0);
+    y[2] = scale_two<T>(y[2], high1, low1), y[3] = scale_two<T>(y[3], high1, low1);
   }
 };
 
-template <typename T, int D, int PAIRS>
-__device__ __forceinline__ void update_state(StateTile<T, PAIRS> &state, const StatePlace &at, const Lane<D> &lane, uint32_t y_tile, uint32_t z_tile, int block,
-                                             const SplitWeights<T> scale, const SplitWeights<T> column_weights, const SplitWeights<T> line_weights) {
-  constexpr int BLOCKS = D / 16;
-  uint32_t y[4], high0, high1, low0, low1;
-  load_rows_transposed<D>(y, lane, y_tile, block, at.row);
-  scale.load(high0, high1, low0, low1, 16 * block, at.place);
-  const uint32_t scaled[4] = {scale_two<T>(y[0], high0, low0), scale_two<T>(y[1], high0, low0), scale_two<T>(y[2], high1, low1), scale_two<T>(y[3], high1, low1)};
+// Sixteen tokens into the margins: column += y column_weights (of this warp's 16 rows), line += line_weights z (of its 16 columns).
+// `scaled` becomes y with its tokens scaled, the operand for sum += y diag(scale) z^T.
+template <typename T, int D, bool COLUMN_ONES, bool LINE_ONES, int PAIRS, typename Place>
+__device__ __forceinline__ void update_margins(StateTile<T, PAIRS> &state, uint32_t (&scaled)[4], const Place &at, bool owns_line, const Blocks<D> &y_tile, const Blocks<D> &z_tile, int block,
+                                               const WeightReader<T> &scale, const WeightReader<T> &column_weights, const WeightReader<T> &line_weights) {
+  const uint32_t ones = at.group == 0 ? Element<T>::kOnes : 0u;
+  load_rows_transposed(scaled, y_tile.at_column(block, at.row));
   if (at.owns_column) {
-    uint32_t b0, b1;
-    column_weights.load_vector(b0, b1, 16 * block, at.group, at.place);
-    Element<T>::mma(state.column, y, b0, b1);
+    uint32_t b0 = ones, b1 = ones;
+    if constexpr (!COLUMN_ONES) WeightReader<T>::two(b0, b1, column_weights.vector, 16 * block);
+    Element<T>::mma(state.column, scaled, b0, b1);
   }
-#pragma unroll
-  for (int p = 0; p < PAIRS; ++p) {
-    if (p >= at.pairs) continue;
-    uint32_t z[4];
-    load_columns_straight<D>(z, lane, z_tile, block, (p + at.turn) % BLOCKS);
-    Element<T>::mma(state.sum[p][0], scaled, z[0], z[1]);
-    Element<T>::mma(state.sum[p][1], scaled, z[2], z[3]);
-    if ((p + at.turn) % BLOCKS == at.row) {
-      uint32_t line[4] = {0u, 0u, 0u, 0u};
-      line_weights.load_vector(line[0], line[2], 16 * block, at.group, at.place);
-      Element<T>::mma(state.line[0], line, z[0], z[1]);
-      Element<T>::mma(state.line[1], line, z[2], z[3]);
-    }
+  if (owns_line) {
+    uint32_t line[4] = {ones, 0u, ones, 0u}, z[4];
+    if constexpr (!LINE_ONES) WeightReader<T>::two(line[0], line[2], line_weights.vector, 16 * block);
+    load_columns_straight(z, z_tile.at_column(block, at.row));
+    Element<T>::mma(state.line[0], line, z[0], z[1]);
+    Element<T>::mma(state.line[1], line, z[2], z[3]);
   }
+  scale.scale(scaled, 16 * block);
 }
 
-// A warp's 16 rows of results, from the tile where it staged them to global memory in 16-byte pieces.
-template <typename T, int D, int PIECES>
-__device__ __forceinline__ void store_stripe(T *head, int64_t token_stride, const unsigned char *staging, int row0, int piece0, int64_t first, int64_t end, int lane) {
+template <typename T, int D, bool COLUMN_ONES, bool LINE_ONES, int PAIRS, typename Place>
+__device__ __forceinline__ void update_state(StateTile<T, PAIRS> &state, const Place &at, bool owns_line, const Blocks<D> &y_tile, const Blocks<D> &z_tile, const Blocks<D> &z_flipped, int block,
+                                             const WeightReader<T> &scale, const WeightReader<T> &column_weights, const WeightReader<T> &line_weights) {
+  uint32_t scaled[4];
+  update_margins<T, D, COLUMN_ONES, LINE_ONES>(state, scaled, at, owns_line, y_tile, z_tile, block, scale, column_weights, line_weights);
+#pragma unroll
+  for (int p = 0; p < PAIRS; ++p)
+    if (p < at.pairs) {
+      uint32_t z[4];
+      load_columns_straight(z, z_flipped.at(block, at.order(p)));
+      Element<T>::mma(state.sum[p][0], scaled, z[0], z[1]);
+      Element<T>::mma(state.sum[p][1], scaled, z[2], z[3]);
+    }
+}
+
+// A warp's 16 rows of results, from the tile where it staged them to global memory in 16-byte pieces: pieces piece(0..PIECES) of rows row0...
+template <typename T, int D, int PIECES, typename Piece>
+__device__ __forceinline__ void store_stripe(T *first_row, int64_t token_stride, const unsigned char *staging, int row0, int count, int lane, const Piece &piece_of) {
 #pragma unroll
   for (int i = 0; i < 16 * PIECES / 32; ++i) {
-    const int index = lane + 32 * i, row = row0 + index / PIECES, piece = piece0 + index % PIECES;
-    if (first + row < end)
-      *reinterpret_cast<uint4 *>(head + (first + row) * token_stride + piece * 8) = *reinterpret_cast<const uint4 *>(staging + Tile<D>::at(row, piece));
+    const int index = lane + 32 * i, row = row0 + index / PIECES, piece = piece_of(index % PIECES);
+    if (row < count)
+      *reinterpret_cast<uint4 *>(first_row + row * token_stride + piece * 8) = *reinterpret_cast<const uint4 *>(staging + Tile<D>::at(row, piece));
   }
 }
 
@@ -208,8 +225,9 @@ template <int D> struct SegmentShape {
   static constexpr int SPLIT = WARPS / BLOCKS, PAIRS = BLOCKS / SPLIT;
   static constexpr int STAGES = 3, TILE = C * D * 2;
   struct Small {
-    alignas(16) uint16_t high[3][C], low[3][C];
-    float counts[WARPS];
+    alignas(16) uint16_t high[3][C], low[3][C], zeros[C];
+    alignas(16) float numbers[STAGES][3][C];
+    float counts[WARPS], coefficients[kMaxGroup][2];
   };
   static constexpr int SHARED = STAGES * 2 * TILE + static_cast<int>(sizeof(Small));
 };
@@ -219,15 +237,13 @@ template <typename T, int D, bool QUERIES>
 __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(const __grid_constant__ SegmentArguments args) {
   using Shape = SegmentShape<D>;
   constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, STAGES = Shape::STAGES, TILE = Shape::TILE;
-  extern __shared__ __align__(128) unsigned char shared[];
+  extern __shared__ __align__(256) unsigned char shared[];
   typename Shape::Small &small = *reinterpret_cast<typename Shape::Small *>(shared + STAGES * 2 * TILE);
   const auto weights = [&](int i) { return SplitWeights<T>{reinterpret_cast<const T *>(small.high[i]), reinterpret_cast<const T *>(small.low[i])}; };
-  const auto set_weight = [&](int i, int token, float value) { store_split(reinterpret_cast<T *>(small.high[i]), reinterpret_cast<T *>(small.low[i]), token, value); };
 
   const linattn_problem &p = args.problem;
-  const int thread = threadIdx.x, lane_id = thread & 31, warp = thread >> 5;
-  const Lane<D> lane(lane_id);
-  const uint32_t tiles = shared_address(shared);
+  const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number();
+  const uint32_t lane = lane_offset<D>(lane_id), tiles = shared_address(shared);
   const int head_pair = blockIdx.x / args.segments, segment = blockIdx.x % args.segments;
   const int batch = head_pair / p.key_heads, key_head = head_pair % p.key_heads, heads = QUERIES ? p.query_heads / p.key_heads : 1;
   const int64_t begin = segment * args.segment_length, end = min(p.length, begin + args.segment_length);
@@ -235,55 +251,82 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
   const linattn_tensor &y = QUERIES ? p.query : p.key, &z = QUERIES ? args.grad_out : p.value;
   const bool unit = p.normalize_qk;
 
-  const auto prefetch = [&](int iteration) {
-    if (iteration < iterations) {
-      const int chunk = iteration / heads, head = key_head * heads + iteration % heads;
-      const uint32_t tile = tiles + (iteration % STAGES) * 2 * TILE;
-      const int64_t first = begin + static_cast<int64_t>(chunk) * C;
-      copy_tile<T, D, C, Shape::THREADS>(tile, head_of<const T>(y, batch, head), y.token_stride, first, end, thread);
-      copy_tile<T, D, C, Shape::THREADS>(tile + TILE, head_of<const T>(z, batch, head), z.token_stride, first, end, thread);
+  TileCopy<T, D, C, Shape::THREADS> y_copy(head_of<const T>(y, batch, key_head * heads), y.token_stride, begin, thread);
+  TileCopy<T, D, C, Shape::THREADS> z_copy(head_of<const T>(z, batch, key_head * heads), z.token_stride, begin, thread);
+  int64_t number = (static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin + thread;
+  int next_head = 0, next_stage = 0, next_iteration = 0;
+  int64_t left = end - begin;
+  const auto prefetch = [&]() {
+    if (next_iteration < iterations) {
+      const int count = static_cast<int>(min(left, static_cast<int64_t>(C)));
+      y_copy.start(tiles + next_stage * 2 * TILE, count, thread);
+      z_copy.start(tiles + next_stage * 2 * TILE + TILE, count, thread);
+      if (QUERIES && thread < C) {
+        const uint32_t numbers = shared_address(small.numbers[next_stage][0] + thread);
+        const bool valid = thread < count;
+        copy_number_async(numbers, args.mass + (valid ? number : 0), valid);
+        copy_number_async(numbers + 4 * C, args.error + (valid ? number : 0), valid);
+        copy_number_async(numbers + 8 * C, args.query_scale + (valid ? number : 0), valid);
+      }
+      const bool wraps = next_head == heads - 1;
+      y_copy.next += wraps ? C * y.token_stride - (heads - 1) * y.head_stride : y.head_stride;
+      z_copy.next += wraps ? C * z.token_stride - (heads - 1) * z.head_stride : z.head_stride;
+      number += wraps ? C - (heads - 1) * p.length : p.length;
+      left -= wraps ? C : 0;
+      next_head = wraps ? 0 : next_head + 1;
+      next_stage = next_stage == STAGES - 1 ? 0 : next_stage + 1;
     }
+    ++next_iteration;
     copy_commit();
   };
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) prefetch(i);
+  for (int i = 0; i < STAGES - 1; ++i) prefetch();
 
+  if (thread < C) small.zeros[thread] = 0;
+  if (QUERIES && thread < heads) {
+    const int head = key_head * heads + thread;
+    small.coefficients[thread][0] = p.coefficients[head], small.coefficients[thread][1] = p.coefficients[p.query_heads + head] * p.coefficients[3 * p.query_heads + head];
+  }
   StateTile<T, Shape::PAIRS> state;
   state.clear();
   const int part = Shape::SPLIT > 1 ? warp / BLOCKS : 0;
-  const StatePlace at(Shape::SPLIT > 1 ? warp % BLOCKS : warp, part == 0, part * Shape::PAIRS, Shape::PAIRS, lane_id);
+  const StatePlace<D, (Shape::SPLIT > 1)> at(Shape::SPLIT > 1 ? warp % BLOCKS : warp, part == 0, part, Shape::PAIRS, lane_id);
+  const bool owns_line = at.line_block() >= 0;
+  const T *const zeros = reinterpret_cast<const T *>(small.zeros);
+  const WeightReader<T> scale(weights(0), zeros, lane_id), column_weights(weights(QUERIES ? 2 : 0), zeros, lane_id), line_weights(weights(1), zeros, lane_id);
   float count = 0.f;
+  int head = 0, stage = 0;
   for (int iteration = 0; iteration < iterations; ++iteration) {
-    const int chunk = iteration / heads, head = key_head * heads + iteration % heads;
-    const int64_t first = begin + static_cast<int64_t>(chunk) * C;
-    const uint32_t y_tile = tiles + (iteration % STAGES) * 2 * TILE;
-    QueryWeights query{0.f, 0.f, 0.f};
-    if (QUERIES && thread < C && first + thread < end) {
-      const int64_t token = (static_cast<int64_t>(batch) * p.query_heads + head) * p.length + first + thread;
-      const float a = p.coefficients[head], error = args.error[token];
-      query = query_weights(a, p.coefficients[p.query_heads + head] * p.coefficients[3 * p.query_heads + head], args.mass[token], error, args.query_scale[token]);
-      count += a * error;
-    }
+    const uint32_t y_tile = tiles + stage * 2 * TILE;
+    const Blocks<D> y_blocks(y_tile, lane), z_blocks(y_tile + TILE, lane), z_flipped(y_tile + TILE, lane, at.flip);
     copy_wait<STAGES - 2>();
     __syncthreads();
-    prefetch(iteration + STAGES - 1);
+    prefetch();
     if constexpr (QUERIES) {
-      if (thread < C) set_weight(0, thread, query.mixed), set_weight(1, thread, query.level), set_weight(2, thread, query.slope);
+      if (thread < C) {
+        const float *const numbers = small.numbers[stage][0] + thread;
+        const float a = small.coefficients[head][0], error = numbers[C];
+        const QueryWeights query = query_weights(a, small.coefficients[head][1], numbers[0], error, numbers[2 * C]);
+        weights(0).set(thread, query.mixed), weights(1).set(thread, query.level), weights(2).set(thread, query.slope);
+        count += a * error;
+      }
     } else if (warp < Shape::STRIPES) {
       float scale0 = 1.f, scale1 = 1.f;
       if (unit) {
         uint32_t rows[BLOCKS][4];
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) load_rows<D>(rows[block], lane, y_tile, warp, block);
+        for (int block = 0; block < BLOCKS; ++block) load_rows(rows[block], y_blocks.at(0, block) + warp * 16 * Tile<D>::kRowBytes);
         row_products<T, BLOCKS>(scale0, scale1, rows, rows, lane_id);
         scale0 = inverse_norm(scale0), scale1 = inverse_norm(scale1);
       }
-      if ((lane_id & 3) == 0) set_weight(0, 16 * warp + (lane_id >> 2), scale0), set_weight(0, 16 * warp + (lane_id >> 2) + 8, scale1);
+      if ((lane_id & 3) == 0) weights(0).set(16 * warp + (lane_id >> 2), scale0), weights(0).set(16 * warp + (lane_id >> 2) + 8, scale1);
     }
     __syncthreads();
 #pragma unroll
     for (int block = 0; block < Shape::STRIPES; ++block)
-      update_state<T, D>(state, at, lane, y_tile, y_tile + TILE, block, weights(0), QUERIES ? weights(2) : weights(0), QUERIES ? weights(1) : SplitWeights<T>{nullptr, nullptr});
+      update_state<T, D, false, !QUERIES>(state, at, owns_line, y_blocks, z_blocks, z_flipped, block, scale, column_weights, line_weights);
+    head = head == heads - 1 ? 0 : head + 1;
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
   }
   copy_wait<0>();
   if constexpr (QUERIES) {

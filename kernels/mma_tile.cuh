@@ -24,7 +24,7 @@ template <> struct Element<__nv_bfloat16> {
   static __device__ __forceinline__ float low(uint32_t both) { return __uint_as_float(both << 16); }
   static __device__ __forceinline__ float high(uint32_t both) { return __uint_as_float(both & 0xffff0000u); }
   static __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
@@ -41,7 +41,7 @@ template <> struct Element<__half> {
   static __device__ __forceinline__ float low(uint32_t both) { return __half2float(__ushort_as_half(both & 0xffffu)); }
   static __device__ __forceinline__ float high(uint32_t both) { return __half2float(__ushort_as_half(both >> 16)); }
   static __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
@@ -78,6 +78,9 @@ __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t a
 __device__ __forceinline__ void copy_async(uint32_t shared, const void *global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
+__device__ __forceinline__ void copy_number_async(uint32_t shared, const float *global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0) : "memory");
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
@@ -91,39 +94,62 @@ template <int D> struct Tile {
   }
 };
 
-// A lane's part in the address of a 16 x 16 block: every kind of fragment is read by the same addresses.
-template <int D> struct Lane {
-  uint32_t row_offset, piece;
-  __device__ __forceinline__ explicit Lane(int lane) {
-    const int row = lane & 15;
-    row_offset = row * Tile<D>::kRowBytes;
-    piece = ((lane >> 4) ^ ((row >> Tile<D>::kShift) & Tile<D>::kMask)) << 4;
+// A lane's part in the address of a 16 x 16 block: every kind of fragment is read (and written back) by the same addresses.
+template <int D> __device__ __forceinline__ uint32_t lane_offset(int lane) { return Tile<D>::at(lane & 15, lane >> 4); }
+
+// The 16 x 16 blocks of a tile. The permutation is an exclusive or in the low bits of the block's column, so a few addresses serve
+// all blocks with constant offsets. `flip` (0 or 1) exchanges neighbouring columns of blocks.
+template <int D> struct Blocks {
+  static constexpr int kVariants = (Tile<D>::kMask >> 1) + 1;
+  uint32_t address[kVariants];
+  __device__ __forceinline__ Blocks(uint32_t tile, uint32_t lane, int flip = 0) {
+    if constexpr (kVariants == 1) {
+      address[0] = tile + lane + 32 * flip;
+    } else {
+#pragma unroll
+      for (int v = 0; v < kVariants; ++v) address[v] = (tile + lane) ^ ((v ^ flip) << 5);
+    }
   }
-  // Block at row 16 * row_block, column 16 * column_block.
-  __device__ __forceinline__ uint32_t at(uint32_t tile, int row_block, int column_block) const {
-    return tile + row_block * 16 * Tile<D>::kRowBytes + row_offset + ((column_block << 5) ^ piece);
+  __device__ __forceinline__ uint32_t at(int row_block, int column_block) const {
+    return address[column_block % kVariants] + row_block * 16 * Tile<D>::kRowBytes + column_block / kVariants * kVariants * 32;
+  }
+  // For a column that only the running kernel knows.
+  __device__ __forceinline__ uint32_t at_column(int row_block, int column_block) const {
+    return (address[0] ^ ((column_block % kVariants) << 5)) + row_block * 16 * Tile<D>::kRowBytes + column_block / kVariants * kVariants * 32;
   }
 };
 
-// A (16 x 16, row major) from a row-major tile.
-template <int D> __device__ __forceinline__ void load_rows(uint32_t (&a)[4], const Lane<D> &lane, uint32_t tile, int row_block, int column_block) {
-  ldmatrix(a, lane.at(tile, row_block, column_block));
-}
+// A (16 x 16, row major) from a row-major block; every function takes a block's address.
+__device__ __forceinline__ void load_rows(uint32_t (&a)[4], uint32_t address) { ldmatrix(a, address); }
 // A = the block transposed.
-template <int D> __device__ __forceinline__ void load_rows_transposed(uint32_t (&a)[4], const Lane<D> &lane, uint32_t tile, int row_block, int column_block) {
+__device__ __forceinline__ void load_rows_transposed(uint32_t (&a)[4], uint32_t address) {
   uint32_t r[4];
-  ldmatrix_transposed(r, lane.at(tile, row_block, column_block));
+  ldmatrix_transposed(r, address);
   a[0] = r[0]; a[1] = r[2]; a[2] = r[1]; a[3] = r[3];
 }
 // B = the block transposed (contraction along the tile's columns): b[0..1] for its first 8 rows, b[2..3] for the others.
-template <int D> __device__ __forceinline__ void load_columns(uint32_t (&b)[4], const Lane<D> &lane, uint32_t tile, int row_block, int column_block) {
+__device__ __forceinline__ void load_columns(uint32_t (&b)[4], uint32_t address) {
   uint32_t r[4];
-  ldmatrix(r, lane.at(tile, row_block, column_block));
+  ldmatrix(r, address);
   b[0] = r[0]; b[1] = r[2]; b[2] = r[1]; b[3] = r[3];
 }
 // B = the block itself (contraction along the tile's rows): b[0..1] for its first 8 columns, b[2..3] for the others.
-template <int D> __device__ __forceinline__ void load_columns_straight(uint32_t (&b)[4], const Lane<D> &lane, uint32_t tile, int row_block, int column_block) {
-  ldmatrix_transposed(b, lane.at(tile, row_block, column_block));
+__device__ __forceinline__ void load_columns_straight(uint32_t (&b)[4], uint32_t address) { ldmatrix_transposed(b, address); }
+
+// Two accumulators side by side, rounded and written as one block.
+template <typename T, int D> __device__ __forceinline__ void store_block(const uint32_t address, const float (&left)[4], const float (&right)[4], float scale0, float scale1, int lane) {
+  const uint32_t r[4] = {Element<T>::pack(left[0] * scale0, left[1] * scale0), Element<T>::pack(left[2] * scale1, left[3] * scale1),
+                         Element<T>::pack(right[0] * scale0, right[1] * scale0), Element<T>::pack(right[2] * scale1, right[3] * scale1)};
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+#else
+  // Lane l of the block's address points at row l % 16 of its column l / 16: each lane asks those of the rows it holds.
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t row = __shfl_sync(0xffffffffu, address, 8 * i + (lane >> 2));
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(row + 4 * (lane & 3)), "r"(r[i]) : "memory");
+  }
+#endif
 }
 
 // Row-wise products x_i . y_i of 16 rows, from the diagonal of X Y^T; every lane gets those of rows `group` and `group + 8`.
@@ -142,27 +168,37 @@ __device__ __forceinline__ void row_products(float &first, float &second, const 
 
 __device__ __forceinline__ float inverse_norm(float square) { return square > kSmallestSquare ? rsqrtf(square) : 0.f; }
 
+// The warp's number, in a form that the compiler knows to be the same in all lanes.
+__device__ __forceinline__ int warp_number() { return __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0); }
+
 // Where head (b, h) of a tensor begins.
 template <typename T> __device__ __forceinline__ T *head_of(const linattn_tensor &tensor, int64_t batch, int64_t head) {
   return static_cast<T *>(tensor.data) + batch * tensor.batch_stride + head * tensor.head_stride;
 }
 
-// Starts the copy of tokens [first, first + C) into a tile; tokens from `length` on read as zero.
-template <typename T, int D, int C, int THREADS>
-__device__ __forceinline__ void copy_tile(uint32_t tile, const T *head, int64_t token_stride, int64_t first, int64_t length, int thread) {
-  constexpr int kPieces = D / 8, kStep = THREADS / kPieces;
+// A thread's part in copying tiles of one tensor: it fetches one 16-byte piece of every kStep-th row. `next` walks along the tensor.
+template <typename T, int D, int C, int THREADS> struct TileCopy {
+  static constexpr int kPieces = D / 8, kStep = THREADS / kPieces;
   static_assert(THREADS % kPieces == 0, "");
-  const int piece = thread % kPieces;
-  const T *source = head + (first + thread / kPieces) * token_stride + piece * 8;
+  const T *next;
+  int64_t stride;
+  __device__ __forceinline__ TileCopy(const T *head, int64_t token_stride, int64_t first, int thread)
+      : next(head + (first + thread / kPieces) * token_stride + thread % kPieces * 8), stride(token_stride) {}
+  // Tokens from `count` on read as zero.
+  __device__ __forceinline__ void start(uint32_t tile, int count, int thread) const {
+    const T *source = next;
+    const int first_row = thread / kPieces, piece = thread % kPieces;
 #pragma unroll
-  for (int row = thread / kPieces, i = 0; i < (C + kStep - 1) / kStep; ++i, row += kStep) {
-    if (C % kStep == 0 || row < C) {
-      const bool valid = first + row < length;
-      copy_async(tile + Tile<D>::at(row, piece), valid ? source : head, valid);
+    for (int i = 0; i < (C + kStep - 1) / kStep; ++i) {
+      const int row = first_row + i * kStep;
+      if (C % kStep == 0 || row < C) {
+        const bool valid = row < count;
+        copy_async(tile + Tile<D>::at(row, piece), valid ? source : next - first_row * stride, valid);
+      }
+      source += kStep * stride;
     }
-    source += kStep * token_stride;
   }
-}
+};
 
 // The running sum of (key)(value)^T and its two margins, in float32 registers: a warp owns 16 rows and PAIRS blocks of 16 columns.
 // Margins: `column` = sum of keys by some weight (one per row), `line` = sum of values by some weight (one per column).
