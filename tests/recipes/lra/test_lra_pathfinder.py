@@ -1,0 +1,133 @@
+"""Pathfinder: every label by following the path through unordered paddles, and what can be seen in the image by itself."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from recipes.lra.pathfinder import RULES, Paddle, Rules, Scene, make_scene, render
+
+COUNTS = {32: 120, 64: 16, 128: 8}
+
+
+@pytest.fixture(scope="module", params=COUNTS, ids=str)
+def made(request) -> tuple[Rules, list[Scene], list[np.ndarray]]:
+    rules = RULES[request.param]
+    scenes = [make_scene(rules, 5, number) for number in range(COUNTS[request.param])]
+    return rules, scenes, [render(rules, scene) for scene in scenes]
+
+
+def follow(rules: Rules, scene: Scene) -> int:
+    """The label from the paddles in no order and the markers: begin at one marker and go from gap to gap while a paddle begins there."""
+    paddles = [paddle for path in (*scene.paths, *scene.distractors) for paddle in path]
+    random.Random(0).shuffle(paddles)
+    starts = [paddle for paddle in paddles if paddle.tail in scene.markers]
+    assert len(starts) == 1
+    now, count = starts[0], 1
+    while following := [paddle for paddle in paddles if paddle.pivot == gap_after(rules, scene.margin, now)]:
+        assert len(following) == 1
+        now, count = following[0], count + 1
+    assert count == rules.contour_length
+    return int(now.head in scene.markers)
+
+
+def gap_after(rules: Rules, margin: int, paddle: Paddle) -> tuple[int, int]:
+    distance = rules.paddle_length + 2 * margin
+    return tuple(
+        math.ceil(p + distance * d - 1e-9) for p, d in zip(paddle.pivot, (math.sin(paddle.angle), math.cos(paddle.angle)), strict=True)
+    )
+
+
+def points(paddle: Paddle, count: int = 5) -> np.ndarray:
+    """(count, 2) points along a paddle."""
+    return np.linspace(paddle.tail, paddle.head, count)
+
+
+def lit(image: np.ndarray, point: np.ndarray) -> float:
+    """The brightest pixel at or next to a point."""
+    row, column = np.clip(np.round(point).astype(int), 1, image.shape[0] - 2)
+    return image[row - 1 : row + 2, column - 1 : column + 2].max()
+
+
+def test_every_label_is_what_following_the_path_finds(made):
+    rules, scenes, _ = made
+    assert all(follow(rules, scene) == scene.label for scene in scenes)
+
+
+def test_labels_are_balanced_exactly(made):
+    _, scenes, _ = made
+    assert sum(scene.label for scene in scenes) * 2 == len(scenes)
+
+
+def test_one_marker_is_a_tail_and_one_a_head_and_either_path_may_hold_the_first(made):
+    _, scenes, _ = made
+    first = 0
+    for scene in scenes:
+        tails = [path[0].tail for path in scene.paths]
+        heads = [path[-1].head for path in scene.paths]
+        origin, terminal = tails.index(scene.markers[0]), heads.index(scene.markers[1])
+        assert (origin == terminal) == bool(scene.label)
+        first += origin == 0
+    assert 0.25 < first / len(scenes) < 0.75
+
+
+def test_two_markers_can_be_seen_always(made):
+    rules, scenes, images = made
+    disc = np.hypot(*np.indices((7, 7)) - 3) <= rules.marker_radius - 0.5  # a paddle is too thin to hold it
+    for scene, image in zip(scenes, images, strict=True):
+        blobs, count = ndimage.label(ndimage.binary_opening(image > 200, disc))
+        assert count == 2
+        centres = ndimage.center_of_mass(blobs > 0, blobs, [1, 2])
+        for marker in scene.markers:
+            assert min(math.dist(marker, centre) for centre in centres) < 1.5
+
+
+def test_every_paddle_can_be_seen_and_the_gaps_are_darker(made):
+    rules, scenes, images = made
+    for scene, image in zip(scenes, images, strict=True):
+        for path in scene.paths:
+            assert len(path) == rules.contour_length
+            for paddle in path:
+                assert min(lit(image, point) for point in points(paddle)) > 60
+    shown = np.mean([image[image > 60].size for image in images]) / rules.size**2
+    assert 0.02 < shown < 0.35
+
+
+def test_paddles_of_different_contours_keep_apart(made):
+    rules, scenes, _ = made
+    for scene in scenes:
+        clouds = [np.concatenate([points(paddle) for paddle in path]) for path in (*scene.paths, *scene.distractors)]
+        for index, cloud in enumerate(clouds):
+            for other in clouds[index + 1 :]:
+                assert np.linalg.norm(cloud[:, None] - other[None], axis=-1).min() > scene.margin
+
+
+def test_a_path_turns_by_no_more_than_continuity_allows(made):
+    rules, scenes, _ = made
+    for scene in scenes:
+        for path in (*scene.paths, *scene.distractors):
+            for before, after in zip(path, path[1:], strict=False):
+                turn = abs(math.remainder(after.angle - before.angle, 2 * math.pi))
+                assert turn * rules.continuity < math.pi / 2
+
+
+def test_distractors_are_shorter_and_there(made):
+    rules, scenes, _ = made
+    lengths = [len(path) for scene in scenes for path in scene.distractors]
+    assert max(lengths) == rules.distractor_length < rules.contour_length
+    assert len(lengths) > 2 * len(scenes)
+    assert all(len(scene.distractors) <= rules.distractors for scene in scenes)
+
+
+def test_an_image_depends_on_seed_and_number_alone():
+    rules = RULES[32]
+    alone = render(rules, make_scene(rules, 5, 7))
+    [make_scene(rules, 9, number) for number in range(3)]
+    assert np.array_equal(alone, render(rules, make_scene(rules, 5, 7)))
+    assert not np.array_equal(alone, render(rules, make_scene(rules, 6, 7)))
+    assert not np.array_equal(alone, render(rules, make_scene(rules, 5, 7, attempt=1)))
+    assert make_scene(rules, 5, 7, attempt=1).label == make_scene(rules, 5, 7).label
