@@ -266,7 +266,8 @@ class Training:
     def _teacher(self, model: PreTrainedModel) -> PreTrainedModel | None:
         if self.settings.teacher is None:
             return None
-        teacher = load_model(self.settings.teacher)
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+        teacher = load_model(self.settings.teacher, dtype=low)
         if teacher.config.vocab_size < model.config.vocab_size:
             raise RecipeError(
                 f"the teacher has {teacher.config.vocab_size} tokens and the model {model.config.vocab_size}; both must use one tokenizer"
