@@ -25,9 +25,14 @@ STARTS = "_linattn_starts"
 def linattn_mask(
     *, q_length: int, config: PreTrainedConfig, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor | None:
-    """The padding mask of the new tokens, bool (B, q_length), or None where none is padding. Softmax layers: the sdpa mask."""
+    """The padding mask of the new tokens, bool (B, q_length), or None where none is padding. Softmax layers: the sdpa mask.
+
+    Raises:
+        ValueError: an architecture without attention interface, or a mask that lets some tokens see ahead.
+    """
     if not is_tracing(attention_mask):
         require_attention_interface(config)
+        _refuse_overlays(q_length, **kwargs)
     padding = _last_tokens(attention_mask, q_length)
     if not softmax_layers(config):
         return padding
@@ -35,6 +40,23 @@ def linattn_mask(
     if mask is not None:
         setattr(mask, PADDING, padding)
     return mask
+
+
+def _refuse_overlays(
+    length: int, mask_function: Callable[..., Tensor], batch_size: int, q_offset: int | Tensor, device: torch.device,
+    use_vmap: bool = False, **kwargs: Any,
+) -> None:  # fmt: skip
+    """A model may let the tokens of an image see each other inside a causal text; a running state cannot."""
+    if length < 2 or not (use_vmap or "or_masks" in getattr(mask_function, "__qualname__", "")):
+        return
+    rows = torch.arange(length - 1, device=device) + q_offset
+    batch = torch.arange(batch_size, device=device)[:, None]
+    ahead = mask_function(batch, torch.zeros_like(batch), rows[None], rows[None] + 1)
+    if bool(ahead.any()) and not bool(ahead.all()):
+        raise ValueError(
+            "The model lets some tokens, such as those of an image, see each other ahead in a causal text, which linear attention "
+            'cannot; load it with attn_implementation="sdpa", or its text model alone.'
+        )
 
 
 def _last_tokens(mask: Tensor | None, length: int) -> Tensor | None:

@@ -41,7 +41,7 @@ def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: 
     """Refuses the calls whose meaning linear attention would silently change.
 
     Raises:
-        ValueError: cross-attention, a growing key/value cache, a relative position bias, or paged keys and values.
+        ValueError: cross-attention, a growing key/value cache, or a relative position bias.
     """
     config = getattr(module, "config", None)
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
@@ -49,8 +49,6 @@ def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: 
             f"{type(module).__name__} belongs to a model with cross-attention, which linear attention does not serve; "
             'load it with attn_implementation="sdpa".'
         )
-    if kwargs.get("cache") is not None:
-        raise ValueError('Paged attention keeps keys and values, and linear attention a state; use attn_implementation="sdpa" for it.')
     if kwargs.get("position_bias") is not None:
         raise ValueError(
             f"{type(module).__name__} adds a position bias to softmax scores, which linear attention has not; "

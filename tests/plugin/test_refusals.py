@@ -13,6 +13,7 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+from transformers.masking_utils import create_causal_mask
 
 from hf_linattn import require_attention_interface
 
@@ -132,3 +133,29 @@ def test_a_sliding_window_is_dropped():
     model.config.sliding_window = None
     no_window = model(ids).logits
     torch.testing.assert_close(no_window, tiny_model("mistral")(ids).logits)
+
+
+def test_an_image_inside_a_text():
+    model = tiny_model("llama")
+    image = torch.zeros(23, dtype=torch.bool)
+    image[5:9] = True
+    both = {"config": model.config, "inputs_embeds": torch.zeros(2, 23, 64), "attention_mask": None, "past_key_values": None}
+    with pytest.raises(ValueError, match="such as those of an image"):
+        create_causal_mask(**both, or_mask_function=lambda batch, head, row, column: image[row] & image[column])
+    assert create_causal_mask(**both, or_mask_function=lambda *args: torch.tensor(True)) is None
+
+
+@torch.no_grad()
+def test_a_causal_architecture_made_bidirectional():
+    ids = tiny_tokens()
+    model = tiny_model("llama")
+    model.config.is_causal = False
+    other = ids.clone()
+    other[:, -1] += 1
+    assert (model(ids).logits[:, 0] - model(other).logits[:, 0]).abs().max() > 1e-5
+
+
+def test_a_quantized_cache():
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    with pytest.raises(ValueError, match="linattn|fp8"):  # Transformers' own sentence, which 5.17 has for the backend already
+        tiny_model("llama").generate(tiny_tokens(), max_new_tokens=2, pad_token_id=0, **options)
