@@ -180,7 +180,10 @@ def _share_weight_names(base: str, converted: str) -> None:
 
 
 def _share_tokenizer(base_type: str) -> None:
-    # AutoTokenizer decides by model type as well as by tokenizer_config.json, so the converted type must decide as its base does.
+    # AutoTokenizer decides by model type and configuration class as well as by tokenizer_config.json: as for the base, then.
+    tokenizer_class = transformers.TOKENIZER_MAPPING.get(transformers.CONFIG_MAPPING[base_type], None)
+    if tokenizer_class is not None:
+        transformers.TOKENIZER_MAPPING.register(_CONFIGS[base_type], tokenizer_class)
     names = tokenization_auto.TOKENIZER_MAPPING_NAMES
     if base_type in names:
         names[PREFIX + base_type] = names[base_type]

@@ -224,6 +224,12 @@ def test_sequence_classification_takes_the_body_of_a_causal_model(converted: Con
         assert torch.equal(dict(model.named_parameters())[name], parameter)
 
 
+def test_compiles_as_one_graph(converted: Converted, tokens: Tensor) -> None:
+    model = AutoModelForCausalLM.from_pretrained(converted()).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(tokens, use_cache=False).logits, logits(model, tokens))
+
+
 def test_copies_and_pickles(converted: Converted, tokens: Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(converted())
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):

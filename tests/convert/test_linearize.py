@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from shared_data import require_shared_data
@@ -199,6 +201,45 @@ def test_stored_buffers_that_the_model_has_no_use_for(tmp_path: Path, softmax_ch
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     report = linearize(source, tmp_path / "out")
     assert len(report["check"]["ignored"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "old"),
+    [
+        ("llama", {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}, "torch_dtype": "float32"}),
+        ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 5000, "torch_dtype": "float32"}),
+    ],
+)
+def test_old_config_files_keep_their_meaning(model_type: str, old: dict[str, Any], tmp_path: Path, tokens: torch.Tensor) -> None:
+    source = tmp_path / "source"
+    softmax_model(model_type).save_pretrained(source)
+    config = {key: value for key, value in read_json(source / "config.json").items() if key not in ("rope_parameters", "dtype")}
+    (source / "config.json").write_text(json.dumps(config | old))
+    linearize(source, tmp_path / "out", LinearizeOptions(keep_softmax=tuple(range(LAYERS - 1))))
+    with torch.no_grad():
+        before = AutoModelForCausalLM.from_pretrained(source)(tokens, output_hidden_states=True).hidden_states[LAYERS - 1]
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(tokens, output_hidden_states=True).hidden_states[LAYERS - 1]
+        usual = softmax_model(model_type)(tokens, output_hidden_states=True).hidden_states[LAYERS - 1]
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
+    assert (usual - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "gpt_neox"])
+@pytest.mark.parametrize("named", ["LlamaTokenizer", "GPTNeoXTokenizerFast", "PreTrainedTokenizerFast", None])
+def test_the_tokenizer_is_the_sources(model_type: str, named: str | None, softmax_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(softmax_checkpoint(model_type), tmp_path / "source"))
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "once": 3, "upon": 4, "a": 5, "time": 6}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(source / "tokenizer.json"))
+    settings = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} | ({"tokenizer_class": named} if named else {})
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    linearize(source, tmp_path / "out", LinearizeOptions(check=False))
+    before, after = AutoTokenizer.from_pretrained(source), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert type(after) is type(before)
+    assert after("once upon a time").input_ids == before("once upon a time").input_ids
+    assert after.chat_template == before.chat_template
 
 
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
