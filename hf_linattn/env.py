@@ -1,5 +1,6 @@
 """`python -m hf_linattn.env`: what was found on this machine, which form of linear attention will run on it, and why."""
 
+import ctypes
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -17,10 +18,11 @@ def _version(package: str) -> str:
 
 def _driver() -> str:
     try:
-        found = torch._C._cuda_getDriverVersion() if torch.version.cuda else 0  # type: ignore[attr-defined]
-    except (AttributeError, RuntimeError):
-        found = 0
-    return f"supports CUDA {found // 1000}.{found % 1000 // 10}" if found else "none found"
+        found = ctypes.c_int()
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    except (OSError, AttributeError):
+        return "none found"
+    return f"supports CUDA {found.value // 1000}.{found.value % 1000 // 10}"
 
 
 def _verdict(cause: str) -> str:

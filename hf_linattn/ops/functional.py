@@ -51,7 +51,8 @@ def _degree(c: Coefficient) -> int:
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     given = all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors)
-    if given and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)  # torch 2.11 cannot trace the question
+    if given and known and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
     return tensors
