@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,14 @@ class Run:
                 with another config or other facts is refused.
 
         Raises:
-            RecipeError: the folder exists and neither `resume` nor `overwrite` is given, is no run's folder, or belongs to another run.
+            RecipeError: the processes do not see one another, or the folder exists and neither `resume` nor `overwrite` is given, is no run's folder, or belongs to another run.
         """
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != accelerator.num_processes:
+            raise RecipeError(
+                f"{started} processes were started and accelerate sees {accelerator.num_processes}, so each would train by itself; "
+                "on CPUs start them with ACCELERATE_USE_CPU=true in the environment"
+            )
         cls.check(folder, resume=resume, overwrite=overwrite)
         folder = Path(folder)
         facts = {**(facts or {}), "processes": accelerator.num_processes}

@@ -1,0 +1,345 @@
+"""Training: it learns, it can be killed and goes on to the same losses, and what it is given is checked before it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import hf_linattn  # noqa: F401
+from convert.linearize import linearize
+from recipes.common.errors import RecipeError
+from recipes.common.run import read_records
+from recipes.tinystories.model import load_model
+from recipes.tinystories.train import Training, parameter_groups
+
+ROOT = Path(__file__).resolve().parents[3]
+LINEAR = {"attn_implementation": "linattn"}
+
+
+def train(settings, resume=False, overwrite=False):
+    """Run to the end; the losses by step, of training and of validation."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    Training(settings, resume, overwrite).run_all()
+    return losses(Path(settings.output))
+
+
+def losses(folder):
+    records = read_records(folder / "metrics.jsonl")
+    names = ("loss", "cross_entropy", "valid_loss", "gradient_norm", "learning_rate", "noise", "samples")
+    return [(r["step"], *(r.get(name) for name in names)) for r in records]
+
+
+def training_losses(records):
+    return [record[1] for record in records if record[1] is not None]
+
+
+@pytest.fixture(scope="module")
+def converted(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    linearize(tiny.model, folder)
+    return folder
+
+
+def test_it_learns_and_leaves_a_model_a_curve_and_a_log(settings):
+    s = settings(**LINEAR, noise=0.1, steps=20, eval_every=10, checkpoint_every=10, separate_stories=True)
+    records = train(s)
+    first, *_, last = [record[3] for record in records if record[3] is not None]
+    assert last < first - 0.5
+    noise = [record[6] for record in records if record[6] is not None]
+    assert noise == sorted(noise, reverse=True)
+    assert noise[0] == 0.1
+    assert noise[-1] == pytest.approx(0.1 / 20)
+    folder = Path(s.output)
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").glob("events*"))
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000020"]
+    samples = [record[7] for record in records if record[7] is not None]
+    assert len(samples) == 3
+    assert samples[0][0]["prompt"]
+    model, info = AutoModelForCausalLM.from_pretrained(folder / "model", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert model.config._attn_implementation == "linattn"
+    assert model.config.use_cache
+    assert AutoTokenizer.from_pretrained(folder / "model").bos_token_id == 0
+
+
+def test_how_often_it_evaluates_changes_nothing_it_learns(settings, tmp_path):
+    often = train(settings(**LINEAR, noise=0.2, eval_every=1, checkpoint_every=1))
+    seldom = train(settings(**LINEAR, noise=0.2, eval_every=100, checkpoint_every=100, output=str(tmp_path / "other")))
+    assert training_losses(often) == training_losses(seldom)
+
+
+def test_accumulated_and_checkpointed_gradients_are_the_whole_batchs(settings, tmp_path):
+    whole = train(settings(**LINEAR))
+    parts = train(settings(**LINEAR, batch_size=2, gradient_accumulation=2, output=str(tmp_path / "parts")))
+    assert training_losses(parts) == pytest.approx(training_losses(whole), abs=1e-4)
+    again = train(settings(**LINEAR, gradient_checkpointing=True, noise=0.1, output=str(tmp_path / "again")))
+    plain = train(settings(**LINEAR, noise=0.1, output=str(tmp_path / "plain")))
+    assert training_losses(again) == pytest.approx(training_losses(plain), abs=1e-5)
+    assert training_losses(again) != pytest.approx(training_losses(whole), abs=1e-5)
+
+
+def test_a_run_goes_on_into_the_next_epoch(settings, tmp_path):
+    s = settings(steps=None, epochs=2.0, length=64, batch_size=40, eval_every=100, checkpoint_every=100)
+    training = Training(s, False, False)
+    assert training.steps == 2 * training.steps_per_epoch
+    training.run_all()
+    assert len(training_losses(losses(Path(s.output)))) == training.steps
+
+
+def test_a_teacher_that_is_the_student_leaves_no_loss(settings, tiny, tmp_path):
+    records = train(settings(teacher=str(tiny.model), steps=1))
+    assert records[1][1] == pytest.approx(0.0, abs=1e-6)
+    assert records[1][2] > 3
+    half = train(settings(teacher=str(tiny.model), steps=1, teacher_weight=0.25, output=str(tmp_path / "half")))
+    assert half[1][1] == pytest.approx(0.75 * half[1][2], rel=1e-5)
+
+
+def test_a_converted_model_follows_its_teacher(settings, tiny, converted):
+    # The start is the teacher's weights made larger, so that attention matters and the swap costs something.
+    records = train(
+        settings(model=str(converted), teacher=str(tiny.model), steps=12, learning_rate=3e-3, eval_every=100, checkpoint_every=100)
+    )
+    kl = training_losses(records)
+    assert min(kl[-3:]) < kl[0]
+
+
+def test_per_head_parameters_have_a_rate_of_their_own(settings, converted):
+    s = settings(model=str(converted), linattn_learning_rate=0.5)
+    model = load_model(s.model)
+    groups = parameter_groups(model, s)
+    heads = {id(p) for name, p in model.named_parameters() if ".linattn." in name}
+    assert heads
+    (own,) = [group for group in groups if group["lr"] == 0.5]
+    assert {id(p) for p in own["params"]} == heads
+    assert own["weight_decay"] == 0
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+def test_from_scratch(settings, tiny):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    s = settings(model=None, model_type="gpt_neox", model_config=shape, tokenizer=str(tiny.model), steps=2, attn_implementation="sdpa")
+    train(s)
+    config = AutoConfig.from_pretrained(Path(s.output) / "model")
+    assert (config.model_type, config.vocab_size, config.hidden_size) == ("gpt_neox", 300, 16)
+
+
+KILLED = {**LINEAR, "noise": 0.2, "steps": 8, "gradient_accumulation": 2, "batch_size": 2, "eval_every": 4, "samples": 1}
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_losses(settings, config_file, tmp_path):
+    whole = train(settings(**KILLED, output=str(tmp_path / "whole")))
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "recipes.tinystories.train", "--config", str(config_file(**KILLED, output=str(folder)))]
+    process = start(command)
+    wait_for_step(folder, 5, process)
+    process.kill()
+    process.wait()
+    assert not (folder / "model").exists()
+    # What a kill in the middle of writing leaves behind.
+    (folder / "checkpoints" / ".partial-step-00000099").mkdir(exist_ok=True)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    assert train(settings(**KILLED, output=str(folder)), resume=True) == whole
+    same_weights(folder, tmp_path / "whole")
+
+
+def test_two_processes_learn_what_one_does_and_go_on_after_a_kill(settings, config_file, tmp_path):
+    changes = {**KILLED, "noise": 0.0}
+    whole = train(settings(**changes, output=str(tmp_path / "whole")))
+    folder = tmp_path / "two"
+    shared = {**changes, "gradient_accumulation": 1, "output": str(folder)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [*launch, "-m", "recipes.tinystories.train", "--config", str(config_file(**shared))]
+    process = start(command)
+    wait_for_step(folder, 5, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process = start([*command, "--resume"])
+    assert process.wait(timeout=300) == 0
+    assert training_losses(losses(folder)) == pytest.approx(training_losses(whole), abs=1e-4)
+    assert [r[3] for r in losses(folder) if r[3]] == pytest.approx([r[3] for r in whole if r[3]], abs=1e-4)
+    with pytest.raises(RecipeError, match="processes was 2 and is now 1"):
+        train(settings(**shared), resume=True)
+
+
+def start(command):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+
+
+def wait_for_step(folder, step, process):
+    end = time.monotonic() + 300
+    while not any(r["step"] >= step for r in read_records(folder / "metrics.jsonl")):
+        assert process.poll() is None, "the run ended before it was killed"
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def same_weights(one, other):
+    left, right = (load_model(str(folder / "model")).state_dict() for folder in (one, other))
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_a_finished_run_is_left_alone_and_another_runs_folder_refused(settings, tmp_path):
+    s = settings(steps=2)
+    records = train(s)
+    assert train(s, resume=True) == records
+    with pytest.raises(RecipeError, match="exists already; pass --resume"):
+        train(s)
+    with pytest.raises(RecipeError, match=r"belongs to another run: learning_rate was 0.01 and is now 0.5"):
+        train(settings(steps=2, learning_rate=0.5), resume=True)
+    assert losses(Path(s.output)) == records
+    assert len(train(settings(steps=1), overwrite=True)) < len(records)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    for how in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(RecipeError, match=r"holds no config.yaml"):
+            train(settings(steps=2, output=str(tmp_path / "mine")), **how)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"
+
+
+def test_processes_that_do_not_see_one_another_are_refused(settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    s = settings()
+    with pytest.raises(RecipeError, match="2 processes were started and accelerate sees 1"):
+        train(s)
+    assert not Path(s.output).exists()
+
+
+def test_resuming_on_other_text_is_refused(settings, tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    shutil.copy(tiny.text, text)
+    s = settings(steps=2, train_data=[str(text)])
+    train(s)
+    shutil.rmtree(Path(s.output) / "model")
+    text.write_text(text.read_text().replace("park", "dark"))
+    with pytest.raises(RecipeError, match="belongs to another run: "):
+        train(s, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise": 0.1}, "noise is dropout for linear attention"),
+        ({"length": 65}, "length 65 is more than the model's 64 positions"),
+        ({"batch_size": 10_000}, "one step takes 10000; give more text or lower batch_size"),
+        ({"valid_stories": 10_000}, "too few to hold 10000 out"),
+        ({"train_data": ["absent.txt"]}, "no such file"),
+        ({"model": "absent/folder/x"}, "no tokenizer can be loaded"),
+        ({"attn_implementation": "lineattn"}, "its weights cannot be loaded"),
+        ({**LINEAR, "linattn": {"kernal": "linear"}}, "linattn: "),
+        ({**LINEAR, "linattn": {"a": -1.0}}, "linattn: "),
+        ({"model_config": {"attention_droput": 0.1}}, "no key of a llama config; did you mean 'attention_dropout'?"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(settings, changes, message):
+    s = settings(**changes)
+    with pytest.raises(RecipeError) as error:
+        train(s)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path(s.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint_every": 3, "log_every": 2}, "multiple of log_every"),
+        ({"noise": 1.0}, "noise must lie between 0 and 0.999"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"learning_rate": float("nan")}, "learning_rate must be above 0"),
+        ({"warmup": float("nan")}, "warmup must lie between"),
+        ({"model": None}, "give either model"),
+        ({"model_type": "llama"}, "give either model"),
+        ({"model": None, "model_type": "llama"}, "needs a tokenizer"),
+        ({"train_data": []}, "names no text"),
+    ],
+)
+def test_settings_out_of_bounds_are_refused(settings, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        settings(**changes)
+
+
+def damage_by_pickle(folder):
+    state = load_model(str(folder)).state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+def damage_by_cutting(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def damage_by_a_missing_weight(folder):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(folder / "model.safetensors")
+    state.pop("model.norm.weight")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("damage", [damage_by_pickle, damage_by_cutting, damage_by_a_missing_weight])
+def test_damaged_or_pickled_checkpoints_are_refused(settings, tiny, tmp_path, damage):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny.model, folder)
+    damage(folder)
+    s = settings(model=str(folder))
+    with pytest.raises(RecipeError, match="weights"):
+        train(s)
+    assert not Path(s.output).exists()
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(settings, tiny, tmp_path):
+    model = load_model(str(tiny.model))
+    model.resize_token_embeddings(200)
+    model.save_pretrained(tmp_path / "small")
+    with pytest.raises(RecipeError, match="both must use one tokenizer"):
+        train(settings(teacher=str(tmp_path / "small")))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(settings):
+    with pytest.raises(RecipeError, match="the loss at step"):
+        train(settings(learning_rate=1e30, clip=1e30, steps=6))
+
+
+def test_the_command_line_says_what_is_wrong_and_exits_with_2(config_file, tmp_path):
+    command = [sys.executable, "-m", "recipes.tinystories.train", "--config", str(config_file()), "--set", "steps=2", "lenght=8"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].endswith("unknown key 'lenght'; did you mean 'length'?")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_config_that_comes_with_the_recipe_is_valid():
+    from recipes.common.config import load_config
+    from recipes.tinystories.settings import Settings
+
+    files = sorted((ROOT / "recipes" / "tinystories" / "configs").glob("*.yaml"))
+    assert {file.stem for file in files} >= {"pythia-14m", "pythia-1.4b", "tinyllama-1.1b", "stories260k"}
+    outputs = [load_config(Settings, file).output for file in files]
+    assert len(set(outputs)) == len(files)
+    paper = load_config(Settings, ROOT / "recipes" / "tinystories" / "configs" / "pythia-14m.yaml")
+    assert (paper.length, paper.batch_size * paper.gradient_accumulation, paper.learning_rate, paper.noise) == (4096, 25, 1e-3, 0.2)
+
+
+def test_metrics_are_json_without_nan(settings):
+    s = settings(steps=1)
+    train(s)
+    for line in (Path(s.output) / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda x: pytest.fail(x))
