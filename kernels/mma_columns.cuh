@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
 
   const linattn_problem &p = args.problem;
   const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number(), group = lane_id >> 2, place = lane_id & 3;
-  const uint32_t lane = lane_offset<D>(lane_id);
+  const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id);
   const uint32_t key_tiles = shared_address(shared);                    // (stage, k and v)
   const uint32_t query_tiles = key_tiles + STAGES * 2 * TILE;           // (stage, q and W)
   const uint32_t state_tile = query_tiles + STAGES * 2 * TILE;
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   int stripe = role ? STRIPES - 1 - warp % STRIPES : warp % STRIPES;  // turned every chunk, as the earlier ones see more queries
   for (int iteration = 0; iteration < iterations; ++iteration) {
     const uint32_t k_tile = key_tiles + key_stage * 2 * TILE, q_tile = query_tiles + stage * 2 * TILE;
-    const Blocks<D> k_blocks(k_tile + stripe * kStripeBytes, lane), q_blocks(q_tile, lane), w_blocks(q_tile + TILE, lane);
+    const Blocks<D> k_blocks(k_tile + stripe * kStripeBytes, down);
 
     copy_wait<STAGES - 2>();
     __syncthreads();  // the tiles are here, and nobody reads the ones that the next copies overwrite
@@ -146,23 +146,23 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
     }
     if (head == 0) {
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) load_rows(own[block], k_blocks.at(0, block));
+      for (int block = 0; block < BLOCKS; ++block) ldmatrix(own[block], k_blocks.at(0, block));
       if (unit) {
-        row_products<T, BLOCKS>(key_scale0, key_scale1, own, own, lane_id);
+        row_products<T>(key_scale0, key_scale1, own, Blocks<D>(k_tile + stripe * kStripeBytes, across), 0, lane_id);
         key_scale0 = inverse_norm(key_scale0), key_scale1 = inverse_norm(key_scale1);
       }
       if (role == 1) {
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) load_rows(own[block], k_blocks.at(0, block) + TILE);
+        for (int block = 0; block < BLOCKS; ++block) ldmatrix(own[block], k_blocks.at(0, block) + TILE);
       }
       if ((causal || iteration == 0) && holds_state)
-        publish_state<T, D>(state, at, Blocks<D>(state_tile, lane, at.flip), small.line, lane_id, [&](int row, float sum) { small.column[row] = sum; });
+        publish_state<T, D>(state, at, Blocks<D>(state_tile, down, at.flip), small.line, lane_id, [&](int row, float sum) { small.column[row] = sum; });
     }
     __syncthreads();  // the rounded state and the weights are written
 
     const float scale0 = role == 0 ? key_scale0 : 1.f, scale1 = role == 0 ? key_scale1 : 1.f;
     if (head == 0) {
-      const Blocks<D> state_blocks(state_tile, lane);
+      const Blocks<D> state_blocks(state_tile, role == 0 ? down : across);
 #pragma unroll
       for (int q = 0; q < BLOCKS; ++q)
 #pragma unroll
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
 #pragma unroll
           for (int q = 0; q < BLOCKS; ++q) {
             uint32_t s[4];
-            load_columns_straight(s, state_blocks.at(block, q));
+            ldmatrix_transposed(s, state_blocks.at(block, q));
             E::mma(acc[q][0], own[block], s[0], s[1]);
             E::mma(acc[q][1], own[block], s[2], s[3]);
           }
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
 #pragma unroll
           for (int q = 0; q < BLOCKS; ++q) {
             uint32_t s[4];
-            load_columns(s, state_blocks.at(q, block));
+            ldmatrix(s, state_blocks.at(q, block));
             E::mma(acc[q][0], own[block], s[0], s[1]);
             E::mma(acc[q][1], own[block], s[2], s[3]);
           }
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
     }
 
     if (causal) {
-      const Blocks<D> pair_blocks(role == 0 ? q_tile : q_tile + TILE, lane), sum_blocks(role == 0 ? q_tile + TILE : q_tile, lane);
+      const Blocks<D> pair_blocks(role == 0 ? q_tile : q_tile + TILE, across), sum_blocks(role == 0 ? q_tile + TILE : q_tile, down);
       const float *const shifts = (role == 0 ? small.level : small.slope) + 2 * place, *const slopes = small.mixed + 2 * place;
       const auto step = [&](auto diagonal, int j) {
         float s[2][4];
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block) {
           uint32_t other[4];
-          load_columns(other, pair_blocks.at(0, block) + j * kStripeBytes);
+          ldmatrix(other, pair_blocks.at(0, block) + j * kStripeBytes);
           E::mma(s[0], own[block], other[0], other[1]);
           E::mma(s[1], own[block], other[2], other[3]);
         }
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
 #pragma unroll
         for (int q = 0; q < BLOCKS; ++q) {
           uint32_t other[4];
-          load_columns_straight(other, sum_blocks.at(0, q) + j * kStripeBytes);
+          ldmatrix_transposed(other, sum_blocks.at(0, q) + j * kStripeBytes);
           E::mma(acc[q][0], weights, other[0], other[1]);
           E::mma(acc[q][1], weights, other[2], other[3]);
         }
@@ -239,10 +239,11 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
 #pragma unroll 1
       for (int j = stripe + 1; j < STRIPES; ++j) step(std::false_type(), j);
       if (holds_state) {
-        const Blocks<D> w_flipped(q_tile + TILE, lane, at.flip);
+        const Blocks<D> w_flipped(q_tile + TILE, down, at.flip);
+        const uint32_t q_block = Blocks<D>(q_tile, across).at_column(0, at.row), w_block = Blocks<D>(q_tile + TILE, down).at_column(0, at.row);
 #pragma unroll
         for (int block = 0; block < STRIPES; ++block)
-          update_state<T, D, false, false>(state, at, owns_line, q_blocks, w_blocks, w_flipped, block, mixed, slope, level);
+          update_state<T, D, false, false>(state, at, owns_line, q_block, w_block, w_flipped, block, mixed, slope, level);
       }
     }
 
@@ -253,7 +254,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
       float dot0 = 0.f, dot1 = 0.f;
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) {
-        load_rows(k[block], k_blocks.at(0, block));
+        ldmatrix(k[block], k_blocks.at(0, block));
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           dot0 += E::low(k[block][2 * t]) * acc[block][t][0] + E::high(k[block][2 * t]) * acc[block][t][1];

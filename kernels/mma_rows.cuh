@@ -64,7 +64,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
 
   const linattn_problem &p = args.problem;
   const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number(), group = lane_id >> 2, place = lane_id & 3;
-  const uint32_t lane = lane_offset<D>(lane_id);
+  const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id);
   const uint32_t row_tiles = shared_address(shared);                               // (stage, ROW_TILES)
   const uint32_t key_tiles = row_tiles + STAGES * ROW_TILES * TILE;                // (stage, y and z)
   const uint32_t state_tile = key_tiles + STAGES * 2 * TILE;
@@ -149,7 +149,8 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     const int tokens = static_cast<int>(min(left, static_cast<int64_t>(C)));
     const int local0 = 16 * stripe + group, local1 = local0 + 8;
     const uint32_t rows = row_tiles + stage * ROW_TILES * TILE, y_tile = key_tiles + key_stage * 2 * TILE, z_tile = y_tile + TILE;
-    const Blocks<D> y_blocks(y_tile, lane), z_blocks(z_tile, lane), z_flipped(z_tile, lane, at.flip);
+    const Blocks<D> y_blocks(y_tile, across), z_flipped(z_tile, down, at.flip);
+    const uint32_t y_block = y_blocks.at_column(0, at.row), z_block = Blocks<D>(z_tile, down).at_column(0, at.row);
 
     copy_wait<STAGES - 2>();
     __syncthreads();  // the tiles are here, and nobody reads the ones that the next copies overwrite
@@ -159,10 +160,12 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       if (causal && half == 0) {
         float scale0 = 1.f, scale1 = 1.f;
         if (unit) {
+          const uint32_t k_rows = (GRAD ? z_tile : y_tile) + stripe * kStripeBytes;
+          const Blocks<D> k_blocks(k_rows, down);
           uint32_t k[BLOCKS][4];
 #pragma unroll
-          for (int block = 0; block < BLOCKS; ++block) load_rows(k[block], (GRAD ? z_blocks : y_blocks).at(0, block) + stripe * kStripeBytes);
-          row_products<T, BLOCKS>(scale0, scale1, k, k, lane_id);
+          for (int block = 0; block < BLOCKS; ++block) ldmatrix(k[block], k_blocks.at(0, block));
+          row_products<T>(scale0, scale1, k, Blocks<D>(k_rows, across), 0, lane_id);
           scale0 = inverse_norm(scale0), scale1 = inverse_norm(scale1);
         }
         if (place == 0) {
@@ -171,35 +174,33 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         }
       }
       if (causal || iteration == 0)
-        publish_state<T, D>(state, at, Blocks<D>(state_tile, lane, at.flip), small.line, lane_id, [&](int row, float sum) { column_parts.set(row, sum); });
+        publish_state<T, D>(state, at, Blocks<D>(state_tile, down, at.flip), small.line, lane_id, [&](int row, float sum) { column_parts.set(row, sum); });
     }
     uint32_t xs[BLOCKS][4];
-    const Blocks<D> x_blocks(rows + stripe * kStripeBytes, lane);
+    const Blocks<D> x_blocks(rows + stripe * kStripeBytes, down), x_across(rows + stripe * kStripeBytes, across);
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) load_rows(xs[block], x_blocks.at(0, block));
+    for (int block = 0; block < BLOCKS; ++block) ldmatrix(xs[block], x_blocks.at(0, block));
 
     // Per row: weight = slope (x . y) + shift, times r_n in the gradient.
     const float a = small.coefficients[head][0], b_tau = small.coefficients[head][1];
     float slope0, slope1, shift0, shift1, query_scale0 = 1.f, query_scale1 = 1.f;
     if constexpr (!GRAD) {
       if (unit) {
-        row_products<T, BLOCKS>(query_scale0, query_scale1, xs, xs, lane_id);
+        row_products<T>(query_scale0, query_scale1, xs, x_across, 0, lane_id);
         query_scale0 = inverse_norm(query_scale0), query_scale1 = inverse_norm(query_scale1);
       }
       slope0 = b_tau * query_scale0, slope1 = b_tau * query_scale1;
       shift0 = shift1 = a;
     } else {
-      uint32_t others[BLOCKS][4];
-#pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) load_rows(others[block], x_blocks.at(0, block) + TILE);
-      row_products<T, BLOCKS>(shift0, shift1, xs, others, lane_id);
+      row_products<T>(shift0, shift1, xs, x_across, TILE, lane_id);
       const float mass0 = small.numbers[stage][0][local0], mass1 = small.numbers[stage][0][local1];
-      slope0 = mass0 == 0.f ? 0.f : 1.f / mass0, slope1 = mass1 == 0.f ? 0.f : 1.f / mass1;
+      slope0 = mass0 == 0.f ? 0.f : reciprocal(mass0), slope1 = mass1 == 0.f ? 0.f : reciprocal(mass1);
       shift0 = small.numbers[stage][1][local0] - shift0 * slope0, shift1 = small.numbers[stage][1][local1] - shift1 * slope1;
       if (unit) {
+        uint32_t q[BLOCKS][4];
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) load_rows(others[block], x_blocks.at(0, block) + 2 * TILE);
-        row_products<T, BLOCKS>(query_scale0, query_scale1, others, others, lane_id);
+        for (int block = 0; block < BLOCKS; ++block) ldmatrix(q[block], x_blocks.at(0, block) + 2 * TILE);
+        row_products<T>(query_scale0, query_scale1, q, x_across, 2 * TILE, lane_id);
         query_scale0 = inverse_norm(query_scale0), query_scale1 = inverse_norm(query_scale1);
       }
     }
@@ -211,13 +212,13 @@ rows_kernel(const __grid_constant__ RowArguments args) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc[q][0][i] = acc[q][1][i] = 0.f;
     {
-      const Blocks<D> state_blocks(state_tile, lane, at.flip);
+      const Blocks<D> state_blocks(state_tile, down, at.flip);
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) {
 #pragma unroll
         for (int q = 0; q < OUT_PAIRS; ++q) {
           uint32_t s[4];
-          load_columns_straight(s, state_blocks.at(block, Place::order(q)));
+          ldmatrix_transposed(s, state_blocks.at(block, Place::order(q)));
           E::mma(acc[q][0], xs[block], s[0], s[1]);
           E::mma(acc[q][1], xs[block], s[2], s[3]);
         }
@@ -252,13 +253,13 @@ rows_kernel(const __grid_constant__ RowArguments args) {
 #pragma unroll
           for (int block = 0; block < BLOCKS; ++block) {
             uint32_t other[4];
-            load_columns(other, y_blocks.at(0, block) + j * kStripeBytes);
+            ldmatrix(other, y_blocks.at(0, block) + j * kStripeBytes);
             E::mma(s[0], xs[block], other[0], other[1]);
             E::mma(s[1], xs[block], other[2], other[3]);
           }
         }
         // forward: column = sum of unit keys, line = sum of v; gradient: column = sum of v, line = sum of unit keys.
-        if constexpr (UPDATES) update_margins<T, D, GRAD, !GRAD>(state, scaled, at, owns_line, y_blocks, z_blocks, j, key_reader, key_reader, key_reader);
+        if constexpr (UPDATES) update_margins<T, GRAD, !GRAD>(state, scaled, at, owns_line, y_block + j * kStripeBytes, z_block + j * kStripeBytes, 16 * j, key_reader, key_reader, key_reader);
         if constexpr (VISIBLE) {
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
@@ -292,7 +293,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
 #pragma unroll
         for (int q = 0; q < (kSums > kOuts ? kSums : kOuts); ++q) {
           uint32_t other[4];
-          load_columns_straight(other, z_flipped.at(0, Place::order(q)) + j * kStripeBytes);
+          ldmatrix_transposed(other, z_flipped.at(0, Place::order(q)) + j * kStripeBytes);
           if constexpr (UPDATES) {
             if (q < STATE_PAIRS) {
               E::mma(state.sum[q < STATE_PAIRS ? q : 0][0], scaled, other[0], other[1]);
@@ -333,14 +334,14 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         if (local0 < tokens) args.mass_out[first_number + local0] = total0;
         if (local1 < tokens) args.mass_out[first_number + local1] = total1;
       }
-      finish0 = total0 == 0.f ? 1.f : 1.f / total0, finish1 = total1 == 0.f ? 1.f : 1.f / total1;
+      finish0 = total0 == 0.f ? 1.f : reciprocal(total0), finish1 = total1 == 0.f ? 1.f : reciprocal(total1);
     } else {
       uint32_t q_rows[OUT_PAIRS][4];
-      const Blocks<D> q_blocks(rows + 2 * TILE + stripe * kStripeBytes, lane, at.flip);
+      const Blocks<D> q_blocks(rows + 2 * TILE + stripe * kStripeBytes, down, at.flip);
       float dot0 = 0.f, dot1 = 0.f;
 #pragma unroll
       for (int q = 0; q < OUT_PAIRS; ++q) {
-        load_rows(q_rows[q], q_blocks.at(0, Place::order(q)));
+        ldmatrix(q_rows[q], q_blocks.at(0, Place::order(q)));
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           dot0 += E::low(q_rows[q][2 * t]) * acc[q][t][0] + E::high(q_rows[q][2 * t]) * acc[q][t][1];
@@ -387,7 +388,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     }
     __syncwarp();
     {
-      const Blocks<D> staged(rows + stripe * kStripeBytes, lane, at.flip);
+      const Blocks<D> staged(rows + stripe * kStripeBytes, down, at.flip);
 #pragma unroll
       for (int q = 0; q < OUT_PAIRS; ++q) store_block<T, D>(staged.at(0, Place::order(q)), acc[q][0], acc[q][1], finish0, finish1, lane_id);
       __syncwarp();

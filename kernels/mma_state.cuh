@@ -152,37 +152,38 @@ template <typename T> struct WeightReader {
 };
 
 // Sixteen tokens into the margins: column += y column_weights (of this warp's 16 rows), line += line_weights z (of its 16 columns).
-// `scaled` becomes y with its tokens scaled, the operand for sum += y diag(scale) z^T.
-template <typename T, int D, bool COLUMN_ONES, bool LINE_ONES, int PAIRS, typename Place>
-__device__ __forceinline__ void update_margins(StateTile<T, PAIRS> &state, uint32_t (&scaled)[4], const Place &at, bool owns_line, const Blocks<D> &y_tile, const Blocks<D> &z_tile, int block,
+// `y_block` (across) and `z_block` (down) are the addresses of those. `scaled` becomes y with its tokens scaled: sum += y diag(scale) z^T.
+template <typename T, bool COLUMN_ONES, bool LINE_ONES, int PAIRS, typename Place>
+__device__ __forceinline__ void update_margins(StateTile<T, PAIRS> &state, uint32_t (&scaled)[4], const Place &at, bool owns_line, uint32_t y_block, uint32_t z_block, int token,
                                                const WeightReader<T> &scale, const WeightReader<T> &column_weights, const WeightReader<T> &line_weights) {
   const uint32_t ones = at.group == 0 ? Element<T>::kOnes : 0u;
-  load_rows_transposed(scaled, y_tile.at_column(block, at.row));
+  ldmatrix_transposed(scaled, y_block);
   if (at.owns_column) {
     uint32_t b0 = ones, b1 = ones;
-    if constexpr (!COLUMN_ONES) WeightReader<T>::two(b0, b1, column_weights.vector, 16 * block);
+    if constexpr (!COLUMN_ONES) WeightReader<T>::two(b0, b1, column_weights.vector, token);
     Element<T>::mma(state.column, scaled, b0, b1);
   }
   if (owns_line) {
     uint32_t line[4] = {ones, 0u, ones, 0u}, z[4];
-    if constexpr (!LINE_ONES) WeightReader<T>::two(line[0], line[2], line_weights.vector, 16 * block);
-    load_columns_straight(z, z_tile.at_column(block, at.row));
+    if constexpr (!LINE_ONES) WeightReader<T>::two(line[0], line[2], line_weights.vector, token);
+    ldmatrix_transposed(z, z_block);
     Element<T>::mma(state.line[0], line, z[0], z[1]);
     Element<T>::mma(state.line[1], line, z[2], z[3]);
   }
-  scale.scale(scaled, 16 * block);
+  scale.scale(scaled, token);
 }
 
 template <typename T, int D, bool COLUMN_ONES, bool LINE_ONES, int PAIRS, typename Place>
-__device__ __forceinline__ void update_state(StateTile<T, PAIRS> &state, const Place &at, bool owns_line, const Blocks<D> &y_tile, const Blocks<D> &z_tile, const Blocks<D> &z_flipped, int block,
+__device__ __forceinline__ void update_state(StateTile<T, PAIRS> &state, const Place &at, bool owns_line, uint32_t y_block, uint32_t z_block, const Blocks<D> &z_flipped, int row_block,
                                              const WeightReader<T> &scale, const WeightReader<T> &column_weights, const WeightReader<T> &line_weights) {
   uint32_t scaled[4];
-  update_margins<T, D, COLUMN_ONES, LINE_ONES>(state, scaled, at, owns_line, y_tile, z_tile, block, scale, column_weights, line_weights);
+  const uint32_t offset = row_block * 16 * Tile<D>::kRowBytes;
+  update_margins<T, COLUMN_ONES, LINE_ONES>(state, scaled, at, owns_line, y_block + offset, z_block + offset, 16 * row_block, scale, column_weights, line_weights);
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p)
     if (p < at.pairs) {
       uint32_t z[4];
-      load_columns_straight(z, z_flipped.at(block, at.order(p)));
+      ldmatrix_transposed(z, z_flipped.at(row_block, at.order(p)));
       Element<T>::mma(state.sum[p][0], scaled, z[0], z[1]);
       Element<T>::mma(state.sum[p][1], scaled, z[2], z[3]);
     }
@@ -191,8 +192,17 @@ __device__ __forceinline__ void update_state(StateTile<T, PAIRS> &state, const P
 // A warp's 16 rows of results, from the tile where it staged them to global memory in 16-byte pieces: pieces piece(0..PIECES) of rows row0...
 template <typename T, int D, int PIECES, typename Piece>
 __device__ __forceinline__ void store_stripe(T *first_row, int64_t token_stride, const unsigned char *staging, int row0, int count, int lane, const Piece &piece_of) {
+  constexpr int kCopies = 16 * PIECES / 32, kRows = 32 / PIECES;  // rows at a time, where pieces divide a warp
+  if (32 % PIECES == 0 && row0 + 16 <= count) {
+    const int row = row0 + lane / PIECES, piece = piece_of(lane % PIECES);
+    T *to = first_row + row * token_stride + piece * 8;
+    const int64_t step = kRows * token_stride;
 #pragma unroll
-  for (int i = 0; i < 16 * PIECES / 32; ++i) {
+    for (int i = 0; i < kCopies; ++i, to += step) *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(staging + Tile<D>::at(row + i * kRows, piece));
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCopies; ++i) {
     const int index = lane + 32 * i, row = row0 + index / PIECES, piece = piece_of(index % PIECES);
     if (row < count)
       *reinterpret_cast<uint4 *>(first_row + row * token_stride + piece * 8) = *reinterpret_cast<const uint4 *>(staging + Tile<D>::at(row, piece));
@@ -213,7 +223,7 @@ struct QueryWeights {
   float mixed, level, slope;  // b tau / (|q| g), a / g, b tau e / |q|
 };
 __device__ __forceinline__ QueryWeights query_weights(float a, float b_tau, float mass, float error, float query_scale) {
-  const float inverse = mass == 0.f ? 0.f : 1.f / mass;
+  const float inverse = mass == 0.f ? 0.f : reciprocal(mass);
   return {b_tau * query_scale * inverse, a * inverse, b_tau * query_scale * error};
 }
 
@@ -243,7 +253,7 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
 
   const linattn_problem &p = args.problem;
   const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number();
-  const uint32_t lane = lane_offset<D>(lane_id), tiles = shared_address(shared);
+  const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id), tiles = shared_address(shared);
   const int head_pair = blockIdx.x / args.segments, segment = blockIdx.x % args.segments;
   const int batch = head_pair / p.key_heads, key_head = head_pair % p.key_heads, heads = QUERIES ? p.query_heads / p.key_heads : 1;
   const int64_t begin = segment * args.segment_length, end = min(p.length, begin + args.segment_length);
@@ -298,7 +308,8 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
   int head = 0, stage = 0;
   for (int iteration = 0; iteration < iterations; ++iteration) {
     const uint32_t y_tile = tiles + stage * 2 * TILE;
-    const Blocks<D> y_blocks(y_tile, lane), z_blocks(y_tile + TILE, lane), z_flipped(y_tile + TILE, lane, at.flip);
+    const Blocks<D> y_blocks(y_tile, across), z_flipped(y_tile + TILE, down, at.flip);
+    const uint32_t y_block = y_blocks.at_column(0, at.row), z_block = Blocks<D>(y_tile + TILE, down).at_column(0, at.row);
     copy_wait<STAGES - 2>();
     __syncthreads();
     prefetch();
@@ -314,9 +325,10 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
       float scale0 = 1.f, scale1 = 1.f;
       if (unit) {
         uint32_t rows[BLOCKS][4];
+        const Blocks<D> y_rows(y_tile, down);
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) load_rows(rows[block], y_blocks.at(0, block) + warp * 16 * Tile<D>::kRowBytes);
-        row_products<T, BLOCKS>(scale0, scale1, rows, rows, lane_id);
+        for (int block = 0; block < BLOCKS; ++block) ldmatrix(rows[block], y_rows.at(0, block) + warp * 16 * Tile<D>::kRowBytes);
+        row_products<T>(scale0, scale1, rows, y_blocks, warp * 16 * Tile<D>::kRowBytes, lane_id);
         scale0 = inverse_norm(scale0), scale1 = inverse_norm(scale1);
       }
       if ((lane_id & 3) == 0) weights(0).set(16 * warp + (lane_id >> 2), scale0), weights(0).set(16 * warp + (lane_id >> 2) + 8, scale1);
@@ -324,7 +336,7 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
     __syncthreads();
 #pragma unroll
     for (int block = 0; block < Shape::STRIPES; ++block)
-      update_state<T, D, false, !QUERIES>(state, at, owns_line, y_blocks, z_blocks, z_flipped, block, scale, column_weights, line_weights);
+      update_state<T, D, false, !QUERIES>(state, at, owns_line, y_block, z_block, z_flipped, block, scale, column_weights, line_weights);
     head = head == heads - 1 ? 0 : head + 1;
     stage = stage == STAGES - 1 ? 0 : stage + 1;
   }

@@ -94,8 +94,10 @@ template <int D> struct Tile {
   }
 };
 
-// A lane's part in the address of a 16 x 16 block: every kind of fragment is read (and written back) by the same addresses.
-template <int D> __device__ __forceinline__ uint32_t lane_offset(int lane) { return Tile<D>::at(lane & 15, lane >> 4); }
+// A lane's part in the address of a 16 x 16 block. ldmatrix hands out the block's four 8 x 8 corners in the order of the lanes' addresses:
+// down first for A and for B along the tile's rows, across first for A transposed and for B along its columns, so that no register moves.
+template <int D> __device__ __forceinline__ uint32_t lane_down(int lane) { return Tile<D>::at(lane & 15, lane >> 4); }
+template <int D> __device__ __forceinline__ uint32_t lane_across(int lane) { return Tile<D>::at((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1); }
 
 // The 16 x 16 blocks of a tile. The permutation is an exclusive or in the low bits of the block's column, so a few addresses serve
 // all blocks with constant offsets. `flip` (0 or 1) exchanges neighbouring columns of blocks.
@@ -113,28 +115,11 @@ template <int D> struct Blocks {
   __device__ __forceinline__ uint32_t at(int row_block, int column_block) const {
     return address[column_block % kVariants] + row_block * 16 * Tile<D>::kRowBytes + column_block / kVariants * kVariants * 32;
   }
-  // For a column that only the running kernel knows.
+  // For blocks whose place only the running kernel knows.
   __device__ __forceinline__ uint32_t at_column(int row_block, int column_block) const {
     return (address[0] ^ ((column_block % kVariants) << 5)) + row_block * 16 * Tile<D>::kRowBytes + column_block / kVariants * kVariants * 32;
   }
 };
-
-// A (16 x 16, row major) from a row-major block; every function takes a block's address.
-__device__ __forceinline__ void load_rows(uint32_t (&a)[4], uint32_t address) { ldmatrix(a, address); }
-// A = the block transposed.
-__device__ __forceinline__ void load_rows_transposed(uint32_t (&a)[4], uint32_t address) {
-  uint32_t r[4];
-  ldmatrix_transposed(r, address);
-  a[0] = r[0]; a[1] = r[2]; a[2] = r[1]; a[3] = r[3];
-}
-// B = the block transposed (contraction along the tile's columns): b[0..1] for its first 8 rows, b[2..3] for the others.
-__device__ __forceinline__ void load_columns(uint32_t (&b)[4], uint32_t address) {
-  uint32_t r[4];
-  ldmatrix(r, address);
-  b[0] = r[0]; b[1] = r[2]; b[2] = r[1]; b[3] = r[3];
-}
-// B = the block itself (contraction along the tile's rows): b[0..1] for its first 8 columns, b[2..3] for the others.
-__device__ __forceinline__ void load_columns_straight(uint32_t (&b)[4], uint32_t address) { ldmatrix_transposed(b, address); }
 
 // Two accumulators side by side, rounded and written as one block.
 template <typename T, int D> __device__ __forceinline__ void store_block(const uint32_t address, const float (&left)[4], const float (&right)[4], float scale0, float scale1, int lane) {
@@ -152,21 +137,34 @@ template <typename T, int D> __device__ __forceinline__ void store_block(const u
 #endif
 }
 
-// Row-wise products x_i . y_i of 16 rows, from the diagonal of X Y^T; every lane gets those of rows `group` and `group + 8`.
-template <typename T, int BLOCKS>
-__device__ __forceinline__ void row_products(float &first, float &second, const uint32_t (&x)[BLOCKS][4], const uint32_t (&y)[BLOCKS][4], int lane) {
+// Row-wise products x_i . y_i of 16 rows, x by its fragments (A), y by its blocks' addresses (across), from the diagonal of X Y^T.
+// Every lane gets those of rows `group` and `group + 8`.
+template <typename T, int D, int BLOCKS>
+__device__ __forceinline__ void row_products(float &first, float &second, const uint32_t (&x)[BLOCKS][4], const Blocks<D> &y, uint32_t offset, int lane) {
   float top[4] = {0, 0, 0, 0}, bottom[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int block = 0; block < BLOCKS; ++block) {
-    Element<T>::mma(top, x[block], y[block][0], y[block][2]);
-    Element<T>::mma(bottom, x[block], y[block][1], y[block][3]);
+    uint32_t b[4];
+    ldmatrix(b, y.at(0, block) + offset);
+    Element<T>::mma(top, x[block], b[0], b[1]);
+    Element<T>::mma(bottom, x[block], b[2], b[3]);
   }
   const int group = lane >> 2, source = 4 * group + (group >> 1);
   first = __shfl_sync(0xffffffffu, group & 1 ? top[1] : top[0], source);
   second = __shfl_sync(0xffffffffu, group & 1 ? bottom[3] : bottom[2], source);
 }
 
-__device__ __forceinline__ float inverse_norm(float square) { return square > kSmallestSquare ? rsqrtf(square) : 0.f; }
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float inverse_norm(float square) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(square));
+  return square > kSmallestSquare ? y : 0.f;
+}
 
 // The warp's number, in a form that the compiler knows to be the same in all lanes.
 __device__ __forceinline__ int warp_number() { return __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0); }
@@ -188,6 +186,13 @@ template <typename T, int D, int C, int THREADS> struct TileCopy {
   __device__ __forceinline__ void start(uint32_t tile, int count, int thread) const {
     const T *source = next;
     const int first_row = thread / kPieces, piece = thread % kPieces;
+    const uint32_t place = tile + Tile<D>::at(first_row, piece);
+    if (count == C && C % kStep == 0 && kStep % 16 == 0) {
+      const int64_t step = kStep * stride;
+#pragma unroll
+      for (int i = 0; i < C / kStep; ++i, source += step) copy_async(place + i * kStep * Tile<D>::kRowBytes, source, true);
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < (C + kStep - 1) / kStep; ++i) {
       const int row = first_row + i * kStep;
