@@ -67,6 +67,7 @@ class Problem:
         coefficients = self.coefficients.to(self.dtype).view(4, self.states, self.group, 1, 1)
         self.a, self.b, self.c, self.temperature = coefficients.unbind()
         self.direct = self.degree == 2 and not self.stateful and self.key_length <= DIRECT_LENGTH * self.head_dim**2
+        self.state_degree = 1 if self.direct else self.degree  # of the features in use
         self.total_decay = None  # G, in float64: only its differences are used, and they may be small
         if self.log_decay is not None:
             rate = self.log_decay[None, :, None].expand(-1, -1, self.key_length) if self.log_decay.dim() == 1 else self.log_decay
@@ -118,32 +119,32 @@ class Problem:
         v = self.real(self.value[:, :, columns].to(self.dtype), self.key_segments, columns)
         return self.per_state(torch.cat([v, torch.ones_like(v[..., :1])], -1))
 
-    def pair_factor(self, rows: slice, columns: slice) -> Tensor | None:
-        """exp(G_i - G_n) where row i sees column n, else 0; broadcasts against (B, Hs, r, C, C'). None for 1 everywhere."""
-        factor = None
+    def products(self, x: Tensor, y: Tensor) -> Tensor:
+        """x . y of every row with every column: (B, Hs, r, C, .) and (B, Hs, C', .) to (B, Hs, r, C, C')."""
+        return (x.flatten(2, 3) @ y.mT).unflatten(2, x.shape[2:4])
+
+    def sums(self, pairs: Tensor, y: Tensor) -> Tensor:
+        """Each row's sum over the columns: (B, Hs, r, C, C') and (B, Hs, C', .) to (B, Hs, r, C, .)."""
+        return (pairs.flatten(2, 3) @ y).unflatten(2, pairs.shape[2:4])
+
+    def seen_(self, pairs: Tensor, rows: slice, columns: slice) -> Tensor:
+        """`pairs` (B, Hs, r, C, C'), in place, times exp(G_i - G_n) where row i sees column n, and 0 elsewhere."""
         if self.total_decay is not None:
             # never positive where it counts; the clamp keeps unseen pairs from overflowing before they are zeroed
             gap = (self.total_decay[..., rows, None] - self.total_decay[..., None, columns]).clamp_(max=0)
-            factor = gap.to(self.dtype).exp()[:, :, None]
-        seen = None
-        if self.causal:
-            size = rows.stop - rows.start, columns.stop - columns.start
-            seen = torch.ones(size, dtype=torch.bool, device=self.query.device).tril(rows.start - columns.start)
+            pairs.mul_(gap.to(self.dtype).exp()[:, :, None])
         if self.query_segments is not None and self.key_segments is not None:
             here = self.query_segments[:, rows, None]
-            same = ((here == self.key_segments[:, None, columns]) & (here > 0))[:, None, None]
-            seen = same if seen is None else seen & same
-        if seen is None:
-            return factor
-        return seen.to(self.dtype) if factor is None else factor * seen
+            pairs.mul_(((here == self.key_segments[:, None, columns]) & (here > 0))[:, None, None])
+        return pairs.tril_(rows.start - columns.start) if self.causal else pairs
 
-    def products(self, q: Tensor, k: Tensor) -> Tensor:
-        """x . y of every row with every column: (B, Hs, r, C, D) and (B, Hs, C', D) to (B, Hs, r, C, C')."""
-        return (q.flatten(2, 3) @ k.mT).unflatten(2, q.shape[2:4])
-
-    def weights(self, s: Tensor, factor: Tensor | None) -> Tensor:
-        weights = self.a + self.b * s if self.degree == 1 else self.a + (self.b + self.c * s) * s
-        return weights if factor is None else weights * factor
+    def weights(self, q: Tensor, phi: Tensor, psi: Tensor, rows: slice, columns: slice) -> tuple[Tensor, Tensor | None]:
+        """A_in and, for degree 2, s_in. The linear part a + b s is itself a product of features."""
+        weights, s = self.products(phi[..., : self.head_dim + 1], psi[..., : self.head_dim + 1]), None
+        if self.degree == 2:
+            s = self.products(q, psi[..., : self.head_dim])
+            weights.add_(self.c * s * s)
+        return self.seen_(weights, rows, columns), s
 
     # ---- the state
 
@@ -187,18 +188,22 @@ class Problem:
             keep = same_run.to(self.dtype) if keep is None else keep * same_run
         return column, keep
 
-    def advance(self, state: Tensor, columns: slice) -> Tensor:
+    def phi(self, q: Tensor) -> Tensor:
+        return query_features(q, self.a, self.b, self.c, self.state_degree)
+
+    def psi(self, columns: slice) -> Tensor:
+        return key_features(self.keys(columns), self.state_degree)
+
+    def advance(self, state: Tensor, psi: Tensor, values: Tensor, columns: slice) -> Tensor:
         """The state behind the chunk from the state ahead of it."""
         column, keep = self.carry_out(columns)
-        features = key_features(self.keys(columns), self.degree)
-        new = features.mT @ scaled(self.values(columns), column)
-        return new.add_(scaled(state, keep))
+        return (psi.mT @ scaled(values, column)).add_(scaled(state, keep))
 
     def whole_state(self) -> Tensor:
         """The state of all keys: what every row of bidirectional attention reads."""
         state = self.first_state()
         for columns in self.chunks(self.key_length):
-            state = self.advance(state, columns)
+            state = self.advance(state, self.psi(columns), self.values(columns), columns)
         return state
 
     def noise(self, rows: slice) -> Tensor | None:
@@ -225,20 +230,19 @@ def forward(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log
     has_past = initial_state is not None or not causal
     for rows in problem.chunks(problem.length):
         q = problem.queries(rows)
-        parts = []
+        phi, parts = problem.phi(q), []
         if has_past and not problem.direct:
-            phi = query_features(q, problem.a, problem.b, problem.c, degree)
-            parts.append(scaled((phi.flatten(2, 3) @ state).unflatten(2, q.shape[2:4]), problem.carry_in(rows)))
+            parts.append(scaled(problem.sums(phi, state), problem.carry_in(rows)))
         for columns in problem.columns_for(rows):
-            weights = problem.weights(problem.products(q, problem.keys(columns)), problem.pair_factor(rows, columns))
-            parts.append((weights.flatten(2, 3) @ problem.values(columns)).unflatten(2, q.shape[2:4]))
+            psi, values = problem.psi(columns), problem.values(columns)
+            parts.append(problem.sums(problem.weights(q, phi, psi, rows, columns)[0], values))
         num = (parts[0] if len(parts) == 1 else parts[0].add_(parts[1])).flatten(1, 2)
         g = num[..., -1:]
         o = num[..., :-1] / g.masked_fill(g == 0, 1)
         out[:, :, rows] = scaled(o, problem.noise(rows))
         mass[:, :, rows] = g[..., 0]
         if causal and not problem.direct and (return_state or rows.stop < problem.length):
-            state = problem.advance(state, rows)
+            state = problem.advance(state, psi, values, rows)
             has_past = True
     return out, mass, state if return_state else query.new_empty(0, dtype=problem.dtype)
 
@@ -269,33 +273,33 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
     has_past = initial_state is not None or not causal
     for rows in p.chunks(p.length):
         q, w = p.queries(rows), rows_gradient(rows)
-        grad_q = torch.zeros_like(q)
-        coefficient_rows = []  # parts of the gradients of a, b, c (3, Hs, r)
+        phi = p.phi(q)
+        grad_phi, grad_q, grad_c = torch.zeros_like(phi), torch.zeros_like(q), torch.zeros_like(q[..., 0])
         if has_past and not p.direct:
-            carried = scaled(w, p.carry_in(rows)).flatten(2, 3)
-            grad_phi = (carried @ state.mT).unflatten(2, q.shape[2:4])
-            part, *rest = query_features_backward(grad_phi, q, p.b, p.c, degree)
-            grad_q += part
-            coefficient_rows.append(torch.stack([x.sum((0, 3)) for x in rest]))
+            carried = scaled(w, p.carry_in(rows))
+            grad_phi = p.products(carried, state)
             if not causal:
-                reverse += query_features(q, p.a, p.b, p.c, degree).flatten(2, 3).mT @ carried
+                reverse += phi.flatten(2, 3).mT @ carried.flatten(2, 3)
         for columns in p.columns_for(rows):
-            k = p.keys(columns)
-            s = p.products(q, k)
-            grad_weights = scaled(p.products(w, p.values(columns)), p.pair_factor(rows, columns))
-            slope = p.b if degree == 1 else p.b + 2 * p.c * s
-            grad_q += ((slope * grad_weights).flatten(2, 3) @ k).unflatten(2, q.shape[2:4])
-            moments = [grad_weights.sum((0, 3, 4)), (grad_weights * s).sum((0, 3, 4))]
-            moments.append((grad_weights * s * s).sum((0, 3, 4)) if degree == 2 else torch.zeros_like(moments[0]))
-            coefficient_rows.append(torch.stack(moments))
-        grad_coefficients[:3] += sum(coefficient_rows)
-        grad_coefficients[3] += (grad_q * q).sum((0, 3, 4)) / p.temperature[:, :, 0, 0]
+            psi, values = p.psi(columns), p.values(columns)
+            grad_weights = p.seen_(p.products(w, values), rows, columns)
+            grad_phi[..., : p.head_dim + 1] += p.sums(grad_weights, psi[..., : p.head_dim + 1])
+            if degree == 2:
+                k = psi[..., : p.head_dim]
+                grad_s = grad_weights * p.products(q, k)
+                grad_q += 2 * p.c * p.sums(grad_s, k)
+                grad_c += (grad_s * p.products(q, k)).sum(-1)
+        part, *rows_of_coefficients = query_features_backward(grad_phi, q, p.b, p.c, p.state_degree)
+        grad_q += part
+        rows_of_coefficients[2] = rows_of_coefficients[2] + grad_c
+        rows_of_coefficients.append((grad_q * q).sum(-1) / p.temperature[..., 0])
+        grad_coefficients += torch.stack([x.sum((0, 3)) for x in rows_of_coefficients])
         grad_q = (grad_q * p.temperature).flatten(1, 2)
         plain = p.real(query[:, :, rows].to(p.dtype), query_segments, rows)
         grad_q = unit_backward(grad_q, plain) if normalize_qk else grad_q
         grad_query[:, :, rows] = p.real(grad_q, query_segments, rows)
         if causal and not p.direct and (rows.stop < p.length or grad_state is not None):
-            state = p.advance(state, rows)
+            state = p.advance(state, psi, values, rows)
             has_past = True
 
     # backward through the sequence, beside R: the keys' side
@@ -306,33 +310,34 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
             grad_total[..., -1] += (state * grad_state).sum((-1, -2))
     has_future = grad_state is not None or not causal
     for columns in reversed(p.chunks(p.key_length)):
-        k, v = p.keys(columns), p.values(columns)
-        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+        psi, values = p.psi(columns), p.values(columns)
+        k = psi[..., : p.head_dim]
+        grad_psi, grad_k, grad_values = torch.zeros_like(psi), torch.zeros_like(k), torch.zeros_like(values)
         column, keep = p.carry_out(columns)
         if has_future and not p.direct:
-            features = key_features(k, degree)
-            grad_v += scaled(features @ reverse, column)
-            grad_k += key_features_backward(scaled(v, column) @ reverse.mT, k, degree)
+            grad_values = scaled(psi @ reverse, column)
+            grad_psi = scaled(values, column) @ reverse.mT
         for rows in p.rows_for(columns):
             q, w = p.queries(rows), rows_gradient(rows)
-            factor = p.pair_factor(rows, columns)
-            s = p.products(q, k)
-            grad_weights = scaled(p.products(w, v), factor)
-            slope = p.b if degree == 1 else p.b + 2 * p.c * s
-            grad_v += p.weights(s, factor).flatten(2, 3).mT @ w.flatten(2, 3)
-            grad_k += (slope * grad_weights).flatten(2, 3).mT @ q.flatten(2, 3)
+            phi = p.phi(q)
+            weights, s = p.weights(q, phi, psi, rows, columns)
+            grad_weights = p.seen_(p.products(w, values), rows, columns)
+            grad_values += weights.flatten(2, 3).mT @ w.flatten(2, 3)
+            grad_psi[..., : p.head_dim + 1] += grad_weights.flatten(2, 3).mT @ phi[..., : p.head_dim + 1].flatten(2, 3)
+            if s is not None:
+                grad_k += (grad_weights * s).flatten(2, 3).mT @ (2 * p.c * q).flatten(2, 3)
             if not p.direct:
-                phi = query_features(q, p.a, p.b, p.c, degree).flatten(2, 3)
-                carried = scaled(w, p.carry_in(rows)).flatten(2, 3)
-                reverse = scaled(reverse, keep) + phi.mT @ carried
+                carried = scaled(w, p.carry_in(rows))
+                reverse = scaled(reverse, keep) + phi.flatten(2, 3).mT @ carried.flatten(2, 3)
                 has_future = True
+        grad_k += key_features_backward(grad_psi, k, p.state_degree)
         if grad_total is not None:
-            grad_total[..., columns] -= (v * grad_v).sum(-1)
+            grad_total[..., columns] -= (values * grad_values).sum(-1)
         if normalize_qk:
             plain = p.real(key[:, :, columns].to(p.dtype), key_segments, columns)
             grad_k = unit_backward(grad_k, p.per_state(plain))
         per_key_head = lambda x: p.real(x.unflatten(1, (key.shape[1], -1)).sum(2), key_segments, columns)  # noqa: B023, E731
-        grad_key[:, :, columns], grad_value[:, :, columns] = per_key_head(grad_k), per_key_head(grad_v[..., :-1])
+        grad_key[:, :, columns], grad_value[:, :, columns] = per_key_head(grad_k), per_key_head(grad_values[..., :-1])
 
     grad_log_decay = query.new_empty(0, dtype=p.dtype)
     if log_decay is not None and grad_total is not None:
