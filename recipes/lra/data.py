@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import lzma
 import random
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +115,7 @@ class Split:
             with np.load(path, allow_pickle=False) as arrays:
                 towers = tuple(Sequences(arrays[f"tokens{t}"], arrays[f"offsets{t}"]) for t in range(task.towers))
                 split = cls(towers, arrays["labels"].astype(np.int64))
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise RecipeError(
                 f"{path}: not a whole prepared split of {task.name} ({sentence(error)}); run recipes.lra.prepare again"
             ) from None
@@ -230,7 +232,7 @@ def parse_label(text: Any, classes: int) -> int:
         value = float(text)
     except (TypeError, ValueError):
         value = -1.0
-    if value != int(value) or not 0 <= value < classes:
+    if not (0 <= value < classes and value == int(value)):
         raise ValueError(f"the label is {str(text)[:40]!r}, expected a whole number from 0 to {classes - 1}")
     return int(value)
 
@@ -368,7 +370,7 @@ def read_jpegs(path: Path, task: Task) -> Split:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             jpeg, offsets, labels = arrays["jpeg"], arrays["offsets"], arrays["labels"]
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise RecipeError(f"{path}: expected an .npz with jpeg, offsets and labels ({sentence(error)})") from None
     if len(offsets) != len(labels) + 1 or offsets[-1] > len(jpeg):
         raise RecipeError(f"{path}: {len(offsets) - 1} images in {len(jpeg)} bytes do not fit {len(labels)} labels; the file is damaged")

@@ -145,6 +145,7 @@ class Training:
                 self.read_clock(before + time.perf_counter() - began)
                 self.run.save(step, {"best": self.best, "best_step": self.best_step, "seconds": self.seconds})
         bar.close()
+        self.read_clock(before + time.perf_counter() - began)
         if step % s.eval_every:
             self.validate(step)
         return self.finish(step)

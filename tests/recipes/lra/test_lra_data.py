@@ -1,0 +1,354 @@
+"""Every task's files read as written, prepared folders, and one sentence for each kind of bad file."""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from shared_data import require_shared_data
+
+from recipes.common.errors import RecipeError
+from recipes.lra import data
+from recipes.lra.data import LISTOPS_SYMBOLS, TASKS, Split, encode_listops, load, read_folder
+from recipes.lra.prepare import prepare
+
+ROOT = Path(__file__).parents[3]
+
+
+def options(**changed):
+    return {"source": None, "train": None, "valid": None, "test": None, "seed": 0, "processes": 1, "images": "png", "overwrite": False} |
+    changed
+
+
+def write_listops(folder: Path, rows: str, name: str = "basic_train.tsv") -> Path:
+    folder.mkdir(exist_ok=True)
+    for file in ("basic_train.tsv", "basic_val.tsv", "basic_test.tsv"):
+        text = rows if file == name else "Source\tTarget\n( [SM 1 ) 2 ) ]\t3\n"
+        (folder / file).write_text(text, encoding="utf-8")
+    return folder
+
+
+def write_retrieval(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    for split, count in (("train", 4), ("eval", 2), ("test", 2)):
+        lines = [f"{i % 2}.0\tA{i}\tB{i}\tfirst text {i}\tsecond, longer text {i} " + "x" * 5000 for i in range(count)]
+        (folder / f"new_aan_pairs.{split}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_pathfinder(folder: Path, side: int = 32, as_array: bool = False) -> Path:
+    root = folder / f"pathfinder{side}" / "curv_contour_length_14"
+    rng = np.random.default_rng(0)
+    for part in range(2):
+        (root / "imgs" / str(part)).mkdir(parents=True)
+        (root / "metadata").mkdir(exist_ok=True)
+        rows = []
+        for i in range(10):
+            Image.fromarray(rng.integers(0, 256, (side, side), dtype=np.uint8)).save(root / "imgs" / str(part) / f"sample_{i}.png")
+            rows.append([f"imgs/{part}", f"sample_{i}.png", str(i), str(i % 2), "1.0", "14", "4", "2", "0.5", "1", "1"])
+        if as_array:
+            np.save(root / "metadata" / f"{part}.npy", np.array(rows))
+        else:
+            (root / "metadata" / f"{part}.npy").write_text("".join(" ".join(row) + "\n" for row in rows))
+    return root
+
+
+def jpegs(path: Path, images: list[np.ndarray], labels: list[int], cut: int = 0) -> None:
+    files = []
+    for pixels in images:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+        files.append(buffer.getvalue())
+    if cut:
+        files[cut] = files[cut][: len(files[cut]) // 2]
+    offsets = np.cumsum([0, *map(len, files)])
+    np.savez(path, jpeg=np.frombuffer(b"".join(files), np.uint8), offsets=offsets, labels=np.array(labels))
+
+
+# -- formats ---------------------------------------------------------------------------------------------------------
+
+
+def test_listops_tokens_are_the_words_without_parentheses(tmp_path):
+    source = "( ( ( [MED 7 ) ( ( ( [SM 1 ) 9 ) ] ) ) ] )"
+    assert [LISTOPS_SYMBOLS[code] for code in encode_listops(source)] == ["[MED", "7", "[SM", "1", "9", "]", "]"]
+    folder = write_listops(tmp_path / "l", f"Extra\tTarget\tSource\nx\t3\t{source}\nx\t0\t( ( [MIN 0 ) 1 ) ]\n")
+    splits = read_folder(TASKS["listops"], folder)
+    assert [len(splits[name]) for name in data.SPLITS] == [2, 1, 1]
+    assert splits["train"].labels.tolist() == [3, 0]
+    assert splits["train"].towers[0][1].tolist() == encode_listops("[MIN 0 1 ]").tolist()
+
+
+def test_retrieval_pairs_are_cut_to_4000_bytes(tmp_path):
+    train = read_folder(TASKS["retrieval"], write_retrieval(tmp_path / "r"))["train"]
+    assert train.labels.tolist() == [0, 1, 0, 1]
+    first, second = train.towers
+    assert first[2].tobytes() == b"first text 2"
+    assert second.lengths.tolist() == [4000] * 4 and second[1].tobytes().startswith(b"second, longer text 1 xxx")
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize("task", ["pathfinder", "pathx"])
+def test_pathfinder_images_in_the_release_layout(tmp_path, task, as_array):
+    root = write_pathfinder(tmp_path, TASKS[task].side, as_array)
+    splits = read_folder(TASKS[task], tmp_path)
+    assert [len(splits[name]) for name in data.SPLITS] == [16, 2, 2]
+    whole = data.read_pathfinder(root, TASKS[task])
+    pixels = np.asarray(Image.open(root / "imgs" / "1" / "sample_3.png")).reshape(-1)
+    assert np.array_equal(whole.towers[0][13], pixels) and whole.labels[13] == 1
+    seen = {split.towers[0][i].tobytes() for split in splits.values() for i in range(len(split))}
+    assert len(seen) == 20
+
+
+def test_text_as_bytes_and_a_tenth_held_out(tmp_path):
+    rows = [{"id": i, "label": i % 2, "text": f"é{i} " + "z" * (5000 * (i == 3)), "rating": 1} for i in range(20)]
+    for half in ("train", "test"):
+        with lzma.open(tmp_path / f"imdb_{half}.jsonl.xz", "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    splits = read_folder(TASKS["text"], tmp_path)
+    assert [len(splits[name]) for name in data.SPLITS] == [18, 2, 20]
+    texts = [splits[name].towers[0][i].tobytes() for name in ("train", "valid") for i in range(len(splits[name]))]
+    assert len(set(texts)) == 20 and "é7 ".encode() in texts
+    assert splits["test"].towers[0].lengths[3] == 4000 and splits["test"].labels.tolist() == [0, 1] * 10
+
+
+def test_images_are_grey_by_luma(tmp_path):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)] + [(i, i, i) for i in range(17)]
+    for half in ("train", "test"):
+        jpegs(tmp_path / f"cifar10_{half}_jpeg.npz", [np.full((32, 32, 3), c, np.uint8) for c in colours], [i % 10 for i in range(20)])
+    test = read_folder(TASKS["image"], tmp_path)["test"]
+    greys = [int(np.median(test.towers[0][i])) for i in range(3)]
+    assert np.allclose(greys, [0.299 * 255, 0.587 * 255, 0.114 * 255], atol=2)
+    assert test.towers[0].lengths.tolist() == [1024] * 20
+
+
+def test_a_hub_set_is_read_by_its_columns(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    for split, count in (("train", 20), ("test", 4)):
+        datasets.Dataset.from_dict({"text": [f"text {i}" for i in range(count)], "label": [i % 2 for i in range(count)]}).to_parquet(
+            tmp_path / "set" / f"{split}.parquet"
+        )
+    prepare("text", tmp_path / "out", **options(source=f"hub:{tmp_path / 'set'}"))
+    splits = load(TASKS["text"], tmp_path / "out")
+    assert [len(splits[name]) for name in data.SPLITS] == [18, 2, 4]
+    assert splits["test"].towers[0][3].tobytes() == b"text 3"
+    with pytest.raises(RecipeError, match="column Source and Target is missing"):
+        prepare("listops", tmp_path / "no", **options(source=f"hub:{tmp_path / 'set'}"))
+
+
+def test_the_real_reviews_and_images(tmp_path):
+    text = data.read_jsonl(require_shared_data("lra", "imdb_test.jsonl.xz"), TASKS["text"])
+    assert len(text) == 25_000 and text.labels.sum() == 12_500
+    with np.load(require_shared_data("lra", "cifar10_test_jpeg.npz")) as arrays:
+        chosen = np.arange(0, 10_000, 50)
+        jpeg, starts, labels = (arrays[name] for name in ("jpeg", "offsets", "labels"))
+        files = [jpeg[starts[i] : starts[i + 1]] for i in chosen]
+        offsets = np.cumsum([0, *map(len, files)])
+        np.savez(tmp_path / "some.npz", jpeg=np.concatenate(files), offsets=offsets, labels=labels[chosen])
+    images = data.read_jpegs(tmp_path / "some.npz", TASKS["image"])
+    assert np.bincount(labels).tolist() == [1000] * 10 and len(images) == 200
+    assert 100 < images.towers[0].tokens.mean() < 150
+
+
+# -- prepare ---------------------------------------------------------------------------------------------------------
+
+
+def test_listops_in_the_release_files_reused_and_refused(tmp_path, capsys):
+    out = tmp_path / "listops"
+    prepare("listops", out, **options(train=6, valid=3, test=2, seed=1))
+    compact = load(TASKS["listops"], out)
+    for name in ("prepared.json", "train.npz", "valid.npz", "test.npz"):
+        (out / name).rename(tmp_path / name)
+    released = load(TASKS["listops"], out)
+    for name, count in zip(data.SPLITS, (6, 3, 2), strict=True):
+        assert len(compact[name]) == count
+        assert np.array_equal(compact[name].towers[0].tokens, released[name].towers[0].tokens)
+        assert np.array_equal(compact[name].labels, released[name].labels)
+    for name in ("prepared.json", "train.npz", "valid.npz", "test.npz"):
+        (tmp_path / name).rename(out / name)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    prepare("listops", out, **options(train=6, valid=3, test=2, seed=1))
+    assert "is ready: 6 train, 3 valid, 2 test" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    with pytest.raises(RecipeError, match="holds other data .counts"):
+        prepare("listops", out, **options(train=7, valid=3, test=2, seed=1))
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_pathfinder_by_several_processes_is_the_same_and_no_image_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr("recipes.lra.prepare.IMAGES_PER_FOLDER", 8)
+    prepare("pathfinder", tmp_path / "a", **options(train=20, valid=6, test=6))
+    prepare("pathfinder", tmp_path / "b", **options(train=20, valid=6, test=6, images="npz"))
+    a, b = (load(TASKS["pathfinder"], tmp_path / name) for name in "ab")
+    seen = set()
+    for name in data.SPLITS:
+        assert np.array_equal(a[name].towers[0].tokens, b[name].towers[0].tokens)
+        assert 2 * a[name].labels.sum() == len(a[name])
+        seen |= {a[name].towers[0][i].tobytes() for i in range(len(a[name]))}
+    assert len(seen) == 32 and not list((tmp_path / "b").rglob("*.png"))
+    released = data.read_pathfinder(tmp_path / "a", TASKS["pathfinder"])
+    together = np.concatenate([a[name].towers[0].tokens for name in data.SPLITS])
+    assert np.array_equal(released.towers[0].tokens, together)
+    assert released.labels.tolist() == [0, 1] * 16
+
+
+def test_an_image_that_comes_twice_is_drawn_anew(tmp_path, monkeypatch):
+    from recipes.lra import pathfinder
+
+    drawn = pathfinder.make_scene
+    monkeypatch.setattr(pathfinder, "make_scene", lambda rules, seed, number, attempt=0: drawn(rules, seed, number % 2 if not attempt else
+    number, attempt)) prepare("pathfinder", tmp_path / "a", **options(train=4, valid=2, test=2))
+    splits = load(TASKS["pathfinder"], tmp_path / "a")
+    assert len({split.towers[0][i].tobytes() for split in splits.values() for i in range(len(split))}) == 8
+    released = data.read_pathfinder(tmp_path / "a", TASKS["pathfinder"])
+    assert np.array_equal(released.towers[0].tokens, np.concatenate([splits[name].towers[0].tokens for name in data.SPLITS]))
+
+
+def test_retrieval_and_path_x_are_prepared_from_the_release(tmp_path):
+    prepare("retrieval", tmp_path / "out", **options(source=str(write_retrieval(tmp_path / "r")), train=3))
+    splits = load(TASKS["retrieval"], tmp_path / "out")
+    assert [len(splits[name]) for name in data.SPLITS] == [3, 2, 2] and len(splits["train"].towers) == 2
+    write_pathfinder(tmp_path / "x", 128)
+    prepare("pathx", tmp_path / "px", **options(source=str(tmp_path / "x")))
+    assert load(TASKS["pathx"], tmp_path / "px")["train"].towers[0].lengths.tolist() == [16384] * 16
+
+
+def test_killed_half_way_nothing_stands_at_the_output(tmp_path, monkeypatch):
+    def fail(self, path):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Split, "save", fail)
+    with pytest.raises(OSError):
+        prepare("listops", tmp_path / "out", **options(train=2, valid=1, test=1))
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- bad input -------------------------------------------------------------------------------------------------------
+
+BAD_LISTOPS = {
+    "Source\n[SM 1 2 ]\n": r"basic_train.tsv, line 1: the column Target is missing",
+    "Source\tTarget\n[SM 1 2 ]\t3\n[SM 1 2 ]\n": r"basic_train.tsv, line 3: 1 columns, expected 2",
+    "Source\tTarget\n[SM 1 2 ]\t3\n\n[SUM 1 2 ]\t3\n": r"line 4: unknown token '\[SUM'",
+    "Source\tTarget\n[SM 12 ]\t3\n": r"line 2: unknown token '12'",
+    "Source\tTarget\n[SM a ]\t3\n": r"line 2: unknown token 'a'",
+    "Source\tTarget\n[SM 1 é ]\t3\n": r"line 2: unknown token 'é'",
+    "Source\tTarget\n[SM 1 2 ]\t10\n": r"line 2: the label is '10', expected a whole number from 0 to 9",
+    "Source\tTarget\n[SM 1 2 ]\tnan\n": r"line 2: the label is 'nan'",
+    "Source\tTarget\n\t3\n": r"line 2: the expression has 0 tokens",
+    "Source\tTarget\n[SM " + "1 " * 2000 + "]\t3\n": r"line 2: the expression has 2002 tokens, expected 1 to 2000",
+    "": r"there is no example",
+}
+
+
+@pytest.mark.parametrize("rows", BAD_LISTOPS, ids=range(len(BAD_LISTOPS)))
+def test_bad_listops(tmp_path, rows):
+    with pytest.raises(RecipeError, match=BAD_LISTOPS[rows]) as error:
+        load(TASKS["listops"], write_listops(tmp_path / "l", rows))
+    assert "\n" not in str(error.value)
+
+
+def test_bad_retrieval(tmp_path):
+    folder = write_retrieval(tmp_path / "r")
+    path = folder / "new_aan_pairs.eval.tsv"
+    path.write_text(path.read_text() + "1.0\tA\tB\tonly one text\n")
+    with pytest.raises(RecipeError, match="new_aan_pairs.eval.tsv, line 3: 4 columns, expected 5"):
+        load(TASKS["retrieval"], folder)
+    path.write_text("2.0\tA\tB\tone\ttwo\n")
+    with pytest.raises(RecipeError, match="line 1: the label is '2.0', expected a whole number from 0 to 1"):
+        load(TASKS["retrieval"], folder)
+    path.unlink()
+    with pytest.raises(RecipeError, match="new_aan_pairs.eval.tsv is missing"):
+        load(TASKS["retrieval"], folder)
+
+
+def test_bad_pathfinder(tmp_path):
+    root = write_pathfinder(tmp_path)
+    image = root / "imgs" / "0" / "sample_4.png"
+    whole = image.read_bytes()
+    for content, message in {
+        whole[: len(whole) // 2]: "metadata/0.npy, line 5, .*sample_4.png: the image cannot be read",
+        b"": "metadata/0.npy, line 5, .*: the image cannot be read",
+    }.items():
+        image.write_bytes(content)
+        with pytest.raises(RecipeError, match=message):
+            load(TASKS["pathfinder"], tmp_path)
+    Image.new("L", (16, 16)).save(image)
+    with pytest.raises(RecipeError, match="the image is 16 x 16 pixels, expected 32 x 32"):
+        load(TASKS["pathfinder"], tmp_path)
+    image.unlink()
+    with pytest.raises(RecipeError, match="line 5, .*is missing"):
+        load(TASKS["pathfinder"], tmp_path)
+    (root / "metadata" / "0.npy").write_text("imgs/0 sample_0.png 0\n")
+    with pytest.raises(RecipeError, match="metadata/0.npy, line 1: 3 columns, expected at least 4"):
+        load(TASKS["pathfinder"], tmp_path)
+    with pytest.raises(RecipeError, match="no metadata folder"):
+        load(TASKS["pathx"], tmp_path / "pathfinder32" / "curv_contour_length_14" / "imgs")
+
+
+def test_bad_text_and_images(tmp_path):
+    good = json.dumps({"text": "a", "label": 0}) + "\n"
+    for line, message in {
+        "{": "line 2: ",
+        '{"text": "a"}': "line 2: label is missing",
+        '{"text": 3, "label": 0}': "line 2: text is a int",
+        '["a"]': "line 2: text and label is missing",
+    }.items():
+        (tmp_path / "imdb_train.jsonl").write_text(good + line + "\n")
+        (tmp_path / "imdb_test.jsonl").write_text(good)
+        with pytest.raises(RecipeError, match="imdb_train.jsonl, " + message):
+            load(TASKS["text"], tmp_path)
+    (tmp_path / "imdb_train.jsonl.xz").write_bytes(lzma.compress(good.encode() * 1000)[:-30])
+    with pytest.raises(RecipeError, match="compressed file is damaged or cut short"):
+        load(TASKS["text"], tmp_path)
+    jpegs(tmp_path / "cifar10_train_jpeg.npz", [np.zeros((32, 32, 3), np.uint8)] * 12, [0] * 12, cut=7)
+    with pytest.raises(RecipeError, match="cifar10_train_jpeg.npz, image 7: the image cannot be read"):
+        load(TASKS["image"], tmp_path)
+    (tmp_path / "cifar10_train_jpeg.npz").write_bytes(b"PK no zip")
+    with pytest.raises(RecipeError, match="expected an .npz with jpeg"):
+        load(TASKS["image"], tmp_path)
+
+
+def test_bad_prepared_folders(tmp_path):
+    out = tmp_path / "out"
+    prepare("listops", out, **options(train=3, valid=1, test=1))
+    with pytest.raises(RecipeError, match="holds the data of listops, not of text"):
+        load(TASKS["text"], out)
+    whole = (out / "train.npz").read_bytes()
+    (out / "train.npz").write_bytes(whole[:100])
+    with pytest.raises(RecipeError, match="train.npz: not a whole prepared split"):
+        load(TASKS["listops"], out)
+    with np.load(io.BytesIO(whole)) as arrays:
+        np.savez(out / "train.npz", **{**arrays, "tokens0": arrays["tokens0"] + np.uint8(20)})
+    with pytest.raises(RecipeError, match="is outside the 15 tokens"):
+        load(TASKS["listops"], out)
+    with pytest.raises(RecipeError, match="no such folder; make it with"):
+        load(TASKS["listops"], tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "is no task; choose one of listops"),
+        (["retrieval"], "give --source FOLDER"),
+        (["text", "--source", "nowhere"], "no such folder"),
+        (["listops", "--train", "0"], "--train is 0"),
+    ],
+)
+def test_a_bad_command_is_one_sentence_and_status_2(tmp_path, arguments, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.lra.prepare", *arguments, "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
