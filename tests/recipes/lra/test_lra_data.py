@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[3]
 
 
 def options(**changed):
-    return {"source": None, "train": None, "valid": None, "test": None, "seed": 0, "processes": 1, "images": "png", "overwrite": False} |
-    changed
+    values = {"source": None, "train": None, "valid": None, "test": None, "seed": 0, "processes": 1, "images": "png", "overwrite": False}
+    return values | changed
 
 
 def write_listops(folder: Path, rows: str, name: str = "basic_train.tsv") -> Path:
@@ -204,8 +204,12 @@ def test_an_image_that_comes_twice_is_drawn_anew(tmp_path, monkeypatch):
     from recipes.lra import pathfinder
 
     drawn = pathfinder.make_scene
-    monkeypatch.setattr(pathfinder, "make_scene", lambda rules, seed, number, attempt=0: drawn(rules, seed, number % 2 if not attempt else
-    number, attempt)) prepare("pathfinder", tmp_path / "a", **options(train=4, valid=2, test=2))
+
+    def repeat(rules, seed, number, attempt=0):
+        return drawn(rules, seed, number if attempt else number % 2, attempt)
+
+    monkeypatch.setattr(pathfinder, "make_scene", repeat)
+    prepare("pathfinder", tmp_path / "a", **options(train=4, valid=2, test=2))
     splits = load(TASKS["pathfinder"], tmp_path / "a")
     assert len({split.towers[0][i].tobytes() for split in splits.values() for i in range(len(split))}) == 8
     released = data.read_pathfinder(tmp_path / "a", TASKS["pathfinder"])
