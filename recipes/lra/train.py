@@ -202,7 +202,7 @@ class Training:
                 continue
             batch = split.batch(indices)
             with accelerator.autocast():
-                output = self.call(**batch)
+                output = self.model(**batch)  # not the compiled form: evaluation would be compiled for itself
             guesses[torch.from_numpy(indices).to(guesses.device)] = output.logits.argmax(-1)
             total += output.loss * len(indices)
         self.bare.train()

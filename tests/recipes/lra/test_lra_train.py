@@ -53,7 +53,8 @@ def settings(tmp_path: Path, **changed) -> Settings:
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "pooling": "mean"}
     values = {
         "task": "text", "data": str(data), "output": str(tmp_path / "out"), "batch_size": 8, "learning_rate": 0.02,
-        "warmup_steps": 3, "steps": 24, "eval_every": 8, "log_every": 4, "save_every": 8, "pad_multiple": 4, "model": small, "dropout": "noise",
+        "warmup_steps": 3, "steps": 24, "eval_every": 8, "log_every": 4, "save_every": 8, "pad_multiple": 4,
+        "model": small, "dropout": "noise",
     }  # fmt: skip
     return Settings(**{**values, **changed})
 
