@@ -60,6 +60,7 @@ class LinAttnParams(nn.Module):
         if config.decay == "head":
             self.names.append("log_rate")
         for name in self.names:
+            # float32 said aloud: Transformers loads a parameter in the dtype it was made in, whatever the rest is loaded in.
             values = torch.empty(heads, dtype=torch.float32)
             # Frozen ones are buffers: loading a checkpoint makes every parameter require a gradient again.
             if config.learnable:

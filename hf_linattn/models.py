@@ -161,19 +161,17 @@ def _make_model_classes(base_type: str, config_class: type) -> dict[str, type]:
     classes: dict[str, type] = {}
     for auto, mapping in _AUTO_CLASSES:
         base: Any = mapping[base_config]
-        in_float32 = {*(base._keep_in_fp32_modules_strict or ()), "linattn"}
-        members = {"config_class": config_class, "__annotations__": {"config": config_class}, "_keep_in_fp32_modules_strict": in_float32}
+        members = {"config_class": config_class, "__annotations__": {"config": config_class}}
         model_class = _make_class(f"LinAttn{base.__name__}", (LinAttnModelMixin, base), **members)
         _share_weight_names(base.__name__, model_class.__name__)
         auto.register(config_class, model_class)
         classes[auto.__name__] = model_class
-    _share_weight_names(base_type, PREFIX + base_type)
     return classes
 
 
 def _share_weight_names(base: str, converted: str) -> None:
-    # Looked up by class name, then by model type, and skipped for classes outside Transformers unless registered: without this,
-    # GPT-NeoX's embed_out would be left behind and its head silently random.
+    # Looked up by class name, and skipped for classes outside Transformers unless registered: without this, GPT-NeoX's embed_out
+    # would be left behind and its head silently random.
     conversions = get_checkpoint_conversion_mapping(base)
     if conversions is not None:
         register_checkpoint_conversion_mapping(converted, conversions, overwrite=True)

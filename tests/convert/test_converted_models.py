@@ -15,7 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from convert.linearize import LinearizeOptions, linearize
 from hf_linattn import LinAttnParams
@@ -85,6 +93,16 @@ def test_starting_values_survive_a_load_that_lacks_the_parameters(
     direct = model_class_for(config_class)(model.config)
     for name, parameter in new_parameters(direct).items():
         torch.testing.assert_close(parameter, new_parameters(model)[name])
+
+
+@pytest.mark.parametrize("model_type", BASE_MODEL_TYPES)
+def test_stored_weight_names_are_read_as_the_base_reads_them(model_type: str) -> None:
+    base_config, config_class = CONFIG_MAPPING[model_type], config_class_for(model_type)
+    base, converted_class = MODEL_FOR_CAUSAL_LM_MAPPING[base_config], model_class_for(config_class)
+    with torch.device("meta"):
+        models = base(base_config(num_hidden_layers=1)), converted_class(config_class(num_hidden_layers=1))
+    renamed = [[(rule.source_patterns, rule.target_patterns) for rule in get_model_conversion_mapping(model)] for model in models]
+    assert renamed[0] == renamed[1]
 
 
 def test_every_save_keeps_what_loading_needs(converted: Converted, tmp_path: Path) -> None:
