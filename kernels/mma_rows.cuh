@@ -24,25 +24,23 @@ struct RowArguments {
   int64_t segment_length;
 };
 
+// Two kinds of warps: some compute a stripe of 16 rows of results each, the others copy, scale and keep the state, 16 rows of it each.
 template <int D, bool GRAD> struct RowShape {
   static constexpr int C = D == 32 || D == 128 ? 64 : D;
-  static constexpr int STRIPES = C / 16;
-  static constexpr int WARPS = D == 128 ? 8 : STRIPES;
-  static constexpr int THREADS = 32 * WARPS;
-  static constexpr int HALVES = WARPS / STRIPES;         // the columns of a stripe's results are shared out among so many warps
-  static constexpr int BLOCKS = D / 16;                  // 16-wide blocks along D
+  static constexpr int STRIPES = C / 16, BLOCKS = D / 16;  // 16-wide blocks along the tokens and along D
+  static constexpr int HALVES = D == 128 ? 2 : 1;          // warps that share out the columns of a stripe's results
+  static constexpr int RESULT_WARPS = STRIPES * HALVES, STATE_WARPS = BLOCKS, WARPS = RESULT_WARPS + STATE_WARPS;
+  static constexpr int STATE_THREADS = 32 * STATE_WARPS, THREADS = 32 * WARPS;
   static constexpr int OUT_PAIRS = BLOCKS / HALVES;
-  static constexpr int STATE_SPLIT = WARPS / BLOCKS;     // warps to a row block of the state
-  static constexpr int STATE_PAIRS = BLOCKS / STATE_SPLIT;
   static constexpr int STAGES = 2;
-  static constexpr int ROW_TILES = GRAD ? 3 : 1;         // x; and o, q for the gradient
+  static constexpr int ROW_TILES = GRAD ? 3 : 1;           // x; and o, q for the gradient
   static constexpr int TILE = C * D * 2;
   static constexpr int STATE_TILE = D * D * 2;
-  static constexpr int MIN_BLOCKS = D == 32 ? 4 : D == 64 ? (GRAD ? 2 : 3) : D == 80 ? 2 : 1;
+  static constexpr int MIN_BLOCKS = D == 32 ? 4 : D == 64 ? 2 : 1;
   struct Small {
     alignas(16) float key_scale[C], line[D], numbers[STAGES][2][C], exchange[2][C];
     alignas(16) uint16_t key_high[C], key_low[C], column_high[D], column_low[D], zeros[C > D ? C : D];
-    float totals[WARPS][kMaxGroup][2], coefficients[kMaxGroup][2];
+    float totals[STRIPES][kMaxGroup][2], coefficients[kMaxGroup][2];
   };
   static constexpr int SHARED = STAGES * (ROW_TILES + 2) * TILE + STATE_TILE + static_cast<int>(sizeof(Small));
 };
@@ -52,11 +50,9 @@ __global__ void __launch_bounds__(RowShape<D, GRAD>::THREADS, RowShape<D, GRAD>:
 rows_kernel(const __grid_constant__ RowArguments args) {
   using Shape = RowShape<D, GRAD>;
   using E = Element<T>;
-  constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, OUT_PAIRS = Shape::OUT_PAIRS, STATE_PAIRS = Shape::STATE_PAIRS;
+  constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, OUT_PAIRS = Shape::OUT_PAIRS;
   constexpr int STAGES = Shape::STAGES, TILE = Shape::TILE, ROW_TILES = Shape::ROW_TILES;
   constexpr int kStripeBytes = 16 * Tile<D>::kRowBytes;
-  constexpr bool kAlternating = Shape::HALVES > 1 || Shape::STATE_SPLIT > 1;
-  using Place = StatePlace<D, kAlternating>;
   extern __shared__ __align__(256) unsigned char shared[];
   typename Shape::Small &small = *reinterpret_cast<typename Shape::Small *>(shared + STAGES * (ROW_TILES + 2) * TILE + Shape::STATE_TILE);
   const SplitWeights<T> key_weights{reinterpret_cast<T *>(small.key_high), reinterpret_cast<T *>(small.key_low)};
@@ -74,64 +70,11 @@ rows_kernel(const __grid_constant__ RowArguments args) {
   const int64_t begin = segment * args.segment_length, end = min(p.length, begin + args.segment_length);
   const int iterations = static_cast<int>((end - begin + C - 1) / C) * heads;
   const bool causal = p.causal, unit = p.normalize_qk;
-
-  const linattn_tensor &x = GRAD ? args.grad_out : p.query, &y = GRAD ? p.value : p.key, &z = GRAD ? p.key : p.value;
-  using Copy = TileCopy<T, D, C, Shape::THREADS>;
-  Copy x_copy(head_of<const T>(x, batch, key_head * heads), x.token_stride, begin, thread);
-  Copy y_copy(head_of<const T>(y, batch, key_head), y.token_stride, begin, thread);
-  Copy z_copy(head_of<const T>(z, batch, key_head), z.token_stride, begin, thread);
-  Copy o_copy(head_of<const T>(GRAD ? args.out : x, batch, key_head * heads), GRAD ? args.out.token_stride : 0, begin, thread);
-  Copy q_copy(head_of<const T>(p.query, batch, key_head * heads), p.query.token_stride, begin, thread);
-  int64_t next_number = (static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin + thread, next_left = end - begin;
-  int next_iteration = 0, next_head = 0, next_stage = 0, next_key_stage = 0;
-
-  const auto prefetch = [&]() {
-    if (next_iteration < iterations) {
-      const int count = static_cast<int>(min(next_left, static_cast<int64_t>(C)));
-      const uint32_t rows = row_tiles + next_stage * ROW_TILES * TILE;
-      if (causal && next_head == 0) {
-        const uint32_t keys = key_tiles + next_key_stage * 2 * TILE;
-        y_copy.start(keys, count, thread);
-        z_copy.start(keys + TILE, count, thread);
-        y_copy.next += C * y.token_stride, z_copy.next += C * z.token_stride;
-      }
-      x_copy.start(rows, count, thread);
-      const bool wraps = next_head == heads - 1;
-      x_copy.next += wraps ? C * x.token_stride - (heads - 1) * x.head_stride : x.head_stride;
-      if constexpr (GRAD) {
-        o_copy.start(rows + TILE, count, thread);
-        q_copy.start(rows + 2 * TILE, count, thread);
-        o_copy.next += wraps ? C * args.out.token_stride - (heads - 1) * args.out.head_stride : args.out.head_stride;
-        q_copy.next += wraps ? C * p.query.token_stride - (heads - 1) * p.query.head_stride : p.query.head_stride;
-        if (thread < C) {
-          const bool valid = thread < count;
-          copy_number_async(shared_address(small.numbers[next_stage][0] + thread), args.mass + (valid ? next_number : 0), valid);
-          if (args.grad_mass) copy_number_async(shared_address(small.numbers[next_stage][1] + thread), args.grad_mass + (valid ? next_number : 0), valid);
-        }
-        next_number += wraps ? C - (heads - 1) * p.length : p.length;
-      }
-      next_left -= wraps ? C : 0;
-      next_head = wraps ? 0 : next_head + 1;
-      next_stage = next_stage == STAGES - 1 ? 0 : next_stage + 1;
-      if (next_head == 0) next_key_stage = next_key_stage == STAGES - 1 ? 0 : next_key_stage + 1;
-    }
-    ++next_iteration;
-    copy_commit();
-  };
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) prefetch();
-
-  const int part = Shape::STATE_SPLIT > 1 ? warp / BLOCKS : 0, half = Shape::HALVES > 1 ? warp / Shape::STRIPES : 0;
-  const Place at(Shape::STATE_SPLIT > 1 ? warp % BLOCKS : warp, part == 0, Shape::HALVES > 1 ? half : part, STATE_PAIRS, lane_id);
-  const bool owns_line = at.line_block() >= 0;
+  const StateView<D> source = args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments, causal ? segment : 0)
+                                          : StateView<D>::of_caller(p.initial_state, head_pair);
   const T *const zeros = reinterpret_cast<const T *>(small.zeros);
-  const WeightReader<T> key_reader(key_weights, zeros, lane_id);
-  const T *const column_vector = WeightReader<T>(column_parts, zeros, lane_id).vector;
-  StateTile<T, STATE_PAIRS> state;
-  const float count = load_state<D>(state, at, args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments, causal ? segment : 0)
-                                                           : StateView<D>::of_caller(p.initial_state, head_pair), GRAD);
   for (int i = thread; i < (C > D ? C : D); i += Shape::THREADS) small.zeros[i] = 0;
-  for (int i = thread; i < Shape::WARPS * kMaxGroup * 2; i += Shape::THREADS) (&small.totals[0][0][0])[i] = 0.f;
+  for (int i = thread; i < Shape::STRIPES * kMaxGroup * 2; i += Shape::THREADS) (&small.totals[0][0][0])[i] = 0.f;
   if (GRAD && !args.grad_mass)
     for (int i = thread; i < STAGES * C; i += Shape::THREADS) small.numbers[i / C][1][i % C] = 0.f;
   if (thread < heads) {
@@ -139,9 +82,118 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     small.coefficients[thread][0] = p.coefficients[head], small.coefficients[thread][1] = p.coefficients[p.query_heads + head] * p.coefficients[3 * p.query_heads + head];
   }
 
+  if (warp >= Shape::RESULT_WARPS) {
+    const int helper = thread - 32 * Shape::RESULT_WARPS;
+    const linattn_tensor &x = GRAD ? args.grad_out : p.query, &y = GRAD ? p.value : p.key, &z = GRAD ? p.key : p.value;
+    using Copy = TileCopy<T, D, C, Shape::STATE_THREADS>;
+    Copy x_copy(head_of<const T>(x, batch, key_head * heads), x.token_stride, begin, helper);
+    Copy y_copy(head_of<const T>(y, batch, key_head), y.token_stride, begin, helper);
+    Copy z_copy(head_of<const T>(z, batch, key_head), z.token_stride, begin, helper);
+    Copy o_copy(head_of<const T>(GRAD ? args.out : x, batch, key_head * heads), GRAD ? args.out.token_stride : 0, begin, helper);
+    Copy q_copy(head_of<const T>(p.query, batch, key_head * heads), p.query.token_stride, begin, helper);
+    int64_t next_number = (static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin + helper, next_left = end - begin;
+    int next_iteration = 0, next_head = 0, next_stage = 0, next_key_stage = 0;
+
+    const auto prefetch = [&]() {
+      if (next_iteration < iterations) {
+        const int count = static_cast<int>(min(next_left, static_cast<int64_t>(C)));
+        const uint32_t rows = row_tiles + next_stage * ROW_TILES * TILE;
+        if (causal && next_head == 0) {
+          const uint32_t keys = key_tiles + next_key_stage * 2 * TILE;
+          y_copy.start(keys, count, helper);
+          z_copy.start(keys + TILE, count, helper);
+          y_copy.next += C * y.token_stride, z_copy.next += C * z.token_stride;
+        }
+        x_copy.start(rows, count, helper);
+        const bool wraps = next_head == heads - 1;
+        x_copy.next += wraps ? C * x.token_stride - (heads - 1) * x.head_stride : x.head_stride;
+        if constexpr (GRAD) {
+          o_copy.start(rows + TILE, count, helper);
+          q_copy.start(rows + 2 * TILE, count, helper);
+          o_copy.next += wraps ? C * args.out.token_stride - (heads - 1) * args.out.head_stride : args.out.head_stride;
+          q_copy.next += wraps ? C * p.query.token_stride - (heads - 1) * p.query.head_stride : p.query.head_stride;
+          if (helper < C) {
+            const bool valid = helper < count;
+            copy_number_async(shared_address(small.numbers[next_stage][0] + helper), args.mass + (valid ? next_number : 0), valid);
+            if (args.grad_mass) copy_number_async(shared_address(small.numbers[next_stage][1] + helper), args.grad_mass + (valid ? next_number : 0), valid);
+          }
+          next_number += wraps ? C - (heads - 1) * p.length : p.length;
+        }
+        next_left -= wraps ? C : 0;
+        next_head = wraps ? 0 : next_head + 1;
+        next_stage = next_stage == STAGES - 1 ? 0 : next_stage + 1;
+        if (next_head == 0) next_key_stage = next_key_stage == STAGES - 1 ? 0 : next_key_stage + 1;
+      }
+      ++next_iteration;
+      copy_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; ++i) prefetch();
+
+
+    const StatePlace<D, false> at(warp - Shape::RESULT_WARPS, true, 0, BLOCKS, lane_id);
+    const WeightReader<T> key_reader(key_weights, zeros, lane_id);
+    StateTile<T, BLOCKS> state;
+    const float count = load_state<D>(state, at, source, GRAD);
+    const auto publish = [&]() {
+      publish_state<T, D>(state, at, Blocks<D>(state_tile, down), small.line, lane_id, [&](int row, float sum) { column_parts.set(row, sum); });
+    };
+    publish();
+    int head = 0, key_stage = 0;
+    for (int iteration = 0; iteration < iterations; ++iteration) {
+      const uint32_t y_tile = key_tiles + key_stage * 2 * TILE, z_tile = y_tile + TILE;
+      copy_wait<STAGES - 2>();
+      __syncthreads();  // the tiles and the rounded state are here, and nobody reads the tiles that the next copies overwrite
+      prefetch();
+      if (!causal) continue;
+      if (head == 0) {
+        const Blocks<D> k_rows(GRAD ? z_tile : y_tile, down), k_across(GRAD ? z_tile : y_tile, across), z_blocks(z_tile, down);
+        for (int stripe = at.row; stripe < Shape::STRIPES; stripe += Shape::STATE_WARPS) {
+          float scale0 = 1.f, scale1 = 1.f;
+          if (unit) {
+            uint32_t k[BLOCKS][4];
+#pragma unroll
+            for (int block = 0; block < BLOCKS; ++block) ldmatrix(k[block], k_rows.at(0, block) + stripe * kStripeBytes);
+            row_products<T>(scale0, scale1, k, k_across, stripe * kStripeBytes, lane_id);
+            scale0 = inverse_norm(scale0), scale1 = inverse_norm(scale1);
+          }
+          if (place == 0) {
+            const int local = 16 * stripe + group;
+            small.key_scale[local] = scale0, small.key_scale[local + 8] = scale1;
+            key_weights.set(local, scale0), key_weights.set(local + 8, scale1);
+          }
+        }
+        barrier_arrive<kScalesReady, Shape::THREADS>();
+        barrier_sync<kScalesShared, Shape::STATE_THREADS>();
+        // forward: column = sum of unit keys, line = sum of v; gradient: column = sum of v, line = sum of unit keys.
+        const uint32_t y_block = Blocks<D>(y_tile, across).at_column(0, at.row), z_block = z_blocks.at_column(0, at.row);
+#pragma unroll
+        for (int block = 0; block < Shape::STRIPES; ++block)
+          update_state<T, D, GRAD, !GRAD>(state, at, true, y_block, z_block, z_blocks, block, key_reader, key_reader, key_reader);
+      }
+      if (++head == heads) {
+        head = 0;
+        key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
+        barrier_sync<kStateRead, Shape::THREADS>();
+        publish();
+      }
+    }
+    copy_wait<0>();
+    if constexpr (!GRAD) {
+      if (args.final_state && segment == args.segments - 1)
+        store_state<D>(state, at, StateView<D>::of_caller(args.final_state, head_pair), count + (causal ? static_cast<float>(end - begin) : 0.f), helper == 0);
+    }
+    if constexpr (GRAD) __syncthreads();
+    return;
+  }
+
   T *result_rows = head_of<T>(args.result, batch, key_head * heads) + begin * args.result.token_stride;
   int64_t first_number = (static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin, left = end - begin;
-  float before = count;
+  float before = source.data ? source.count() : 0.f;
+  const int half = Shape::HALVES > 1 ? warp / Shape::STRIPES : 0;
+  using Place = StatePlace<D, (Shape::HALVES > 1)>;
+  const Place at(0, true, half, OUT_PAIRS, lane_id);
+  const T *const column_vector = WeightReader<T>(column_parts, zeros, lane_id).vector;
   int head = 0, stage = 0, key_stage = 0;
   // Later stripes see more keys; turning them every chunk evens the load of the four schedulers.
   int stripe = half ? Shape::STRIPES - 1 - warp % Shape::STRIPES : warp % Shape::STRIPES;
@@ -150,38 +202,14 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     const int local0 = 16 * stripe + group, local1 = local0 + 8;
     const uint32_t rows = row_tiles + stage * ROW_TILES * TILE, y_tile = key_tiles + key_stage * 2 * TILE, z_tile = y_tile + TILE;
     const Blocks<D> y_blocks(y_tile, across), z_flipped(z_tile, down, at.flip);
-    const uint32_t y_block = y_blocks.at_column(0, at.row), z_block = Blocks<D>(z_tile, down).at_column(0, at.row);
 
-    copy_wait<STAGES - 2>();
-    __syncthreads();  // the tiles are here, and nobody reads the ones that the next copies overwrite
-    prefetch();
-
-    if (head == 0) {
-      if (causal && half == 0) {
-        float scale0 = 1.f, scale1 = 1.f;
-        if (unit) {
-          const uint32_t k_rows = (GRAD ? z_tile : y_tile) + stripe * kStripeBytes;
-          const Blocks<D> k_blocks(k_rows, down);
-          uint32_t k[BLOCKS][4];
-#pragma unroll
-          for (int block = 0; block < BLOCKS; ++block) ldmatrix(k[block], k_blocks.at(0, block));
-          row_products<T>(scale0, scale1, k, Blocks<D>(k_rows, across), 0, lane_id);
-          scale0 = inverse_norm(scale0), scale1 = inverse_norm(scale1);
-        }
-        if (place == 0) {
-          small.key_scale[local0] = scale0, small.key_scale[local1] = scale1;
-          key_weights.set(local0, scale0), key_weights.set(local1, scale1);
-        }
-      }
-      if (causal || iteration == 0)
-        publish_state<T, D>(state, at, Blocks<D>(state_tile, down, at.flip), small.line, lane_id, [&](int row, float sum) { column_parts.set(row, sum); });
-    }
+    __syncthreads();  // the tiles and the rounded state are here
     uint32_t xs[BLOCKS][4];
     const Blocks<D> x_blocks(rows + stripe * kStripeBytes, down), x_across(rows + stripe * kStripeBytes, across);
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) ldmatrix(xs[block], x_blocks.at(0, block));
 
-    // Per row: weight = slope (x . y) + shift, times r_n in the gradient.
+    // Per row: weight = slope (x . y) + shift; in the gradient with slope 1, the row's own 1 / g left for the end.
     const float a = small.coefficients[head][0], b_tau = small.coefficients[head][1];
     float slope0, slope1, shift0, shift1, query_scale0 = 1.f, query_scale1 = 1.f;
     if constexpr (!GRAD) {
@@ -195,7 +223,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       row_products<T>(shift0, shift1, xs, x_across, TILE, lane_id);
       const float mass0 = small.numbers[stage][0][local0], mass1 = small.numbers[stage][0][local1];
       slope0 = mass0 == 0.f ? 0.f : reciprocal(mass0), slope1 = mass1 == 0.f ? 0.f : reciprocal(mass1);
-      shift0 = small.numbers[stage][1][local0] - shift0 * slope0, shift1 = small.numbers[stage][1][local1] - shift1 * slope1;
+      shift0 = small.numbers[stage][1][local0] * mass0 - shift0, shift1 = small.numbers[stage][1][local1] * mass1 - shift1;
       if (unit) {
         uint32_t q[BLOCKS][4];
 #pragma unroll
@@ -204,7 +232,6 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         query_scale0 = inverse_norm(query_scale0), query_scale1 = inverse_norm(query_scale1);
       }
     }
-    __syncthreads();  // the rounded state and the key scales are written
 
     float acc[OUT_PAIRS][2][4], margin[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -227,98 +254,70 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         E::mma(margin, xs[block], b0, b1);
       }
     }
-    float total0 = slope0 * __shfl_sync(0xffffffffu, margin[0] + margin[1], lane_id & ~3) + shift0 * before;
-    float total1 = slope1 * __shfl_sync(0xffffffffu, margin[2] + margin[3], lane_id & ~3) + shift1 * before;
+    float total0 = __shfl_sync(0xffffffffu, margin[0] + margin[1], lane_id & ~3), total1 = __shfl_sync(0xffffffffu, margin[2] + margin[3], lane_id & ~3);
+    if constexpr (!GRAD) total0 *= slope0, total1 *= slope1;
+    total0 += shift0 * before, total1 += shift1 * before;
 #pragma unroll
     for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         const float2 line = *reinterpret_cast<const float2 *>(small.line + 16 * at.block(q) + 8 * t + 2 * place);
-        acc[q][t][0] = acc[q][t][0] * slope0 + shift0 * line.x;
-        acc[q][t][1] = acc[q][t][1] * slope0 + shift0 * line.y;
-        acc[q][t][2] = acc[q][t][2] * slope1 + shift1 * line.x;
-        acc[q][t][3] = acc[q][t][3] * slope1 + shift1 * line.y;
+        if constexpr (!GRAD) acc[q][t][0] *= slope0, acc[q][t][1] *= slope0, acc[q][t][2] *= slope1, acc[q][t][3] *= slope1;
+        acc[q][t][0] += shift0 * line.x, acc[q][t][1] += shift0 * line.y;
+        acc[q][t][2] += shift1 * line.x, acc[q][t][3] += shift1 * line.y;
       }
+    if (causal && head == heads - 1) barrier_arrive<kStateRead, Shape::THREADS>();
 
     if (causal) {
       float row_sum[4] = {0, 0, 0, 0};
-      // Sixteen keys: their weights on this stripe's rows (VISIBLE), and their part in the state (UPDATES).
-      const auto step = [&](auto visible, auto diagonal, auto updates, int j) {
-        constexpr bool VISIBLE = decltype(visible)::value, DIAGONAL = decltype(diagonal)::value, UPDATES = decltype(updates)::value;
+      if (head == 0) barrier_sync<kScalesReady, Shape::THREADS>();
+      const auto step = [&](auto diagonal, int j) {
         float s[2][4];
-        uint32_t weights[4], scaled[4];
-        if constexpr (VISIBLE) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) s[0][i] = s[1][i] = 0.f;
+        for (int i = 0; i < 4; ++i) s[0][i] = s[1][i] = 0.f;
 #pragma unroll
-          for (int block = 0; block < BLOCKS; ++block) {
-            uint32_t other[4];
-            ldmatrix(other, y_blocks.at(0, block) + j * kStripeBytes);
-            E::mma(s[0], xs[block], other[0], other[1]);
-            E::mma(s[1], xs[block], other[2], other[3]);
+        for (int block = 0; block < BLOCKS; ++block) {
+          uint32_t other[4];
+          ldmatrix(other, y_blocks.at(0, block) + j * kStripeBytes);
+          E::mma(s[0], xs[block], other[0], other[1]);
+          E::mma(s[1], xs[block], other[2], other[3]);
+        }
+#pragma unroll
+        for (int t = 0; t < 2; ++t) {
+          const int column = 8 * t + 2 * place;
+          const float2 scale = *reinterpret_cast<const float2 *>(small.key_scale + 16 * j + column);
+          if constexpr (GRAD) {
+            s[t][0] += shift0, s[t][1] += shift0, s[t][2] += shift1, s[t][3] += shift1;
+          } else {
+            s[t][0] = s[t][0] * scale.x * slope0 + shift0, s[t][1] = s[t][1] * scale.y * slope0 + shift0;
+            s[t][2] = s[t][2] * scale.x * slope1 + shift1, s[t][3] = s[t][3] * scale.y * slope1 + shift1;
+          }
+          if constexpr (decltype(diagonal)::value) {
+            if (column > group) s[t][0] = 0.f;
+            if (column + 1 > group) s[t][1] = 0.f;
+            if (column > group + 8) s[t][2] = 0.f;
+            if (column + 1 > group + 8) s[t][3] = 0.f;
+          }
+          if constexpr (GRAD) {
+            row_sum[0] += s[t][0] + s[t][1];
+            row_sum[2] += s[t][2] + s[t][3];
+            s[t][0] *= scale.x, s[t][1] *= scale.y, s[t][2] *= scale.x, s[t][3] *= scale.y;
           }
         }
-        // forward: column = sum of unit keys, line = sum of v; gradient: column = sum of v, line = sum of unit keys.
-        if constexpr (UPDATES) update_margins<T, GRAD, !GRAD>(state, scaled, at, owns_line, y_block + j * kStripeBytes, z_block + j * kStripeBytes, 16 * j, key_reader, key_reader, key_reader);
-        if constexpr (VISIBLE) {
+        const uint32_t weights[4] = {E::pack(s[0][0], s[0][1]), E::pack(s[0][2], s[0][3]), E::pack(s[1][0], s[1][1]), E::pack(s[1][2], s[1][3])};
+        // The mass is the sum of the rounded weights, so that a constant v comes back as itself.
+        if constexpr (!GRAD) E::mma(row_sum, weights, E::kOnes, E::kOnes);
 #pragma unroll
-          for (int t = 0; t < 2; ++t) {
-            const int column = 8 * t + 2 * place;
-            const float2 scale = *reinterpret_cast<const float2 *>(small.key_scale + 16 * j + column);
-            if constexpr (!GRAD) s[t][0] *= scale.x, s[t][1] *= scale.y, s[t][2] *= scale.x, s[t][3] *= scale.y;
-            s[t][0] = s[t][0] * slope0 + shift0;
-            s[t][1] = s[t][1] * slope0 + shift0;
-            s[t][2] = s[t][2] * slope1 + shift1;
-            s[t][3] = s[t][3] * slope1 + shift1;
-            if constexpr (DIAGONAL) {
-              if (column > group) s[t][0] = 0.f;
-              if (column + 1 > group) s[t][1] = 0.f;
-              if (column > group + 8) s[t][2] = 0.f;
-              if (column + 1 > group + 8) s[t][3] = 0.f;
-            }
-            if constexpr (GRAD) {
-              row_sum[0] += s[t][0] + s[t][1];
-              row_sum[2] += s[t][2] + s[t][3];
-              s[t][0] *= scale.x, s[t][1] *= scale.y, s[t][2] *= scale.x, s[t][3] *= scale.y;
-            }
-          }
-          weights[0] = E::pack(s[0][0], s[0][1]);
-          weights[1] = E::pack(s[0][2], s[0][3]);
-          weights[2] = E::pack(s[1][0], s[1][1]);
-          weights[3] = E::pack(s[1][2], s[1][3]);
-          // The mass is the sum of the rounded weights, so that a constant v comes back as itself.
-          if constexpr (!GRAD) E::mma(row_sum, weights, E::kOnes, E::kOnes);
-        }
-        constexpr int kSums = UPDATES ? STATE_PAIRS : 0, kOuts = VISIBLE ? OUT_PAIRS : 0;
-#pragma unroll
-        for (int q = 0; q < (kSums > kOuts ? kSums : kOuts); ++q) {
+        for (int q = 0; q < OUT_PAIRS; ++q) {
           uint32_t other[4];
           ldmatrix_transposed(other, z_flipped.at(0, Place::order(q)) + j * kStripeBytes);
-          if constexpr (UPDATES) {
-            if (q < STATE_PAIRS) {
-              E::mma(state.sum[q < STATE_PAIRS ? q : 0][0], scaled, other[0], other[1]);
-              E::mma(state.sum[q < STATE_PAIRS ? q : 0][1], scaled, other[2], other[3]);
-            }
-          }
-          if constexpr (VISIBLE) {
-            if (q < OUT_PAIRS) {
-              E::mma(acc[q < OUT_PAIRS ? q : 0][0], weights, other[0], other[1]);
-              E::mma(acc[q < OUT_PAIRS ? q : 0][1], weights, other[2], other[3]);
-            }
-          }
+          E::mma(acc[q][0], weights, other[0], other[1]);
+          E::mma(acc[q][1], weights, other[2], other[3]);
         }
       };
-      if (head == 0) {
 #pragma unroll 1
-        for (int j = 0; j < stripe; ++j) step(std::true_type(), std::false_type(), std::true_type(), j);
-        step(std::true_type(), std::true_type(), std::true_type(), stripe);
-#pragma unroll 1
-        for (int j = stripe + 1; j < Shape::STRIPES; ++j) step(std::false_type(), std::false_type(), std::true_type(), j);
-      } else {
-#pragma unroll 1
-        for (int j = 0; j < stripe; ++j) step(std::true_type(), std::false_type(), std::false_type(), j);
-        step(std::true_type(), std::true_type(), std::false_type(), stripe);
-      }
+      for (int j = 0; j < stripe; ++j) step(std::false_type(), j);
+      step(std::true_type(), stripe);
       if constexpr (GRAD) {
         row_sum[0] += __shfl_xor_sync(0xffffffffu, row_sum[0], 1);
         row_sum[2] += __shfl_xor_sync(0xffffffffu, row_sum[2], 1);
@@ -355,18 +354,18 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       }
       if constexpr (Shape::HALVES == 2) {
         if (place == 0) small.exchange[half][local0] = dot0, small.exchange[half][local1] = dot1;
-        __syncthreads();
+        barrier_sync<kHalvesExchanged, 32 * Shape::RESULT_WARPS>();
         dot0 = small.exchange[0][local0] + small.exchange[1][local0];
         dot1 = small.exchange[0][local1] + small.exchange[1][local1];
       }
       if (half == 0) {
         const bool real0 = local0 < tokens, real1 = local1 < tokens;
         if (place == 0) {
-          if (real0) args.error[first_number + local0] = shift0, args.query_scale[first_number + local0] = query_scale0;
-          if (real1) args.error[first_number + local1] = shift1, args.query_scale[first_number + local1] = query_scale1;
+          if (real0) args.error[first_number + local0] = shift0 * slope0, args.query_scale[first_number + local0] = query_scale0;
+          if (real1) args.error[first_number + local1] = shift1 * slope1, args.query_scale[first_number + local1] = query_scale1;
         }
-        float pairs = (real0 ? total0 : 0.f) + (real1 ? total1 : 0.f);
-        float products = (real0 ? dot0 * query_scale0 : 0.f) + (real1 ? dot1 * query_scale1 : 0.f);
+        float pairs = (real0 ? total0 * slope0 : 0.f) + (real1 ? total1 * slope1 : 0.f);
+        float products = (real0 ? dot0 * query_scale0 * slope0 : 0.f) + (real1 ? dot1 * query_scale1 * slope1 : 0.f);
 #pragma unroll
         for (int step = 4; step < 32; step *= 2) {
           pairs += __shfl_xor_sync(0xffffffffu, pairs, step);
@@ -374,7 +373,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         }
         if (lane_id == 0) small.totals[warp][head][0] += pairs, small.totals[warp][head][1] += products;
       }
-      finish0 = b_tau * query_scale0, finish1 = b_tau * query_scale1;
+      finish0 = b_tau * query_scale0 * slope0, finish1 = b_tau * query_scale1 * slope1;
       if (unit) {
         dot0 *= query_scale0 * query_scale0, dot1 *= query_scale1 * query_scale1;
 #pragma unroll
@@ -386,6 +385,8 @@ rows_kernel(const __grid_constant__ RowArguments args) {
           }
       }
     }
+    // The results are staged over x, which the warp of the other half must have read.
+    if (Shape::HALVES == 2 && !GRAD && !(causal && head == 0)) barrier_sync<kHalvesExchanged, 32 * Shape::RESULT_WARPS>();
     __syncwarp();
     {
       const Blocks<D> staged(rows + stripe * kStripeBytes, down, at.flip);
@@ -411,12 +412,8 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       result_rows += args.result.head_stride;
     }
   }
-  copy_wait<0>();
 
-  if constexpr (!GRAD) {
-    if (args.final_state && segment == args.segments - 1)
-      store_state<D>(state, at, StateView<D>::of_caller(args.final_state, head_pair), count + (causal ? static_cast<float>(end - begin) : 0.f), thread == 0);
-  } else {
+  if constexpr (GRAD) {
     __syncthreads();
     if (thread < heads * 2) {
       float total = 0.f;
