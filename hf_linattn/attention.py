@@ -16,7 +16,7 @@ from .cache import LinearStateLayer, take_layer
 from .config import NAME, LinAttnConfig
 from .mask import padding_of, refuse_other_patterns, segment_ids, sequence_starts
 from .ops import linear_attention, linear_attention_step
-from .rollback import Recurrence, without_padding
+from .rollback import Recurrence
 from .support import refuse_unknown_calls
 
 logger = logging.get_logger(__name__)
@@ -83,12 +83,10 @@ def attend_with_state(
     recurrence = Recurrence(query.shape[1], not _is_zero(numbers["c"]), numbers["normalize_qk"], log_decay)
     heads = key.shape[1] if log_decay is None else log_decay.shape[0]
     before = None if first else layer.allocate(query.shape[0], heads, *_widths(key, value), recurrence.quadratic, query.device)
-    packed = segments is not None and segments.dtype != torch.bool
-    if not packed:
+    if segments is None or segments.dtype == torch.bool:  # what was packed together is not taken apart again
         layer.record(recurrence, key, value, segments, before)
     if before is not None and query.shape[2] == 1 and not noise and not _needs_grad(query, key, value):
         return linear_attention_step(query, key, value, before, **numbers)
-    numbers["log_decay"] = without_padding(log_decay, segments if not packed else None)
     out, after = linear_attention(
         query, key, value, segment_ids=segments, initial_state=before, return_state=True, **numbers, **noise
     )

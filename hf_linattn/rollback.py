@@ -29,19 +29,11 @@ class Recurrence:
     def __call__(self, state: Tensor | None, key: Tensor, value: Tensor, real: Tensor | None) -> Tensor:
         """The state after keys (B, Hk, N, D) and values (B, Hk, N, Dv); `real` (B, N) is False at padding."""
         query = key.new_zeros(key.shape[0], self.query_heads, *key.shape[2:])
-        decay = without_padding(self.log_decay, real)
         _, after = linear_attention(
-            query, key, value, 1.0, 0.0, 0.5 if self.quadratic else 0.0, normalize_qk=self.normalize_qk, log_decay=decay,
+            query, key, value, 1.0, 0.0, 0.5 if self.quadratic else 0.0, normalize_qk=self.normalize_qk, log_decay=self.log_decay,
             segment_ids=real, initial_state=state, return_state=True,
         )  # fmt: skip
         return after
-
-
-def without_padding(log_decay: Tensor | None, real: Tensor | None) -> Tensor | None:
-    """A decay (H,) as (B, H, N) that stands still at padding, so that a padded sequence decays as it does alone."""
-    if log_decay is None or real is None or log_decay.dim() != 1:
-        return log_decay
-    return log_decay[None, :, None] * real[:, None, :].to(log_decay.dtype)
 
 
 @dataclass

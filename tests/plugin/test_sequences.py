@@ -6,7 +6,8 @@ from ten_lines import by_reference
 from tiny_models import CAUSAL, tiny_model, tiny_tokens
 from transformers import DataCollatorWithFlattening, DynamicCache
 
-VARIANTS = [(name, {}) for name in CAUSAL] + [("llama", {"kernel": "quadratic"}), ("llama", {"decay": "head"})]
+OPTIONS = [{"kernel": "quadratic"}, {"decay": "head"}, {"normalize_qk": False, "b": 0.2}]
+VARIANTS = [(name, {}) for name in CAUSAL] + [("llama", options) for options in OPTIONS]
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: "-".join([v[0], *map(str, v[1].values())]))
@@ -81,6 +82,16 @@ def test_packed_and_padded(case):
     out = model(packed, position_ids=positions, attention_mask=(packed != 0).long()).logits
     close(out[0, :9], full[0, :9])
     close(out[0, 9:19], full[1, :10])
+
+
+@torch.no_grad()
+def test_padding_with_positions_of_its_own_before_a_packed_sequence(case):
+    model, ids, full = case
+    packed = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids[:1, :9], ids[1:, :14]], 1)
+    positions = torch.cat([torch.arange(12), torch.arange(14)])[None]  # rotary embedding: the first sequence may start at 3
+    out = model(packed, position_ids=positions, attention_mask=(packed != 0).long()).logits
+    close(out[0, 3:12], full[0, :9])
+    close(out[0, 12:], full[1, :14])
 
 
 @torch.no_grad()
