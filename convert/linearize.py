@@ -111,7 +111,7 @@ def linearize(
     config, model_class, dropped = _converted_config(opened, options)
     added = new_parameters(model_class, config)
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    with written_aside(output) as folder:
+    with written_aside(output, options.overwrite) as folder:
         _require_space(folder, opened.nbytes)
         write_weights(opened, added, folder, dtype, on_shard)
         config.save_pretrained(folder)

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from convert.errors import ConversionError
@@ -32,26 +32,38 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
+def written_aside(output: Path, overwrite: bool) -> Iterator[Path]:
     """Gives an empty sibling of ``output`` to write into; it takes ``output``'s place at the end, and is removed if anything fails.
 
     Raises:
-        ConversionError: no folder can be made there, or the disk failed while it was being written.
+        ConversionError: no folder can be made there, the disk failed while it was being written, or ``output`` came into being meanwhile
+            and ``overwrite`` is not set.
     """
+    made = [folder for folder in output.parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     except OSError as error:
+        _remove_empty(made)
         reason = error.strerror or error
         raise ConversionError(f"{output} cannot be written ({reason}): give a folder whose parent can be written") from error
     try:
         yield aside
         _give_usual_modes(aside)
+        if not overwrite and os.path.lexists(output):
+            raise ConversionError(f"{output} has come into being meanwhile and was left alone: give another folder")
         _move_into_place(aside, output)
     except OSError as error:
         raise ConversionError(f"writing {output} failed ({error.strerror or error}); it is as it was before") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _move_into_place(aside: Path, output: Path) -> None:

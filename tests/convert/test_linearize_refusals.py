@@ -307,6 +307,23 @@ def test_cached_steps_that_go_astray_are_not_kept(source: Path, output: Path, mo
     assert "cached steps differ" in refused(source, output)
 
 
+def test_folders_made_on_the_way_go_again(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "copyfile", full_disk)
+    with pytest.raises(ConversionError, match="No space left"):
+        linearize(source, output / "deep" / "down")
+    assert not list(output.parent.iterdir())
+
+
+def test_an_output_that_appears_meanwhile_is_left_alone(source: Path, output: Path) -> None:
+    def appear(shard: Path) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "thesis.txt").write_text("mine")
+
+    with pytest.raises(ConversionError, match="meanwhile"):
+        linearize(source, output, LinearizeOptions(check=False), on_shard=appear)
+    assert [path.name for path in output.iterdir()] == ["thesis.txt"]
+
+
 def test_interruption_leaves_nothing(source: Path, output: Path) -> None:
     def interrupt(shard: Path) -> None:
         raise KeyboardInterrupt
