@@ -56,7 +56,8 @@ class Run:
                 with another config or other facts is refused.
 
         Raises:
-            RecipeError: the processes do not see one another, or the folder exists and neither `resume` nor `overwrite` is given, is no run's folder, or belongs to another run.
+            RecipeError: the processes do not see one another, or the folder exists and neither `resume` nor `overwrite` is given, or
+                is no run's folder, or belongs to another run.
         """
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != accelerator.num_processes:
