@@ -42,9 +42,9 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   using Shape = ColumnShape<D>;
   using E = Element<T>;
   constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, STAGES = Shape::STAGES, TILE = Shape::TILE, STRIPES = Shape::STRIPES;
-  constexpr int kStripeBytes = 16 * Tile<D>::kRowBytes;
+  constexpr int kStripeBytes = Tile<D>::kBlockBytes;
   using Place = StatePlace<D, (Shape::SPLIT > 1)>;
-  extern __shared__ __align__(256) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   typename Shape::Small &small = *reinterpret_cast<typename Shape::Small *>(shared + STAGES * 4 * TILE + Shape::STATE_TILE);
   const auto weights_of = [&](int i) { return SplitWeights<T>{reinterpret_cast<const T *>(small.high[i]), reinterpret_cast<const T *>(small.low[i])}; };
 

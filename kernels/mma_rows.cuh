@@ -52,8 +52,9 @@ rows_kernel(const __grid_constant__ RowArguments args) {
   using E = Element<T>;
   constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, OUT_PAIRS = Shape::OUT_PAIRS;
   constexpr int STAGES = Shape::STAGES, TILE = Shape::TILE, ROW_TILES = Shape::ROW_TILES;
-  constexpr int kStripeBytes = 16 * Tile<D>::kRowBytes;
-  extern __shared__ __align__(256) unsigned char shared[];
+  constexpr int kStripeBytes = Tile<D>::kBlockBytes;
+  constexpr bool kGroups = kWarpgroups<D>;
+  extern __shared__ __align__(1024) unsigned char shared[];
   typename Shape::Small &small = *reinterpret_cast<typename Shape::Small *>(shared + STAGES * (ROW_TILES + 2) * TILE + Shape::STATE_TILE);
   const SplitWeights<T> key_weights{reinterpret_cast<T *>(small.key_high), reinterpret_cast<T *>(small.key_low)};
   const SplitWeights<T> column_parts{reinterpret_cast<T *>(small.column_high), reinterpret_cast<T *>(small.column_low)};
@@ -143,6 +144,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     for (int iteration = 0; iteration < iterations; ++iteration) {
       const uint32_t y_tile = key_tiles + key_stage * 2 * TILE, z_tile = y_tile + TILE;
       copy_wait<STAGES - 2>();
+      warpgroup_publish();
       __syncthreads();  // the tiles and the rounded state are here, and nobody reads the tiles that the next copies overwrite
       prefetch();
       if (!causal) continue;
@@ -167,6 +169,9 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         barrier_sync<kScalesShared, Shape::STATE_THREADS>();
         // forward: column = sum of unit keys, line = sum of v; gradient: column = sum of v, line = sum of unit keys.
         const uint32_t y_block = Blocks<D>(y_tile, across).at_column(0, at.row), z_block = z_blocks.at_column(0, at.row);
+        if constexpr (kGroups) {
+          update_state_by_groups<T, D, D, GRAD, !GRAD>(state, at, true, y_block, z_block, z_tile, key_reader, key_reader, key_reader);
+        } else
 #pragma unroll
         for (int block = 0; block < Shape::STRIPES; ++block)
           update_state<T, D, GRAD, !GRAD>(state, at, true, y_block, z_block, z_blocks, block, key_reader, key_reader, key_reader);
@@ -191,17 +196,17 @@ rows_kernel(const __grid_constant__ RowArguments args) {
   int64_t first_number = (static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin, left = end - begin;
   float before = source.data ? source.count() : 0.f;
   const int half = Shape::HALVES > 1 ? warp / Shape::STRIPES : 0;
-  using Place = StatePlace<D, (Shape::HALVES > 1)>;
-  const Place at(0, true, half, OUT_PAIRS, lane_id);
+  const int first_block = half * OUT_PAIRS;
+  const uint32_t half_bytes = Tile<D>::columns_at(2 * first_block);
   const T *const column_vector = WeightReader<T>(column_parts, zeros, lane_id).vector;
   int head = 0, stage = 0, key_stage = 0;
   // Later stripes see more keys; turning them every chunk evens the load of the four schedulers.
-  int stripe = half ? Shape::STRIPES - 1 - warp % Shape::STRIPES : warp % Shape::STRIPES;
+  int stripe = half && !kGroups ? Shape::STRIPES - 1 - warp % Shape::STRIPES : warp % Shape::STRIPES;
   for (int iteration = 0; iteration < iterations; ++iteration) {
     const int tokens = static_cast<int>(min(left, static_cast<int64_t>(C)));
     const int local0 = 16 * stripe + group, local1 = local0 + 8;
     const uint32_t rows = row_tiles + stage * ROW_TILES * TILE, y_tile = key_tiles + key_stage * 2 * TILE, z_tile = y_tile + TILE;
-    const Blocks<D> y_blocks(y_tile, across), z_flipped(z_tile, down, at.flip);
+    const Blocks<D> y_blocks(y_tile, across), z_blocks(z_tile + half_bytes, down);
 
     __syncthreads();  // the tiles and the rounded state are here
     uint32_t xs[BLOCKS][4];
@@ -233,26 +238,85 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       }
     }
 
-    float acc[OUT_PAIRS][2][4], margin[4] = {0, 0, 0, 0};
+    float acc[2 * OUT_PAIRS][4], margin[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[q][0][i] = acc[q][1][i] = 0.f;
-    {
-      const Blocks<D> state_blocks(state_tile, down, at.flip);
+      for (int i = 0; i < 4; ++i) acc[2 * q][i] = acc[2 * q + 1][i] = 0.f;
+    float scores[kGroups ? 2 * Shape::STRIPES : 1][4];
+    uint32_t weights_of[kGroups ? Shape::STRIPES : 1][4];
+    float row_sum[4] = {0, 0, 0, 0};
+    if constexpr (kGroups) {
+      warpgroup_keep(scores);
+      warpgroup_keep(acc);
+      warpgroup_begin();
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) {
+      for (int block = 0; block < BLOCKS; ++block) WarpgroupProduct<T, 64, false>::run(scores, xs[block], warpgroup_operand(y_tile + Tile<D>::columns_at(2 * block), 0), block > 0);
+      warpgroup_commit();
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block)
+        WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, xs[block], warpgroup_operand(state_tile + Tile<D>::rows_at(block) + half_bytes, Tile<D>::kPanelBytes), block > 0);
+      warpgroup_commit();
+    } else {
+      const Blocks<D> state_blocks(state_tile + half_bytes, down);
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block)
 #pragma unroll
         for (int q = 0; q < OUT_PAIRS; ++q) {
           uint32_t s[4];
-          ldmatrix_transposed(s, state_blocks.at(block, Place::order(q)));
-          E::mma(acc[q][0], xs[block], s[0], s[1]);
-          E::mma(acc[q][1], xs[block], s[2], s[3]);
+          ldmatrix_transposed(s, state_blocks.at(block, q));
+          E::mma(acc[2 * q], xs[block], s[0], s[1]);
+          E::mma(acc[2 * q + 1], xs[block], s[2], s[3]);
         }
-        uint32_t b0, b1;
-        WeightReader<T>::two(b0, b1, column_vector, 16 * block);
-        E::mma(margin, xs[block], b0, b1);
+    }
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+      uint32_t b0, b1;
+      WeightReader<T>::two(b0, b1, column_vector, 16 * block);
+      E::mma(margin, xs[block], b0, b1);
+    }
+    // Raw products of 16 keys into their rounded weights.
+    const auto weigh = [&](uint32_t(&weights)[4], float(&first_tile)[4], float(&second_tile)[4], bool diagonal, int j) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        float(&s)[4] = t == 0 ? first_tile : second_tile;
+        const int column = 8 * t + 2 * place;
+        const float2 scale = *reinterpret_cast<const float2 *>(small.key_scale + 16 * j + column);
+        if constexpr (GRAD) {
+          s[0] += shift0, s[1] += shift0, s[2] += shift1, s[3] += shift1;
+        } else {
+          s[0] = s[0] * scale.x * slope0 + shift0, s[1] = s[1] * scale.y * slope0 + shift0;
+          s[2] = s[2] * scale.x * slope1 + shift1, s[3] = s[3] * scale.y * slope1 + shift1;
+        }
+        if (diagonal) {
+          if (column > group) s[0] = 0.f;
+          if (column + 1 > group) s[1] = 0.f;
+          if (column > group + 8) s[2] = 0.f;
+          if (column + 1 > group + 8) s[3] = 0.f;
+        }
+        if constexpr (GRAD) {
+          row_sum[0] += s[0] + s[1];
+          row_sum[2] += s[2] + s[3];
+          s[0] *= scale.x, s[1] *= scale.y, s[2] *= scale.x, s[3] *= scale.y;
+        }
       }
+      weights[0] = E::pack(first_tile[0], first_tile[1]), weights[1] = E::pack(first_tile[2], first_tile[3]);
+      weights[2] = E::pack(second_tile[0], second_tile[1]), weights[3] = E::pack(second_tile[2], second_tile[3]);
+      // The mass is the sum of the rounded weights, so that a constant v comes back as itself.
+      if constexpr (!GRAD) E::mma(row_sum, weights, E::kOnes, E::kOnes);
+    };
+    if (causal && head == 0) barrier_sync<kScalesReady, Shape::THREADS>();
+    if constexpr (kGroups) {
+      warpgroup_wait<1>();
+      warpgroup_keep(scores);
+#pragma unroll
+      for (int j = 0; j < Shape::STRIPES; ++j) {
+        weights_of[j][0] = weights_of[j][1] = weights_of[j][2] = weights_of[j][3] = 0u;
+        if (causal && j < stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], false, j);
+        if (causal && j == stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], true, j);
+      }
+      warpgroup_wait<0>();
+      warpgroup_keep(acc);
     }
     float total0 = __shfl_sync(0xffffffffu, margin[0] + margin[1], lane_id & ~3), total1 = __shfl_sync(0xffffffffu, margin[2] + margin[3], lane_id & ~3);
     if constexpr (!GRAD) total0 *= slope0, total1 *= slope1;
@@ -261,63 +325,49 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const float2 line = *reinterpret_cast<const float2 *>(small.line + 16 * at.block(q) + 8 * t + 2 * place);
-        if constexpr (!GRAD) acc[q][t][0] *= slope0, acc[q][t][1] *= slope0, acc[q][t][2] *= slope1, acc[q][t][3] *= slope1;
-        acc[q][t][0] += shift0 * line.x, acc[q][t][1] += shift0 * line.y;
-        acc[q][t][2] += shift1 * line.x, acc[q][t][3] += shift1 * line.y;
+        const float2 line = *reinterpret_cast<const float2 *>(small.line + 16 * (first_block + q) + 8 * t + 2 * place);
+        if constexpr (!GRAD) acc[2 * q + t][0] *= slope0, acc[2 * q + t][1] *= slope0, acc[2 * q + t][2] *= slope1, acc[2 * q + t][3] *= slope1;
+        acc[2 * q + t][0] += shift0 * line.x, acc[2 * q + t][1] += shift0 * line.y;
+        acc[2 * q + t][2] += shift1 * line.x, acc[2 * q + t][3] += shift1 * line.y;
       }
     if (causal && head == heads - 1) barrier_arrive<kStateRead, Shape::THREADS>();
 
     if (causal) {
-      float row_sum[4] = {0, 0, 0, 0};
-      if (head == 0) barrier_sync<kScalesReady, Shape::THREADS>();
-      const auto step = [&](auto diagonal, int j) {
-        float s[2][4];
+      if constexpr (kGroups) {
+        warpgroup_keep(acc);
+        warpgroup_begin();
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[0][i] = s[1][i] = 0.f;
+        for (int j = 0; j < Shape::STRIPES; ++j)
+          WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, weights_of[j], warpgroup_operand(z_tile + Tile<D>::rows_at(j) + half_bytes, Tile<D>::kPanelBytes), true);
+        warpgroup_commit();
+        warpgroup_wait<0>();
+        warpgroup_keep(acc);
+      } else {
+        const auto step = [&](bool diagonal, int j) {
+          float s[2][4];
+          uint32_t weights[4];
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-          uint32_t other[4];
-          ldmatrix(other, y_blocks.at(0, block) + j * kStripeBytes);
-          E::mma(s[0], xs[block], other[0], other[1]);
-          E::mma(s[1], xs[block], other[2], other[3]);
-        }
+          for (int i = 0; i < 4; ++i) s[0][i] = s[1][i] = 0.f;
 #pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          const int column = 8 * t + 2 * place;
-          const float2 scale = *reinterpret_cast<const float2 *>(small.key_scale + 16 * j + column);
-          if constexpr (GRAD) {
-            s[t][0] += shift0, s[t][1] += shift0, s[t][2] += shift1, s[t][3] += shift1;
-          } else {
-            s[t][0] = s[t][0] * scale.x * slope0 + shift0, s[t][1] = s[t][1] * scale.y * slope0 + shift0;
-            s[t][2] = s[t][2] * scale.x * slope1 + shift1, s[t][3] = s[t][3] * scale.y * slope1 + shift1;
+          for (int block = 0; block < BLOCKS; ++block) {
+            uint32_t other[4];
+            ldmatrix(other, y_blocks.at(0, block) + j * kStripeBytes);
+            E::mma(s[0], xs[block], other[0], other[1]);
+            E::mma(s[1], xs[block], other[2], other[3]);
           }
-          if constexpr (decltype(diagonal)::value) {
-            if (column > group) s[t][0] = 0.f;
-            if (column + 1 > group) s[t][1] = 0.f;
-            if (column > group + 8) s[t][2] = 0.f;
-            if (column + 1 > group + 8) s[t][3] = 0.f;
-          }
-          if constexpr (GRAD) {
-            row_sum[0] += s[t][0] + s[t][1];
-            row_sum[2] += s[t][2] + s[t][3];
-            s[t][0] *= scale.x, s[t][1] *= scale.y, s[t][2] *= scale.x, s[t][3] *= scale.y;
-          }
-        }
-        const uint32_t weights[4] = {E::pack(s[0][0], s[0][1]), E::pack(s[0][2], s[0][3]), E::pack(s[1][0], s[1][1]), E::pack(s[1][2], s[1][3])};
-        // The mass is the sum of the rounded weights, so that a constant v comes back as itself.
-        if constexpr (!GRAD) E::mma(row_sum, weights, E::kOnes, E::kOnes);
+          weigh(weights, s[0], s[1], diagonal, j);
 #pragma unroll
-        for (int q = 0; q < OUT_PAIRS; ++q) {
-          uint32_t other[4];
-          ldmatrix_transposed(other, z_flipped.at(0, Place::order(q)) + j * kStripeBytes);
-          E::mma(acc[q][0], weights, other[0], other[1]);
-          E::mma(acc[q][1], weights, other[2], other[3]);
-        }
-      };
+          for (int q = 0; q < OUT_PAIRS; ++q) {
+            uint32_t other[4];
+            ldmatrix_transposed(other, z_blocks.at(0, q) + j * kStripeBytes);
+            E::mma(acc[2 * q], weights, other[0], other[1]);
+            E::mma(acc[2 * q + 1], weights, other[2], other[3]);
+          }
+        };
 #pragma unroll 1
-      for (int j = 0; j < stripe; ++j) step(std::false_type(), j);
-      step(std::true_type(), stripe);
+        for (int j = 0; j < stripe; ++j) step(false, j);
+        step(true, stripe);
+      }
       if constexpr (GRAD) {
         row_sum[0] += __shfl_xor_sync(0xffffffffu, row_sum[0], 1);
         row_sum[2] += __shfl_xor_sync(0xffffffffu, row_sum[2], 1);
@@ -336,15 +386,15 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       finish0 = total0 == 0.f ? 1.f : reciprocal(total0), finish1 = total1 == 0.f ? 1.f : reciprocal(total1);
     } else {
       uint32_t q_rows[OUT_PAIRS][4];
-      const Blocks<D> q_blocks(rows + 2 * TILE + stripe * kStripeBytes, down, at.flip);
+      const Blocks<D> q_blocks(rows + 2 * TILE + stripe * kStripeBytes + half_bytes, down);
       float dot0 = 0.f, dot1 = 0.f;
 #pragma unroll
       for (int q = 0; q < OUT_PAIRS; ++q) {
-        ldmatrix(q_rows[q], q_blocks.at(0, Place::order(q)));
+        ldmatrix(q_rows[q], q_blocks.at(0, q));
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          dot0 += E::low(q_rows[q][2 * t]) * acc[q][t][0] + E::high(q_rows[q][2 * t]) * acc[q][t][1];
-          dot1 += E::low(q_rows[q][2 * t + 1]) * acc[q][t][2] + E::high(q_rows[q][2 * t + 1]) * acc[q][t][3];
+          dot0 += E::low(q_rows[q][2 * t]) * acc[2 * q + t][0] + E::high(q_rows[q][2 * t]) * acc[2 * q + t][1];
+          dot1 += E::low(q_rows[q][2 * t + 1]) * acc[2 * q + t][2] + E::high(q_rows[q][2 * t + 1]) * acc[2 * q + t][3];
         }
       }
 #pragma unroll
@@ -380,8 +430,8 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
-            acc[q][t][0] -= E::low(q_rows[q][2 * t]) * dot0, acc[q][t][1] -= E::high(q_rows[q][2 * t]) * dot0;
-            acc[q][t][2] -= E::low(q_rows[q][2 * t + 1]) * dot1, acc[q][t][3] -= E::high(q_rows[q][2 * t + 1]) * dot1;
+            acc[2 * q + t][0] -= E::low(q_rows[q][2 * t]) * dot0, acc[2 * q + t][1] -= E::high(q_rows[q][2 * t]) * dot0;
+            acc[2 * q + t][2] -= E::low(q_rows[q][2 * t + 1]) * dot1, acc[2 * q + t][3] -= E::high(q_rows[q][2 * t + 1]) * dot1;
           }
       }
     }
@@ -389,19 +439,19 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     if (Shape::HALVES == 2 && !GRAD && !(causal && head == 0)) barrier_sync<kHalvesExchanged, 32 * Shape::RESULT_WARPS>();
     __syncwarp();
     {
-      const Blocks<D> staged(rows + stripe * kStripeBytes, down, at.flip);
+      const Blocks<D> staged(rows + stripe * kStripeBytes + half_bytes, down);
 #pragma unroll
-      for (int q = 0; q < OUT_PAIRS; ++q) store_block<T, D>(staged.at(0, Place::order(q)), acc[q][0], acc[q][1], finish0, finish1, lane_id);
+      for (int q = 0; q < OUT_PAIRS; ++q) store_block<T, D>(staged.at(0, q), acc[2 * q], acc[2 * q + 1], finish0, finish1, lane_id);
       __syncwarp();
       store_stripe<T, D, 2 * OUT_PAIRS>(result_rows, args.result.token_stride, shared + stage * ROW_TILES * TILE, 16 * stripe, tokens, lane_id,
-                                        [&](int i) { return Shape::HALVES > 1 ? 4 * (i / 2) + 2 * half + i % 2 : i; });
+                                        [&](int i) { return 2 * first_block + i; });
     }
 
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     if (head == heads - 1) {
       head = 0;
       key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
-      stripe = Shape::STRIPES - 1 - stripe;
+      if (!kGroups) stripe = Shape::STRIPES - 1 - stripe;
       left -= C;
       first_number += C - (heads - 1) * p.length;
       result_rows += C * args.result.token_stride - (heads - 1) * args.result.head_stride;

@@ -1,7 +1,7 @@
 // The running state between registers, shared memory and global memory, and the kernels that cut a sequence into segments:
 // the sum of every segment, then a scan over the segments of a head.
 #pragma once
-#include "mma_tile.cuh"
+#include "mma_warpgroup.cuh"
 
 #include <cuda_runtime.h>
 
@@ -108,7 +108,7 @@ template <typename T, int D, int PAIRS, typename Place, typename SetColumn>
 __device__ __forceinline__ void publish_state(const StateTile<T, PAIRS> &state, const Place &at, const Blocks<D> &flipped_tile, float *line, int lane, const SetColumn &set_column) {
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p)
-    if (p < at.pairs) store_block<T, D>(flipped_tile.at(0, at.order(p)) + at.row * 16 * Tile<D>::kRowBytes, state.sum[p][0], state.sum[p][1], 1.f, 1.f, lane);
+    if (p < at.pairs) store_block<T, D>(flipped_tile.at(0, at.order(p)) + Tile<D>::rows_at(at.row), state.sum[p][0], state.sum[p][1], 1.f, 1.f, lane);
   if (at.line_block() >= 0) {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
@@ -177,7 +177,7 @@ template <typename T, int D, bool COLUMN_ONES, bool LINE_ONES, int PAIRS, typena
 __device__ __forceinline__ void update_state(StateTile<T, PAIRS> &state, const Place &at, bool owns_line, uint32_t y_block, uint32_t z_block, const Blocks<D> &z_flipped, int row_block,
                                              const WeightReader<T> &scale, const WeightReader<T> &column_weights, const WeightReader<T> &line_weights) {
   uint32_t scaled[4];
-  const uint32_t offset = row_block * 16 * Tile<D>::kRowBytes;
+  const uint32_t offset = Tile<D>::rows_at(row_block);
   update_margins<T, COLUMN_ONES, LINE_ONES>(state, scaled, at, owns_line, y_block + offset, z_block + offset, 16 * row_block, scale, column_weights, line_weights);
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p)
@@ -187,6 +187,25 @@ __device__ __forceinline__ void update_state(StateTile<T, PAIRS> &state, const P
       Element<T>::mma(state.sum[p][0], scaled, z[0], z[1]);
       Element<T>::mma(state.sum[p][1], scaled, z[2], z[3]);
     }
+}
+
+// A whole chunk of 64 tokens into the state, by warpgroups: COLUMNS columns from column `first` on, 16 rows a warp.
+template <typename T, int D, int COLUMNS, bool COLUMN_ONES, bool LINE_ONES, int PAIRS, typename Place>
+__device__ __forceinline__ void update_state_by_groups(StateTile<T, PAIRS> &state, const Place &at, bool owns_line, uint32_t y_block, uint32_t z_block, uint32_t z_tile,
+                                                       const WeightReader<T> &scale, const WeightReader<T> &column_weights, const WeightReader<T> &line_weights) {
+  uint32_t scaled[4][4];
+  float(&sum)[2 * PAIRS][4] = reinterpret_cast<float(&)[2 * PAIRS][4]>(state.sum);
+#pragma unroll
+  for (int block = 0; block < 4; ++block)
+    update_margins<T, COLUMN_ONES, LINE_ONES>(state, scaled[block], at, owns_line, y_block + Tile<D>::rows_at(block), z_block + Tile<D>::rows_at(block), 16 * block, scale, column_weights, line_weights);
+  warpgroup_keep(sum);
+  warpgroup_begin();
+#pragma unroll
+  for (int block = 0; block < 4; ++block)
+    WarpgroupProduct<T, COLUMNS, true>::run(sum, scaled[block], warpgroup_operand(z_tile + Tile<D>::rows_at(block), Tile<D>::kPanelBytes), true);
+  warpgroup_commit();
+  warpgroup_wait<0>();
+  warpgroup_keep(sum);
 }
 
 // A warp's 16 rows of results, from the tile where it staged them to global memory in 16-byte pieces: pieces piece(0..PIECES) of rows row0...
@@ -247,7 +266,7 @@ template <typename T, int D, bool QUERIES>
 __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(const __grid_constant__ SegmentArguments args) {
   using Shape = SegmentShape<D>;
   constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, STAGES = Shape::STAGES, TILE = Shape::TILE;
-  extern __shared__ __align__(256) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   typename Shape::Small &small = *reinterpret_cast<typename Shape::Small *>(shared + STAGES * 2 * TILE);
   const auto weights = [&](int i) { return SplitWeights<T>{reinterpret_cast<const T *>(small.high[i]), reinterpret_cast<const T *>(small.low[i])}; };
 
@@ -311,6 +330,7 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
     const Blocks<D> y_blocks(y_tile, across), z_flipped(y_tile + TILE, down, at.flip);
     const uint32_t y_block = y_blocks.at_column(0, at.row), z_block = Blocks<D>(y_tile + TILE, down).at_column(0, at.row);
     copy_wait<STAGES - 2>();
+    warpgroup_publish();
     __syncthreads();
     prefetch();
     if constexpr (QUERIES) {
@@ -327,13 +347,16 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
         uint32_t rows[BLOCKS][4];
         const Blocks<D> y_rows(y_tile, down);
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) ldmatrix(rows[block], y_rows.at(0, block) + warp * 16 * Tile<D>::kRowBytes);
-        row_products<T>(scale0, scale1, rows, y_blocks, warp * 16 * Tile<D>::kRowBytes, lane_id);
+        for (int block = 0; block < BLOCKS; ++block) ldmatrix(rows[block], y_rows.at(0, block) + Tile<D>::rows_at(warp));
+        row_products<T>(scale0, scale1, rows, y_blocks, Tile<D>::rows_at(warp), lane_id);
         scale0 = inverse_norm(scale0), scale1 = inverse_norm(scale1);
       }
       if ((lane_id & 3) == 0) weights(0).set(16 * warp + (lane_id >> 2), scale0), weights(0).set(16 * warp + (lane_id >> 2) + 8, scale1);
     }
     __syncthreads();
+    if constexpr (kWarpgroups<D>) {
+      update_state_by_groups<T, D, D, false, !QUERIES>(state, at, owns_line, y_block, z_block, y_tile + TILE, scale, column_weights, line_weights);
+    } else
 #pragma unroll
     for (int block = 0; block < Shape::STRIPES; ++block)
       update_state<T, D, false, !QUERIES>(state, at, owns_line, y_block, z_block, z_flipped, block, scale, column_weights, line_weights);

@@ -85,11 +85,19 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 template <int PENDING> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
 // Rows of D elements, in 16-byte pieces whose place is permuted by row so that eight rows of one column block meet no bank twice.
+// D = 128 lies in panels of 64 rows and 64 columns, each permuted as D = 64 is: wgmma reads both.
 template <int D> struct Tile {
-  static constexpr int kRowBytes = 2 * D, kPieces = D / 8;
+  static constexpr int kRowBytes = D == 128 ? 128 : 2 * D;
+  static constexpr int kBlockBytes = 16 * kRowBytes;  // from 16 rows to the next
+  static constexpr int kPanelBytes = 64 * 128;        // from a panel to the one at its right (D = 128)
   static constexpr int kShift = D == 32 || D == 96 ? 1 : D == 80 ? 2 : 0;
   static constexpr int kMask = D == 32 || D == 96 ? 3 : D == 80 ? 1 : 7;
+  static constexpr __device__ __forceinline__ uint32_t rows_at(int row_block) {
+    return D == 128 ? row_block / 4 * 2 * kPanelBytes + row_block % 4 * kBlockBytes : row_block * kBlockBytes;
+  }
+  static constexpr __device__ __forceinline__ uint32_t columns_at(int pieces) { return D == 128 ? pieces / 8 * kPanelBytes + pieces % 8 * 16 : pieces * 16; }
   static __device__ __forceinline__ uint32_t at(int row, int piece) {
+    if constexpr (D == 128) return rows_at(row / 16) + row % 16 * kRowBytes + piece / 8 * kPanelBytes + ((piece % 8 ^ row % 8) << 4);
     return row * kRowBytes + ((piece ^ ((row >> kShift) & kMask)) << 4);
   }
 };
@@ -113,11 +121,11 @@ template <int D> struct Blocks {
     }
   }
   __device__ __forceinline__ uint32_t at(int row_block, int column_block) const {
-    return address[column_block % kVariants] + row_block * 16 * Tile<D>::kRowBytes + column_block / kVariants * kVariants * 32;
+    return address[column_block % kVariants] + Tile<D>::rows_at(row_block) + Tile<D>::columns_at(column_block / kVariants * kVariants * 2);
   }
   // For blocks whose place only the running kernel knows.
   __device__ __forceinline__ uint32_t at_column(int row_block, int column_block) const {
-    return (address[0] ^ ((column_block % kVariants) << 5)) + row_block * 16 * Tile<D>::kRowBytes + column_block / kVariants * kVariants * 32;
+    return (address[0] ^ ((column_block % kVariants) << 5)) + Tile<D>::rows_at(row_block) + Tile<D>::columns_at(column_block / kVariants * kVariants * 2);
   }
 };
 
@@ -195,7 +203,7 @@ template <typename T, int D, int C, int THREADS> struct TileCopy {
     if (count == C && C % kStep == 0 && kStep % 16 == 0) {
       const int64_t step = kStep * stride;
 #pragma unroll
-      for (int i = 0; i < C / kStep; ++i, source += step) copy_async(place + i * kStep * Tile<D>::kRowBytes, source, true);
+      for (int i = 0; i < C / kStep; ++i, source += step) copy_async(place + i * kStep / 16 * Tile<D>::kBlockBytes, source, true);
       return;
     }
 #pragma unroll
