@@ -57,10 +57,6 @@ class LinAttnModelMixin:
         self.config.auto_map = auto_map(type(self.config))
         self.post_init()  # type: ignore[attr-defined]
 
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Does nothing: the code of a converted checkpoint is this package, which must not be copied beside the weights."""
-
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
         """Saves as Transformers does, and beside it the few lines that ``trust_remote_code=True`` loads the model through."""
         if is_main_process and not Path(save_directory).is_file():
@@ -91,7 +87,7 @@ def _attach_parameters(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     options = LinAttnConfig.of(config)
     if options.learnable or options.decay == "head":
-        longest = min(getattr(config, "max_position_embeddings", LONGEST_TIME_CONSTANT), LONGEST_TIME_CONSTANT)
+        longest = min(getattr(config, "max_position_embeddings", None) or LONGEST_TIME_CONSTANT, LONGEST_TIME_CONSTANT)
         for module in list(model.modules()):
             layer = getattr(module, "layer_idx", None)
             if isinstance(layer, int) and hasattr(module, "is_causal") and layer not in options.softmax_layers:

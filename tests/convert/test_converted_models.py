@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -127,7 +128,8 @@ model = AutoModelForCausalLM.from_pretrained({str(converted())!r}, trust_remote_
 model.save_pretrained({str(tmp_path / "again")!r})
 torch.save(model.eval()(torch.tensor({tokens.tolist()})).logits, {str(tmp_path / "logits.pt")!r})
 """
-    environment = {"PYTHONPATH": str(Path(__file__).resolve().parents[2]), "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"}
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HOME": str(tmp_path / "hub")}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     expected = logits(AutoModelForCausalLM.from_pretrained(converted()), tokens)
