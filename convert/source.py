@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
+from transformers.models.auto import modeling_auto
 
 from convert.errors import ConversionError
 from hf_linattn.models import BASE_MODEL_TYPES, PREFIX
@@ -19,7 +19,8 @@ from hf_linattn.models import BASE_MODEL_TYPES, PREFIX
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_ENCODER_HEADS = ("ForMaskedLM", "ForImageClassification")
+_ENCODERS = {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}
+_DECODER_HEADS = ("ForCausalLM", "LMHeadModel")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -121,10 +122,7 @@ def _check_architecture(config: dict[str, Any], name: str) -> None:
 
 
 def _is_encoder(model_type: str, architectures: list[str]) -> bool:
-    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    return any(str(architecture).endswith(_ENCODER_HEADS) for architecture in architectures) or (
-        model_type in transformers.CONFIG_MAPPING and model_type not in causal
-    )
+    return model_type in _ENCODERS and not any(str(architecture).endswith(_DECODER_HEADS) for architecture in architectures)
 
 
 def _find_shards(folder: Path, name: str) -> tuple[Path, ...]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_softmax import softmax_model
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 import convert.output
@@ -177,9 +177,10 @@ def test_quantised(source: Path, output: Path) -> None:
 
 def test_other_architectures(tmp_path: Path, output: Path) -> None:
     sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertForMaskedLM(BertConfig(**sizes)).save_pretrained(tmp_path / "bert")
-    message = refused(tmp_path / "bert", output)
-    assert "encoder" in message and "attn_implementation='linattn'" in message
+    for name, encoder in {"masked": BertForMaskedLM, "bare": BertModel}.items():
+        encoder(BertConfig(**sizes)).save_pretrained(tmp_path / name)
+        message = refused(tmp_path / name, output)
+        assert "encoder" in message and "attn_implementation='linattn'" in message
     GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
     message = refused(tmp_path / "gpt2", output)
     assert "gpt2" in message and "supported are llama" in message
