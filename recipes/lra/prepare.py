@@ -7,6 +7,7 @@ release's own files.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -177,7 +178,7 @@ def make_pathfinder(task: Task, out: Path, sizes: tuple[int, ...], seed: int, pr
     seen: set[bytes] = set()
     for number in range(total):
         attempt = 0
-        while (key := pixels[number].tobytes()) in seen:
+        while (key := hashlib.blake2b(pixels[number], digest_size=16).digest()) in seen:
             attempt += 1
             pixels[number] = maker.replace(number, attempt)
         seen.add(key)

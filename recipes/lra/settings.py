@@ -67,6 +67,10 @@ class Settings:
         for name in ("batch_size", "steps", "eval_every", "eval_batch_size", "log_every", "save_every", "pad_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.save_every % self.log_every:
+            raise ValueError(
+                f"save_every {self.save_every} is not a multiple of log_every {self.log_every}, and a resumed run would log other means"
+            )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}, expected one or more different numbers")
         if self.learning_rate <= 0 or self.warmup_steps < 0 or (self.max_minutes is not None and self.max_minutes <= 0):

@@ -132,6 +132,7 @@ class Training:
             if step % STEPS_BETWEEN_CLOCK_READINGS == 0:
                 self.read_clock(before + time.perf_counter() - began)
             if step % s.log_every == 0 or step == s.steps:
+                self.read_clock(before + time.perf_counter() - began)
                 mean = float(accelerator.reduce(losses / counted, "mean"))
                 if not math.isfinite(mean):
                     raise RecipeError(f"{self.run.folder}: the loss at step {step} is {mean}; lower learning_rate and start anew")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForSequenceClassification
 
-from recipes.common.config import load_config
+from recipes.common.config import dump, load_config
 from recipes.common.errors import RecipeError
 from recipes.lra import report, train
 from recipes.lra.accuracy import accuracy, metric_class
@@ -20,6 +23,7 @@ from recipes.lra.data import SPLITS, TASKS, Sequences, Split, load
 from recipes.lra.settings import Settings
 from recipes.lra.train import Training
 
+ROOT = Path(__file__).parents[3]
 CONFIGS = Path(train.__file__).parent / "configs"
 TEXT = TASKS["text"]
 
@@ -236,6 +240,21 @@ def test_several_seeds_by_the_command_and_a_table(tmp_path, capsys):
     assert (tmp_path / "table" / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_two_processes_learn_what_one_does(tmp_path):
+    changes = {"dropout": "none", "hidden_dropout": 0.0}
+    expected = run(settings(tmp_path, output=str(tmp_path / "one"), **changes))
+    values = settings(tmp_path, output=str(tmp_path / "two"), **changes)
+    (tmp_path / "run.yaml").write_text(dump(values))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "recipes.lra.train"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*command, "--config", str(tmp_path / "run.yaml")], cwd=ROOT, env=environment, check=True, capture_output=True)
+    found = json.loads((tmp_path / "two" / "seed-0" / "result.json").read_text())
+    assert found["test_accuracy"] == expected["test_accuracy"] and found["test_loss"] == pytest.approx(expected["test_loss"], abs=1e-4)
+    for one, two in zip(metrics(tmp_path / "one" / "seed-0"), metrics(tmp_path / "two" / "seed-0"), strict=True):
+        assert two == pytest.approx(one, abs=1e-4)
+    assert json.loads((tmp_path / "two" / "seed-0" / "facts.json").read_text())["processes"] == 2
+
+
 # -- settings, metric, report ----------------------------------------------------------------------------------------
 
 
@@ -259,6 +278,7 @@ def test_every_config_file_makes_a_model_of_its_task():
         ({"attn_implementation": "sdpa"}, "dropout: noise is linattn's"),
         ({"attention_dropout": 1.0}, "attention_dropout is 1.0"),
         ({"steps": 0}, "steps is 0"),
+        ({"save_every": 10}, "save_every 10 is not a multiple of log_every 4"),
         ({"seeds": [1, 1]}, "seeds is"),
         ({"learning_rate": 0.0}, "learning_rate"),
     ],
