@@ -43,7 +43,8 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   using E = Element<T>;
   constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, STAGES = Shape::STAGES, TILE = Shape::TILE, STRIPES = Shape::STRIPES;
   constexpr int kStripeBytes = Tile<D>::kBlockBytes;
-  using Place = StatePlace<D, (Shape::SPLIT > 1)>;
+  constexpr bool kGroups = kWarpgroups<D>;
+  using Place = StatePlace<D, (Shape::SPLIT > 1 && !kGroups)>;
   extern __shared__ __align__(1024) unsigned char shared[];
   typename Shape::Small &small = *reinterpret_cast<typename Shape::Small *>(shared + STAGES * 4 * TILE + Shape::STATE_TILE);
   const auto weights_of = [&](int i) { return SplitWeights<T>{reinterpret_cast<const T *>(small.high[i]), reinterpret_cast<const T *>(small.low[i])}; };
@@ -111,8 +112,9 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
     small.coefficients[thread][0] = p.coefficients[head], small.coefficients[thread][1] = p.coefficients[p.query_heads + head] * p.coefficients[3 * p.query_heads + head];
   }
   const int state_part = warp / BLOCKS;
-  const bool holds_state = state_part < Shape::SPLIT;
-  const Place at(warp % BLOCKS, state_part == 0, Shape::SPLIT > 1 ? state_part : 0, Shape::SPLIT > 1 ? (BLOCKS + 1 - state_part) / 2 : BLOCKS, lane_id);
+  const bool holds_state = Shape::WARPS == Shape::SPLIT * BLOCKS || state_part < Shape::SPLIT;
+  const int pairs_held = BLOCKS % Shape::SPLIT == 0 ? Shape::PAIRS : (BLOCKS + 1 - state_part) / 2;
+  const Place at(warp % BLOCKS, state_part == 0, Shape::SPLIT > 1 ? state_part : 0, pairs_held, lane_id, Shape::SPLIT > 1 ? state_part * Shape::PAIRS : 0);
   const bool owns_line = at.line_block() >= 0;
   const T *const zeros = reinterpret_cast<const T *>(small.zeros);
   const WeightReader<T> mixed(weights_of(0), zeros, lane_id), level(weights_of(1), zeros, lane_id), slope(weights_of(2), zeros, lane_id);
@@ -126,14 +128,15 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   const linattn_tensor &result = role == 0 ? args.grad_value : args.grad_key;
   T *result_rows = head_of<T>(result, batch, key_head) + last * result.token_stride;
   uint32_t own[BLOCKS][4];
-  float acc[BLOCKS][2][4], key_scale0 = 1.f, key_scale1 = 1.f, count = 0.f;
+  float acc[2 * BLOCKS][4], key_scale0 = 1.f, key_scale1 = 1.f, count = 0.f;
   int head = 0, stage = 0, key_stage = 0, tokens = static_cast<int>(end - last);
-  int stripe = role ? STRIPES - 1 - warp % STRIPES : warp % STRIPES;  // turned every chunk, as the earlier ones see more queries
+  int stripe = role && !kGroups ? STRIPES - 1 - warp % STRIPES : warp % STRIPES;  // turned every chunk, as the earlier ones see more queries
   for (int iteration = 0; iteration < iterations; ++iteration) {
     const uint32_t k_tile = key_tiles + key_stage * 2 * TILE, q_tile = query_tiles + stage * 2 * TILE;
     const Blocks<D> k_blocks(k_tile + stripe * kStripeBytes, down);
 
     copy_wait<STAGES - 2>();
+    warpgroup_publish();
     __syncthreads();  // the tiles are here, and nobody reads the ones that the next copies overwrite
     prefetch();
     if (causal && thread < C) {
@@ -151,42 +154,95 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
         row_products<T>(key_scale0, key_scale1, own, Blocks<D>(k_tile + stripe * kStripeBytes, across), 0, lane_id);
         key_scale0 = inverse_norm(key_scale0), key_scale1 = inverse_norm(key_scale1);
       }
-      if (role == 1) {
+      if (role == 1 && !kGroups) {
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block) ldmatrix(own[block], k_blocks.at(0, block) + TILE);
       }
       if ((causal || iteration == 0) && holds_state)
-        publish_state<T, D>(state, at, Blocks<D>(state_tile, down, at.flip), small.line, lane_id, [&](int row, float sum) { small.column[row] = sum; });
+        publish_state<T, D>(state, at, Blocks<D>(state_tile, down), small.line, lane_id, [&](int row, float sum) { small.column[row] = sum; });
     }
+    warpgroup_publish();
     __syncthreads();  // the rounded state and the weights are written
 
     const float scale0 = role == 0 ? key_scale0 : 1.f, scale1 = role == 0 ? key_scale1 : 1.f;
+    const uint32_t pair_tile = role == 0 ? q_tile : q_tile + TILE, sum_tile = role == 0 ? q_tile + TILE : q_tile;
+    const float *const shifts = (role == 0 ? small.level : small.slope) + 2 * place, *const slopes = small.mixed + 2 * place;
+    // Raw products with 16 queries into their rounded weights.
+    const auto weigh = [&](uint32_t(&weights)[4], float(&first_tile)[4], float(&second_tile)[4], bool diagonal, int j) {
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        float(&s)[4] = t == 0 ? first_tile : second_tile;
+        const float2 weight = *reinterpret_cast<const float2 *>(slopes + 16 * j + 8 * t), shift = *reinterpret_cast<const float2 *>(shifts + 16 * j + 8 * t);
+        s[0] = s[0] * scale0 * weight.x + shift.x, s[1] = s[1] * scale0 * weight.y + shift.y;
+        s[2] = s[2] * scale1 * weight.x + shift.x, s[3] = s[3] * scale1 * weight.y + shift.y;
+        if (diagonal) {
+          const int column = 8 * t + 2 * place;
+          if (column < group) s[0] = 0.f;
+          if (column + 1 < group) s[1] = 0.f;
+          if (column < group + 8) s[2] = 0.f;
+          if (column + 1 < group + 8) s[3] = 0.f;
+        }
+      }
+      weights[0] = E::pack(first_tile[0], first_tile[1]), weights[1] = E::pack(first_tile[2], first_tile[3]);
+      weights[2] = E::pack(second_tile[0], second_tile[1]), weights[3] = E::pack(second_tile[2], second_tile[3]);
+    };
+    const uint32_t own_tile = role == 0 ? k_tile : k_tile + TILE;
     if (head == 0) {
-      const Blocks<D> state_blocks(state_tile, role == 0 ? down : across);
+      if constexpr (kGroups) {
+        if (role == 0) {
+          warpgroup_keep(acc);
+          warpgroup_begin();
 #pragma unroll
-      for (int q = 0; q < BLOCKS; ++q)
+          for (int block = 0; block < BLOCKS; ++block)
+            WarpgroupProduct<T, D, true>::run(acc, warpgroup_operand(own_tile + Tile<D>::columns_at(2 * block), 0), warpgroup_operand(state_tile + Tile<D>::rows_at(block), Tile<D>::kPanelBytes), block > 0);
+          warpgroup_commit();
+          warpgroup_wait<0>();
+          warpgroup_keep(acc);
+        } else {
+          warpgroup_keep(acc);
+          warpgroup_begin();
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[q][0][i] = acc[q][1][i] = 0.f;
-      if (role == 0) {
+          for (int rows = 0; rows < D / 64; ++rows) {
+            float(&part)[8][4] = reinterpret_cast<float(&)[8][4]>(acc[8 * rows]);
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block)
-#pragma unroll
-          for (int q = 0; q < BLOCKS; ++q) {
-            uint32_t s[4];
-            ldmatrix_transposed(s, state_blocks.at(block, q));
-            E::mma(acc[q][0], own[block], s[0], s[1]);
-            E::mma(acc[q][1], own[block], s[2], s[3]);
+            for (int block = 0; block < BLOCKS; ++block) {
+              const uint32_t columns = Tile<D>::columns_at(2 * block);
+              WarpgroupProduct<T, 64, false>::run(part, warpgroup_operand(own_tile + columns, 0), warpgroup_operand(state_tile + Tile<D>::rows_at(4 * rows) + columns, 0), block > 0);
+            }
           }
-      } else {
+          warpgroup_commit();
+          warpgroup_wait<0>();
+          warpgroup_keep(acc);
+          if (causal) barrier_arrive<kStateRead, Shape::THREADS>();
+        }
+      }
+      if constexpr (!kGroups) {
+        const Blocks<D> state_blocks(state_tile, role == 0 ? down : across);
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block)
+        for (int q = 0; q < BLOCKS; ++q)
 #pragma unroll
-          for (int q = 0; q < BLOCKS; ++q) {
-            uint32_t s[4];
-            ldmatrix(s, state_blocks.at(q, block));
-            E::mma(acc[q][0], own[block], s[0], s[1]);
-            E::mma(acc[q][1], own[block], s[2], s[3]);
-          }
+          for (int i = 0; i < 4; ++i) acc[2 * q][i] = acc[2 * q + 1][i] = 0.f;
+        if (role == 0) {
+#pragma unroll
+          for (int block = 0; block < BLOCKS; ++block)
+#pragma unroll
+            for (int q = 0; q < BLOCKS; ++q) {
+              uint32_t s[4];
+              ldmatrix_transposed(s, state_blocks.at(block, q));
+              E::mma(acc[2 * q], own[block], s[0], s[1]);
+              E::mma(acc[2 * q + 1], own[block], s[2], s[3]);
+            }
+        } else {
+#pragma unroll
+          for (int block = 0; block < BLOCKS; ++block)
+#pragma unroll
+            for (int q = 0; q < BLOCKS; ++q) {
+              uint32_t s[4];
+              ldmatrix(s, state_blocks.at(q, block));
+              E::mma(acc[2 * q], own[block], s[0], s[1]);
+              E::mma(acc[2 * q + 1], own[block], s[2], s[3]);
+            }
+        }
       }
       const float *const margin = (role == 0 ? small.line : small.column) + 2 * place;
 #pragma unroll
@@ -194,53 +250,71 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
           const float2 add = *reinterpret_cast<const float2 *>(margin + 16 * q + 8 * t);
-          acc[q][t][0] = acc[q][t][0] * scale0 + add.x, acc[q][t][1] = acc[q][t][1] * scale0 + add.y;
-          acc[q][t][2] = acc[q][t][2] * scale1 + add.x, acc[q][t][3] = acc[q][t][3] * scale1 + add.y;
+          acc[2 * q + t][0] = acc[2 * q + t][0] * scale0 + add.x, acc[2 * q + t][1] = acc[2 * q + t][1] * scale0 + add.y;
+          acc[2 * q + t][2] = acc[2 * q + t][2] * scale1 + add.x, acc[2 * q + t][3] = acc[2 * q + t][3] * scale1 + add.y;
         }
     }
 
     if (causal) {
-      const Blocks<D> pair_blocks(role == 0 ? q_tile : q_tile + TILE, across), sum_blocks(role == 0 ? q_tile + TILE : q_tile, down);
-      const float *const shifts = (role == 0 ? small.level : small.slope) + 2 * place, *const slopes = small.mixed + 2 * place;
-      const auto step = [&](auto diagonal, int j) {
-        float s[2][4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) s[0][i] = s[1][i] = 0.f;
+      if constexpr (kGroups) {
+        float scores[2 * STRIPES][4];
+        uint32_t weights_of[STRIPES][4];
+        warpgroup_keep(scores);
+        warpgroup_begin();
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block) {
-          uint32_t other[4];
-          ldmatrix(other, pair_blocks.at(0, block) + j * kStripeBytes);
-          E::mma(s[0], own[block], other[0], other[1]);
-          E::mma(s[1], own[block], other[2], other[3]);
+          const uint32_t columns = Tile<D>::columns_at(2 * block);
+          WarpgroupProduct<T, 64, false>::run(scores, warpgroup_operand(own_tile + columns, 0), warpgroup_operand(pair_tile + columns, 0), block > 0);
         }
+        warpgroup_commit();
+        warpgroup_wait<0>();
+        warpgroup_keep(scores);
 #pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          const float2 weight = *reinterpret_cast<const float2 *>(slopes + 16 * j + 8 * t), shift = *reinterpret_cast<const float2 *>(shifts + 16 * j + 8 * t);
-          s[t][0] = s[t][0] * scale0 * weight.x + shift.x, s[t][1] = s[t][1] * scale0 * weight.y + shift.y;
-          s[t][2] = s[t][2] * scale1 * weight.x + shift.x, s[t][3] = s[t][3] * scale1 * weight.y + shift.y;
-          if constexpr (decltype(diagonal)::value) {
-            const int column = 8 * t + 2 * place;
-            if (column < group) s[t][0] = 0.f;
-            if (column + 1 < group) s[t][1] = 0.f;
-            if (column < group + 8) s[t][2] = 0.f;
-            if (column + 1 < group + 8) s[t][3] = 0.f;
+        for (int j = 0; j < STRIPES; ++j) {
+          weights_of[j][0] = weights_of[j][1] = weights_of[j][2] = weights_of[j][3] = 0u;
+          if (j > stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], false, j);
+          if (j == stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], true, j);
+        }
+        warpgroup_keep(acc);
+        warpgroup_begin();
+#pragma unroll
+        for (int j = 0; j < STRIPES; ++j) WarpgroupProduct<T, D, true>::run(acc, weights_of[j], warpgroup_operand(sum_tile + Tile<D>::rows_at(j), Tile<D>::kPanelBytes), true);
+        warpgroup_commit();
+        warpgroup_wait<0>();
+        warpgroup_keep(acc);
+      } else {
+        const Blocks<D> pair_blocks(pair_tile, across), sum_blocks(sum_tile, down);
+        const auto step = [&](bool diagonal, int j) {
+          float s[2][4];
+          uint32_t weights[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) s[0][i] = s[1][i] = 0.f;
+#pragma unroll
+          for (int block = 0; block < BLOCKS; ++block) {
+            uint32_t other[4];
+            ldmatrix(other, pair_blocks.at(0, block) + j * kStripeBytes);
+            E::mma(s[0], own[block], other[0], other[1]);
+            E::mma(s[1], own[block], other[2], other[3]);
           }
-        }
-        const uint32_t weights[4] = {E::pack(s[0][0], s[0][1]), E::pack(s[0][2], s[0][3]), E::pack(s[1][0], s[1][1]), E::pack(s[1][2], s[1][3])};
+          weigh(weights, s[0], s[1], diagonal, j);
 #pragma unroll
-        for (int q = 0; q < BLOCKS; ++q) {
-          uint32_t other[4];
-          ldmatrix_transposed(other, sum_blocks.at(0, q) + j * kStripeBytes);
-          E::mma(acc[q][0], weights, other[0], other[1]);
-          E::mma(acc[q][1], weights, other[2], other[3]);
-        }
-      };
-      step(std::true_type(), stripe);
+          for (int q = 0; q < BLOCKS; ++q) {
+            uint32_t other[4];
+            ldmatrix_transposed(other, sum_blocks.at(0, q) + j * kStripeBytes);
+            E::mma(acc[2 * q], weights, other[0], other[1]);
+            E::mma(acc[2 * q + 1], weights, other[2], other[3]);
+          }
+        };
+        step(true, stripe);
 #pragma unroll 1
-      for (int j = stripe + 1; j < STRIPES; ++j) step(std::false_type(), j);
+        for (int j = stripe + 1; j < STRIPES; ++j) step(false, j);
+      }
       if (holds_state) {
         const Blocks<D> w_flipped(q_tile + TILE, down, at.flip);
         const uint32_t q_block = Blocks<D>(q_tile, across).at_column(0, at.row), w_block = Blocks<D>(q_tile + TILE, down).at_column(0, at.row);
+        if constexpr (kGroups) {
+          update_state_by_groups<T, D, 16 * Shape::PAIRS, false, false>(state, at, owns_line, q_block, w_block, q_tile + TILE + Tile<D>::columns_at(2 * at.first), mixed, slope, level);
+        } else
 #pragma unroll
         for (int block = 0; block < STRIPES; ++block)
           update_state<T, D, false, false>(state, at, owns_line, q_block, w_block, w_flipped, block, mixed, slope, level);
@@ -257,8 +331,8 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
         ldmatrix(k[block], k_blocks.at(0, block));
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          dot0 += E::low(k[block][2 * t]) * acc[block][t][0] + E::high(k[block][2 * t]) * acc[block][t][1];
-          dot1 += E::low(k[block][2 * t + 1]) * acc[block][t][2] + E::high(k[block][2 * t + 1]) * acc[block][t][3];
+          dot0 += E::low(k[block][2 * t]) * acc[2 * block + t][0] + E::high(k[block][2 * t]) * acc[2 * block + t][1];
+          dot1 += E::low(k[block][2 * t + 1]) * acc[2 * block + t][2] + E::high(k[block][2 * t + 1]) * acc[2 * block + t][3];
         }
       }
 #pragma unroll
@@ -271,20 +345,29 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
       for (int block = 0; block < BLOCKS; ++block)
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          acc[block][t][0] -= E::low(k[block][2 * t]) * dot0, acc[block][t][1] -= E::high(k[block][2 * t]) * dot0;
-          acc[block][t][2] -= E::low(k[block][2 * t + 1]) * dot1, acc[block][t][3] -= E::high(k[block][2 * t + 1]) * dot1;
+          acc[2 * block + t][0] -= E::low(k[block][2 * t]) * dot0, acc[2 * block + t][1] -= E::high(k[block][2 * t]) * dot0;
+          acc[2 * block + t][2] -= E::low(k[block][2 * t + 1]) * dot1, acc[2 * block + t][3] -= E::high(k[block][2 * t + 1]) * dot1;
         }
     }
+    // Where results are staged, nobody may read any more. By registers: dv over v and dk over k, both taken before the second barrier (k again
+    // by the warps of dk just now). By warpgroups: dk over v, which only they read, and dv over the rounded state, which the next chunk renews.
+    int staged = static_cast<int>(k_tile - key_tiles) + (role == 0 ? TILE : 0);
+    if (kGroups && causal) {
+      staged = role == 0 ? static_cast<int>(state_tile - key_tiles) : static_cast<int>(k_tile - key_tiles) + TILE;
+      if (role == 0) barrier_sync<kStateRead, Shape::THREADS>();
+    } else if (kGroups) {
+      barrier_sync<kStateRead, Shape::THREADS>();
+    }
     __syncwarp();
-    // dv is staged over v and dk over k: both were taken into registers before the second barrier, k by the warps of dk again just now.
-    const int staged = role == 0 ? TILE : 0;
+    const Blocks<D> staged_blocks(key_tiles + staged + stripe * kStripeBytes, down);
     const float finish0 = role == 0 ? 1.f : key_scale0, finish1 = role == 0 ? 1.f : key_scale1;
 #pragma unroll
-    for (int q = 0; q < BLOCKS; ++q) store_block<T, D>(k_blocks.at(0, q) + staged, acc[q][0], acc[q][1], finish0, finish1, lane_id);
+    for (int q = 0; q < BLOCKS; ++q) store_block<T, D>(staged_blocks.at(0, q), acc[2 * q], acc[2 * q + 1], finish0, finish1, lane_id);
     __syncwarp();
-    store_stripe<T, D, 2 * BLOCKS>(result_rows, result.token_stride, shared + key_stage * 2 * TILE + staged, 16 * stripe, tokens, lane_id, [](int i) { return i; });
+    store_stripe<T, D, 2 * BLOCKS>(result_rows, result.token_stride, shared + staged, 16 * stripe, tokens, lane_id, [](int i) { return i; });
     result_rows -= C * result.token_stride;
-    head = 0, tokens = C, stripe = STRIPES - 1 - stripe;
+    head = 0, tokens = C;
+    if (!kGroups) stripe = STRIPES - 1 - stripe;
     key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
   }
   copy_wait<0>();

@@ -214,6 +214,14 @@ rows_kernel(const __grid_constant__ RowArguments args) {
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) ldmatrix(xs[block], x_blocks.at(0, block));
 
+    float margin[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+      uint32_t b0, b1;
+      WeightReader<T>::two(b0, b1, column_vector, 16 * block);
+      E::mma(margin, xs[block], b0, b1);
+    }
+
     // Per row: weight = slope (x . y) + shift; in the gradient with slope 1, the row's own 1 / g left for the end.
     const float a = small.coefficients[head][0], b_tau = small.coefficients[head][1];
     float slope0, slope1, shift0, shift1, query_scale0 = 1.f, query_scale1 = 1.f;
@@ -238,7 +246,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       }
     }
 
-    float acc[2 * OUT_PAIRS][4], margin[4] = {0, 0, 0, 0};
+    float acc[2 * OUT_PAIRS][4];
 #pragma unroll
     for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
@@ -251,11 +259,11 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       warpgroup_keep(acc);
       warpgroup_begin();
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) WarpgroupProduct<T, 64, false>::run(scores, xs[block], warpgroup_operand(y_tile + Tile<D>::columns_at(2 * block), 0), block > 0);
+      for (int block = 0; block < BLOCKS; ++block) WarpgroupProduct<T, 64, false>::run(scores, warpgroup_operand(rows + Tile<D>::columns_at(2 * block), 0), warpgroup_operand(y_tile + Tile<D>::columns_at(2 * block), 0), block > 0);
       warpgroup_commit();
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block)
-        WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, xs[block], warpgroup_operand(state_tile + Tile<D>::rows_at(block) + half_bytes, Tile<D>::kPanelBytes), block > 0);
+        WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, warpgroup_operand(rows + Tile<D>::columns_at(2 * block), 0), warpgroup_operand(state_tile + Tile<D>::rows_at(block) + half_bytes, Tile<D>::kPanelBytes), block > 0);
       warpgroup_commit();
     } else {
       const Blocks<D> state_blocks(state_tile + half_bytes, down);
@@ -268,12 +276,6 @@ rows_kernel(const __grid_constant__ RowArguments args) {
           E::mma(acc[2 * q], xs[block], s[0], s[1]);
           E::mma(acc[2 * q + 1], xs[block], s[2], s[3]);
         }
-    }
-#pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
-      uint32_t b0, b1;
-      WeightReader<T>::two(b0, b1, column_vector, 16 * block);
-      E::mma(margin, xs[block], b0, b1);
     }
     // Raw products of 16 keys into their rounded weights.
     const auto weigh = [&](uint32_t(&weights)[4], float(&first_tile)[4], float(&second_tile)[4], bool diagonal, int j) {
@@ -436,7 +438,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       }
     }
     // The results are staged over x, which the warp of the other half must have read.
-    if (Shape::HALVES == 2 && !GRAD && !(causal && head == 0)) barrier_sync<kHalvesExchanged, 32 * Shape::RESULT_WARPS>();
+    if (Shape::HALVES == 2 && !GRAD && (kGroups || !causal || head != 0)) barrier_sync<kHalvesExchanged, 32 * Shape::RESULT_WARPS>();
     __syncwarp();
     {
       const Blocks<D> staged(rows + stripe * kStripeBytes + half_bytes, down);

@@ -31,10 +31,11 @@ template <int D, bool ALTERNATING> struct StatePlace {
   static constexpr int BLOCKS = D / 16, kEven = (BLOCKS + 1) / 2 * 2;
   int row, flip, pairs, group, place;
   bool owns_column;
-  __device__ __forceinline__ StatePlace(int row_block, bool first_part, int flipped, int pairs_held, int lane)
-      : row(row_block), flip(flipped), pairs(pairs_held), group(lane >> 2), place(lane & 3), owns_column(first_part) {}
+  int first;  // block(0) where columns do not alternate
+  __device__ __forceinline__ StatePlace(int row_block, bool first_part, int flipped, int pairs_held, int lane, int first_block = 0)
+      : row(row_block), flip(flipped), pairs(pairs_held), group(lane >> 2), place(lane & 3), owns_column(first_part), first(first_block) {}
   static constexpr __device__ __forceinline__ int order(int p) { return ALTERNATING ? 2 * p % kEven + 2 * p / kEven : p; }
-  __device__ __forceinline__ int block(int p) const { return ALTERNATING ? order(p) ^ flip : p; }
+  __device__ __forceinline__ int block(int p) const { return ALTERNATING ? order(p) ^ flip : p + first; }
   // Of the row's margin, each warp sums the block under its own number; -1: another warp of the row does.
   __device__ __forceinline__ int line_block() const {
 #pragma unroll
@@ -105,10 +106,10 @@ __device__ __forceinline__ void store_state(const StateTile<T, PAIRS> &state, co
 
 // The state rounded into a tile for the products of a chunk; its margins stay exact.
 template <typename T, int D, int PAIRS, typename Place, typename SetColumn>
-__device__ __forceinline__ void publish_state(const StateTile<T, PAIRS> &state, const Place &at, const Blocks<D> &flipped_tile, float *line, int lane, const SetColumn &set_column) {
+__device__ __forceinline__ void publish_state(const StateTile<T, PAIRS> &state, const Place &at, const Blocks<D> &tile, float *line, int lane, const SetColumn &set_column) {
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p)
-    if (p < at.pairs) store_block<T, D>(flipped_tile.at(0, at.order(p)) + Tile<D>::rows_at(at.row), state.sum[p][0], state.sum[p][1], 1.f, 1.f, lane);
+    if (p < at.pairs) store_block<T, D>(tile.at_column(0, at.block(p)) + Tile<D>::rows_at(at.row), state.sum[p][0], state.sum[p][1], 1.f, 1.f, lane);
   if (at.line_block() >= 0) {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
@@ -189,7 +190,7 @@ __device__ __forceinline__ void update_state(StateTile<T, PAIRS> &state, const P
     }
 }
 
-// A whole chunk of 64 tokens into the state, by warpgroups: COLUMNS columns from column `first` on, 16 rows a warp.
+// A whole chunk of 64 tokens into the state, by warpgroups: COLUMNS columns from `z_tile` on, 16 rows a warp.
 template <typename T, int D, int COLUMNS, bool COLUMN_ONES, bool LINE_ONES, int PAIRS, typename Place>
 __device__ __forceinline__ void update_state_by_groups(StateTile<T, PAIRS> &state, const Place &at, bool owns_line, uint32_t y_block, uint32_t z_block, uint32_t z_tile,
                                                        const WeightReader<T> &scale, const WeightReader<T> &column_weights, const WeightReader<T> &line_weights) {
