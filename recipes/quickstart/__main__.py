@@ -72,40 +72,36 @@ class Quickstart:
 
     def run(self) -> None:
         """Do what is not done yet, and show the comparison."""
-        out, text = self.out, [f"train_data=[{json.dumps(str(self.text))}]"]
+        out = self.out
+        # The last stories of the text are kept out of every training and are those that the models are compared on.
+        held_out = max(20, round((300 if self.own else 500) * min(1.0, self.scale)))
+        text = [f"train_data=[{json.dumps(str(self.text))}]", f"valid_stories={held_out}"]
         if self.own:
             self.step("1. Make a corpus and its tokenizer", out / "corpus", self.make_corpus)
             settings = [f"output={out}/teacher", f"tokenizer={out}/corpus", f"steps={self.steps(300)}", *text]
-            self.step(
-                "2. Train a small softmax Llama",
-                out / "teacher" / "model",
-                lambda: self.call("recipes.tinystories.train", "--config", f"{HERE}/teacher.yaml", "--resume", "--set", *settings),
-            )
+            self.step("2. Train a small softmax Llama", self.teacher, lambda: self.train("teacher", settings))
         self.step("3. Convert it", out / "swapped", lambda: self.call("convert.linearize", str(self.teacher), f"{out}/swapped"))
-        settings = [f"output={out}/tuned", f"model={out}/swapped", f"teacher={self.teacher}", f"steps={self.steps(250)}", *text]
-        held_out = 300
+        tuning = [f"output={out}/tuned", f"model={out}/swapped", f"teacher={self.teacher}", f"steps={self.steps(250)}", *text]
         if not self.own:
-            held_out, length = 500, self.length()
-            settings += [f"valid_stories={held_out}", f"length={length}", f"batch_size={max(1, 4096 // length)}"]
-        self.step(
-            "4. Fine-tune it with noise dropout",
-            out / "tuned" / "model",
-            lambda: self.call("recipes.tinystories.train", "--config", f"{HERE}/finetune.yaml", "--resume", "--set", *settings),
-        )
-        self.console.rule("5. Evaluate and generate", align="left")
+            length = self.length()
+            tuning += [f"length={length}", f"batch_size={max(1, 4096 // length)}"]
+        self.step("4. Fine-tune it with noise dropout", out / "tuned" / "model", lambda: self.train("finetune", tuning))
         named = [f"teacher={self.teacher}", f"swapped={out}/swapped", f"fine-tuned={out}/tuned/model"]
-        began = time.perf_counter()
         options = ["--data", str(self.text), "--stories", str(held_out), "--out", f"{out}/evaluation", "--overwrite"]
-        self.call("recipes.tinystories.evaluate", *named, *options)
-        self.minutes["5. Evaluate and generate"] = (time.perf_counter() - began) / 60
+        self.step("5. Evaluate and generate", None, lambda: self.call("recipes.tinystories.evaluate", *named, *options))
         for name, minutes in self.minutes.items():
             self.console.print(f"{name}: {minutes:.1f} min", highlight=False)
-        self.console.print(f"table: {out}/evaluation/evaluation.md   picture: {out}/evaluation/evaluation.png   model: {out}/tuned/model")
+        places = {"table": "evaluation/evaluation.md", "picture": "evaluation/evaluation.png", "model": "tuned/model"}
+        self.console.print("   ".join(f"{what}: {out}/{where}" for what, where in places.items()), highlight=False)
 
-    def step(self, title: str, result: Path, work: Callable[[], object]) -> None:
+    def train(self, config: str, settings: list[str]) -> None:
+        """Run the training script on one of the configs beside this file."""
+        self.call("recipes.tinystories.train", "--config", f"{HERE}/{config}.yaml", "--resume", "--set", *settings)
+
+    def step(self, title: str, result: Path | None, work: Callable[[], object]) -> None:
         """Do `work`, which leaves `result`, unless that is there already."""
         self.console.rule(title, align="left")
-        if result.exists():
+        if result is not None and result.exists():
             self.console.print(f"{result} is there already")
             return
         began = time.perf_counter()

@@ -1,0 +1,91 @@
+"""The main job from end to end, very small; and its grammar of stories."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from recipes.common.errors import RecipeError
+from recipes.quickstart.__main__ import Quickstart, main
+from recipes.quickstart.corpus import COLOURS, stories
+
+
+def test_stories_are_the_same_for_a_seed_and_differ_otherwise():
+    some = list(stories(300, seed=5))
+    assert some == list(stories(300, seed=5))
+    assert some[:100] == list(stories(100, seed=5))
+    assert len(set(some)) > 295
+    assert not set(some) & set(stories(300, seed=6))
+    assert all(60 < len(story.split()) < 220 and "{" not in story for story in some)
+
+
+def test_a_story_comes_back_to_what_it_began_with():
+    asked = [story for story in stories(300) if "The bear came with the" in story]
+    assert asked
+    for story in asked:
+        colour = story.split("came with the ")[1].split()[0]
+        assert colour in COLOURS
+        assert story.count(colour) > 1
+
+
+def test_the_whole_job(tmp_path, monkeypatch):
+    def run_here(self, module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as exit_:
+            assert not exit_.code, (module, arguments)
+
+    monkeypatch.setattr(Quickstart, "call", run_here)
+    out = tmp_path / "out"
+    main(model=None, data=None, out=out, scale=0.005)
+    report = json.loads((out / "evaluation" / "evaluation.json").read_text())
+    assert [x["name"] for x in report["models"]] == ["teacher", "swapped", "fine-tuned"]
+    assert [x["attention"] for x in report["models"]] == ["softmax", "linear, decay", "linear, decay"]
+    assert (out / "evaluation" / "evaluation.png").exists()
+
+
+def test_a_step_that_fails_ends_the_job_with_its_status(tiny, tmp_path, capfd):
+    quickstart = Quickstart(tiny.model, tiny.text, tmp_path / "out", 1.0)
+    with pytest.raises(SystemExit) as exit_:
+        quickstart.call("json.tool", "absent.json")
+    assert exit_.value.code == 2
+    assert "start again to go on from there" in capfd.readouterr().out
+
+
+def test_what_does_not_go_together_is_refused(tiny, tmp_path):
+    with pytest.raises(RecipeError, match="go together"):
+        main(model=tiny.model, data=None, out=tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"holds no config.json"):
+        main(model=tmp_path, data=tiny.text, out=tmp_path / "out")
+    with pytest.raises(RecipeError, match="no such file"):
+        main(model=tiny.model, data=tmp_path / "absent.txt", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_quickstarts_folder_is_refused_and_ones_own_is_gone_on_with(tiny, tmp_path):
+    Quickstart(tiny.model, tiny.text, tmp_path / "out", 1.0)
+    Quickstart(tiny.model, tiny.text, tmp_path / "out", 1.0)
+    with pytest.raises(RecipeError, match="another model"):
+        Quickstart(None, None, tmp_path / "out", 1.0)
+    with pytest.raises(RecipeError, match="another scale"):
+        Quickstart(tiny.model, tiny.text, tmp_path / "out", 0.5)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(RecipeError, match="holds something else"):
+        Quickstart(None, None, tmp_path / "mine", 1.0)
+
+
+def test_a_step_that_is_done_is_not_done_again(tiny, tmp_path):
+    quickstart = Quickstart(tiny.model, tiny.text, tmp_path / "out", 1.0)
+    done = []
+    quickstart.step("one", tiny.text, lambda: done.append(1))
+    assert not done
+    quickstart.step("two", tmp_path / "absent", lambda: done.append(2))
+    assert done == [2]

@@ -1,0 +1,132 @@
+"""Evaluation: the figures are those of a computation by hand, and the report is whole or absent."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from convert.linearize import linearize
+from recipes.common.errors import RecipeError
+from recipes.tinystories import evaluate
+from recipes.tinystories.data import load_tokenizer
+from recipes.tinystories.metrics import Prediction
+from recipes.tinystories.model import go_on, load_model
+
+
+@pytest.fixture(scope="module")
+def converted(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    linearize(tiny.model, folder)
+    return folder
+
+
+def by_hand(model, tokenizer, text, length):
+    ids = [0, *tokenizer(text, add_special_tokens=False)["input_ids"]][:length]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+    return F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none"), len(tokenizer.decode(ids[1:]).encode())
+
+
+@pytest.mark.parametrize("which", ["softmax", "linear"])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_scores_are_those_of_each_story_alone(tiny, converted, which, batch_size):
+    model = load_model(str(tiny.model if which == "softmax" else converted)).eval()
+    tokenizer = load_tokenizer(str(tiny.model))
+    texts = [tiny.texts[0], "A cat.", "The dog ran to the park.", tiny.texts[1][:90]]
+    result = evaluate.score(model, tokenizer, texts, length=50, batch_size=batch_size)
+    nats, sizes = zip(*(by_hand(model, tokenizer, text, 50) for text in texts), strict=True)
+    together = torch.cat(nats)
+    assert result["tokens"] == len(together)
+    assert result["nats_per_token"] == pytest.approx(together.mean().item(), rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(together.sum().item() / math.log(2) / sum(sizes), rel=1e-5)
+    spans = result["by_position"]
+    assert [(x["from"], x["to"]) for x in spans] == [(1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 49)]
+    third = torch.cat([x[3:7] for x in nats])
+    assert spans[2]["tokens"] == len(third)
+    assert spans[2]["nats_per_token"] == pytest.approx(third.mean().item(), rel=1e-5)
+
+
+def test_the_metric_gives_a_ratio_and_its_error():
+    metric = Prediction()
+    metric.add_batch(nats=[10.0, 20.0], tokens=[10, 10], bytes=[20, 40])
+    metric.add_batch(nats=[60.0], tokens=[20], bytes=[30])
+    result = metric.compute()
+    assert result["nats_per_token"] == pytest.approx(90 / 40)
+    assert result["bits_per_byte"] == pytest.approx(90 / 90 / math.log(2))
+    assert result["perplexity"] == pytest.approx(math.exp(2.25))
+    # Residuals -12.5, -2.5, 15 about a mean of 0: sum of squares 387.5.
+    assert result["nats_per_token_error"] == pytest.approx(math.sqrt(387.5 / 2) * math.sqrt(3) / 40)
+
+
+def test_a_softmax_cache_grows_and_a_linear_one_does_not(tiny, converted):
+    softmax, linear = load_model(str(tiny.model)).eval(), load_model(str(converted)).eval()
+    assert [evaluate.decoding(softmax, n)["cache_bytes"] for n in (8, 32)] == [2 * 2 * 8 * n * 4 for n in (8, 32)]
+    sizes = [evaluate.decoding(linear, n)["cache_bytes"] for n in (8, 32)]
+    assert sizes[0] == sizes[1] > 0
+
+
+def test_a_continuation_ends_with_the_story(tiny):
+    model, tokenizer = load_model(str(tiny.model)).eval(), load_tokenizer(str(tiny.model))
+    assert go_on(model, tokenizer, "The dog ran", 5)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.zero_()
+    assert go_on(model, tokenizer, "The dog ran", 5) == ""
+
+
+def run(tiny, out, *models, **options):
+    arguments = {"stories": 6, "length": 40, "decode": "8,16,4096", "tokens": 4, "device": "cpu", **options}
+    flags = [word for key, value in arguments.items() for word in (f"--{key}", str(value))]
+    import typer
+
+    app = typer.Typer()
+    app.command()(evaluate.main)
+    return CliRunner().invoke(app, [*models, "--data", str(tiny.text), "--out", str(out), *flags])
+
+
+def test_the_report(tiny, converted, tmp_path):
+    out = tmp_path / "report"
+    done = run(tiny, out, f"teacher={tiny.model}", str(converted))
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "evaluation.md", "evaluation.png"]
+    report = json.loads((out / "evaluation.json").read_text())
+    assert [x["name"] for x in report["models"]] == ["teacher", str(converted)]
+    assert [x["attention"] for x in report["models"]] == ["softmax", "linear, decay"]
+    assert report["conditions"]["stories"] == 6
+    assert [x["length"] for x in report["models"][0]["decoding"]] == [8, 16, 4096]
+    text = (out / "evaluation.md").read_text()
+    assert f"| teacher | softmax | 8,720 | {report['models'][0]['nats_per_token']:.4f} ±" in text
+    assert "nats a token" in done.output
+    assert (out / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    again = run(tiny, out, str(tiny.model))
+    assert isinstance(again.exception, RecipeError)
+    assert "exists already" in str(again.exception)
+    assert json.loads((out / "evaluation.json").read_text()) == report
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decode": "8,x"}, "expected whole numbers above 0"),
+        ({"dtype": "int8"}, "expected float32, bfloat16 or float16"),
+        ({"device": "nonsense"}, "--device nonsense: not usable here"),
+    ],
+)
+def test_bad_options_are_refused(tiny, tmp_path, options, message):
+    done = run(tiny, tmp_path / "out", str(tiny.model), **options)
+    assert isinstance(done.exception, RecipeError)
+    assert message in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tiny):
+    model, tokenizer = load_model(str(tiny.model)).eval(), load_tokenizer(str(tiny.model))
+    model.resize_token_embeddings(100)
+    with pytest.raises(RecipeError, match="do not belong together"):
+        evaluate.score(model, tokenizer, tiny.texts[:2], 40, 2, "model")
+    with pytest.raises(RecipeError, match="no token to predict"):
+        evaluate.score(model, tokenizer, [""], 40, 2, "model")
