@@ -82,7 +82,7 @@ def attend_with_state(
     log_decay = numbers.get("log_decay")
     recurrence = Recurrence(query.shape[1], not _is_zero(numbers["c"]), numbers["normalize_qk"], log_decay)
     heads = key.shape[1] if log_decay is None else log_decay.shape[0]
-    before = None if first else layer.allocate(query.shape[0], heads, *_widths(key, value), recurrence.quadratic, query.device)
+    before = None if first else layer.allocate(key, value, heads, recurrence.quadratic)
     if segments is None or segments.dtype == torch.bool:  # what was packed together is not taken apart again
         layer.record(recurrence, key, value, segments, before)
     if before is not None and query.shape[2] == 1 and not noise and not _needs_grad(query, key, value):
@@ -96,10 +96,6 @@ def attend_with_state(
 
 def _is_causal(module: nn.Module) -> bool:
     return getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
-
-
-def _widths(key: Tensor, value: Tensor) -> tuple[int, int]:
-    return key.shape[-1], value.shape[-1]
 
 
 def _is_zero(c: Number) -> bool:

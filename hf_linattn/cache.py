@@ -26,7 +26,7 @@ SOFTMAX_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class LinearStateLayer(CacheLayerMixin):
-    """The state of one linear attention layer: float32 (B, Hs, F, Dv + 1), whatever the number of tokens.
+    """The state of one linear attention layer: float32 (B, Hs, F, Dv + 1), whatever the number of tokens (float64 in such a model).
 
     Hs, F and the meaning of the state are those of `linear_attention`. The layer reports the masks of full attention
     (every token seen so far), so that softmax layers of a hybrid model get the masks they need.
@@ -74,10 +74,12 @@ class LinearStateLayer(CacheLayerMixin):
         """Whether the `tokens` just counted by `update` are the first ones."""
         return self.cumulative_length == tokens
 
-    def allocate(self, batch: int, heads: int, head_dim: int, value_dim: int, quadratic: bool, device: torch.device) -> Tensor:
-        """The state, made of zeros if there is none yet."""
+    def allocate(self, key: Tensor, value: Tensor, heads: int, quadratic: bool) -> Tensor:
+        """The state for keys (B, Hk, N, D) and values (B, Hk, N, Dv), made of zeros if there is none yet."""
         if self.state is None:
-            self.state = empty_state(batch, heads, head_dim, value_dim, degree=2 if quadratic else 1, device=device)
+            dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
+            batch, head_dim, value_dim = key.shape[0], key.shape[-1], value.shape[-1]
+            self.state = empty_state(batch, heads, head_dim, value_dim, degree=2 if quadratic else 1, device=key.device, dtype=dtype)
         elif not is_torchdynamo_compiling() and self.state.is_inference() and not torch.is_inference_mode_enabled():
             self.state = self.state.clone()  # made under torch.inference_mode(), it could not be written outside
         return self.state
@@ -183,9 +185,9 @@ class StaticLinearStateLayer(LinearStateLayer):
     def is_first(self, tokens: int) -> bool:
         return False  # not known without waiting for the device; a state of zeros says the same
 
-    def allocate(self, batch: int, heads: int, head_dim: int, value_dim: int, quadratic: bool, device: torch.device) -> Tensor:
+    def allocate(self, key: Tensor, value: Tensor, heads: int, quadratic: bool) -> Tensor:
         is_new = self.state is None
-        state = super().allocate(batch, heads, head_dim, value_dim, quadratic, device)
+        state = super().allocate(key, value, heads, quadratic)
         if is_new and not is_torchdynamo_compiling():
             torch._dynamo.mark_static_address(state)
         return state

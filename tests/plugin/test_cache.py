@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from tiny_models import CAUSAL, tiny_model, tiny_tokens
-from transformers import DynamicCache, StaticCache
+from tiny_models import CAUSAL, tiny_config, tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_linattn import LinAttnConfig, LinAttnParams, LinearStateLayer, StaticLinearStateLayer
+from hf_linattn.models import config_class_for
 
 TOLERANCE = 1e-4
 OPTIONS = {
@@ -142,6 +143,31 @@ def test_a_cache_made_in_inference_mode_serves_outside_it():
         full = model(ids).logits
         cache = model(ids[:, :20]).past_key_values
     torch.testing.assert_close(feed(model, ids[:, 20:], cache, [1, 2]), full[:, 20:].clone(), atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("kernel", ["linear", "quadratic"])
+def test_models_of_converted_checkpoints_have_the_same_cache(name, kernel):
+    options = {"kernel": kernel, "decay": "head", "learnable": True}
+    config = config_class_for(name)(**tiny_config(name, **options).to_diff_dict() | {"linattn": LinAttnConfig(**options).to_dict()})
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), tiny_tokens()
+    assert any(isinstance(module, LinAttnParams) for module in model.modules())
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
+        torch.testing.assert_close(feed(model, ids, cache, [8, 1, 1, 13]), full, atol=TOLERANCE, rtol=0)
+    new = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, "do_sample": False}
+    assert torch.equal(model.generate(ids, **new), model.generate(ids, use_cache=False, **new))
+
+
+def test_state_is_float64_in_a_float64_model():
+    model, ids = tiny_model("llama").double(), tiny_tokens()
+    with torch.no_grad():
+        full = model(ids).logits
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
+        torch.testing.assert_close(feed(model, ids, cache, [1, 21, 1]), full, atol=1e-5, rtol=0)
+        assert cache.layers[0].state.dtype == torch.float64
 
 
 def test_state_is_float32_in_a_bfloat16_model():
