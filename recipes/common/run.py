@@ -23,7 +23,7 @@ import yaml
 from accelerate import Accelerator
 
 from recipes.common.config import dump
-from recipes.common.errors import RecipeError
+from recipes.common.errors import RecipeError, sentence
 from recipes.common.files import staged_directory, write_json, write_text
 
 # It warns of tied weights at every checkpoint, which load again as they were.
@@ -109,7 +109,11 @@ class Run:
         return sorted((self.folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
     def save(self, step: int, progress: dict[str, Any] | None = None, keep: int = 1) -> None:
-        """Checkpoint everything `accelerator.prepare` was given, and `progress` (plain values); keep the newest `keep`."""
+        """Checkpoint everything `accelerator.prepare` was given, and `progress` (plain values); keep the newest `keep`.
+
+        Raises:
+            RecipeError: it cannot be written; the checkpoints before it stay.
+        """
         main = self.accelerator.is_main_process
         target = self.folder / "checkpoints" / f"step-{step:08d}"
         aside = target.with_name(f".partial-{target.name}")
@@ -118,7 +122,13 @@ class Run:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(aside))
+        try:
+            self.accelerator.save_state(str(aside))
+        except Exception as error:  # a full disk is an OSError, a RuntimeError of torch or an error of safetensors
+            shutil.rmtree(aside, ignore_errors=True)
+            raise RecipeError(
+                f"{target} cannot be written ({sentence(error)}); the one before is whole: free some space and start with --resume"
+            ) from None
         self.accelerator.wait_for_everyone()
         if main:
             write_json(aside / "progress.json", {"step": step, **(progress or {})})

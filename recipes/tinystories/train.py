@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_sc
 import hf_linattn
 from recipes.common import cli
 from recipes.common.config import load_config, to_dict
-from recipes.common.errors import RecipeError
+from recipes.common.errors import RecipeError, sentence
 from recipes.common.files import staged_directory
 from recipes.common.plots import plot_curves
 from recipes.common.run import Run
@@ -236,9 +236,12 @@ class Training:
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
             model.config.use_cache = True
-            with staged_directory(self.run.folder / "model") as place:
-                model.save_pretrained(place, state_dict=state)
-                self.tokenizer.save_pretrained(place)
+            try:
+                with staged_directory(self.run.folder / "model") as place:
+                    model.save_pretrained(place, state_dict=state)
+                    self.tokenizer.save_pretrained(place)
+            except Exception as error:  # a full disk is an OSError or an error of safetensors
+                raise RecipeError(f"model/ cannot be written ({sentence(error)}); free some space and start with --resume") from None
         self.accelerator.wait_for_everyone()
 
     def _model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

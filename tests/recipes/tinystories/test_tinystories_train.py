@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from accelerate import Accelerator
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_linattn  # noqa: F401
 from convert.linearize import linearize
@@ -317,6 +318,28 @@ def test_a_teacher_with_another_vocabulary_is_refused(settings, tiny, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(settings):
     with pytest.raises(RecipeError, match="the loss at step"):
         train(settings(learning_rate=1e30, clip=1e30, steps=6))
+
+
+def test_a_disk_that_fills_costs_only_what_came_after_the_last_checkpoint(settings, tmp_path, monkeypatch):
+    whole = train(settings(output=str(tmp_path / "whole")))
+    s = settings()
+    save_state = Accelerator.save_state
+
+    def fail(self, folder):
+        save_state(self, folder)
+        if "step-00000004" in folder:
+            raise RuntimeError("PytorchStreamWriter failed writing file data/2: file write failed")
+
+    with monkeypatch.context() as patch, pytest.raises(RecipeError, match="step-00000004 cannot be written.*free some space"):
+        patch.setattr(Accelerator, "save_state", fail)
+        train(s)
+    folder = Path(s.output)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+    with monkeypatch.context() as patch, pytest.raises(RecipeError, match="model/ cannot be written"):
+        patch.setattr(PreTrainedModel, "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        train(s, resume=True)
+    assert not [path for path in folder.iterdir() if "model" in path.name]
+    assert train(s, resume=True) == whole
 
 
 def test_the_command_line_says_what_is_wrong_and_exits_with_2(config_file, tmp_path):
