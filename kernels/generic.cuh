@@ -1,4 +1,4 @@
-// Shared parts of the generic kernels: float32 arithmetic on the ordinary cores, for every problem the interface can state.
+// Shared parts of the generic kernels: every problem that the interface can state, float32 inputs to float32 accuracy.
 //
 // Everything is a product of small tiles. A sequence is cut into chunks; inside a chunk the weights are formed pair by pair, and what came
 // before a chunk is one running sum, the state S = sum psi(k) [v, 1]^T with psi(k) = [k, 1, k_i k_j for i <= j]:
@@ -22,12 +22,9 @@
 namespace linattn {
 
 constexpr int TILE = 64;       // tokens a tile of columns; chunks are whole tiles, and so is the running sum of the decay
-constexpr int THREADS = 256;   // 16 by 16: each thread holds a small block of a tile
-constexpr int DEPTH = 16;      // of the staged slices that a product walks through
-constexpr int PAD = 4;         // floats behind each row in shared memory: spreads rows over banks, keeps 16-byte alignment
+constexpr int THREADS = 256;   // 8 warps
 constexpr int MAX_DIM = 256;
 
-__host__ __device__ constexpr int round4(int x) { return (x + 3) & ~3; }
 // Rows a block works on: fewer where rows are wide, so that a block fits the 99 KB of the smaller cards.
 __host__ __device__ constexpr int rows_of(int width) { return width > 128 ? 32 : 64; }
 
@@ -37,6 +34,8 @@ struct Job {
   int group;             // query heads of a key head
   int state_group;       // query heads of a state head
   int features;          // rows of the state
+  bool vector;           // rows of q, k, v and dL/do may be read 16 bytes at a time
+  bool vector_out;       // rows of out too
   bool direct;           // pairs are formed (false: bidirectional through the state alone)
   bool has_state;        // queries read a state
   bool has_reverse;      // keys read R
@@ -120,6 +119,7 @@ struct Rows {
   int dtype, width;
   const float *scale;     // one factor a token, or null
   const int32_t *segments;
+  bool vector;            // 16-byte loads are aligned
   Noise noised;  // multiplies as well
   int noise_row;
 
@@ -142,20 +142,20 @@ __device__ inline Rows unit_queries(const Job &job, int b, int head) {
   const linattn_problem &p = job.p;
   const float *scale = job.inverse_query == nullptr ? nullptr : job.inverse_query + (static_cast<int64_t>(b) * p.query_heads + head) * p.length;
   return {p.query.data, offset_of(p.query, b, head, 0), p.query.token_stride, p.length, p.dtype, p.head_dim, scale,
-          segments_of(p.query_segments, p.query_segments_stride, b), {}, 0};
+          segments_of(p.query_segments, p.query_segments_stride, b), job.vector, {}, 0};
 }
 
 __device__ inline Rows unit_keys(const Job &job, int b, int head) {
   const linattn_problem &p = job.p;
   const float *scale = job.inverse_key == nullptr ? nullptr : job.inverse_key + (static_cast<int64_t>(b) * p.key_heads + head) * p.length;
   return {p.key.data, offset_of(p.key, b, head, 0), p.key.token_stride, p.length, p.dtype, p.head_dim, scale,
-          segments_of(p.key_segments, p.key_segments_stride, b), {}, 0};
+          segments_of(p.key_segments, p.key_segments_stride, b), job.vector, {}, 0};
 }
 
 __device__ inline Rows values(const Job &job, int b, int head) {
   const linattn_problem &p = job.p;
   return {p.value.data, offset_of(p.value, b, head, 0), p.value.token_stride, p.length, p.dtype, p.value_dim, nullptr,
-          segments_of(p.key_segments, p.key_segments_stride, b), {}, 0};
+          segments_of(p.key_segments, p.key_segments_stride, b), job.vector, {}, 0};
 }
 
 // w_i; its last column e_i lies in job.row_term.
@@ -163,7 +163,7 @@ __device__ inline Rows upstream(const Job &job, int b, int head) {
   const linattn_problem &p = job.p;
   const int row = b * p.query_heads + head;
   return {job.grad_out.data, offset_of(job.grad_out, b, head, 0), job.grad_out.token_stride, p.length, p.dtype, p.value_dim,
-          job.inverse_mass + row * p.length, segments_of(p.query_segments, p.query_segments_stride, b),
+          job.inverse_mass + row * p.length, segments_of(p.query_segments, p.query_segments_stride, b), job.vector,
           {p.dropout_p, p.seed}, row};
 }
 
@@ -182,63 +182,6 @@ __device__ inline int2 pair_of(int number, int dim) {
   while (i > 0 && pair_start(i, dim) > number) --i;
   while (i + 1 < dim && pair_start(i + 1, dim) <= number) ++i;
   return {i, i + number - pair_start(i, dim)};
-}
-
-// acc[r][c] += sum_k a[r][k] b[k][c] over DEPTH k. A thread's rows follow each other; its columns are fours, 64 apart.
-template <int R, int C>
-__device__ inline void multiply(float (&acc)[R][C], const float *a, int a_stride, const float *b, int b_stride) {
-#pragma unroll
-  for (int k = 0; k < DEPTH; k += 4) {
-    float4 left[R];
-#pragma unroll
-    for (int r = 0; r < R; ++r) left[r] = *reinterpret_cast<const float4 *>(a + r * a_stride + k);
-#pragma unroll
-    for (int kk = 0; kk < 4; ++kk) {
-#pragma unroll
-      for (int c = 0; c < C; c += 4) {
-        const float4 right = *reinterpret_cast<const float4 *>(b + (k + kk) * b_stride + c * 16);
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          const float x = kk == 0 ? left[r].x : kk == 1 ? left[r].y : kk == 2 ? left[r].z : left[r].w;
-          acc[r][c] = fmaf(x, right.x, acc[r][c]);
-          acc[r][c + 1] = fmaf(x, right.y, acc[r][c + 1]);
-          acc[r][c + 2] = fmaf(x, right.z, acc[r][c + 2]);
-          acc[r][c + 3] = fmaf(x, right.w, acc[r][c + 3]);
-        }
-      }
-    }
-  }
-}
-// The column that element c of a thread's accumulator stands for, tx = threadIdx.x % 16.
-__device__ inline int column_of(int tx, int c) { return tx * 4 + (c / 4) * 64 + c % 4; }
-
-// rows [first, first + count) x all columns into shared memory, row by row; columns width .. padded - 1 are zero.
-__device__ inline void stage_rows(float *shared, int shared_stride, const Rows &rows, int64_t first, int count, int padded) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int r = warp; r < count; r += THREADS / 32) {
-    const int64_t n = first + r;
-    const bool real = rows.real(n);
-    const float factor = real ? rows.factor(n) : 0.0f;
-    for (int d = lane; d < padded; d += 32) shared[r * shared_stride + d] = real && d < rows.width ? rows.element(n, d) * factor : 0.0f;
-  }
-}
-
-// TILE rows x columns [k, k + DEPTH) as shared[column][row]: the right side of a product x . y.
-constexpr int SLICE_STRIDE = TILE + PAD;
-__device__ inline void stage_slice(float *shared, const Rows &rows, int64_t first, int k) {
-  const int r = threadIdx.x / 4, d = threadIdx.x % 4 * 4;
-  const int64_t n = first + r;
-  const bool real = rows.real(n);
-  const float factor = real ? rows.factor(n) : 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) shared[(d + i) * SLICE_STRIDE + r] = real && k + d + i < rows.width ? rows.element(n, k + d + i) * factor : 0.0f;
-}
-
-// Sum over the 16 threads that share a row of a tile.
-__device__ inline float row_total(float x) {
-#pragma unroll
-  for (int step = 8; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
 }
 
 // ---- launchers of the single steps

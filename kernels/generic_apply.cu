@@ -1,33 +1,33 @@
 // Rows gather values by the weights f(s): out and the mass g for queries, or the gradient of the values for keys.
-#include "generic.cuh"
+#include "generic_tile.cuh"
 
 namespace linattn {
 namespace {
 
 template <int WIDTH>
-struct Layout {  // of the dynamic shared memory, in floats
-  static constexpr int ROWS = rows_of(WIDTH);
-  static constexpr int RIGHT = DEPTH * (WIDTH > SLICE_STRIDE ? WIDTH : SLICE_STRIDE);
-  static constexpr int PAIRS = ROWS * (TILE + PAD);
-  static int x_stride(int dim) { return (dim + DEPTH - 1) / DEPTH * DEPTH + PAD; }
-  static size_t bytes(int dim) { return sizeof(float) * (ROWS * x_stride(dim) + PAIRS + RIGHT + DEPTH + 3 * ROWS + 2 * TILE); }
-};
+size_t shared_bytes(int dim) {
+  using S = Shape<WIDTH>;
+  return sizeof(float) * (S::ROWS * left_stride(dim) + S::ROWS * S::PAIR_STRIDE + S::RIGHT + TILE + 3 * S::ROWS + S::COLUMN_WARPS * S::ROWS + 2 * TILE);
+}
 
-template <int WIDTH, bool REVERSE>
-__global__ void __launch_bounds__(THREADS) apply(const __grid_constant__ Job job, int x_stride, int64_t row_tiles) {
-  using L = Layout<WIDTH>;
-  constexpr int ROWS = L::ROWS, R = ROWS / 16, C = WIDTH / 16, LANES = THREADS / ROWS;
+template <int WIDTH, bool REVERSE, bool PRECISE>
+__global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job job, int64_t row_tiles) {
+  using S = Shape<WIDTH>;
+  constexpr int ROWS = S::ROWS;
+  const linattn_problem &p = job.p;
+  const int x_stride = left_stride(p.head_dim);
   extern __shared__ __align__(16) float shared[];
-  float *x_rows = shared;                     // [ROWS][x_stride]: the row vectors
-  float *pairs = x_rows + ROWS * x_stride;    // [ROWS][TILE + PAD]: weights, or features of the rows
-  float *right = pairs + L::PAIRS;            // [DEPTH][...]
-  float *right_last = right + L::RIGHT;       // [DEPTH]: the last column of the state
-  float *row_decay = right_last + DEPTH, *row_carry = row_decay + ROWS, *row_mass = row_carry + ROWS;
-  float *column_decay = row_mass + ROWS;
+  float *x_rows = shared;                          // [ROWS][x_stride]: the row vectors
+  float *pairs = x_rows + ROWS * x_stride;         // [ROWS][PAIR_STRIDE]: weights, or features of the rows
+  float *right = pairs + ROWS * S::PAIR_STRIDE;    // a slice of the columns' vectors, of their values, or of the state
+  float *right_last = right + S::RIGHT;            // [TILE]: the last column of the state
+  float *row_decay = right_last + TILE, *row_carry = row_decay + ROWS, *row_mass = row_carry + ROWS;
+  float *scratch = row_mass + ROWS;
+  float *column_decay = scratch + S::COLUMN_WARPS * ROWS;
   int *column_run = reinterpret_cast<int *>(column_decay + TILE);
 
-  const linattn_problem &p = job.p;
-  const int tid = threadIdx.x, tx = tid % 16, ty = tid / 16;
+  const int tid = threadIdx.x;
+  const Place at(S::ROW_WARPS);
   const int dim = p.head_dim, width = p.value_dim;
   const int heads = REVERSE ? p.key_heads : p.query_heads;
   const int64_t bh = blockIdx.x / row_tiles, tile_index = blockIdx.x % row_tiles;
@@ -40,12 +40,20 @@ __global__ void __launch_bounds__(THREADS) apply(const __grid_constant__ Job job
   const int32_t *key_segments = segments_of(p.key_segments, p.key_segments_stride, b);
   const int32_t *row_segments = REVERSE ? key_segments : query_segments;
   const int32_t *column_segments = REVERSE ? query_segments : key_segments;
+  const float *x_own = x_rows + at.warp_row * 16 * x_stride, *pairs_own = pairs + at.warp_row * 16 * S::PAIR_STRIDE;
 
   const Rows x = REVERSE ? unit_keys(job, b, row_head) : unit_queries(job, b, row_head);
-  stage_rows(x_rows, x_stride, x, first_row, ROWS, x_stride);
+  stage<PRECISE>(x_rows, x_stride, x, first_row, ROWS, 0, x_stride);
+  int row_run[2];  // 0 past the end and in padding
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t n = first_row + at.row(half);
+    row_run[half] = n >= p.length ? 0 : row_segments == nullptr ? 1 : max(row_segments[n], 0);
+  }
 
-  float acc[R][C] = {};
-  float mass[R] = {};
+  float acc[S::PARTS][4] = {};
+  float mass[2] = {};
+  if (tid < ROWS) row_mass[tid] = 0.0f;
   const int first_state = REVERSE ? row_head * job.group / job.state_group : row_head / job.state_group;
   const int state_heads = REVERSE ? job.group / job.state_group : 1;
   for (int state_index = 0; state_index < state_heads; ++state_index) {
@@ -71,60 +79,66 @@ __global__ void __launch_bounds__(THREADS) apply(const __grid_constant__ Job job
     __syncthreads();
 
     // ---- the state
-    const bool first_chunk = p.causal && (REVERSE ? chunk == job.chunks - 1 && job.grad_state == nullptr : chunk == 0 && p.initial_state == nullptr);
-    if ((REVERSE ? job.has_reverse : job.has_state) && !first_chunk) {
+    const bool nothing_carried =
+        p.causal && (REVERSE ? chunk == job.chunks - 1 && job.grad_state == nullptr : chunk == 0 && p.initial_state == nullptr);
+    if ((REVERSE ? job.has_reverse : job.has_state) && !nothing_carried) {
       const float *state = job.states + (bs * job.chunks + (p.causal ? chunk : 0)) * job.features * (width + 1);
       const Coefficients f = REVERSE ? Coefficients{1.0f, 1.0f, 1.0f} : coefficients_of(p, row_head);
-      float sum[R][C] = {};
-      float last = 0.0f;  // of row tid / LANES, this lane's share
-      auto walk = [&](const float *left, int left_stride, int state_row, int count) {
-        for (int t = tid / 32; t < DEPTH; t += THREADS / 32) {
-          const float *from = state + static_cast<int64_t>(state_row + t) * (width + 1);
-          for (int m = tid % 32; m < WIDTH; m += 32) right[t * WIDTH + m] = t < count && m < width ? from[m] : 0.0f;
-          if (tid % 32 == 0) right_last[t] = t < count ? from[width] : 0.0f;
+      float sum[S::PARTS][4] = {};
+      float last = 0.0f;  // of row tid / LANES, this thread's share
+      // sum += left . state rows [state_row, state_row + count), count <= TILE
+      auto walk = [&](const float *left, int stride, int state_row, int count) {
+        const float *from = state + static_cast<int64_t>(state_row) * (width + 1);
+#pragma unroll
+        for (int slice = 0; slice < S::SLICES; ++slice) {
+          if (slice * S::SLICE >= width) break;
+          for (int index = tid; index < TILE * S::SLICE; index += THREADS) {
+            const int k = index / S::SLICE, m = index % S::SLICE, column = slice * S::SLICE + m;
+            const float value = k < count && column < width ? from[static_cast<int64_t>(k) * (width + 1) + column] : 0.0f;
+            right[k * (S::SLICE + 4) + m] = kept<PRECISE>(value);
+          }
+          if (!REVERSE && slice == 0 && tid < TILE) right_last[tid] = tid < count ? from[static_cast<int64_t>(tid) * (width + 1) + width] : 0.0f;
+          __syncthreads();
+          multiply<PRECISE, true, false, S::SLICE_PARTS>(
+              *reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&sum[slice * S::SLICE_PARTS]), left + at.warp_row * 16 * stride, stride,
+              right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, (count + 7) / 8 * 8);
+          if (!REVERSE && slice == 0) {
+            for (int k = tid % S::LANES; k < count; k += S::LANES) last = fmaf(left[tid / S::LANES * stride + k], right_last[k], last);
+          }
+          __syncthreads();
         }
-        __syncthreads();
-        multiply<R, C>(sum, left + ty * R * left_stride, left_stride, right + tx * 4, WIDTH);
-        if (!REVERSE) {
-          for (int k = tid % LANES; k < DEPTH; k += LANES) last = fmaf(left[tid / LANES * left_stride + k], right_last[k], last);
-        }
-        __syncthreads();
       };
-      for (int k = 0; k < dim; k += DEPTH) walk(x_rows + k, x_stride, k, min(DEPTH, dim - k));
+      for (int k = 0; k < dim; k += TILE) walk(x_rows + k, x_stride, k, min(TILE, dim - k));
       const float *ones = state + static_cast<int64_t>(dim) * (width + 1);
 #pragma unroll
-      for (int c = 0; c < C; ++c) {
-        const int m = column_of(tx, c);
-        const float one = m < width ? f.a * ones[m] : 0.0f;
+      for (int part = 0; part < S::PARTS; ++part) {
 #pragma unroll
-        for (int r = 0; r < R; ++r) sum[r][c] = fmaf(f.b, sum[r][c], one);
+        for (int i = 0; i < 4; ++i) {
+          const int m = column_of<WIDTH>(at, part, i % 2);
+          sum[part][i] = fmaf(f.b, sum[part][i], m < width ? f.a * ones[m] : 0.0f);
+        }
       }
       last *= f.b;
-      if (tid % LANES == 0) last += f.a * ones[width];
+      if (tid % S::LANES == 0) last += f.a * ones[width];
       if (p.degree == 2) {
         const int count = dim * (dim + 1) / 2;
-        for (int k = 0; k < count; k += DEPTH) {
-          const int t = tid % DEPTH;
+        for (int k = 0; k < count; k += TILE) {
+          const int t = tid % TILE;
           const int2 pair = pair_of(min(k + t, count - 1), dim);
-          const float scale = !REVERSE && pair.x != pair.y ? 2.0f * f.c : f.c;
-          for (int r = tid / DEPTH; r < ROWS; r += THREADS / DEPTH)
-            pairs[r * (DEPTH + PAD) + t] = k + t < count ? scale * x_rows[r * x_stride + pair.x] * x_rows[r * x_stride + pair.y] : 0.0f;
-          walk(pairs, DEPTH + PAD, dim + 1 + k, min(DEPTH, count - k));
+          const float scale = k + t >= count ? 0.0f : !REVERSE && pair.x != pair.y ? 2.0f * f.c : f.c;
+          for (int r = tid / TILE; r < ROWS; r += THREADS / TILE)
+            pairs[r * S::PAIR_STRIDE + t] = kept<PRECISE>(scale * x_rows[r * x_stride + pair.x] * x_rows[r * x_stride + pair.y]);
+          walk(pairs, S::PAIR_STRIDE, dim + 1 + k, min(TILE, count - k));
         }
       }
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
+      for (int part = 0; part < S::PARTS; ++part) {
 #pragma unroll
-        for (int c = 0; c < C; ++c) acc[r][c] = fmaf(row_carry[ty * R + r], sum[r][c], acc[r][c]);
+        for (int i = 0; i < 4; ++i) acc[part][i] = fmaf(row_carry[at.row(i / 2)], sum[part][i], acc[part][i]);
       }
       if (!REVERSE) {
-        for (int step = LANES / 2; step > 0; step /= 2) last += __shfl_xor_sync(0xffffffffu, last, step);
-        if (tid % LANES == 0) row_mass[tid / LANES] = last * row_carry[tid / LANES];
-        __syncthreads();
-        if (tx == 0) {
-#pragma unroll
-          for (int r = 0; r < R; ++r) mass[r] = row_mass[ty * R + r];
-        }
+        for (int step = S::LANES / 2; step > 0; step /= 2) last += __shfl_xor_sync(0xffffffffu, last, step);
+        if (tid % S::LANES == 0) row_mass[tid / S::LANES] = last * row_carry[tid / S::LANES];
       }
     }
     if (!job.direct) continue;
@@ -133,93 +147,117 @@ __global__ void __launch_bounds__(THREADS) apply(const __grid_constant__ Job job
     const int64_t first_tile = p.causal ? (REVERSE ? own_tile : start / TILE) : 0;
     const int64_t last_tile = p.causal ? (REVERSE ? (stop - 1) / TILE : own_tile) : job.tiles - 1;
     const int query_heads = REVERSE ? job.state_group : 1;
+    auto following = [&](int64_t tile) {
+      return next_tile(tile, last_tile, row_segments, column_segments, first_row, smaller(first_row + ROWS, p.length) - 1, p.length);
+    };
     for (int r_index = 0; r_index < query_heads; ++r_index) {
       const int query_head = REVERSE ? state_head * job.state_group + r_index : row_head;
       const Coefficients f = coefficients_of(p, query_head);
       const Rows y = REVERSE ? unit_queries(job, b, query_head) : unit_keys(job, b, row_head / job.group);
       const Rows z = REVERSE ? upstream(job, b, query_head) : values(job, b, row_head / job.group);
-      for (int64_t tile = first_tile; tile <= last_tile; ++tile) {
-        const int64_t first_column = tile * TILE;
-        if (row_segments != nullptr && column_segments != nullptr) {  // runs only grow along the sequence: skip tiles that share none
-          const int64_t last_row = smaller(first_row + ROWS, p.length) - 1, last_column = smaller(first_column + TILE, p.length) - 1;
-          if (abs(column_segments[last_column]) < abs(row_segments[first_row]) || abs(column_segments[first_column]) > abs(row_segments[last_row]))
-            continue;
-        }
-        __syncthreads();
+      int64_t tile = following(first_tile);
+      Slice<PRECISE, S::SLICE> slice_on_its_way;
+      if (tile <= last_tile) slice_on_its_way.fetch(y, tile * TILE, 0);
+      while (tile <= last_tile) {
+        const int64_t first_column = tile * TILE, after = following(tile + 1);
         if (tid < TILE) {
           const int64_t n = first_column + tid;
           column_decay[tid] = n < p.length && tiles != nullptr ? job.decay[bs * p.length + n] : 0.0f;
-          column_run[tid] = n < p.length ? (column_segments == nullptr ? 1 : column_segments[n]) : 0;
+          column_run[tid] = n < p.length ? (column_segments == nullptr ? 1 : column_segments[n]) : -1;
         }
-        float s[R][4] = {};
-        for (int k = 0; k < dim; k += DEPTH) {
-          stage_slice(right, y, first_column, k);
+        float s[S::PAIR_PARTS][4] = {};
+        for (int k = 0; k < dim; k += S::SLICE) {
+          slice_on_its_way.put(right, S::SLICE + 8, y, first_column, k);
           __syncthreads();
-          multiply<R, 4>(s, x_rows + ty * R * x_stride + k, x_stride, right + tx * 4, SLICE_STRIDE);
+          if (k + S::SLICE < dim) slice_on_its_way.fetch(y, first_column, k + S::SLICE);
+          else slice_on_its_way.fetch(z, first_column, 0);
+          multiply<PRECISE, true, true, S::PAIR_PARTS>(s, x_own + k, x_stride, right + at.warp_column * (S::PAIR_PARTS * 8) * (S::SLICE + 8),
+                                                       S::SLICE + 8, min(S::SLICE, (dim - k + 7) / 8 * 8));
           __syncthreads();
         }
         const float gap = tiles == nullptr ? 0.0f : static_cast<float>(REVERSE ? tiles[tile] - tiles[own_tile] : tiles[own_tile] - tiles[tile]);
+        const bool inner = !p.causal || tile != own_tile;  // no row of the tile is beside a column it may not see for its place
 #pragma unroll
-        for (int r = 0; r < R; ++r) {
-          const int64_t row = first_row + ty * R + r;
-          const int run = row < p.length ? (row_segments == nullptr ? 1 : row_segments[row]) : 0;
+        for (int part = 0; part < S::PAIR_PARTS; ++part) {
 #pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const int at = tx * 4 + c;
-            const int64_t column = first_column + at;
-            const bool seen = run > 0 && column_run[at] == run && (!p.causal || (REVERSE ? column >= row : column <= row));
-            float weight = seen ? f.weight(s[r][c]) : 0.0f;
-            if (seen && tiles != nullptr) {
-              const float between = REVERSE ? column_decay[at] - row_decay[ty * R + r] : row_decay[ty * R + r] - column_decay[at];
-              weight *= expf(fminf(gap + between, 0.0f));
+          for (int half = 0; half < 2; ++half) {
+            float2 weights;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int at_column = pair_column_of<WIDTH>(at, part, i);
+              const int distance = static_cast<int>(first_row - first_column) + at.row(half) - at_column;  // of two tokens of one tile
+              const bool seen = row_run[half] == column_run[at_column] && (inner || (REVERSE ? distance <= 0 : distance >= 0));
+              float weight = seen ? f.weight(s[part][half * 2 + i]) : 0.0f;
+              if (seen && tiles != nullptr) {
+                const float own = row_decay[at.row(half)], other = column_decay[at_column];
+                weight *= expf(fminf(gap + (REVERSE ? other - own : own - other), 0.0f));
+              }
+              weight = kept<PRECISE>(weight);
+              mass[half] += weight;
+              (i == 0 ? weights.x : weights.y) = weight;
             }
-            mass[r] += weight;
-            pairs[(ty * R + r) * (TILE + PAD) + at] = weight;
+            *reinterpret_cast<float2 *>(&pairs[at.row(half) * S::PAIR_STRIDE + pair_column_of<WIDTH>(at, part, 0)]) = weights;
           }
         }
-        for (int k = 0; k < TILE; k += DEPTH) {
-          stage_rows(right, WIDTH, z, first_column + k, DEPTH, WIDTH);
+#pragma unroll
+        for (int slice = 0; slice < S::SLICES; ++slice) {
+          if (slice * S::SLICE >= width) break;
+          slice_on_its_way.put(right, S::SLICE + 4, z, first_column, slice * S::SLICE);
           __syncthreads();
-          multiply<R, C>(acc, pairs + ty * R * (TILE + PAD) + k, TILE + PAD, right + tx * 4, WIDTH);
+          if ((slice + 1) * S::SLICE < width) slice_on_its_way.fetch(z, first_column, (slice + 1) * S::SLICE);
+          else if (after <= last_tile) slice_on_its_way.fetch(y, after * TILE, 0);
+          multiply<PRECISE, true, false, S::SLICE_PARTS>(*reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&acc[slice * S::SLICE_PARTS]), pairs_own,
+                                                         S::PAIR_STRIDE, right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, TILE);
           __syncthreads();
         }
+        tile = after;
       }
     }
   }
 
+  if (!REVERSE) row_totals<WIDTH>(mass, scratch, at);
   const linattn_tensor target = REVERSE ? job.grad_value : job.out;
 #pragma unroll
-  for (int r = 0; r < R; ++r) {
-    const int64_t n = first_row + ty * R + r;
-    const float g = REVERSE ? 1.0f : row_total(mass[r]);
+  for (int half = 0; half < 2; ++half) {
+    const int row = at.row(half);
+    const int64_t n = first_row + row;
     if (n >= p.length) continue;
-    const bool real = row_segments == nullptr || row_segments[n] > 0;
+    const bool real = row_run[half] > 0;
+    const float g = REVERSE ? 1.0f : mass[half] + row_mass[row];
     const float inverse = !real ? 0.0f : g == 0.0f ? 1.0f : 1.0f / g;
-    const int64_t at = offset_of(target, b, row_head, n);
+    const int64_t to = offset_of(target, b, row_head, n);
 #pragma unroll
-    for (int c = 0; c < C; ++c) {
-      const int m = column_of(tx, c);
-      if (m >= width) continue;
-      float value = acc[r][c] * inverse;
-      if (!REVERSE && p.dropout_p != nullptr) value *= noise({p.dropout_p, p.seed}, b * p.query_heads + row_head, n, m);
-      store(target.data, p.dtype, at + m, value);
+    for (int part = 0; part < S::PARTS; ++part) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int m = column_of<WIDTH>(at, part, i);
+        if (m >= width) continue;
+        float value = acc[part][half * 2 + i] * inverse;
+        if (!REVERSE && p.dropout_p != nullptr) value *= noise({p.dropout_p, p.seed}, b * p.query_heads + row_head, n, m);
+        store(target.data, p.dtype, to + m, value);
+      }
     }
-    if (!REVERSE && tx == 0) job.mass_out[bh * p.length + n] = real ? g : 0.0f;
+    if (!REVERSE && at.warp_column == 0 && at.place == 0) job.mass_out[bh * p.length + n] = real ? g : 0.0f;
   }
+}
+
+template <int WIDTH, bool REVERSE, bool PRECISE>
+cudaError_t launch(const Job &job, cudaStream_t stream) {
+  const linattn_problem &p = job.p;
+  const int64_t row_tiles = (p.length + Shape<WIDTH>::ROWS - 1) / Shape<WIDTH>::ROWS;
+  const int64_t heads = static_cast<int64_t>(p.batch) * (REVERSE ? p.key_heads : p.query_heads);
+  const int bytes = static_cast<int>(shared_bytes<WIDTH>(p.head_dim));
+  const auto kernel = apply<WIDTH, REVERSE, PRECISE>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<static_cast<unsigned>(heads * row_tiles), THREADS, bytes, stream>>>(job, row_tiles);
+  return cudaGetLastError();
 }
 
 template <int WIDTH>
 cudaError_t launch(const Job &job, bool reverse, cudaStream_t stream) {
-  using L = Layout<WIDTH>;
-  const linattn_problem &p = job.p;
-  const int64_t row_tiles = (p.length + L::ROWS - 1) / L::ROWS;
-  const int64_t heads = static_cast<int64_t>(p.batch) * (reverse ? p.key_heads : p.query_heads);
-  const int bytes = static_cast<int>(L::bytes(p.head_dim));
-  const auto kernel = reverse ? apply<WIDTH, true> : apply<WIDTH, false>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(heads * row_tiles), THREADS, bytes, stream>>>(job, L::x_stride(p.head_dim), row_tiles);
-  return cudaGetLastError();
+  if (job.p.dtype == LINATTN_FLOAT32) return reverse ? launch<WIDTH, true, true>(job, stream) : launch<WIDTH, false, true>(job, stream);
+  return reverse ? launch<WIDTH, true, false>(job, stream) : launch<WIDTH, false, false>(job, stream);
 }
 
 }  // namespace

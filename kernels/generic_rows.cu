@@ -8,11 +8,6 @@ constexpr float SMALLEST_SQUARE = 1e-24f;  // |x| <= 1e-12 has no direction: its
 constexpr int WARPS = 8;
 constexpr float SMALLEST_DECAY = -100.0f;  // exp of it is zero beside 1; keeps -inf out of differences
 
-__device__ float warp_sum(float x) {
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
-
 // Sum over the block, in an order that never changes. Everyone gets it.
 __device__ double block_sum(double x) {
   __shared__ double parts[THREADS];
@@ -41,35 +36,77 @@ __device__ double block_prefix(double x) {
   return parts[threadIdx.x];
 }
 
-__global__ void inverse_norms(linattn_tensor x, int dtype, int heads, int64_t length, int width, int64_t rows, float *result) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
-  if (row >= rows) return;
-  const int64_t head = row / length;
-  const int64_t start = offset_of(x, static_cast<int>(head / heads), static_cast<int>(head % heads), row % length);
-  float square = 0.0f;
-  for (int d = threadIdx.x % 32; d < width; d += 32) {
-    const float v = load(x.data, dtype, start + d);
-    square = fmaf(v, v, square);
-  }
-  square = warp_sum(square);
-  if (threadIdx.x % 32 == 0) result[row] = square > SMALLEST_SQUARE ? 1.0f / sqrtf(square) : 0.0f;
+// Rows are read 16 bytes a thread where that is aligned; `lanes` threads, a power of two, share a row.
+__device__ float lane_sum(float x, int lanes) {
+  for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
 }
 
-__global__ void row_terms(const __grid_constant__ Job job, int64_t rows) {
-  const linattn_problem &p = job.p;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.x / 32;
-  if (row >= rows) return;
-  const int64_t bh = row / p.length, n = row % p.length;
-  const int b = static_cast<int>(bh / p.query_heads), h = static_cast<int>(bh % p.query_heads);
-  const bool real = p.query_segments == nullptr || p.query_segments[b * p.query_segments_stride + n] > 0;
-  float dot = 0.0f;
-  if (real) {
-    const int64_t out = offset_of(job.out, b, h, n), grad = offset_of(job.grad_out, b, h, n);
-    for (int d = threadIdx.x % 32; d < p.value_dim; d += 32)
-      dot = fmaf(load(job.out.data, p.dtype, out + d), load(job.grad_out.data, p.dtype, grad + d), dot);
+__device__ void read(float (&x)[8], const void *data, int dtype, bool vector, int64_t at, int count) {
+  if (vector && count == 8) {
+    const int words = dtype == LINATTN_FLOAT32 ? 8 : 4;
+    const uint4 *from = reinterpret_cast<const uint4 *>(static_cast<const char *>(data) + at * (words / 2));
+    const uint4 first = from[0], second = words == 8 ? from[1] : first;
+    const uint32_t raw[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (dtype == LINATTN_FLOAT32) {
+        x[i] = __uint_as_float(raw[i]);
+      } else if (dtype == LINATTN_BFLOAT16) {
+        x[i] = __uint_as_float(i % 2 == 0 ? raw[i / 2] << 16 : raw[i / 2] & 0xffff0000u);
+      } else {
+        const __half2 two = *reinterpret_cast<const __half2 *>(&raw[i / 2]);
+        x[i] = i % 2 == 0 ? __low2float(two) : __high2float(two);
+      }
+    }
+    return;
   }
-  dot = warp_sum(dot);
-  if (threadIdx.x % 32 == 0) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = i < count ? load(data, dtype, at + i) : 0.0f;
+}
+
+__global__ void inverse_norms(linattn_tensor tensor, int dtype, bool vector, int heads, int64_t length, int width, int64_t rows, int lanes,
+                              float *result) {
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / lanes;
+  const int lane = threadIdx.x % lanes;
+  float square = 0.0f;
+  if (row < rows) {
+    const int64_t head = row / length;
+    const int64_t start = offset_of(tensor, static_cast<int>(head / heads), static_cast<int>(head % heads), row - head * length);
+    for (int d = lane * 8; d < width; d += lanes * 8) {
+      float x[8];
+      read(x, tensor.data, dtype, vector, start + d, min(8, width - d));
+#pragma unroll
+      for (int i = 0; i < 8; ++i) square = fmaf(x[i], x[i], square);
+    }
+  }
+  square = lane_sum(square, lanes);
+  if (row < rows && lane == 0) result[row] = square > SMALLEST_SQUARE ? 1.0f / sqrtf(square) : 0.0f;
+}
+
+__global__ void row_terms(const __grid_constant__ Job job, int64_t rows, int lanes) {
+  const linattn_problem &p = job.p;
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / lanes;
+  const int lane = threadIdx.x % lanes;
+  float dot = 0.0f;
+  bool real = false;
+  if (row < rows) {
+    const int64_t bh = row / p.length, n = row - bh * p.length;
+    const int b = static_cast<int>(bh / p.query_heads), h = static_cast<int>(bh % p.query_heads);
+    real = p.query_segments == nullptr || p.query_segments[b * p.query_segments_stride + n] > 0;
+    if (real) {
+      const int64_t out = offset_of(job.out, b, h, n), grad = offset_of(job.grad_out, b, h, n);
+      for (int d = lane * 8; d < p.value_dim; d += lanes * 8) {
+        float x[8], y[8];
+        read(x, job.out.data, p.dtype, job.vector_out, out + d, min(8, p.value_dim - d));
+        read(y, job.grad_out.data, p.dtype, job.vector, grad + d, min(8, p.value_dim - d));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) dot = fmaf(x[i], y[i], dot);
+      }
+    }
+  }
+  dot = lane_sum(dot, lanes);
+  if (row < rows && lane == 0) {
     const float g = job.mass[row], inverse = real && g != 0.0f ? 1.0f / g : 0.0f;
     job.inverse_mass[row] = inverse;
     job.row_term[row] = real ? -dot * inverse + (job.grad_mass == nullptr ? 0.0f : job.grad_mass[row]) : 0.0f;
@@ -183,22 +220,29 @@ __global__ void decay_rates(const __grid_constant__ Job job) {
   job.grad_log_decay[head] = static_cast<float>(sum);
 }
 
+int lanes_for(int width) {
+  int lanes = 1;
+  while (lanes * 8 < width && lanes < 32) lanes *= 2;
+  return lanes;
+}
+
 unsigned blocks_of(int64_t count, int64_t each) { return static_cast<unsigned>((count + each - 1) / each); }
 
 }  // namespace
 
 cudaError_t launch_inverse_norms(const Job &job, bool keys, cudaStream_t stream) {
   const linattn_problem &p = job.p;
-  const int heads = keys ? p.key_heads : p.query_heads;
+  const int heads = keys ? p.key_heads : p.query_heads, lanes = lanes_for(p.head_dim);
   const int64_t rows = static_cast<int64_t>(p.batch) * heads * p.length;
-  inverse_norms<<<blocks_of(rows, WARPS), WARPS * 32, 0, stream>>>(keys ? p.key : p.query, p.dtype, heads, p.length, p.head_dim, rows,
-                                                                    keys ? job.inverse_key : job.inverse_query);
+  inverse_norms<<<blocks_of(rows * lanes, THREADS), THREADS, 0, stream>>>(keys ? p.key : p.query, p.dtype, job.vector, heads, p.length, p.head_dim,
+                                                                         rows, lanes, keys ? job.inverse_key : job.inverse_query);
   return cudaGetLastError();
 }
 
 cudaError_t launch_row_terms(const Job &job, cudaStream_t stream) {
+  const int lanes = lanes_for(job.p.value_dim);
   const int64_t rows = static_cast<int64_t>(job.p.batch) * job.p.query_heads * job.p.length;
-  row_terms<<<blocks_of(rows, WARPS), WARPS * 32, 0, stream>>>(job, rows);
+  row_terms<<<blocks_of(rows * lanes, THREADS), THREADS, 0, stream>>>(job, rows, lanes);
   return cudaGetLastError();
 }
 

@@ -53,9 +53,8 @@ def check(dtype, causal=True, lag=0, normalize_qk=True, **kind):
     assert ours.dtype == dtype
     assert_bar("out", ours, plain, exact, 2, dtype)
     for name, grad in our_grads.items():
-        zero = torch.zeros((), device="cuda", dtype=torch.float64)
-        if exact_grads[name] is None or exact_grads[name].norm() == 0:
-            assert grad is None or distance(grad, zero) == 0 or grad.norm() < 1e-2
+        if exact_grads[name] is None or exact_grads[name].norm() < 1e-9:  # a lone token's weight cancels: no gradient but rounding
+            assert grad is None or grad.norm() < 1e-2, name
             continue
         assert_bar(f"gradient of {name}", grad, plain_grads[name], exact_grads[name], 3, dtype)
 
