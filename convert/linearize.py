@@ -6,8 +6,7 @@ import fnmatch
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from enum import Enum
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,80 +14,29 @@ import torch
 import transformers
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 import hf_linattn  # noqa: F401  (registers the attention that the check runs)
 from convert.card import model_card
 from convert.check import check_converted
-from convert.errors import ConversionError, one_line
-from convert.losses import dropped_features
+from convert.config import converted_config
+from convert.errors import ConversionError
+from convert.options import Decay, DType, Kernel, LinearizeOptions
 from convert.output import check_output, written_aside
 from convert.report import conversion_report, summary
 from convert.source import Source, open_source
-from convert.weights import floating_dtype, new_parameters, write_weights
-from hf_linattn.config import LinAttnConfig
-from hf_linattn.layers import LARGEST_START
-from hf_linattn.models import auto_map, config_class_for, model_class_for, write_stub
+from convert.weights import new_parameters, write_weights
+from hf_linattn.models import write_stub
 
 REPORT = "conversion.json"
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _NOT_COPIED = ("config.json", "*.index.json", "conversion.json", "trainer_state.json", "*_results.json", "requirements.txt")
 
 
-class Kernel(str, Enum):
-    """The attention weight: a + b s, or a + b s + c s^2."""
-
-    linear = "linear"
-    quadratic = "quadratic"
-
-
-class Decay(str, Enum):
-    """No decay with distance, or one learned rate per query head."""
-
-    none = "none"
-    head = "head"
-
-
-class DType(str, Enum):
-    """What to store the source's floating-point weights as."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-@dataclass(frozen=True)
-class LinearizeOptions:
-    """How to convert. The command line's options, by the same names; README.md says what each does.
-
-    Attributes:
-        kernel: ``linear`` or ``quadratic``.
-        decay: ``head`` or ``none``.
-        keep_softmax: indices of the layers that keep softmax attention.
-        temperature: where the temperature starts; None: 0.98 (linear), 2 (quadratic).
-        dropout: probability of noise dropout in training; None: the model's own attention dropout.
-        learnable: whether the new parameters are trained.
-        dtype: None keeps the source's.
-        revision: branch, tag or commit of a hub id.
-        overwrite: whether an existing checkpoint at the output is replaced.
-        check: whether the result is loaded and run before it takes its place.
-    """
-
-    kernel: str = "linear"
-    decay: str = "head"
-    keep_softmax: tuple[int, ...] = ()
-    temperature: float | None = None
-    dropout: float | None = None
-    learnable: bool = True
-    dtype: str | None = None
-    revision: str | None = None
-    overwrite: bool = False
-    check: bool = True
-
-
 def linearize(
     source: str | Path,
     output: str | Path,
-    options: LinearizeOptions = LinearizeOptions(),
+    options: LinearizeOptions | None = None,
     on_shard: Callable[[Path], None] = lambda shard: None,
 ) -> dict[str, Any]:
     """Converts the checkpoint ``source`` into the folder ``output``, which appears whole or not at all.
@@ -96,7 +44,7 @@ def linearize(
     Args:
         source: a local folder or a hub id.
         output: a folder that does not exist yet.
-        options: how to convert.
+        options: how to convert; the defaults of :class:`LinearizeOptions` where None.
         on_shard: called with each weight file once it is written.
 
     Returns:
@@ -105,10 +53,10 @@ def linearize(
     Raises:
         ConversionError: the source cannot be converted, an option does not fit it, or the output cannot be written.
     """
-    output = Path(output).expanduser()
+    options, output = options or LinearizeOptions(), Path(output).expanduser()
+    check_output(output, Path(source).expanduser(), options.overwrite)
     opened = open_source(str(source), options.revision)
-    check_output(output, opened.folder, options.overwrite)
-    config, model_class, dropped = _converted_config(opened, options)
+    config, model_class, dropped = converted_config(opened, options)
     added = new_parameters(model_class, config)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with written_aside(output, options.overwrite) as folder:
@@ -123,45 +71,6 @@ def linearize(
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(model_card(opened, config, report), encoding="utf-8")
     return report
-
-
-def _converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, Any, list[dict[str, Any]]]:
-    config_class = config_class_for(source.config["model_type"])
-    try:
-        stored = {key: value for key, value in source.config.items() if key not in ("model_type", "auto_map", "transformers_version")}
-        config: Any = config_class.from_dict(stored)  # type: ignore[attr-defined]
-        model_class = model_class_for(config_class, (source.config.get("architectures") or [None])[0])
-    except Exception as error:
-        raise ConversionError(f"{source.name}: {one_line(error)}") from error
-    count, kept = config.num_hidden_layers, sorted(set(options.keep_softmax))
-    outside = [layer for layer in kept if not 0 <= layer < count]
-    if outside:
-        raise ConversionError(f"--keep-softmax names layer {outside[0]}, but {source.name} has layers 0 to {count - 1}")
-    if len(kept) == count:
-        raise ConversionError(f"--keep-softmax names every layer of {source.name}: nothing is left to convert")
-    dropped = dropped_features(config, [layer not in kept for layer in range(count)])
-    try:
-        default = LARGEST_START if options.kernel == "linear" else 2.0
-        config.linattn = LinAttnConfig(
-            kernel=options.kernel,
-            decay=options.decay,
-            temperature=default if options.temperature is None else options.temperature,
-            softmax_layers=kept,
-            dropout=options.dropout,
-            learnable=options.learnable,
-        ).to_dict()
-    except (TypeError, ValueError) as error:
-        raise ConversionError(str(error)) from error
-    config.attn_implementation = "linattn"
-    config.auto_map = auto_map(config_class)
-    config.architectures = [model_class.__name__]
-    if options.dtype:
-        if options.dtype not in list(DType):
-            raise ConversionError(f"the dtype {options.dtype!r} is unknown; give one of {', '.join(DType)}")
-        config.dtype = options.dtype
-    elif getattr(config, "dtype", None) is None:
-        config.dtype = str(floating_dtype(source)).removeprefix("torch.")
-    return config, model_class, dropped
 
 
 def _require_space(folder: Path, needed: int) -> None:
@@ -221,7 +130,7 @@ def main(
         with console.status("Converting") as status:
             report = linearize(source, output, options, on_shard=lambda shard: status.update(f"Wrote {shard.name}"))
     except ConversionError as error:
-        errors.print(f"[red]error:[/red] {error}", soft_wrap=True, highlight=False)
+        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(2) from None
     console.print(summary(output, report))
 

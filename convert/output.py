@@ -13,13 +13,13 @@ from convert.errors import ConversionError
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
-    """Refuses an ``output`` that must not be written.
+    """Refuses an ``output`` that must not be written; ``source`` counts where it is a folder.
 
     Raises:
         ConversionError: it exists without ``overwrite``, is no checkpoint's folder, or overlaps ``source``.
     """
     here, there = output.resolve(), source.resolve()
-    if here == there or here in there.parents or there in here.parents:
+    if source.is_dir() and (here == there or here in there.parents or there in here.parents):
         raise ConversionError(f"the output {output} overlaps the source {source}: give another folder")
     if not os.path.lexists(output):
         return

@@ -61,6 +61,15 @@ def test_no_such_folder(output: Path, tmp_path: Path) -> None:
     assert "no folder" in refused("./absent", output)
 
 
+def test_names_that_look_like_markup(source: Path, output: Path) -> None:
+    odd = source.parent / "[bold] and [" / "red]"
+    odd.parent.mkdir()
+    assert str(odd) in refused(odd, output)
+    source.rename(odd)
+    result = CliRunner().invoke(app, [str(odd), str(output), "--no-check"])
+    assert result.exit_code == 0 and (output / "config.json").is_file()
+
+
 def test_hub_failure(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> str:
         raise OSError("no connection\nand a long story")

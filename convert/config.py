@@ -1,0 +1,60 @@
+"""The configuration of the converted checkpoint, from the source's and the options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from convert.errors import ConversionError, one_line
+from convert.losses import dropped_features
+from convert.options import DType, LinearizeOptions
+from convert.source import Source
+from convert.weights import floating_dtype
+from hf_linattn.config import LinAttnConfig
+from hf_linattn.layers import LARGEST_START
+from hf_linattn.models import auto_map, config_class_for, model_class_for
+
+_QUADRATIC_TEMPERATURE = 2.0
+
+
+def converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """The converted configuration, the model class it belongs to, and what linear layers leave behind.
+
+    Raises:
+        ConversionError: a configuration that cannot be read, or an option that does not fit it.
+    """
+    config_class = config_class_for(source.config["model_type"])
+    try:
+        stored = {key: value for key, value in source.config.items() if key not in ("model_type", "auto_map", "transformers_version")}
+        config: Any = config_class.from_dict(stored)  # type: ignore[attr-defined]
+        model_class = model_class_for(config_class, (source.config.get("architectures") or [None])[0])
+    except Exception as error:
+        raise ConversionError(f"{source.name}: {one_line(error)}") from error
+    count, kept = config.num_hidden_layers, sorted(set(options.keep_softmax))
+    outside = [layer for layer in kept if not 0 <= layer < count]
+    if outside:
+        raise ConversionError(f"--keep-softmax names layer {outside[0]}, but {source.name} has layers 0 to {count - 1}")
+    if len(kept) == count:
+        raise ConversionError(f"--keep-softmax names every layer of {source.name}: nothing is left to convert")
+    dropped = dropped_features(config, [layer not in kept for layer in range(count)])
+    try:
+        default = LARGEST_START if options.kernel == "linear" else _QUADRATIC_TEMPERATURE
+        config.linattn = LinAttnConfig(
+            kernel=options.kernel,
+            decay=options.decay,
+            temperature=default if options.temperature is None else options.temperature,
+            softmax_layers=kept,
+            dropout=options.dropout,
+            learnable=options.learnable,
+        ).to_dict()
+    except (TypeError, ValueError) as error:
+        raise ConversionError(str(error)) from error
+    config.attn_implementation = "linattn"
+    config.auto_map = auto_map(config_class)
+    config.architectures = [model_class.__name__]
+    if options.dtype:
+        if options.dtype not in list(DType):
+            raise ConversionError(f"the dtype {options.dtype!r} is unknown; give one of {', '.join(DType)}")
+        config.dtype = options.dtype
+    elif getattr(config, "dtype", None) is None:
+        config.dtype = str(floating_dtype(source)).removeprefix("torch.")
+    return config, model_class, dropped
