@@ -160,9 +160,15 @@ def _falls_back(query: Tensor, key: Tensor, value: Tensor) -> bool:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x itself where its last dimension is contiguous and 16-byte loads of it may be aligned, else a copy."""
-    fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0
-    return x if fits or x.is_contiguous() else x.contiguous()
+    """x itself where its last dimension is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 or x.is_contiguous() else x.contiguous()
+
+
+def _aligned_rows(x: Tensor) -> Tensor:
+    """As `_rows`, and a copy too where 16-byte reads of the rows would be possible but for where they begin."""
+    x = _rows(x)
+    begins = (x.data_ptr() // x.element_size(), *x.stride()[:-1])
+    return x.contiguous() if x.shape[-1] % 8 == 0 and any(start % 8 for start in begins) else x
 
 
 def _plain(x: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -260,7 +266,7 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
     grad_log_decay = query.new_empty(0 if log_decay is None else log_decay.shape, dtype=torch.float32)
     grad_initial = query.new_empty(0 if initial_state is None else initial_state.shape, dtype=torch.float32)
     device = query.device
-    out, grad_out = _rows(out), _rows(grad_out.to(query.dtype))
+    out, grad_out = _rows(out), _aligned_rows(grad_out.to(query.dtype))
     kept = [_plain(x, torch.float32, device) for x in (mass, grad_mass, grad_state)]
     data = _BackwardData()
     data.out, data.grad_out = _describe(out), _describe(grad_out)
