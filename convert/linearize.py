@@ -99,14 +99,14 @@ def _layers(text: str) -> tuple[int, ...]:
 @app.command()
 def main(
     source: Annotated[str, typer.Argument(help="Folder of the checkpoint, or a hub id.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write, which must not exist.")],
     kernel: Annotated[Kernel, typer.Option(help="Attention weight: a + b s, or a + b s + c s^2.")] = Kernel.linear,
     decay: Annotated[Decay, typer.Option(help="A learned decay per query head, or none.")] = Decay.head,
     keep_softmax: Annotated[str, typer.Option(help="Layers that stay softmax, such as 0,5.")] = "",
-    temperature: Annotated[float | None, typer.Option(help="Its start [0.98 linear, 2 quadratic].", show_default=False)] = None,
-    dropout: Annotated[float | None, typer.Option(help="Noise dropout in training [the model's own].", show_default=False)] = None,
+    temperature: Annotated[float | None, typer.Option(help="Its start (default 0.98 linear, 2 quadratic).", show_default=False)] = None,
+    dropout: Annotated[float | None, typer.Option(help="Noise dropout in training (default: the model's own).", show_default=False)] = None,
     learnable: Annotated[bool, typer.Option(help="Train the new parameters, or keep them as they start.")] = True,
-    dtype: Annotated[DType | None, typer.Option(help="Store the weights as this [as they are].", show_default=False)] = None,
+    dtype: Annotated[DType | None, typer.Option(help="Store the weights as this (default: as they are).", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint at OUTPUT.")] = False,
     check: Annotated[bool, typer.Option(help="Load and run the result before it takes its place.")] = True,
