@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -113,6 +114,8 @@ def main(
 ) -> None:
     """Convert the softmax checkpoint SOURCE into a linear-attention checkpoint OUTPUT."""
     console, errors = Console(), Console(stderr=True)
+    # A polite kill ends as Ctrl-C does, so that the half-written folder goes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     transformers.utils.logging.disable_progress_bar()
     try:
         options = LinearizeOptions(

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -340,4 +341,15 @@ def test_interruption_leaves_nothing(source: Path, output: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         linearize(source, output, on_shard=interrupt)
+    assert not list(output.parent.iterdir())
+
+
+def test_a_polite_kill_leaves_nothing(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(shutil, "copyfile", lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        result = CliRunner().invoke(app, [str(source), str(output)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert result.exit_code != 0
     assert not list(output.parent.iterdir())
