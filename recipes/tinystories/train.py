@@ -286,6 +286,8 @@ def parameter_groups(model: PreTrainedModel, s: Settings) -> list[dict[str, Any]
     vectors: list[torch.nn.Parameter] = []
     heads: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if ".linattn." in name:
             heads.append(parameter)
         else:

@@ -368,3 +368,21 @@ def test_metrics_are_json_without_nan(settings):
     train(s)
     for line in (Path(s.output) / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda x: pytest.fail(x))
+
+
+def test_runs_are_compared(settings, tmp_path):
+    from recipes.tinystories import compare
+
+    one, other = settings(steps=4, eval_every=2), settings(**LINEAR, noise=0.1, steps=4, eval_every=2, output=str(tmp_path / "linear"))
+    last = [[r[3] for r in train(s) if r[3] is not None][-1] for s in (one, other)]
+    compare.main([f"softmax={one.output}", other.output], tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert [run["name"] for run in report] == ["softmax", "linear"]
+    assert [run["cross_entropy"] for run in report] == last
+    assert [x[0] for x in report[0]["validation"]] == [0, 2, 4]
+    assert f"| linear | linattn | 0.1 | 4 | 512 | {last[1]:.4f} |" in (tmp_path / "out" / "comparison.md").read_text()
+    assert (tmp_path / "out" / "comparison.png").exists()
+    with pytest.raises(RecipeError, match="exists already"):
+        compare.main([one.output], tmp_path / "out")
+    with pytest.raises(RecipeError, match="not a run's folder"):
+        compare.main([str(tmp_path)], tmp_path / "else")
