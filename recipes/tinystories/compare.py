@@ -2,8 +2,8 @@
 
     python -m recipes.tinystories.compare RUN [RUN ...] [--out DIR]
 
-RUN is a run's folder, or NAME=FOLDER. Writes comparison.md, comparison.json and comparison.png into DIR. Seconds are those of training itself:
-evaluation, samples and checkpoints are left out.
+RUN is a run's folder, or NAME=FOLDER. Writes comparison.md, comparison.json and comparison.png into DIR. Seconds are those of training
+itself: evaluation, samples and checkpoints are left out.
 """
 
 from __future__ import annotations
