@@ -56,7 +56,7 @@ def linattn_attention(
     refuse_unknown_calls(module, query, key, kwargs)
     warn_about_softcap(module, kwargs)
     length = query.shape[2]
-    causal = is_causal if is_causal is not None else _is_causal(module)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     layer = take_layer(key)
     first = layer is None or layer.is_first(length)
     if not causal and not first:
@@ -92,10 +92,6 @@ def attend_with_state(
     )
     layer.write(after)
     return out
-
-
-def _is_causal(module: nn.Module) -> bool:
-    return getattr(module, "is_causal", True) and getattr(module.config, "is_causal", True)
 
 
 def _is_zero(c: Number) -> bool:
@@ -182,7 +178,7 @@ def softmax_attention(
 ) -> tuple[Tensor, None]:
     """The softmax of a layer that keeps it: SDPA, or the architecture's own eager form where it has a softcap."""
     if starts is not None and key.shape[2] == query.shape[2]:
-        mask = _same_sequence(mask, starts, causal=is_causal if is_causal is not None else _is_causal(module))
+        mask = _same_sequence(mask, starts, causal=is_causal if is_causal is not None else getattr(module, "is_causal", True))
     common = {"scaling": scaling, "dropout": dropout, **kwargs}
     if kwargs.get("softcap") is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, is_causal=is_causal, **common)

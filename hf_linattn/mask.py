@@ -73,8 +73,8 @@ def padding_of(mask: Tensor | None, length: int) -> Tensor | None:
     """The padding mask (B, length) behind whatever mask a layer was given: None, 2D, or 4D as for sdpa or eager."""
     if mask is None or length == 1:
         return None
-    if mask.dim() == 2:
-        return mask[:, -length:].to(torch.bool)
+    if mask.dim() == 2:  # the same object for every layer, if it can be
+        return mask if mask.dtype == torch.bool and mask.shape[-1] == length else mask[:, -length:].to(torch.bool)
     if hasattr(mask, PADDING):
         return getattr(mask, PADDING)
     return _last_tokens(_visible(mask)[:, 0].diagonal(mask.shape[-1] - length, -2, -1), length)
@@ -107,44 +107,44 @@ def refuse_other_patterns(mask: Tensor | None, segments: Tensor | None, causal: 
 
 
 def sequence_starts(padding: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None, length: int) -> Tensor | None:
-    """Where a packed sequence begins, bool (B or 1, length), the first token apart; None where nothing is packed.
+    """Where a packed sequence begins behind another, bool (B or 1, length); None where nothing is packed.
 
     Positions jump at padding inside a text, so that beside a padding mask only position 0 begins a sequence.
     """
     if length == 1:
         return None
     if cu_seq_lens is not None:
-        return _once_a_forward(cu_seq_lens, "bounds", lambda bounds: _starts_from_bounds(bounds, length))
+        return _once_a_forward(cu_seq_lens, None, lambda: _starts_from_bounds(cu_seq_lens, length))
     if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] != length:
         return None
-    if padding is not None:
-        return _once_a_forward(position_ids, "zeros", lambda positions: positions == 0)
-    return _once_a_forward(position_ids, "jumps", _starts_from_jumps)
+    return _once_a_forward(position_ids, padding, lambda: _starts_from_positions(position_ids, padding))
 
 
 def _starts_from_bounds(bounds: Tensor, length: int) -> Tensor:
     starts = torch.zeros(length + 1, dtype=torch.bool, device=bounds.device)
-    return starts.index_fill(0, bounds.long(), True)[None, :length]
+    starts = starts.index_fill(0, bounds.long(), True)
+    return torch.cat([torch.zeros_like(starts[:1]), starts[1:length]])[None]
 
 
-def _starts_from_jumps(positions: Tensor) -> Tensor:
+def _starts_from_positions(positions: Tensor, padding: Tensor | None) -> Tensor:
+    if padding is not None:
+        return (positions == 0) & padding & (padding.cumsum(-1) > 1)
     jumps = positions[:, 1:] - positions[:, :-1] != 1
     return torch.cat([torch.zeros_like(jumps[:, :1]), jumps], -1)
 
 
-def _once_a_forward(source: Tensor, kind: str, starts_of: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """`starts_of(source)`, None if it has no start but the first; kept on `source`, for asking a GPU once a layer would stall it."""
+def _once_a_forward(source: Tensor, padding: Tensor | None, starts_of: Callable[[], Tensor]) -> Tensor | None:
+    """`starts_of()`, None if there are none; kept on `source` for the next layer, since asking a GPU in each would stall it."""
     if is_tracing(source):
-        return starts_of(source)
+        return starts_of()
     written = None if source.is_inference() else source._version
     known = getattr(source, STARTS, None)
-    if known is not None and written is not None and known[:2] == (kind, written):
+    if known is not None and written is not None and known[0] == written and known[1] is padding:
         return known[2]
-    starts: Tensor | None = starts_of(source)
-    if starts is not None and not bool(starts[:, 1:].any()):
-        starts = None
-    setattr(source, STARTS, (kind, written, starts))
-    return starts
+    starts = starts_of()
+    found = starts if bool(starts.any()) else None
+    setattr(source, STARTS, (written, padding, found))
+    return found
 
 
 def segment_ids(padding: Tensor | None, starts: Tensor | None, batch: int) -> Tensor | None:

@@ -83,6 +83,12 @@ def test_prompt_lookup_takes_wrong_guesses_back(model):
     assert torch.equal(generate(model, ids, prompt_lookup_num_tokens=3), generate(model, ids))
 
 
+def test_prompt_lookup_behind_padding(model):
+    ids = torch.cat([torch.zeros(1, 4, dtype=torch.long), tiny_tokens(1, 8).repeat(1, 3)], 1)
+    mask = (ids != 0).long()
+    assert torch.equal(generate(model, ids, mask, prompt_lookup_num_tokens=3), generate(model, ids, mask))
+
+
 def test_an_assistant_model_drafts(model):
     assistant = tiny_model("llama", scale=1.5)
     ids = tiny_tokens(1)

@@ -129,6 +129,19 @@ def test_packed_then_continued_goes_on_from_the_last_sequence():
 
 
 @torch.no_grad()
+def test_other_padding_beside_the_same_positions_is_read_again():
+    model, ids = tiny_model("llama"), tiny_tokens(1)
+    positions = torch.cat([torch.arange(9), torch.arange(14)])[None]
+    for start in (4, 0, 9):
+        mask = torch.ones_like(ids)
+        mask[:, :start] = 0
+        out = model(ids, position_ids=positions, attention_mask=mask.bool()).logits
+        close(out[:, 9:], model(ids[:, 9:]).logits)
+        if start < 9:
+            close(out[:, start:9], model(ids[:, start:9]).logits)
+
+
+@torch.no_grad()
 def test_nan_at_padding_stays_there():
     model, ids = tiny_model("llama"), tiny_tokens()
     embedded = model.get_input_embeddings()(ids)
