@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -205,7 +204,7 @@ class Training:
         """Log the cross-entropy of the validation sequences, in nats a token, and stories gone on with; draw the curve."""
         losses = []
         self.model.eval()
-        with aside(self.accelerator), torch.no_grad():
+        with torch.no_grad():
             for batch in self.valid_loader:
                 logits = self.model(**batch).logits[:, :-1].float()
                 nats = F.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none").mean(1)
@@ -298,14 +297,6 @@ def parameter_groups(model: PreTrainedModel, s: Settings) -> list[dict[str, Any]
         {"params": heads, "lr": s.linattn_learning_rate, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
-
-
-@contextmanager
-def aside(accelerator: Accelerator) -> Iterator[None]:
-    """Leave the random numbers as they were, so that how often a run evaluates changes nothing in what it learns."""
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield
 
 
 def draw(run: Run) -> None:
