@@ -34,7 +34,7 @@ MARK = "<|endoftext|>"
 def main(
     model: Annotated[Path | None, typer.Option(help="A softmax checkpoint to convert instead of a small one trained here.")] = None,
     data: Annotated[Path | None, typer.Option(help="Its text: stories apart by <|endoftext|>.")] = None,
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("out/quickstart"),
+    out: Annotated[Path, typer.Option(help="Everything goes into quickstart/ or quickstart-MODEL/ in it.")] = Path("out"),
     scale: Annotated[float, typer.Option(help="Multiplies the training steps and the corpus.", min=0.001)] = 1.0,
 ) -> None:
     """Convert a softmax model to linear attention, fine-tune it, and compare the two."""
@@ -44,7 +44,7 @@ def main(
         raise RecipeError(f"{model} holds no config.json, so it is no checkpoint; give the folder of one")
     if data is not None and not data.is_file():
         raise RecipeError(f"{data}: no such file; give a text file of stories apart by {MARK}")
-    Quickstart(model, data, out, scale).run()
+    Quickstart(model, data, out / (f"quickstart-{model.resolve().name}" if model else "quickstart"), scale).run()
 
 
 class Quickstart:

@@ -200,7 +200,7 @@ def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
     """Loss by position, bytes of the cache and time a token by length, one line a model."""
     figure, (loss, size, speed) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for result in results:
-        where = [(x["from"] * x["to"]) ** 0.5 for x in result["by_position"]]
+        where = [(x["from"] * x["to"]) ** 0.5 for x in result["by_position"]]  # the middle of each span on a logarithmic axis
         loss.plot(where, [x["nats_per_token"] for x in result["by_position"]], marker="o", markersize=3, label=result["name"])
         lengths = [x["length"] for x in result["decoding"]]
         size.plot(lengths, [x["cache_bytes"] / 1024 for x in result["decoding"]], marker="o", label=result["name"])
@@ -208,9 +208,13 @@ def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
     loss.set(xlabel="tokens before", ylabel="nats a token", title="loss by position", xscale="log")
     size.set(xlabel="tokens so far", ylabel="KiB", title="cache", xscale="log", yscale="log")
     speed.set(xlabel="tokens so far", ylabel="ms a token", title="decoding", xscale="log", ylim=(0, None))
+    ticks = sorted({x["length"] for result in results for x in result["decoding"]})
+    for axes in (size, speed):
+        axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+        axes.minorticks_off()
     for axes in (loss, size, speed):
         axes.grid(alpha=0.3)
-    loss.legend()
+        axes.legend()
     save_figure(figure, path)
 
 

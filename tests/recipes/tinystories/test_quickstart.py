@@ -43,8 +43,8 @@ def test_the_whole_job(tmp_path, monkeypatch):
             assert not exit_.code, (module, arguments)
 
     monkeypatch.setattr(Quickstart, "call", run_here)
-    out = tmp_path / "out"
-    main(model=None, data=None, out=out, scale=0.005)
+    main(model=None, data=None, out=tmp_path, scale=0.005)
+    out = tmp_path / "quickstart"
     report = json.loads((out / "evaluation" / "evaluation.json").read_text())
     assert [x["name"] for x in report["models"]] == ["teacher", "swapped", "fine-tuned"]
     assert [x["attention"] for x in report["models"]] == ["softmax", "linear, decay", "linear, decay"]
