@@ -111,7 +111,7 @@ def score(
             f"{name}: the tokenizer gives token {top} and the model knows {model.config.vocab_size}; they do not belong together"
         )
     rows.sort(key=lambda row: len(row[0]))
-    metric = Prediction()
+    metric = Prediction(keep_in_memory=True)
     sums, counts = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
     for begin in track(range(0, len(rows), batch_size), description=f"scoring {name}", transient=True):
         batch = rows[begin : begin + batch_size]
