@@ -14,6 +14,7 @@ template <int WIDTH, bool REVERSE, bool PRECISE>
 __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job job, int64_t row_tiles) {
   using S = Shape<WIDTH>;
   constexpr int ROWS = S::ROWS;
+  constexpr bool AHEAD = !PRECISE;  // fetch each slice during the product before it; precise products leave no registers for that
   const linattn_problem &p = job.p;
   const int x_stride = left_stride(p.head_dim);
   extern __shared__ __align__(16) float shared[];
@@ -86,19 +87,32 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
       const Coefficients f = REVERSE ? Coefficients{1.0f, 1.0f, 1.0f} : coefficients_of(p, row_head);
       float sum[S::PARTS][4] = {};
       float last = 0.0f;  // of row tid / LANES, this thread's share
-      // sum += left . state rows [state_row, state_row + count), count <= TILE
-      auto walk = [&](const float *left, int stride, int state_row, int count) {
-        const float *from = state + static_cast<int64_t>(state_row) * (width + 1);
+      constexpr int COUNT = TILE * S::SLICE / THREADS;
+      float on_its_way[COUNT];  // a slice of up to TILE rows of the state
+      auto fetch = [&](int state_row, int count, int slice) {
+        const int column = slice * S::SLICE + tid % S::SLICE;
+        const float *from = state + static_cast<int64_t>(state_row) * (width + 1) + column;
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+          const int k = tid / S::SLICE + i * (THREADS / S::SLICE);
+          on_its_way[i] = k < count && column < width ? from[k * (width + 1)] : 0.0f;
+        }
+      };
+      // sum += left . state rows [state_row, state_row + count), count <= TILE; they have been fetched, and the next ones will be
+      auto walk = [&](const float *left, int stride, int state_row, int count, int next_row, int next_count) {
 #pragma unroll
         for (int slice = 0; slice < S::SLICES; ++slice) {
           if (slice * S::SLICE >= width) break;
-          for (int index = tid; index < TILE * S::SLICE; index += THREADS) {
-            const int k = index / S::SLICE, m = index % S::SLICE, column = slice * S::SLICE + m;
-            const float value = k < count && column < width ? from[static_cast<int64_t>(k) * (width + 1) + column] : 0.0f;
-            right[k * (S::SLICE + 4) + m] = kept<PRECISE>(value);
-          }
-          if (!REVERSE && slice == 0 && tid < TILE) right_last[tid] = tid < count ? from[static_cast<int64_t>(tid) * (width + 1) + width] : 0.0f;
+          if (!AHEAD) fetch(state_row, count, slice);
+#pragma unroll
+          for (int i = 0; i < COUNT; ++i)
+            right[(tid / S::SLICE + i * (THREADS / S::SLICE)) * (S::SLICE + 4) + tid % S::SLICE] = kept<PRECISE>(on_its_way[i]);
+          if (!REVERSE && slice == 0 && tid < TILE)
+            right_last[tid] = tid < count ? state[static_cast<int64_t>(state_row + tid) * (width + 1) + width] : 0.0f;
           __syncthreads();
+          if (!AHEAD) {
+          } else if ((slice + 1) * S::SLICE < width) fetch(state_row, count, slice + 1);
+          else if (next_count > 0) fetch(next_row, next_count, 0);
           multiply<PRECISE, true, false, S::SLICE_PARTS>(
               *reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&sum[slice * S::SLICE_PARTS]), left + at.warp_row * 16 * stride, stride,
               right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, (count + 7) / 8 * 8);
@@ -108,7 +122,12 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
           __syncthreads();
         }
       };
-      for (int k = 0; k < dim; k += TILE) walk(x_rows + k, x_stride, k, min(TILE, dim - k));
+      const int pairs_count = p.degree == 2 ? dim * (dim + 1) / 2 : 0;
+      if (AHEAD) fetch(0, min(TILE, dim), 0);
+      for (int k = 0; k < dim; k += TILE) {
+        const bool more = k + TILE < dim;
+        walk(x_rows + k, x_stride, k, min(TILE, dim - k), more ? k + TILE : dim + 1, min(TILE, more ? dim - k - TILE : pairs_count));
+      }
       const float *ones = state + static_cast<int64_t>(dim) * (width + 1);
 #pragma unroll
       for (int part = 0; part < S::PARTS; ++part) {
@@ -121,14 +140,13 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
       last *= f.b;
       if (tid % S::LANES == 0) last += f.a * ones[width];
       if (p.degree == 2) {
-        const int count = dim * (dim + 1) / 2;
-        for (int k = 0; k < count; k += TILE) {
+        for (int k = 0; k < pairs_count; k += TILE) {
           const int t = tid % TILE;
-          const int2 pair = pair_of(min(k + t, count - 1), dim);
-          const float scale = k + t >= count ? 0.0f : !REVERSE && pair.x != pair.y ? 2.0f * f.c : f.c;
+          const int2 pair = pair_of(min(k + t, pairs_count - 1), dim);
+          const float scale = k + t >= pairs_count ? 0.0f : !REVERSE && pair.x != pair.y ? 2.0f * f.c : f.c;
           for (int r = tid / TILE; r < ROWS; r += THREADS / TILE)
             pairs[r * S::PAIR_STRIDE + t] = kept<PRECISE>(scale * x_rows[r * x_stride + pair.x] * x_rows[r * x_stride + pair.y]);
-          walk(pairs, S::PAIR_STRIDE, dim + 1 + k, min(TILE, count - k));
+          walk(pairs, S::PAIR_STRIDE, dim + 1 + k, min(TILE, pairs_count - k), dim + 1 + k + TILE, min(TILE, pairs_count - k - TILE));
         }
       }
 #pragma unroll
@@ -157,7 +175,7 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
       const Rows z = REVERSE ? upstream(job, b, query_head) : values(job, b, row_head / job.group);
       int64_t tile = following(first_tile);
       Slice<PRECISE, S::SLICE> slice_on_its_way;
-      if (tile <= last_tile) slice_on_its_way.fetch(y, tile * TILE, 0);
+      if (AHEAD && tile <= last_tile) slice_on_its_way.fetch(y, tile * TILE, 0);
       while (tile <= last_tile) {
         const int64_t first_column = tile * TILE, after = following(tile + 1);
         if (tid < TILE) {
@@ -167,9 +185,11 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
         }
         float s[S::PAIR_PARTS][4] = {};
         for (int k = 0; k < dim; k += S::SLICE) {
+          if (!AHEAD) slice_on_its_way.fetch(y, first_column, k);
           slice_on_its_way.put(right, S::SLICE + 8, y, first_column, k);
           __syncthreads();
-          if (k + S::SLICE < dim) slice_on_its_way.fetch(y, first_column, k + S::SLICE);
+          if (!AHEAD) {
+          } else if (k + S::SLICE < dim) slice_on_its_way.fetch(y, first_column, k + S::SLICE);
           else slice_on_its_way.fetch(z, first_column, 0);
           multiply<PRECISE, true, true, S::PAIR_PARTS>(s, x_own + k, x_stride, right + at.warp_column * (S::PAIR_PARTS * 8) * (S::SLICE + 8),
                                                        S::SLICE + 8, min(S::SLICE, (dim - k + 7) / 8 * 8));
@@ -202,9 +222,11 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
 #pragma unroll
         for (int slice = 0; slice < S::SLICES; ++slice) {
           if (slice * S::SLICE >= width) break;
+          if (!AHEAD) slice_on_its_way.fetch(z, first_column, slice * S::SLICE);
           slice_on_its_way.put(right, S::SLICE + 4, z, first_column, slice * S::SLICE);
           __syncthreads();
-          if ((slice + 1) * S::SLICE < width) slice_on_its_way.fetch(z, first_column, (slice + 1) * S::SLICE);
+          if (!AHEAD) {
+          } else if ((slice + 1) * S::SLICE < width) slice_on_its_way.fetch(z, first_column, (slice + 1) * S::SLICE);
           else if (after <= last_tile) slice_on_its_way.fetch(y, after * TILE, 0);
           multiply<PRECISE, true, false, S::SLICE_PARTS>(*reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&acc[slice * S::SLICE_PARTS]), pairs_own,
                                                          S::PAIR_STRIDE, right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, TILE);

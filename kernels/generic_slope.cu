@@ -15,6 +15,7 @@ template <int WIDTH, bool REVERSE, bool PRECISE>
 __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job job, int64_t row_tiles) {
   using S = Shape<WIDTH>;
   constexpr int ROWS = S::ROWS;
+  constexpr bool AHEAD = !PRECISE;  // fetch each slice during the product before it; precise products leave no registers for that
   const linattn_problem &p = job.p;
   const int dim = p.head_dim, width = p.value_dim;
   const int x_stride = left_stride(dim), u_stride = left_stride(width);
@@ -193,7 +194,7 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
       const Rows z = REVERSE ? upstream(job, b, query_head) : values(job, b, row_head / job.group);
       int64_t tile = following(first_tile);
       Slice<PRECISE, S::SLICE> slice_on_its_way;
-      if (tile <= last_tile) slice_on_its_way.fetch(z, tile * TILE, 0);
+      if (AHEAD && tile <= last_tile) slice_on_its_way.fetch(z, tile * TILE, 0);
       while (tile <= last_tile) {
         const int64_t first_column = tile * TILE, after = following(tile + 1);
         if (tid < TILE) {
@@ -205,18 +206,21 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
         }
         float s[S::PAIR_PARTS][4] = {}, grad[S::PAIR_PARTS][4] = {};
         for (int k = 0; k < width; k += S::SLICE) {
+          if (!AHEAD) slice_on_its_way.fetch(z, first_column, k);
           slice_on_its_way.put(right, S::SLICE + 8, z, first_column, k);
           __syncthreads();
-          if (k + S::SLICE < width) slice_on_its_way.fetch(z, first_column, k + S::SLICE);
+          if (!AHEAD) {
+          } else if (k + S::SLICE < width) slice_on_its_way.fetch(z, first_column, k + S::SLICE);
           else slice_on_its_way.fetch(y, first_column, 0);
           multiply<PRECISE, true, true, S::PAIR_PARTS>(grad, u_own + k, u_stride, right + at.warp_column * (S::PAIR_PARTS * 8) * (S::SLICE + 8),
                                                        S::SLICE + 8, min(S::SLICE, (width - k + 7) / 8 * 8));
           __syncthreads();
         }
         for (int k = 0; k < dim; k += S::SLICE) {
+          if (!AHEAD) slice_on_its_way.fetch(y, first_column, k);
           slice_on_its_way.put(right, S::SLICE + 8, y, first_column, k);
           __syncthreads();
-          if (S::SLICES > 1) slice_on_its_way.fetch(y, first_column, k + S::SLICE < dim ? k + S::SLICE : 0);
+          if (AHEAD && S::SLICES > 1) slice_on_its_way.fetch(y, first_column, k + S::SLICE < dim ? k + S::SLICE : 0);
           multiply<PRECISE, true, true, S::PAIR_PARTS>(s, x_own + k, x_stride, right + at.warp_column * (S::PAIR_PARTS * 8) * (S::SLICE + 8),
                                                        S::SLICE + 8, min(S::SLICE, (dim - k + 7) / 8 * 8));
           __syncthreads();
@@ -254,9 +258,11 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
 #pragma unroll
         for (int slice = 0; slice < S::SLICES; ++slice) {
           if (slice * S::SLICE >= dim) break;
+          if (!AHEAD && S::SLICES > 1) slice_on_its_way.fetch(y, first_column, slice * S::SLICE);
           slice_on_its_way.put(right, S::SLICE + 4, y, first_column, slice * S::SLICE);
           __syncthreads();
-          if ((slice + 1) * S::SLICE < dim) slice_on_its_way.fetch(y, first_column, (slice + 1) * S::SLICE);
+          if (!AHEAD) {
+          } else if ((slice + 1) * S::SLICE < dim) slice_on_its_way.fetch(y, first_column, (slice + 1) * S::SLICE);
           else if (after <= last_tile) slice_on_its_way.fetch(z, after * TILE, 0);
           multiply<PRECISE, true, false, S::SLICE_PARTS>(*reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&acc[slice * S::SLICE_PARTS]),
                                                          pairs + at.warp_row * 16 * S::PAIR_STRIDE, S::PAIR_STRIDE,

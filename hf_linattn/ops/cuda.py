@@ -8,6 +8,7 @@ Nothing here waits for the device or allocates outside PyTorch, so calls can be 
 import ctypes
 import os
 import warnings
+from contextlib import nullcontext
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -172,7 +173,9 @@ def _aligned_rows(x: Tensor) -> Tensor:
 
 
 def _plain(x: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    return None if x is None else x.to(device=device, dtype=dtype).contiguous()
+    if x is None or (x.dtype == dtype and x.device == device and x.is_contiguous()):
+        return x
+    return x.to(device=device, dtype=dtype).contiguous()
 
 
 def _describe(x: Tensor) -> _Tensor:
@@ -215,11 +218,12 @@ class _Call:
         library, _ = load_library()
         assert library is not None
         device = self.query.device
-        with torch.cuda.device(device):
+        index = device.index
+        with nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
             size = getattr(library, f"linattn_{name}_workspace")(byref(self.problem))
             workspace = torch.empty(size, dtype=torch.uint8, device=device)
             self.problem.workspace = workspace.data_ptr()
-            self.problem.stream = torch.cuda.current_stream(device).cuda_stream
+            self.problem.stream = torch.cuda.current_stream(index).cuda_stream
             code = getattr(library, f"linattn_{name}")(byref(self.problem), byref(results))
         if code:
             raise RuntimeError(f"the {name} kernels of linear attention failed: {library.linattn_error_string(code).decode()}.")

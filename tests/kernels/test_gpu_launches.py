@@ -187,7 +187,8 @@ def test_a_tensor_beyond_32_bit_offsets():
     query = torch.randn(1, 33, 2**20, 64, device="cuda", dtype=torch.bfloat16)
     out = linear_attention(query, query, query, b=0.5)
     alone = linear_attention(*(query[:, -1:].contiguous(),) * 3, b=0.5)
-    assert torch.equal(out[:, -1:], alone)
+    # not bit by bit: how a sequence is cut may depend on how many heads there are to fill the card
+    assert (out[:, -1:].float() - alone.float()).norm() < 0.01 * alone.float().norm()
 
 
 def test_backend_variable(monkeypatch):
