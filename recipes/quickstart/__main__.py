@@ -81,7 +81,13 @@ class Quickstart:
             settings = [f"output={out}/teacher", f"tokenizer={out}/corpus", f"steps={self.steps(300)}", *text]
             self.step("2. Train a small softmax Llama", self.teacher, lambda: self.train("teacher", settings))
         self.step("3. Convert it", out / "swapped", lambda: self.call("convert.linearize", str(self.teacher), f"{out}/swapped"))
-        tuning = [f"output={out}/tuned", f"model={out}/swapped", f"teacher={self.teacher}", f"steps={self.steps(250)}", *text]
+        tuning = [
+            f"output={out}/tuned",
+            f"model={out}/swapped",
+            f"teacher={self.teacher}",
+            f"steps={self.steps(150 if self.own else 250)}",
+            *text,
+        ]
         if not self.own:
             length = self.length()
             tuning += [f"length={length}", f"batch_size={max(1, 4096 // length)}"]
