@@ -3,7 +3,7 @@
     python benchmarks/attention.py --device cuda [--out benchmarks/results]
 
 The floor is what any kernel must move at the card's copy bandwidth, measured in the same run: q, k, v and o forward (4 tensors); q, k, v,
-o, dO and the three gradients backward (8). Medians over CUDA events, over several sets of random inputs so that none is found in the L2 cache.
+o, dO and the three gradients backward (8). Medians over CUDA events, over several sets of random inputs that outgrow the cache.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -102,7 +103,7 @@ def copy_gigabytes_per_second() -> float:
 
 
 def input_sets(shape: Shape, layout: str, key_heads: int | None = None) -> list[tuple[list[Tensor], Tensor]]:
-    """Several (q, k, v), grad of `shape`, bfloat16, as many as outgrow the L2 cache; "bhnd", or "bnhd" as Transformers and FLA lay them out."""
+    """Sets of (q, k, v), grad in bfloat16, as many as outgrow the L2 cache; "bhnd", or "bnhd" as Transformers and FLA lay them out."""
     batch, heads, length, dim = shape
     sets = max(1, min(4, int(4e8 / (2 * batch * heads * length * dim)) + 1))
 
@@ -164,6 +165,7 @@ def target_rows(bandwidth: float, peers: bool = True) -> list[dict]:
             floors = {"forward_floors": figures["forward_ms"] / forward_floor, "both_floors": figures["both_ms"] / both_floor}
             targets = {"forward_target": forward_target, "both_target": both_target}
             rows.append({"form": name, "shape": shape, **figures, **floors, **targets})
+            print(f"{name:15} {shape}  {figures['forward_ms']:.3f} ms, {figures['both_ms']:.3f} ms", file=sys.stderr, flush=True)
             torch.cuda.empty_cache()
     return rows
 

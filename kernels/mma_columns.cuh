@@ -27,8 +27,8 @@ template <int D> struct ColumnShape {
   static constexpr int WARPS = 2 * STRIPES, THREADS = 32 * WARPS;
   static constexpr int SPLIT = WARPS / BLOCKS < BLOCKS ? WARPS / BLOCKS : BLOCKS;  // warps to a row block of the state
   static constexpr int PAIRS = (BLOCKS + SPLIT - 1) / SPLIT;
-  static constexpr int STAGES = 2, TILE = C * D * 2, STATE_TILE = D * D * 2;
-  static constexpr int MIN_BLOCKS = D == 32 ? 3 : D == 64 ? 2 : 1;
+  static constexpr int STAGES = 2, TILE = C * D * 2, STATE_TILE = (D > C ? D : C) * D * 2;  // dv is staged there
+  static constexpr int MIN_BLOCKS = D <= 64 ? 2 : 1;
   struct Small {
     alignas(16) float mixed[C], level[C], slope[C], column[D], line[D], numbers[STAGES][3][C];
     alignas(16) uint16_t high[3][C], low[3][C], zeros[C];
@@ -43,8 +43,9 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   using E = Element<T>;
   constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, STAGES = Shape::STAGES, TILE = Shape::TILE, STRIPES = Shape::STRIPES;
   constexpr int kStripeBytes = Tile<D>::kBlockBytes;
-  constexpr bool kGroups = kWarpgroups<D>;
-  using Place = StatePlace<D, (Shape::SPLIT > 1 && !kGroups)>;
+  constexpr bool kGroups = kWarpgroups<D> && D <= 64;  // at D = 128 their accumulators leave too few registers: 9 % slower
+  constexpr int kHalves = (D + 63) / 64, kWide = D / kHalves;  // how warpgroups cut the columns of results
+  using Place = StatePlace<D, (Shape::SPLIT > 1 && !(kStateByGroups<D> && kGroups))>;
   extern __shared__ __align__(1024) unsigned char shared[];
   typename Shape::Small &small = *reinterpret_cast<typename Shape::Small *>(shared + STAGES * 4 * TILE + Shape::STATE_TILE);
   const auto weights_of = [&](int i) { return SplitWeights<T>{reinterpret_cast<const T *>(small.high[i]), reinterpret_cast<const T *>(small.low[i])}; };
@@ -193,8 +194,12 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
           warpgroup_keep(acc);
           warpgroup_begin();
 #pragma unroll
-          for (int block = 0; block < BLOCKS; ++block)
-            WarpgroupProduct<T, D, true>::run(acc, warpgroup_operand(own_tile + Tile<D>::columns_at(2 * block), 0), warpgroup_operand(state_tile + Tile<D>::rows_at(block), Tile<D>::kPanelBytes), block > 0);
+          for (int half = 0; half < kHalves; ++half) {
+            float(&part)[kWide / 8][4] = reinterpret_cast<float(&)[kWide / 8][4]>(acc[8 * half]);
+#pragma unroll
+            for (int block = 0; block < BLOCKS; ++block)
+              WarpgroupProduct<T, kWide, true>::run(part, warpgroup_operand<D>(own_tile + Tile<D>::columns_at(2 * block)), warpgroup_operand<D>(state_tile + Tile<D>::rows_at(block) + Tile<D>::columns_at(8 * half)), block > 0);
+          }
           warpgroup_commit();
           warpgroup_wait<0>();
           warpgroup_keep(acc);
@@ -202,12 +207,12 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
           warpgroup_keep(acc);
           warpgroup_begin();
 #pragma unroll
-          for (int rows = 0; rows < D / 64; ++rows) {
-            float(&part)[8][4] = reinterpret_cast<float(&)[8][4]>(acc[8 * rows]);
+          for (int rows = 0; rows < kHalves; ++rows) {
+            float(&part)[kWide / 8][4] = reinterpret_cast<float(&)[kWide / 8][4]>(acc[8 * rows]);
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block) {
               const uint32_t columns = Tile<D>::columns_at(2 * block);
-              WarpgroupProduct<T, 64, false>::run(part, warpgroup_operand(own_tile + columns, 0), warpgroup_operand(state_tile + Tile<D>::rows_at(4 * rows) + columns, 0), block > 0);
+              WarpgroupProduct<T, kWide, false>::run(part, warpgroup_operand<D>(own_tile + columns), warpgroup_operand<D>(state_tile + Tile<D>::rows_at(4 * rows) + columns), block > 0);
             }
           }
           warpgroup_commit();
@@ -257,31 +262,42 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
 
     if (causal) {
       if constexpr (kGroups) {
-        float scores[2 * STRIPES][4];
-        uint32_t weights_of[STRIPES][4];
-        warpgroup_keep(scores);
-        warpgroup_begin();
+        // At D = 128 in two parts, or the registers do not suffice.
+        constexpr int kBlocks = STRIPES / kHalves;
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-          const uint32_t columns = Tile<D>::columns_at(2 * block);
-          WarpgroupProduct<T, 64, false>::run(scores, warpgroup_operand(own_tile + columns, 0), warpgroup_operand(pair_tile + columns, 0), block > 0);
+        for (int first_block = 0; first_block < STRIPES; first_block += kBlocks) {
+          float scores[2 * kBlocks][4];
+          uint32_t weights_of[kBlocks][4];
+          warpgroup_keep(scores);
+          warpgroup_begin();
+#pragma unroll
+          for (int block = 0; block < BLOCKS; ++block) {
+            const uint32_t columns = Tile<D>::columns_at(2 * block);
+            WarpgroupProduct<T, 16 * kBlocks, false>::run(scores, warpgroup_operand<D>(own_tile + columns), warpgroup_operand<D>(pair_tile + Tile<D>::rows_at(first_block) + columns), block > 0);
+          }
+          warpgroup_commit();
+          warpgroup_wait<0>();
+          warpgroup_keep(scores);
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i) {
+            const int j = first_block + i;
+            weights_of[i][0] = weights_of[i][1] = weights_of[i][2] = weights_of[i][3] = 0u;
+            if (j > stripe) weigh(weights_of[i], scores[2 * i], scores[2 * i + 1], false, j);
+            if (j == stripe) weigh(weights_of[i], scores[2 * i], scores[2 * i + 1], true, j);
+          }
+          warpgroup_keep(acc);
+          warpgroup_begin();
+#pragma unroll
+          for (int half = 0; half < kHalves; ++half) {
+            float(&part)[kWide / 8][4] = reinterpret_cast<float(&)[kWide / 8][4]>(acc[8 * half]);
+#pragma unroll
+            for (int i = 0; i < kBlocks; ++i)
+              WarpgroupProduct<T, kWide, true>::run(part, weights_of[i], warpgroup_operand<D>(sum_tile + Tile<D>::rows_at(first_block + i) + Tile<D>::columns_at(8 * half)), true);
+          }
+          warpgroup_commit();
+          warpgroup_wait<0>();
+          warpgroup_keep(acc);
         }
-        warpgroup_commit();
-        warpgroup_wait<0>();
-        warpgroup_keep(scores);
-#pragma unroll
-        for (int j = 0; j < STRIPES; ++j) {
-          weights_of[j][0] = weights_of[j][1] = weights_of[j][2] = weights_of[j][3] = 0u;
-          if (j > stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], false, j);
-          if (j == stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], true, j);
-        }
-        warpgroup_keep(acc);
-        warpgroup_begin();
-#pragma unroll
-        for (int j = 0; j < STRIPES; ++j) WarpgroupProduct<T, D, true>::run(acc, weights_of[j], warpgroup_operand(sum_tile + Tile<D>::rows_at(j), Tile<D>::kPanelBytes), true);
-        warpgroup_commit();
-        warpgroup_wait<0>();
-        warpgroup_keep(acc);
       } else {
         const Blocks<D> pair_blocks(pair_tile, across), sum_blocks(sum_tile, down);
         const auto step = [&](bool diagonal, int j) {
@@ -309,66 +325,69 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
 #pragma unroll 1
         for (int j = stripe + 1; j < STRIPES; ++j) step(false, j);
       }
-      if (holds_state) {
-        const Blocks<D> w_flipped(q_tile + TILE, down, at.flip);
-        const uint32_t q_block = Blocks<D>(q_tile, across).at_column(0, at.row), w_block = Blocks<D>(q_tile + TILE, down).at_column(0, at.row);
-        if constexpr (kGroups) {
-          update_state_by_groups<T, D, 16 * Shape::PAIRS, false, false>(state, at, owns_line, q_block, w_block, q_tile + TILE + Tile<D>::columns_at(2 * at.first), mixed, slope, level);
-        } else
-#pragma unroll
-        for (int block = 0; block < STRIPES; ++block)
-          update_state<T, D, false, false>(state, at, owns_line, q_block, w_block, w_flipped, block, mixed, slope, level);
-      }
     }
 
+    if (head == heads - 1) {
+      if (role == 1) {
+        uint32_t k[BLOCKS][4];
+        float dot0 = 0.f, dot1 = 0.f;
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) {
+          ldmatrix(k[block], k_blocks.at(0, block));
+#pragma unroll
+          for (int t = 0; t < 2; ++t) {
+            dot0 += E::low(k[block][2 * t]) * acc[2 * block + t][0] + E::high(k[block][2 * t]) * acc[2 * block + t][1];
+            dot1 += E::low(k[block][2 * t + 1]) * acc[2 * block + t][2] + E::high(k[block][2 * t + 1]) * acc[2 * block + t][3];
+          }
+        }
+#pragma unroll
+        for (int shift = 1; shift < 4; shift *= 2) {
+          dot0 += __shfl_xor_sync(0xffffffffu, dot0, shift);
+          dot1 += __shfl_xor_sync(0xffffffffu, dot1, shift);
+        }
+        dot0 = unit ? dot0 * key_scale0 * key_scale0 : 0.f, dot1 = unit ? dot1 * key_scale1 * key_scale1 : 0.f;
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block)
+#pragma unroll
+          for (int t = 0; t < 2; ++t) {
+            acc[2 * block + t][0] -= E::low(k[block][2 * t]) * dot0, acc[2 * block + t][1] -= E::high(k[block][2 * t]) * dot0;
+            acc[2 * block + t][2] -= E::low(k[block][2 * t + 1]) * dot1, acc[2 * block + t][3] -= E::high(k[block][2 * t + 1]) * dot1;
+          }
+      }
+      // Where results are staged, nobody may read any more. By registers: dv over v and dk over k, both taken before the second barrier (k again
+      // by the warps of dk just now). By warpgroups: dk over v, which only they read, and dv over the rounded state, which the next chunk renews.
+      int staged = static_cast<int>(k_tile - key_tiles) + (role == 0 ? TILE : 0);
+      if (kGroups && causal) {
+        staged = role == 0 ? static_cast<int>(state_tile - key_tiles) : static_cast<int>(k_tile - key_tiles) + TILE;
+        if (role == 0) barrier_sync<kStateRead, Shape::THREADS>();
+      } else if (kGroups) {
+        barrier_sync<kStateRead, Shape::THREADS>();
+      }
+      __syncwarp();
+      const Blocks<D> staged_blocks(key_tiles + staged + stripe * kStripeBytes, down);
+      const float finish0 = role == 0 ? 1.f : key_scale0, finish1 = role == 0 ? 1.f : key_scale1;
+#pragma unroll
+      for (int q = 0; q < BLOCKS; ++q) store_block<T, D>(staged_blocks.at(0, q), acc[2 * q], acc[2 * q + 1], finish0, finish1, lane_id);
+      __syncwarp();
+      store_stripe<T, D, 2 * BLOCKS>(result_rows, result.token_stride, shared + staged, 16 * stripe, tokens, lane_id, [](int i) { return i; });
+      result_rows -= C * result.token_stride;
+      tokens = C;
+      if (!kGroups) stripe = STRIPES - 1 - stripe;
+      key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
+    }
+
+    if (causal && holds_state) {
+      const Blocks<D> w_flipped(q_tile + TILE, down, at.flip);
+      const uint32_t q_block = Blocks<D>(q_tile, across).at_column(0, at.row), w_block = Blocks<D>(q_tile + TILE, down).at_column(0, at.row);
+      if constexpr (kStateByGroups<D> && kGroups) {
+        update_state_by_groups<T, D, 16 * Shape::PAIRS, false, false>(state, at, owns_line, q_block, w_block, q_tile + TILE + Tile<D>::columns_at(2 * at.first), mixed, slope, level);
+      } else
+#pragma unroll
+      for (int block = 0; block < STRIPES; ++block)
+        update_state<T, D, false, false>(state, at, owns_line, q_block, w_block, w_flipped, block, mixed, slope, level);
+    }
     stage = stage == STAGES - 1 ? 0 : stage + 1;
-    if (++head < heads) continue;
-    if (role == 1) {
-      uint32_t k[BLOCKS][4];
-      float dot0 = 0.f, dot1 = 0.f;
-#pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) {
-        ldmatrix(k[block], k_blocks.at(0, block));
-#pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          dot0 += E::low(k[block][2 * t]) * acc[2 * block + t][0] + E::high(k[block][2 * t]) * acc[2 * block + t][1];
-          dot1 += E::low(k[block][2 * t + 1]) * acc[2 * block + t][2] + E::high(k[block][2 * t + 1]) * acc[2 * block + t][3];
-        }
-      }
-#pragma unroll
-      for (int shift = 1; shift < 4; shift *= 2) {
-        dot0 += __shfl_xor_sync(0xffffffffu, dot0, shift);
-        dot1 += __shfl_xor_sync(0xffffffffu, dot1, shift);
-      }
-      dot0 = unit ? dot0 * key_scale0 * key_scale0 : 0.f, dot1 = unit ? dot1 * key_scale1 * key_scale1 : 0.f;
-#pragma unroll
-      for (int block = 0; block < BLOCKS; ++block)
-#pragma unroll
-        for (int t = 0; t < 2; ++t) {
-          acc[2 * block + t][0] -= E::low(k[block][2 * t]) * dot0, acc[2 * block + t][1] -= E::high(k[block][2 * t]) * dot0;
-          acc[2 * block + t][2] -= E::low(k[block][2 * t + 1]) * dot1, acc[2 * block + t][3] -= E::high(k[block][2 * t + 1]) * dot1;
-        }
-    }
-    // Where results are staged, nobody may read any more. By registers: dv over v and dk over k, both taken before the second barrier (k again
-    // by the warps of dk just now). By warpgroups: dk over v, which only they read, and dv over the rounded state, which the next chunk renews.
-    int staged = static_cast<int>(k_tile - key_tiles) + (role == 0 ? TILE : 0);
-    if (kGroups && causal) {
-      staged = role == 0 ? static_cast<int>(state_tile - key_tiles) : static_cast<int>(k_tile - key_tiles) + TILE;
-      if (role == 0) barrier_sync<kStateRead, Shape::THREADS>();
-    } else if (kGroups) {
-      barrier_sync<kStateRead, Shape::THREADS>();
-    }
-    __syncwarp();
-    const Blocks<D> staged_blocks(key_tiles + staged + stripe * kStripeBytes, down);
-    const float finish0 = role == 0 ? 1.f : key_scale0, finish1 = role == 0 ? 1.f : key_scale1;
-#pragma unroll
-    for (int q = 0; q < BLOCKS; ++q) store_block<T, D>(staged_blocks.at(0, q), acc[2 * q], acc[2 * q + 1], finish0, finish1, lane_id);
-    __syncwarp();
-    store_stripe<T, D, 2 * BLOCKS>(result_rows, result.token_stride, shared + staged, 16 * stripe, tokens, lane_id, [](int i) { return i; });
-    result_rows -= C * result.token_stride;
-    head = 0, tokens = C;
-    if (!kGroups) stripe = STRIPES - 1 - stripe;
-    key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
+    head = head == heads - 1 ? 0 : head + 1;
   }
   copy_wait<0>();
 

@@ -19,6 +19,16 @@ int64_t all_states(const linattn_problem &problem, const Plan &plan) {
   return plan.needs_states ? rounded(static_cast<int64_t>(problem.batch) * problem.key_heads * plan.segments * state_floats(problem)) : 0;
 }
 
+int chunk_of(int head_dim) { return head_dim == 32 || head_dim == 128 ? 64 : head_dim; }
+
+// Two stages of tiles, the rounded state and small arrays: forward holds q, k, v, backward o and dO too.
+bool fits_shared_memory(const linattn_problem &problem, int tiles) {
+  int device = 0, most = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return false;
+  const int d = problem.head_dim;
+  return 2 * tiles * chunk_of(d) * d * 2 + d * d * 2 + 10240 <= most;
+}
+
 int processors() {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 108;
@@ -41,7 +51,7 @@ bool takes(const linattn_problem &problem) {
 }  // namespace
 
 Plan make_plan(const linattn_problem &problem) {
-  const int d = problem.head_dim, chunk = d == 32 || d == 128 ? 64 : d;
+  const int d = problem.head_dim, chunk = chunk_of(d);
   const int64_t heads = static_cast<int64_t>(problem.batch) * problem.key_heads, chunks = (problem.length + chunk - 1) / chunk;
   const int64_t slots = static_cast<int64_t>(processors()) * (d == 32 ? 4 : d == 64 ? 2 : 1);  // blocks at work at once
   // Cutting costs a second reading of k and v: worth it only where heads alone leave much of the card idle.
@@ -80,8 +90,8 @@ namespace linattn {
 
 using namespace linattn_mma;
 
-bool mma_takes_forward(const linattn_problem &problem) { return takes(problem); }
-bool mma_takes_backward(const linattn_problem &problem) { return takes(problem); }
+bool mma_takes_forward(const linattn_problem &problem) { return takes(problem) && fits_shared_memory(problem, 3); }
+bool mma_takes_backward(const linattn_problem &problem) { return takes(problem) && fits_shared_memory(problem, 5); }
 const char *mma_name(const linattn_problem &) { return "mma"; }
 
 int64_t mma_forward_workspace(const linattn_problem &problem) { return 4 * all_states(problem, make_plan(problem)); }

@@ -49,7 +49,7 @@ template <typename T, int D> cudaError_t forward(const linattn_problem &problem,
   const int blocks = problem.batch * problem.key_heads * plan.segments;
   float *const states = plan.needs_states ? static_cast<float *>(problem.workspace) : nullptr;
   if (states) {
-    const SegmentArguments segments{problem, {}, nullptr, nullptr, nullptr, states, plan.segments, plan.segment_length};
+    const SegmentArguments segments{problem, {}, nullptr, nullptr, nullptr, states, plan.segments, problem.causal && !result.state ? plan.segments - 1 : -1, plan.segment_length};
     LINATTN_TRY(launch(segments_kernel<T, D, false>, blocks, SegmentShape<D>::THREADS, SegmentShape<D>::SHARED, stream, segments));
     LINATTN_TRY(scan_segments<D>(states, problem, plan, problem.causal ? Scan::kPrefix : Scan::kTotal, problem.initial_state, result.state));
   }
@@ -69,7 +69,7 @@ template <typename T, int D> cudaError_t backward(const linattn_problem &problem
   float *const error = base + workspace.error, *const query_scale = base + workspace.query_scale, *const partials = base + workspace.partials;
 
   if (states) {
-    const SegmentArguments keys{problem, {}, nullptr, nullptr, nullptr, states, plan.segments, plan.segment_length};
+    const SegmentArguments keys{problem, {}, nullptr, nullptr, nullptr, states, plan.segments, problem.causal ? plan.segments - 1 : -1, plan.segment_length};
     LINATTN_TRY(launch(segments_kernel<T, D, false>, blocks, SegmentShape<D>::THREADS, SegmentShape<D>::SHARED, stream, keys));
     LINATTN_TRY(scan_segments<D>(states, problem, plan, problem.causal ? Scan::kPrefix : Scan::kTotal, problem.initial_state, nullptr));
   }
@@ -80,7 +80,7 @@ template <typename T, int D> cudaError_t backward(const linattn_problem &problem
   LINATTN_TRY(launch(rows_kernel<T, D, true>, blocks, RowShape<D, true>::THREADS, RowShape<D, true>::SHARED, stream, rows));
 
   if (states) {
-    const SegmentArguments queries{problem, data.grad_out, data.mass, error, query_scale, states, plan.segments, plan.segment_length};
+    const SegmentArguments queries{problem, data.grad_out, data.mass, error, query_scale, states, plan.segments, problem.causal && !data.grad_initial_state ? 0 : -1, plan.segment_length};
     LINATTN_TRY(launch(segments_kernel<T, D, true>, blocks, SegmentShape<D>::THREADS, SegmentShape<D>::SHARED, stream, queries));
     LINATTN_TRY(scan_segments<D>(states, problem, plan, problem.causal ? Scan::kSuffix : Scan::kTotal, data.grad_state, data.grad_initial_state));
   }

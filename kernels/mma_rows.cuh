@@ -169,7 +169,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         barrier_sync<kScalesShared, Shape::STATE_THREADS>();
         // forward: column = sum of unit keys, line = sum of v; gradient: column = sum of v, line = sum of unit keys.
         const uint32_t y_block = Blocks<D>(y_tile, across).at_column(0, at.row), z_block = z_blocks.at_column(0, at.row);
-        if constexpr (kGroups) {
+        if constexpr (kStateByGroups<D>) {
           update_state_by_groups<T, D, D, GRAD, !GRAD>(state, at, true, y_block, z_block, z_tile, key_reader, key_reader, key_reader);
         } else
 #pragma unroll
@@ -251,20 +251,31 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc[2 * q][i] = acc[2 * q + 1][i] = 0.f;
-    float scores[kGroups ? 2 * Shape::STRIPES : 1][4];
-    uint32_t weights_of[kGroups ? Shape::STRIPES : 1][4];
+    // By warpgroups the scores of all keys at once, beside the product with the state; other head dims later and in two parts, for want of registers.
+    constexpr bool kBeside = kGroups && D == 64;
+    float scores[kBeside ? 2 * Shape::STRIPES : 1][4];
+    uint32_t weights_of[kBeside ? Shape::STRIPES : 1][4];
     float row_sum[4] = {0, 0, 0, 0};
     if constexpr (kGroups) {
-      warpgroup_keep(scores);
       warpgroup_keep(acc);
-      warpgroup_begin();
+      if constexpr (kBeside) {
+        warpgroup_keep(scores);
+        warpgroup_begin();
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) WarpgroupProduct<T, 64, false>::run(scores, warpgroup_operand(rows + Tile<D>::columns_at(2 * block), 0), warpgroup_operand(y_tile + Tile<D>::columns_at(2 * block), 0), block > 0);
-      warpgroup_commit();
+        for (int block = 0; block < BLOCKS; ++block)
+          WarpgroupProduct<T, 64, false>::run(scores, warpgroup_operand<D>(rows + Tile<D>::columns_at(2 * block)), warpgroup_operand<D>(y_tile + Tile<D>::columns_at(2 * block)), block > 0);
+        warpgroup_commit();
+      } else {
+        warpgroup_begin();
+      }
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block)
-        WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, warpgroup_operand(rows + Tile<D>::columns_at(2 * block), 0), warpgroup_operand(state_tile + Tile<D>::rows_at(block) + half_bytes, Tile<D>::kPanelBytes), block > 0);
+        WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, warpgroup_operand<D>(rows + Tile<D>::columns_at(2 * block)), warpgroup_operand<D>(state_tile + Tile<D>::rows_at(block) + half_bytes, Tile<D>::kPanelBytes), block > 0);
       warpgroup_commit();
+      if constexpr (!kBeside) {
+        warpgroup_wait<0>();
+        warpgroup_keep(acc);
+      }
     } else {
       const Blocks<D> state_blocks(state_tile + half_bytes, down);
 #pragma unroll
@@ -308,7 +319,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       if constexpr (!GRAD) E::mma(row_sum, weights, E::kOnes, E::kOnes);
     };
     if (causal && head == 0) barrier_sync<kScalesReady, Shape::THREADS>();
-    if constexpr (kGroups) {
+    if constexpr (kBeside) {
       warpgroup_wait<1>();
       warpgroup_keep(scores);
 #pragma unroll
@@ -335,12 +346,44 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     if (causal && head == heads - 1) barrier_arrive<kStateRead, Shape::THREADS>();
 
     if (causal) {
-      if constexpr (kGroups) {
+      if constexpr (kGroups && !kBeside) {
+        constexpr int kBlocks = 2;
+#pragma unroll
+        for (int first_key = 0; first_key < Shape::STRIPES; first_key += kBlocks) {
+          float part[2 * kBlocks][4];
+          uint32_t weights[kBlocks][4];
+          warpgroup_keep(part);
+          warpgroup_begin();
+#pragma unroll
+          for (int block = 0; block < BLOCKS; ++block) {
+            const uint32_t columns = Tile<D>::columns_at(2 * block);
+            WarpgroupProduct<T, 16 * kBlocks, false>::run(part, warpgroup_operand<D>(rows + columns), warpgroup_operand<D>(y_tile + Tile<D>::rows_at(first_key) + columns), block > 0);
+          }
+          warpgroup_commit();
+          warpgroup_wait<0>();
+          warpgroup_keep(part);
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i) {
+            const int j = first_key + i;
+            weights[i][0] = weights[i][1] = weights[i][2] = weights[i][3] = 0u;
+            if (j < stripe) weigh(weights[i], part[2 * i], part[2 * i + 1], false, j);
+            if (j == stripe) weigh(weights[i], part[2 * i], part[2 * i + 1], true, j);
+          }
+          warpgroup_keep(acc);
+          warpgroup_begin();
+#pragma unroll
+          for (int i = 0; i < kBlocks; ++i)
+            WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, weights[i], warpgroup_operand<D>(z_tile + Tile<D>::rows_at(first_key + i) + half_bytes, Tile<D>::kPanelBytes), true);
+          warpgroup_commit();
+          warpgroup_wait<0>();
+          warpgroup_keep(acc);
+        }
+      } else if constexpr (kGroups) {
         warpgroup_keep(acc);
         warpgroup_begin();
 #pragma unroll
         for (int j = 0; j < Shape::STRIPES; ++j)
-          WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, weights_of[j], warpgroup_operand(z_tile + Tile<D>::rows_at(j) + half_bytes, Tile<D>::kPanelBytes), true);
+          WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, weights_of[j], warpgroup_operand<D>(z_tile + Tile<D>::rows_at(j) + half_bytes, Tile<D>::kPanelBytes), true);
         warpgroup_commit();
         warpgroup_wait<0>();
         warpgroup_keep(acc);

@@ -203,7 +203,7 @@ __device__ __forceinline__ void update_state_by_groups(StateTile<T, PAIRS> &stat
   warpgroup_begin();
 #pragma unroll
   for (int block = 0; block < 4; ++block)
-    WarpgroupProduct<T, COLUMNS, true>::run(sum, scaled[block], warpgroup_operand(z_tile + Tile<D>::rows_at(block), Tile<D>::kPanelBytes), true);
+    WarpgroupProduct<T, COLUMNS, true>::run(sum, scaled[block], warpgroup_operand<D>(z_tile + Tile<D>::rows_at(block), Tile<D>::kPanelBytes), true);
   warpgroup_commit();
   warpgroup_wait<0>();
   warpgroup_keep(sum);
@@ -234,7 +234,7 @@ struct SegmentArguments {
   linattn_tensor grad_out;                     // of queries only, as the three below
   const float *mass, *error, *query_scale;
   float *states;
-  int32_t segments;
+  int32_t segments, unneeded;                  // unneeded: the segment whose own state nobody asks for, or -1
   int64_t segment_length;
 };
 
@@ -275,6 +275,7 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
   const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number();
   const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id), tiles = shared_address(shared);
   const int head_pair = blockIdx.x / args.segments, segment = blockIdx.x % args.segments;
+  if (segment == args.unneeded) return;
   const int batch = head_pair / p.key_heads, key_head = head_pair % p.key_heads, heads = QUERIES ? p.query_heads / p.key_heads : 1;
   const int64_t begin = segment * args.segment_length, end = min(p.length, begin + args.segment_length);
   const int iterations = static_cast<int>((end - begin + C - 1) / C) * heads;
@@ -355,7 +356,7 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
       if ((lane_id & 3) == 0) weights(0).set(16 * warp + (lane_id >> 2), scale0), weights(0).set(16 * warp + (lane_id >> 2) + 8, scale1);
     }
     __syncthreads();
-    if constexpr (kWarpgroups<D>) {
+    if constexpr (kStateByGroups<D>) {
       update_state_by_groups<T, D, D, false, !QUERIES>(state, at, owns_line, y_block, z_block, y_tile + TILE, scale, column_weights, line_weights);
     } else
 #pragma unroll
@@ -393,11 +394,19 @@ __global__ void scan_kernel(float *states, int segments, Scan scan, const float 
                                                                                : D * (D + 1) + (index - D * D - D));
   float *const at = states + head * segments * kStateFloats<D> + index;
   float sum = initial ? initial[callers] : 0.f;
-  for (int i = 0; i < segments; ++i) {
-    float &cell = at[static_cast<int64_t>(scan == Scan::kSuffix ? segments - 1 - i : i) * kStateFloats<D>];
-    const float own = cell;
-    if (scan != Scan::kTotal) cell = sum;
-    sum += own;
+  const int64_t step = scan == Scan::kSuffix ? -kStateFloats<D> : kStateFloats<D>;
+  float *const start = scan == Scan::kSuffix ? at + static_cast<int64_t>(segments - 1) * kStateFloats<D> : at;
+  const int known = scan == Scan::kTotal || total ? segments : segments - 1;  // nobody needs the last one's own state for the scan
+  constexpr int kAhead = 8;
+  for (int first = 0; first < segments; first += kAhead) {
+    float own[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) own[i] = first + i < known ? start[(first + i) * step] : 0.f;
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (scan != Scan::kTotal && first + i < segments) start[(first + i) * step] = sum;
+      sum += own[i];
+    }
   }
   if (scan == Scan::kTotal) *at = sum;
   if (total) total[callers] = sum;

@@ -5,12 +5,14 @@
 
 namespace linattn_mma {
 
-// sm_90a alone has wgmma; its tiles are 64 elements wide and swizzled in 128 bytes, as Tile<64> and Tile<128> are.
+// sm_90a alone has wgmma. Its 64- and 128-byte swizzles are those of Tile<32> and of Tile<64> and Tile<128>; its products have 64 rows, which
+// a chunk has at these head dims, and the state only from 64 on.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-template <int D> constexpr bool kWarpgroups = D == 64 || D == 128;
+template <int D> constexpr bool kWarpgroups = D == 32 || D == 64 || D == 128;
 #else
 template <int D> constexpr bool kWarpgroups = false;
 #endif
+template <int D> constexpr bool kStateByGroups = kWarpgroups<D> && D >= 64;
 
 // Orders this thread's writes to shared memory before the reads of later wgmma (behind a barrier).
 __device__ __forceinline__ void warpgroup_publish() {
@@ -35,9 +37,10 @@ template <int TILES> __device__ __forceinline__ void warpgroup_keep(float (&d)[T
     for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(d[i][j])::"memory");
 }
 
-// A swizzled operand at `address`: groups of 8 rows are 1024 bytes apart, blocks of 64 columns `panel` bytes.
-__device__ __forceinline__ uint64_t warpgroup_operand(uint32_t address, uint32_t panel) {
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(panel >> 4) << 16 | static_cast<uint64_t>(1024 >> 4) << 32 | static_cast<uint64_t>(1) << 62;
+// A swizzled operand at `address`; `panel` is the distance of the next 64 columns, where a product spans two panels.
+template <int D> __device__ __forceinline__ uint64_t warpgroup_operand(uint32_t address, uint32_t panel = 0) {
+  constexpr uint64_t kEightRows = 8 * Tile<D>::kRowBytes, kSwizzle = D == 32 ? 2 : 1;
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(panel >> 4) << 16 | kEightRows >> 4 << 32 | kSwizzle << 62;
 }
 
 // d += A B, N columns. ALONG_ROWS: the contraction runs along the tile's rows (B is the block itself), else along its columns.
