@@ -110,9 +110,10 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
           if (!REVERSE && slice == 0 && tid < TILE)
             right_last[tid] = tid < count ? state[static_cast<int64_t>(state_row + tid) * (width + 1) + width] : 0.0f;
           __syncthreads();
-          if (!AHEAD) {
-          } else if ((slice + 1) * S::SLICE < width) fetch(state_row, count, slice + 1);
-          else if (next_count > 0) fetch(next_row, next_count, 0);
+          if (AHEAD) {
+            if ((slice + 1) * S::SLICE < width) fetch(state_row, count, slice + 1);
+            else if (next_count > 0) fetch(next_row, next_count, 0);
+          }
           multiply<PRECISE, true, false, S::SLICE_PARTS>(
               *reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&sum[slice * S::SLICE_PARTS]), left + at.warp_row * 16 * stride, stride,
               right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, (count + 7) / 8 * 8);
@@ -188,9 +189,10 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
           if (!AHEAD) slice_on_its_way.fetch(y, first_column, k);
           slice_on_its_way.put(right, S::SLICE + 8, y, first_column, k);
           __syncthreads();
-          if (!AHEAD) {
-          } else if (k + S::SLICE < dim) slice_on_its_way.fetch(y, first_column, k + S::SLICE);
-          else slice_on_its_way.fetch(z, first_column, 0);
+          if (AHEAD) {
+            if (k + S::SLICE < dim) slice_on_its_way.fetch(y, first_column, k + S::SLICE);
+            else slice_on_its_way.fetch(z, first_column, 0);
+          }
           multiply<PRECISE, true, true, S::PAIR_PARTS>(s, x_own + k, x_stride, right + at.warp_column * (S::PAIR_PARTS * 8) * (S::SLICE + 8),
                                                        S::SLICE + 8, min(S::SLICE, (dim - k + 7) / 8 * 8));
           __syncthreads();
@@ -225,9 +227,10 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
           if (!AHEAD) slice_on_its_way.fetch(z, first_column, slice * S::SLICE);
           slice_on_its_way.put(right, S::SLICE + 4, z, first_column, slice * S::SLICE);
           __syncthreads();
-          if (!AHEAD) {
-          } else if ((slice + 1) * S::SLICE < width) slice_on_its_way.fetch(z, first_column, (slice + 1) * S::SLICE);
-          else if (after <= last_tile) slice_on_its_way.fetch(y, after * TILE, 0);
+          if (AHEAD) {
+            if ((slice + 1) * S::SLICE < width) slice_on_its_way.fetch(z, first_column, (slice + 1) * S::SLICE);
+            else if (after <= last_tile) slice_on_its_way.fetch(y, after * TILE, 0);
+          }
           multiply<PRECISE, true, false, S::SLICE_PARTS>(*reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&acc[slice * S::SLICE_PARTS]), pairs_own,
                                                          S::PAIR_STRIDE, right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, TILE);
           __syncthreads();

@@ -209,9 +209,10 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
           if (!AHEAD) slice_on_its_way.fetch(z, first_column, k);
           slice_on_its_way.put(right, S::SLICE + 8, z, first_column, k);
           __syncthreads();
-          if (!AHEAD) {
-          } else if (k + S::SLICE < width) slice_on_its_way.fetch(z, first_column, k + S::SLICE);
-          else slice_on_its_way.fetch(y, first_column, 0);
+          if (AHEAD) {
+            if (k + S::SLICE < width) slice_on_its_way.fetch(z, first_column, k + S::SLICE);
+            else slice_on_its_way.fetch(y, first_column, 0);
+          }
           multiply<PRECISE, true, true, S::PAIR_PARTS>(grad, u_own + k, u_stride, right + at.warp_column * (S::PAIR_PARTS * 8) * (S::SLICE + 8),
                                                        S::SLICE + 8, min(S::SLICE, (width - k + 7) / 8 * 8));
           __syncthreads();
@@ -261,9 +262,10 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
           if (!AHEAD && S::SLICES > 1) slice_on_its_way.fetch(y, first_column, slice * S::SLICE);
           slice_on_its_way.put(right, S::SLICE + 4, y, first_column, slice * S::SLICE);
           __syncthreads();
-          if (!AHEAD) {
-          } else if ((slice + 1) * S::SLICE < dim) slice_on_its_way.fetch(y, first_column, (slice + 1) * S::SLICE);
-          else if (after <= last_tile) slice_on_its_way.fetch(z, after * TILE, 0);
+          if (AHEAD) {
+            if ((slice + 1) * S::SLICE < dim) slice_on_its_way.fetch(y, first_column, (slice + 1) * S::SLICE);
+            else if (after <= last_tile) slice_on_its_way.fetch(z, after * TILE, 0);
+          }
           multiply<PRECISE, true, false, S::SLICE_PARTS>(*reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&acc[slice * S::SLICE_PARTS]),
                                                          pairs + at.warp_row * 16 * S::PAIR_STRIDE, S::PAIR_STRIDE,
                                                          right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, TILE);

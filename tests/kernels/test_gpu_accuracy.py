@@ -63,7 +63,7 @@ def check(dtype, causal=True, lag=0, normalize_qk=True, **kind):
 @pytest.mark.parametrize("causal, quadratic", list(itertools.product([True, False], [False, True])))
 @pytest.mark.parametrize("length, head_dim, value_dim", [
     (1, 8, 8), (63, 48, 48), (64, 64, 64), (1000, 64, 64), (1000, 32, 32), (300, 128, 128), (257, 80, 80), (130, 96, 96),
-    (70, 1, 1), (200, 256, 256), (150, 33, 7), (90, 16, 200), (140, 128, 64),
+    (70, 1, 1), (200, 256, 256), (150, 33, 7), (90, 16, 200), (140, 128, 64), (129, 32, 32), (1500, 128, 128),
 ], ids=str)  # fmt: skip
 def test_shapes(dtype, causal, quadratic, length, head_dim, value_dim):
     check(dtype, causal, length=length, head_dim=head_dim, value_dim=value_dim, quadratic=quadratic)
@@ -157,6 +157,9 @@ CASES = [
     {"stateful": True, "decay": "query_token"}, {"stateful": True, "decay": "key_token", "segments": "packed"},
     {"stateful": True, "segments": "left"}, {"stateful": True, "segments": "right", "decay": "query_head"},
     {"causal": False, "stateful": True}, {"causal": False, "segments": "mask", "noisy": True},
+    {"head_dim": 64, "value_dim": 64, "stateful": True, "length": 1100},
+    {"head_dim": 128, "value_dim": 128, "causal": False, "stateful": True},
+    {"head_dim": 32, "value_dim": 32, "length": 2500, "key_heads": 1}, {"head_dim": 96, "value_dim": 96, "stateful": True, "key_heads": 4},
     {"value_dim": 130, "noisy": True, "head_dim": 20}, {"length": 100, "stateful": True, "head_dim": 200, "value_dim": 64},
 ]  # fmt: skip
 
