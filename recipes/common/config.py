@@ -121,6 +121,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
                     raise
         raise RecipeError(f"{where}: expected {_name(hint)}, got {value!r}")
     if origin is Literal:
+        if value is False and "no" in arguments:
+            return "no"  # YAML 1.1 reads the word no as false
         if value not in arguments:
             raise RecipeError(f"{where}: expected one of {', '.join(map(str, arguments))}, got {value!r}")
         return value

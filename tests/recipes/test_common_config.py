@@ -19,7 +19,7 @@ class Settings:
     steps: int = 3
     rate: float = 0.1
     fast: bool = False
-    kind: Literal["a", "b"] = "a"
+    kind: Literal["a", "b", "no"] = "a"
     limit: int | None = None
     files: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -90,6 +90,11 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
     with pytest.raises(RecipeError, match="c.yaml|absent.yaml") as error:
         load_config(Settings, path)
     assert message in str(error.value)
+
+
+def test_the_word_no_is_a_choice_where_it_is_one(file):
+    """YAML 1.1 reads it as false."""
+    assert load_config(Settings, file, ["kind=no"]).kind == "no"
 
 
 def test_an_error_becomes_one_line_and_status_2(capsys):
