@@ -54,7 +54,7 @@ def test_values_come_from_base_file_and_overrides_in_that_order(file):
         ("steps=true", "steps: expected a whole number, got True"),
         ("rate=fast", "rate: expected a number, got 'fast'"),
         ("fast=1", "fast: expected true or false, got 1"),
-        ("kind=c", "kind: expected one of a, b, got 'c'"),
+        ("kind=c", "kind: expected one of a, b, no, got 'c'"),
         ("limit=x", "limit: expected a whole number, got 'x'"),
         ("files=one", "files: expected a list, each of it text, got 'one'"),
         ("files=[1]", "files[0]: expected text, got 1"),
