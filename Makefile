@@ -12,8 +12,9 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m recipes.quickstart --out $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 
+# two workers with a thread each: more threads than cores slow small products down tenfold
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
