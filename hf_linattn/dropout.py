@@ -8,7 +8,7 @@ What is applied (`LinAttnConfig.dropout_kind`):
   varies. The factor 1 - p is also not undone in evaluation, so p must be lowered to 0 before training ends: hence the schedules.
 - "moment": out~ = out + psi sqrt(p / (1 - p) sum_n a_in^2 (v_n - out)^2), psi ~ N(0, 1), a_in the normalised weights: the variance that
   dropping each weight with probability p, and dividing by the sum of those kept, has to first order. The mean stays at out. It needs the
-  second moments of the weights, about three times the work, and exists in the PyTorch form only.
+  second moments of the weights: two calls of the operator, about three times the work, and c = 0 only.
 
 p follows a `DropoutSchedule`; `DropoutCallback` does so under `transformers.Trainer`, and in a loop of one's own
 
