@@ -54,14 +54,10 @@ def peak_memory_of(run: Callable[[], object]) -> float | None:
     return (kilobytes("VmHWM") - before) / 1024
 
 
-def median_seconds(run: Callable[[], object], patience: float) -> float:
+def seconds_of(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
     run()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < min(1.0, patience) and len(times) < 50):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -73,25 +69,28 @@ def forward_and_backward(form: Callable, inputs: list[Tensor], grad: Tensor) -> 
     return torch.autograd.grad(form(*inputs), inputs, grad)
 
 
-def cpu_rows(lengths: list[int], patience: float) -> list[dict]:
-    rows: list[dict] = []
+def cpu_rows(lengths: list[int], patience: float, rounds: int) -> list[dict]:
+    """Each case once a round, so that a machine whose speed drifts slows all of them alike; the median over the rounds."""
+    rows: dict[tuple[str, str, int], dict] = {}
     slow: set[tuple[str, str]] = set()
-    for length in lengths:
-        torch.manual_seed(0)
-        grad = torch.randn(1, 8, length, 64)
-        leaves = [torch.randn(1, 8, length, 64, requires_grad=True) for _ in range(3)]
-        for name, form in FORMS.items():
-            runs = {"forward": partial(forward, form, leaves), "forward+backward": partial(forward_and_backward, form, leaves, grad)}
-            for direction, run in runs.items():
-                if (name, direction) in slow or (name == "formula" and length > 4096):
-                    continue
-                memory = peak_memory_of(run)
-                seconds = median_seconds(run, patience)
-                if seconds * 4 > patience:  # twice the length takes four times as long
-                    slow.add((name, direction))
-                rows.append({"form": name, "direction": direction, "length": length, "seconds": seconds, "peak_mib": memory})
-                print(f"{name:8} {direction:17} N={length:6}  {seconds * 1e3:10.2f} ms", file=sys.stderr)
-    return rows
+    for turn in range(rounds + 1):  # the first one warms up and measures memory
+        for length in lengths:
+            torch.manual_seed(0)
+            grad = torch.randn(1, 8, length, 64)
+            leaves = [torch.randn(1, 8, length, 64, requires_grad=True) for _ in range(3)]
+            for name, form in FORMS.items():
+                runs = {"forward": partial(forward, form, leaves), "forward+backward": partial(forward_and_backward, form, leaves, grad)}
+                for direction, run in runs.items():
+                    case = name, direction, length
+                    if turn == 0 and (name, direction) not in slow and not (name == "formula" and length > 4096):
+                        rows[case] = {"form": name, "direction": direction, "length": length, "all_seconds": []}
+                        rows[case]["peak_mib"] = peak_memory_of(run)
+                        if seconds_of(run) * 4 > patience:  # twice the length takes four times as long
+                            slow.add((name, direction))
+                    elif turn and case in rows:
+                        rows[case]["all_seconds"].append(seconds_of(run))
+        print(f"round {turn} of {rounds}", file=sys.stderr)
+    return [{**row, "seconds": statistics.median(row["all_seconds"])} for row in rows.values()]
 
 
 def machine() -> dict:
@@ -132,7 +131,8 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="A folder for the results as Markdown and JSON.")] = None,
     longest: Annotated[int, typer.Option(help="The longest N on a CPU.")] = 65536,
-    patience: Annotated[float, typer.Option(help="Seconds one call may take before longer ones are left out.")] = 30.0,
+    patience: Annotated[float, typer.Option(help="Seconds one call may take before longer ones are left out.")] = 10.0,
+    rounds: Annotated[int, typer.Option(help="Times each case is run on a CPU, after one warm-up.")] = 7,
 ) -> None:
     """Time linear attention beside its peers."""
     if device == "cuda":
@@ -143,7 +143,7 @@ def main(
     if device != "cpu":
         raise typer.BadParameter(f"the device must be cpu or cuda, not {device!r}.")
     lengths = [n for n in (512 * 2**i for i in range(8)) if n <= longest]
-    about, rows = machine(), cpu_rows(lengths, patience)
+    about, rows = machine(), cpu_rows(lengths, patience, rounds)
     table = cpu_table(rows)
     shown = Table(*HEADERS, title=f"(1, 8, N, 64) float32 causal on {about['cpu']}, {about['threads']} threads, torch {about['torch']}")
     for line in table:
@@ -154,9 +154,8 @@ def main(
         (out / "cpu.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
         lines = ["| " + " | ".join(line) + " |" for line in [HEADERS, ["---:"] * len(HEADERS), *table]]
         conditions = ", ".join(f"{name} {value}" for name, value in about.items())
-        (out / "cpu.md").write_text(
-            f"# Attention on a CPU\n\n(1, 8, N, 64), float32, causal; medians. {conditions}.\n\n" + "\n".join(lines) + "\n"
-        )
+        title = f"(1, 8, N, 64), float32, causal; medians of {rounds} rounds over all cases. {conditions}."
+        (out / "cpu.md").write_text(f"# Attention on a CPU\n\n{title}\n\n" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
