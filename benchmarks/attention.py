@@ -36,6 +36,7 @@ FORMS: dict[str, Callable] = {
     "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
     "formula": lambda q, k, v: reference(q, k, v),
 }
+GROWTH = {"linattn": 2, "sdpa": 4, "formula": 4}  # of time, where the length doubles
 
 
 def peak_memory_of(run: Callable[[], object]) -> float | None:
@@ -85,7 +86,7 @@ def cpu_rows(lengths: list[int], patience: float, rounds: int) -> list[dict]:
                     if turn == 0 and (name, direction) not in slow and not (name == "formula" and length > 4096):
                         rows[case] = {"form": name, "direction": direction, "length": length, "all_seconds": []}
                         rows[case]["peak_mib"] = peak_memory_of(run)
-                        if seconds_of(run) * 4 > patience:  # twice the length takes four times as long
+                        if seconds_of(run) * GROWTH[name] > patience:
                             slow.add((name, direction))
                     elif turn and case in rows:
                         rows[case]["all_seconds"].append(seconds_of(run))

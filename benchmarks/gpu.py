@@ -200,8 +200,8 @@ def said(*command: str) -> str | None:
     return lines[0] if lines else None
 
 
-def machine(bandwidth: float) -> dict:
-    """What a figure must stand beside."""
+def machine(**measured: object) -> dict:
+    """What a figure must stand beside, and what was measured of the card itself."""
     about = {
         "gpu": torch.cuda.get_device_name(),
         "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -209,7 +209,7 @@ def machine(bandwidth: float) -> dict:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "commit": said("git", "rev-parse", "--short", "HEAD"),
-        "copy GB/s": round(bandwidth),
+        **measured,
         "date": time.strftime("%Y-%m-%d"),
     }
     with contextlib.suppress(ImportError):
@@ -240,7 +240,7 @@ def main(out: Path | None, peers: bool = True) -> None:
     """Prints the table of targets; with `out`, writes it there as Markdown and JSON."""
     bandwidth = copy_gigabytes_per_second()
     torch.cuda.empty_cache()
-    about, rows = machine(bandwidth), target_rows(bandwidth, peers)
+    about, rows = machine(**{"copy GB/s": round(bandwidth)}), target_rows(bandwidth, peers)
     grouped = grouped_rows()
     header, *lines = target_table(rows)
     title = "bfloat16, causal; ms forward (times the floor) · ms forward+backward (times the floor) · peak memory in tensors"
@@ -258,6 +258,7 @@ def main(out: Path | None, peers: bool = True) -> None:
         text = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
         conditions = ", ".join(f"{name} {value}" for name, value in about.items())
         (out / "gpu.md").write_text(f"# Attention on a GPU\n\n{title}. {conditions}.\n\n" + "\n".join(text) + f"\n\n{sentence}\n")
+        importlib.import_module("figures").main(out, about)
 
 
 if __name__ == "__main__":
