@@ -6,14 +6,16 @@ OUT ?= out
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint kernels test-gpu test-oldest benchmark clean
+.PHONY: quickstart test pytest lint kernels test-gpu test-oldest benchmark clean
 
 # MODEL=DIR and DATA=FILE run it from a checkpoint and a text of your own
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m recipes.quickstart --out $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 
+test: lint pytest
+
 # two workers with a thread each: more threads than cores slow small products down tenfold
-test: $(VENV)/.test lint
+pytest: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.test
@@ -30,7 +32,7 @@ test-gpu:
 
 # the oldest versions that the package declares
 test-oldest:
-	$(MAKE) test VENV=.venv-oldest TORCH="torch==2.11.0 transformers==5.17.0"
+	$(MAKE) pytest VENV=.venv-oldest TORCH="torch==2.11.0 transformers==5.17.0"
 
 benchmark: $(VENV)/.test
 	$(BIN)/python benchmarks/attention.py --device cpu
