@@ -205,7 +205,7 @@ class _Call:
         problem.key_heads, problem.value_dim = key.shape[1], value.shape[-1]
         problem.state_heads = chunked.state_heads(query, key, log_decay)
         problem.dtype, problem.degree, problem.causal, problem.normalize_qk = _DTYPES[query.dtype], degree, causal, normalize_qk
-        problem.allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+        problem.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # the older allow_tf32 shows here too
         problem.query, problem.key, problem.value = _describe(self.query), _describe(self.key), _describe(self.value)
         problem.coefficients, problem.log_decay, problem.initial_state, problem.dropout_p = map(_pointer, floats)
         problem.log_decay_per_token = log_decay is not None and log_decay.dim() == 3
