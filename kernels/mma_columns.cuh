@@ -19,6 +19,8 @@ struct ColumnArguments {
   float *grad_initial_state;       // one segment only, or null
   int32_t segments;
   int64_t segment_length;
+  Gates gates;
+  float *column_sums;              // (batch, state heads, length): sum of A dA over the key's rows, or null
 };
 
 template <int D> struct ColumnShape {
@@ -34,10 +36,15 @@ template <int D> struct ColumnShape {
     alignas(16) uint16_t high[3][C], low[3][C], zeros[C];
     float counts[WARPS], coefficients[kMaxGroup][2];
   };
-  static constexpr int SHARED = STAGES * 4 * TILE + STATE_TILE + static_cast<int>(sizeof(Small));
+  struct GatedSmall : Small {
+    GateTiles<C, STAGES> gates;
+    alignas(16) float pull[C];  // a e
+  };
+  template <bool GATED> using AllSmall = std::conditional_t<GATED, GatedSmall, Small>;
+  template <bool GATED> static constexpr int SHARED = STAGES * 4 * TILE + STATE_TILE + static_cast<int>(sizeof(AllSmall<GATED>));
 };
 
-template <typename T, int D>
+template <typename T, int D, bool GATED>
 __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_BLOCKS) columns_kernel(const __grid_constant__ ColumnArguments args) {
   using Shape = ColumnShape<D>;
   using E = Element<T>;
@@ -47,7 +54,8 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   constexpr int kHalves = (D + 63) / 64, kWide = D / kHalves;  // how warpgroups cut the columns of results
   using Place = StatePlace<D, (Shape::SPLIT > 1 && !(kStateByGroups<D> && kGroups))>;
   extern __shared__ __align__(1024) unsigned char shared[];
-  typename Shape::Small &small = *reinterpret_cast<typename Shape::Small *>(shared + STAGES * 4 * TILE + Shape::STATE_TILE);
+  using Small = typename Shape::template AllSmall<GATED>;
+  Small &small = *reinterpret_cast<Small *>(shared + STAGES * 4 * TILE + Shape::STATE_TILE);
   const auto weights_of = [&](int i) { return SplitWeights<T>{reinterpret_cast<const T *>(small.high[i]), reinterpret_cast<const T *>(small.low[i])}; };
 
   const linattn_problem &p = args.problem;
@@ -58,17 +66,23 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   const uint32_t state_tile = query_tiles + STAGES * 2 * TILE;
 
   const int head_pair = blockIdx.x / args.segments, segment = blockIdx.x % args.segments;
-  const int batch = head_pair / p.key_heads, key_head = head_pair % p.key_heads;
+  const int batch = head_pair / p.state_heads, key_head = head_pair % p.state_heads;
+  const int memory_head = key_head / (p.state_heads / p.key_heads);  // whose keys and values these are
   const bool causal = p.causal, unit = p.normalize_qk;
-  const int heads = causal ? p.query_heads / p.key_heads : 1;  // without a mask the queries are in the state alone
+  const int heads = causal ? p.query_heads / p.state_heads : 1;  // without a mask the queries are in the state alone
   const int64_t begin = segment * args.segment_length, end = min(p.length, begin + args.segment_length);
   const int chunks = static_cast<int>((end - begin + C - 1) / C), iterations = chunks * heads;
   const int64_t last = begin + static_cast<int64_t>(chunks - 1) * C;  // where the first chunk to be worked on begins
 
   using Copy = TileCopy<T, D, C, Shape::THREADS>;
-  const int first_head = key_head * (p.query_heads / p.key_heads);
-  Copy k_copy(head_of<const T>(p.key, batch, key_head), p.key.token_stride, last, thread);
-  Copy v_copy(head_of<const T>(p.value, batch, key_head), p.value.token_stride, last, thread);
+  const int first_head = key_head * (p.query_heads / p.state_heads);
+  if constexpr (GATED) {
+    small.gates.clear(thread, Shape::THREADS);
+    __syncthreads();  // before the first copies into them
+  }
+  int64_t next_begin = last;
+  Copy k_copy(head_of<const T>(p.key, batch, memory_head), p.key.token_stride, last, thread);
+  Copy v_copy(head_of<const T>(p.value, batch, memory_head), p.value.token_stride, last, thread);
   Copy q_copy(head_of<const T>(p.query, batch, first_head), p.query.token_stride, last, thread);
   Copy w_copy(head_of<const T>(args.grad_out, batch, first_head), args.grad_out.token_stride, last, thread);
   int64_t next_number = (static_cast<int64_t>(batch) * p.query_heads + first_head) * p.length + last + thread;
@@ -79,6 +93,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
         const uint32_t keys = key_tiles + next_key_stage * 2 * TILE;
         k_copy.start(keys, next_count, thread);
         v_copy.start(keys + TILE, next_count, thread);
+        if constexpr (GATED) small.gates.start(args.gates, batch, head_pair, p.length, next_begin, next_count, next_key_stage, thread), next_begin -= C;
         k_copy.next -= C * p.key.token_stride, v_copy.next -= C * p.value.token_stride;
       }
       const bool wraps = next_head == heads - 1;
@@ -124,12 +139,15 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   const StateView<D> source = args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments, causal ? segment : 0)
                                           : StateView<D>::of_caller(args.grad_state, head_pair);
   if (holds_state) load_state<D>(state, at, source, false);
+  const float source_count = source.data && thread == 0 ? source.count() : 0.f;
 
   const int role = warp / STRIPES;  // 0: dv, from k; 1: dk, from v
   const linattn_tensor &result = role == 0 ? args.grad_value : args.grad_key;
   T *result_rows = head_of<T>(result, batch, key_head) + last * result.token_stride;
   uint32_t own[BLOCKS][4];
-  float acc[2 * BLOCKS][4], key_scale0 = 1.f, key_scale1 = 1.f, count = 0.f;
+  float acc[2 * BLOCKS][4], key_scale0 = 1.f, key_scale1 = 1.f, count = source_count;  // the sum of a e, shared out over the threads
+  float slope_sum0 = 0.f, slope_sum1 = 0.f;  // of a lane's two keys: a dA summed over the rows
+  int64_t token = last;
   int head = 0, stage = 0, key_stage = 0, tokens = static_cast<int>(end - last);
   int stripe = role && !kGroups ? STRIPES - 1 - warp % STRIPES : warp % STRIPES;  // turned every chunk, as the earlier ones see more queries
   for (int iteration = 0; iteration < iterations; ++iteration) {
@@ -139,14 +157,41 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
     copy_wait<STAGES - 2>();
     warpgroup_publish();
     __syncthreads();  // the tiles are here, and nobody reads the ones that the next copies overwrite
+    if constexpr (GATED) {
+      const int32_t *const query_runs = small.gates.query_runs[key_stage], *const key_runs = small.gates.key_runs[key_stage];
+      if (args.gates.key_runs && any_padding<C>(query_runs, key_runs, thread)) {
+        for (int i = 0; i < 2; ++i) {
+          if (causal) zero_padding<D, C, Shape::THREADS>(shared + (q_tile - key_tiles) + i * TILE, query_runs, thread);
+          if (head == 0) zero_padding<D, C, Shape::THREADS>(shared + (k_tile - key_tiles) + i * TILE, key_runs, thread);
+        }
+        warpgroup_publish();
+        __syncthreads();
+      }
+    }
+    const auto gates = [&]() {
+      if constexpr (GATED) return ChunkGates<C>(small.gates, key_stage, tokens);
+      else return 0;
+    }();
     prefetch();
+    if (GATED && head == 0) {
+      // The sum of a e of the later rows, which the chunk's keys see: as exact as the margins, and like them before this chunk's rows enter.
+      float later = count;
+#pragma unroll
+      for (int shift = 1; shift < 32; shift *= 2) later += __shfl_xor_sync(0xffffffffu, later, shift);
+      if (lane_id == 0) small.counts[warp] = later;
+    }
     if (causal && thread < C) {
       const float *const numbers = small.numbers[stage][0] + thread;
       const float a = small.coefficients[head][0], error = numbers[C];
       const QueryWeights weights = query_weights(a, small.coefficients[head][1], numbers[0], error, numbers[2 * C]);
       small.mixed[thread] = weights.mixed, small.level[thread] = weights.level, small.slope[thread] = weights.slope;
-      weights_of(0).set(thread, weights.mixed), weights_of(1).set(thread, weights.level), weights_of(2).set(thread, weights.slope);
-      count += a * error;
+      float carry = 1.f;
+      if constexpr (GATED) {
+        carry = gates.carry(thread), small.pull[thread] = a * error;
+        if (head == 0) count *= gates.keep();
+      }
+      weights_of(0).set(thread, weights.mixed * carry), weights_of(1).set(thread, weights.level * carry), weights_of(2).set(thread, weights.slope * carry);
+      count += a * error * carry;
     }
     if (head == 0) {
 #pragma unroll
@@ -168,12 +213,31 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
     const float scale0 = role == 0 ? key_scale0 : 1.f, scale1 = role == 0 ? key_scale1 : 1.f;
     const uint32_t pair_tile = role == 0 ? q_tile : q_tile + TILE, sum_tile = role == 0 ? q_tile + TILE : q_tile;
     const float *const shifts = (role == 0 ? small.level : small.slope) + 2 * place, *const slopes = small.mixed + 2 * place;
+    const auto pair_gates = [&]() {
+      if constexpr (GATED) return PairGates(small.gates.decay[key_stage], small.gates.key_runs[key_stage], 16 * stripe + group, 16 * stripe + group + 8);
+      else return 0;
+    }();
     // Raw products with 16 queries into their rounded weights.
     const auto weigh = [&](uint32_t(&weights)[4], float(&first_tile)[4], float(&second_tile)[4], bool diagonal, int j) {
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         float(&s)[4] = t == 0 ? first_tile : second_tile;
         const float2 weight = *reinterpret_cast<const float2 *>(slopes + 16 * j + 8 * t), shift = *reinterpret_cast<const float2 *>(shifts + 16 * j + 8 * t);
+        if constexpr (GATED) {
+          const int column = 8 * t + 2 * place;
+          const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + 16 * j + column);
+          const int2 run = *reinterpret_cast<const int2 *>(small.gates.query_runs[key_stage] + 16 * j + column);
+          const float gate[4] = {pair_gates.of_query(0, decay.x, run.x, !diagonal || column >= group), pair_gates.of_query(0, decay.y, run.y, !diagonal || column + 1 >= group),
+                                 pair_gates.of_query(1, decay.x, run.x, !diagonal || column >= group + 8), pair_gates.of_query(1, decay.y, run.y, !diagonal || column + 1 >= group + 8)};
+          if (args.column_sums && role == 1) {
+            const float2 level = *reinterpret_cast<const float2 *>(small.level + 16 * j + column), pull = *reinterpret_cast<const float2 *>(small.pull + 16 * j + column);
+            slope_sum0 += (s[0] * level.x + pull.x) * gate[0] + (s[1] * level.y + pull.y) * gate[1];
+            slope_sum1 += (s[2] * level.x + pull.x) * gate[2] + (s[3] * level.y + pull.y) * gate[3];
+          }
+          s[0] = (s[0] * scale0 * weight.x + shift.x) * gate[0], s[1] = (s[1] * scale0 * weight.y + shift.y) * gate[1];
+          s[2] = (s[2] * scale1 * weight.x + shift.x) * gate[2], s[3] = (s[3] * scale1 * weight.y + shift.y) * gate[3];
+          continue;
+        }
         s[0] = s[0] * scale0 * weight.x + shift.x, s[1] = s[1] * scale0 * weight.y + shift.y;
         s[2] = s[2] * scale1 * weight.x + shift.x, s[3] = s[3] * scale1 * weight.y + shift.y;
         if (diagonal) {
@@ -249,6 +313,29 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
             }
         }
       }
+      float leave0 = 1.f, leave1 = 1.f;
+      if constexpr (GATED) {
+        leave0 = gates.leave(16 * stripe + group), leave1 = gates.leave(16 * stripe + group + 8);
+        if (args.column_sums && role == 1) {
+          // a dA of all later rows together: level . v and the sum of a e; the lanes of a row share it out
+          float later = 0.f;
+          for (int w = 0; w < Shape::WARPS; ++w) later += small.counts[w];
+          slope_sum0 = slope_sum1 = place == 0 ? later : 0.f;
+          const Blocks<D> v_blocks(k_tile + TILE + stripe * kStripeBytes, down);
+#pragma unroll
+          for (int block = 0; block < BLOCKS; ++block) {
+            uint32_t v[4];
+            ldmatrix(v, v_blocks.at(0, block));
+#pragma unroll
+            for (int t = 0; t < 2; ++t) {
+              const float2 line = *reinterpret_cast<const float2 *>(small.line + 16 * block + 8 * t + 2 * place);
+              slope_sum0 += E::low(v[2 * t]) * line.x + E::high(v[2 * t]) * line.y;
+              slope_sum1 += E::low(v[2 * t + 1]) * line.x + E::high(v[2 * t + 1]) * line.y;
+            }
+          }
+          slope_sum0 *= leave0, slope_sum1 *= leave1;
+        }
+      }
       const float *const margin = (role == 0 ? small.line : small.column) + 2 * place;
 #pragma unroll
       for (int q = 0; q < BLOCKS; ++q)
@@ -257,6 +344,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
           const float2 add = *reinterpret_cast<const float2 *>(margin + 16 * q + 8 * t);
           acc[2 * q + t][0] = acc[2 * q + t][0] * scale0 + add.x, acc[2 * q + t][1] = acc[2 * q + t][1] * scale0 + add.y;
           acc[2 * q + t][2] = acc[2 * q + t][2] * scale1 + add.x, acc[2 * q + t][3] = acc[2 * q + t][3] * scale1 + add.y;
+          if constexpr (GATED) acc[2 * q + t][0] *= leave0, acc[2 * q + t][1] *= leave0, acc[2 * q + t][2] *= leave1, acc[2 * q + t][3] *= leave1;
         }
     }
 
@@ -345,6 +433,19 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
           dot0 += __shfl_xor_sync(0xffffffffu, dot0, shift);
           dot1 += __shfl_xor_sync(0xffffffffu, dot1, shift);
         }
+        if constexpr (GATED)
+          if (args.column_sums) {
+            // A dA = a dA + k^ . (what dA sends to k^)
+#pragma unroll
+            for (int shift = 1; shift < 4; shift *= 2) {
+              slope_sum0 += __shfl_xor_sync(0xffffffffu, slope_sum0, shift);
+              slope_sum1 += __shfl_xor_sync(0xffffffffu, slope_sum1, shift);
+            }
+            float *const sums = args.column_sums + static_cast<int64_t>(head_pair) * p.length + token;
+            const int local0 = 16 * stripe + group, local1 = local0 + 8;
+            if (place == 0 && local0 < tokens) sums[local0] = slope_sum0 + dot0 * key_scale0;
+            if (place == 0 && local1 < tokens) sums[local1] = slope_sum1 + dot1 * key_scale1;
+          }
         dot0 = unit ? dot0 * key_scale0 * key_scale0 : 0.f, dot1 = unit ? dot1 * key_scale1 * key_scale1 : 0.f;
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block)
@@ -371,12 +472,15 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
       __syncwarp();
       store_stripe<T, D, 2 * BLOCKS>(result_rows, result.token_stride, shared + staged, 16 * stripe, tokens, lane_id, [](int i) { return i; });
       result_rows -= C * result.token_stride;
+      token -= C;
       tokens = C;
       if (!kGroups) stripe = STRIPES - 1 - stripe;
       key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
     }
 
     if (causal && holds_state) {
+      if constexpr (GATED)
+        if (head == 0) scale_state(state, gates.keep());
       const Blocks<D> w_flipped(q_tile + TILE, down, at.flip);
       const uint32_t q_block = Blocks<D>(q_tile, across).at_column(0, at.row), w_block = Blocks<D>(q_tile + TILE, down).at_column(0, at.row);
       if constexpr (kStateByGroups<D> && kGroups) {
@@ -396,7 +500,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
     for (int shift = 1; shift < 32; shift *= 2) count += __shfl_xor_sync(0xffffffffu, count, shift);
     if (lane_id == 0) small.counts[warp] = count;
     __syncthreads();
-    count = source.data ? source.count() : 0.f;
+    count = 0.f;
     for (int w = 0; w < Shape::WARPS; ++w) count += small.counts[w];
     if (holds_state) store_state<D>(state, at, StateView<D>::of_caller(args.grad_initial_state, head_pair), count, thread == 0);
   }

@@ -15,9 +15,7 @@ int64_t rounded(int64_t floats) { return (floats + 63) / 64 * 64; }
 
 int64_t state_floats(const linattn_problem &problem) { return static_cast<int64_t>(problem.head_dim) * problem.head_dim + 2 * problem.head_dim + 4; }
 
-int64_t all_states(const linattn_problem &problem, const Plan &plan) {
-  return plan.needs_states ? rounded(static_cast<int64_t>(problem.batch) * problem.key_heads * plan.segments * state_floats(problem)) : 0;
-}
+int64_t states_of(const linattn_problem &problem) { return static_cast<int64_t>(problem.batch) * problem.state_heads; }
 
 int chunk_of(int head_dim) { return head_dim == 32 || head_dim == 128 ? 64 : head_dim; }
 
@@ -26,7 +24,7 @@ bool fits_shared_memory(const linattn_problem &problem, int tiles) {
   int device = 0, most = 0;
   if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return false;
   const int d = problem.head_dim;
-  return 2 * tiles * chunk_of(d) * d * 2 + d * d * 2 + 10240 <= most;
+  return 2 * tiles * chunk_of(d) * d * 2 + d * d * 2 + 16384 <= most;
 }
 
 int processors() {
@@ -44,15 +42,14 @@ bool takes(const linattn_problem &problem) {
   const int d = problem.head_dim;
   return problem.degree == 1 && problem.dtype == LINATTN_BFLOAT16 && d == problem.value_dim && (d == 32 || d == 64 || d == 80 || d == 96 || d == 128) &&
          problem.length > 0 && problem.batch > 0 && problem.key_heads > 0 && problem.query_heads / problem.key_heads <= 32 &&
-         problem.state_heads == problem.key_heads && !problem.log_decay && !problem.query_segments && !problem.key_segments && !problem.dropout_p &&
-         static_cast<int64_t>(problem.batch) * problem.key_heads < 65536 && aligned(problem.query) && aligned(problem.key) && aligned(problem.value);
+         static_cast<int64_t>(problem.batch) * problem.state_heads < 65536 && aligned(problem.query) && aligned(problem.key) && aligned(problem.value);
 }
 
 }  // namespace
 
 Plan make_plan(const linattn_problem &problem) {
   const int d = problem.head_dim, chunk = chunk_of(d);
-  const int64_t heads = static_cast<int64_t>(problem.batch) * problem.key_heads, chunks = (problem.length + chunk - 1) / chunk;
+  const int64_t heads = states_of(problem), chunks = (problem.length + chunk - 1) / chunk;
   const int64_t slots = static_cast<int64_t>(processors()) * (d == 32 ? 4 : d == 64 ? 2 : 1);  // blocks at work at once
   // Cutting costs a second reading of k and v: worth it only where heads alone leave much of the card idle.
   int64_t segments = heads * 10 >= slots * 6 ? 1 : slots / heads;
@@ -62,16 +59,37 @@ Plan make_plan(const linattn_problem &problem) {
   segments = std::max<int64_t>(1, std::min(segments, chunks / 4));
   const int64_t chunks_each = (chunks + segments - 1) / segments;
   segments = (chunks + chunks_each - 1) / chunks_each;
-  return {static_cast<int32_t>(segments), chunks_each * chunk, segments > 1 || !problem.causal};
+  const bool gated = problem.log_decay || problem.key_segments || problem.dropout_p;
+  return {chunk, static_cast<int32_t>(segments), chunks_each * chunk, segments > 1 || !problem.causal, gated};
 }
 
-BackwardWorkspace::BackwardWorkspace(const linattn_problem &problem, const Plan &plan) {
-  const int64_t rows = static_cast<int64_t>(problem.batch) * problem.query_heads * problem.length;
+ForwardWorkspace::ForwardWorkspace(const linattn_problem &problem, const Plan &plan) {
+  const int64_t segments = plan.needs_states ? states_of(problem) * plan.segments : 0;
   states = 0;
-  error = states + all_states(problem, plan);
-  query_scale = error + rounded(rows);
-  partials = query_scale + rounded(rows);
-  floats = partials + rounded(static_cast<int64_t>(problem.batch) * problem.query_heads * plan.segments * 2);
+  keeps = states + rounded(segments * state_floats(problem));
+  decay = keeps + (plan.gated ? rounded(segments) : 0);
+  floats = decay + (problem.log_decay ? rounded(states_of(problem) * problem.length) : 0);
+}
+
+BackwardWorkspace::BackwardWorkspace(const linattn_problem &problem, const Plan &plan) : ForwardWorkspace(problem, plan) {
+  const int64_t heads = states_of(problem), rows = static_cast<int64_t>(problem.batch) * problem.query_heads * problem.length;
+  const auto take = [&](int64_t count) {
+    const int64_t at = floats;
+    floats += rounded(count);
+    return at;
+  };
+  error = take(rows);
+  query_scale = take(rows);
+  partials = take(static_cast<int64_t>(problem.batch) * problem.query_heads * plan.segments * 2);
+  const bool decays = problem.log_decay, shares = problem.state_heads != problem.key_heads;
+  row_sums = take(decays ? rows : 0);
+  column_sums = take(decays ? heads * problem.length : 0);
+  final_state = take(decays ? heads * state_floats(problem) : 0);
+  ends = take(decays ? heads : 0);
+  parts = take(decays ? 2 * heads : 0);
+  const int64_t values = heads * problem.length * problem.head_dim / 2;  // of two bytes
+  key_parts = take(shares ? values : 0);
+  value_parts = take(shares ? values : 0);
 }
 
 #define LINATTN_MMA_BY_DIM(T, call)   \
@@ -94,7 +112,7 @@ bool mma_takes_forward(const linattn_problem &problem) { return takes(problem) &
 bool mma_takes_backward(const linattn_problem &problem) { return takes(problem) && fits_shared_memory(problem, 5); }
 const char *mma_name(const linattn_problem &) { return "mma"; }
 
-int64_t mma_forward_workspace(const linattn_problem &problem) { return 4 * all_states(problem, make_plan(problem)); }
+int64_t mma_forward_workspace(const linattn_problem &problem) { return 4 * ForwardWorkspace(problem, make_plan(problem)).floats; }
 int64_t mma_backward_workspace(const linattn_problem &problem) { return 4 * BackwardWorkspace(problem, make_plan(problem)).floats; }
 
 cudaError_t mma_forward(const linattn_problem &problem, const linattn_forward_result &result) {

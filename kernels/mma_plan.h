@@ -7,16 +7,24 @@
 namespace linattn_mma {
 
 struct Plan {
+  int32_t chunk;           // tokens
   int32_t segments;        // of each head's sequence, one block each
   int64_t segment_length;  // tokens, a multiple of the chunk
   bool needs_states;       // whether the segments' states must be known before they are worked on
+  bool gated;              // a decay or runs of tokens multiply the weights
 };
 
 Plan make_plan(const linattn_problem &problem);
 
 // Offsets in floats, each on a 256-byte boundary.
-struct BackwardWorkspace {
-  int64_t states, error, query_scale, partials, floats;
+struct ForwardWorkspace {
+  int64_t states, keeps, decay, floats;
+  ForwardWorkspace(const linattn_problem &problem, const Plan &plan);
+};
+struct BackwardWorkspace : ForwardWorkspace {
+  int64_t error, query_scale, partials;
+  int64_t row_sums, column_sums, final_state, ends, parts;  // with a decay
+  int64_t key_parts, value_parts;                           // where several states share a key head
   BackwardWorkspace(const linattn_problem &problem, const Plan &plan);
 };
 

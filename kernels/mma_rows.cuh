@@ -7,6 +7,8 @@
 #pragma once
 #include <type_traits>
 
+#include "mma_gates.cuh"
+#include "mma_noise.cuh"
 #include "mma_state.cuh"
 
 namespace linattn_mma {
@@ -22,10 +24,14 @@ struct RowArguments {
   float *final_state;                     // forward, or null
   int32_t segments;
   int64_t segment_length;
+  Gates gates;
+  bool noised;                            // gradient: grad_out holds W times the noise, and error what W itself gave
+  float *row_sums;                        // gradient: (batch, query_heads, length): sum of A dA over the row's keys, or null
+  float *final_sums;                      // gradient: the state behind the last token, transposed, as the workspace holds states, or null
 };
 
 // Two kinds of warps: some compute a stripe of 16 rows of results each, the others copy, scale and keep the state, 16 rows of it each.
-template <int D, bool GRAD> struct RowShape {
+template <int D, bool GRAD, bool GATED> struct RowShape {
   static constexpr int C = D == 32 || D == 128 ? 64 : D;
   static constexpr int STRIPES = C / 16, BLOCKS = D / 16;  // 16-wide blocks along the tokens and along D
   static constexpr int HALVES = D == 128 ? 2 : 1;          // warps that share out the columns of a stripe's results
@@ -42,22 +48,33 @@ template <int D, bool GRAD> struct RowShape {
     alignas(16) uint16_t key_high[C], key_low[C], column_high[D], column_low[D], zeros[C > D ? C : D];
     float totals[STRIPES][kMaxGroup][2], coefficients[kMaxGroup][2];
   };
-  static constexpr int SHARED = STAGES * (ROW_TILES + 2) * TILE + STATE_TILE + static_cast<int>(sizeof(Small));
+  struct GatedSmall : Small {
+    GateTiles<C, STAGES> gates;
+    alignas(16) uint16_t leave_high[C], leave_low[C];
+    alignas(16) float leave[C];
+    float count;
+  };
+  using AllSmall = std::conditional_t<GATED, GatedSmall, Small>;
+  static constexpr int SHARED = STAGES * (ROW_TILES + 2) * TILE + STATE_TILE + static_cast<int>(sizeof(AllSmall));
 };
 
-template <typename T, int D, bool GRAD>
-__global__ void __launch_bounds__(RowShape<D, GRAD>::THREADS, RowShape<D, GRAD>::MIN_BLOCKS)
+template <typename T, int D, bool GRAD, bool GATED>
+__global__ void __launch_bounds__(RowShape<D, GRAD, GATED>::THREADS, RowShape<D, GRAD, GATED>::MIN_BLOCKS)
 rows_kernel(const __grid_constant__ RowArguments args) {
-  using Shape = RowShape<D, GRAD>;
+  using Shape = RowShape<D, GRAD, GATED>;
   using E = Element<T>;
   constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, OUT_PAIRS = Shape::OUT_PAIRS;
   constexpr int STAGES = Shape::STAGES, TILE = Shape::TILE, ROW_TILES = Shape::ROW_TILES;
   constexpr int kStripeBytes = Tile<D>::kBlockBytes;
   constexpr bool kGroups = kWarpgroups<D>;
   extern __shared__ __align__(1024) unsigned char shared[];
-  typename Shape::Small &small = *reinterpret_cast<typename Shape::Small *>(shared + STAGES * (ROW_TILES + 2) * TILE + Shape::STATE_TILE);
+  typename Shape::AllSmall &small = *reinterpret_cast<typename Shape::AllSmall *>(shared + STAGES * (ROW_TILES + 2) * TILE + Shape::STATE_TILE);
   const SplitWeights<T> key_weights{reinterpret_cast<T *>(small.key_high), reinterpret_cast<T *>(small.key_low)};
   const SplitWeights<T> column_parts{reinterpret_cast<T *>(small.column_high), reinterpret_cast<T *>(small.column_low)};
+  const auto leave_weights = [&]() {
+    if constexpr (GATED) return SplitWeights<T>{reinterpret_cast<T *>(small.leave_high), reinterpret_cast<T *>(small.leave_low)};
+    else return key_weights;
+  };
 
   const linattn_problem &p = args.problem;
   const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number(), group = lane_id >> 2, place = lane_id & 3;
@@ -67,7 +84,8 @@ rows_kernel(const __grid_constant__ RowArguments args) {
   const uint32_t state_tile = key_tiles + STAGES * 2 * TILE;
 
   const int head_pair = blockIdx.x / args.segments, segment = blockIdx.x % args.segments;
-  const int batch = head_pair / p.key_heads, key_head = head_pair % p.key_heads, heads = p.query_heads / p.key_heads;
+  const int batch = head_pair / p.state_heads, key_head = head_pair % p.state_heads, heads = p.query_heads / p.state_heads;
+  const int memory_head = key_head / (p.state_heads / p.key_heads);  // whose keys and values these are
   const int64_t begin = segment * args.segment_length, end = min(p.length, begin + args.segment_length);
   const int iterations = static_cast<int>((end - begin + C - 1) / C) * heads;
   const bool causal = p.causal, unit = p.normalize_qk;
@@ -82,14 +100,31 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     const int head = key_head * heads + thread;
     small.coefficients[thread][0] = p.coefficients[head], small.coefficients[thread][1] = p.coefficients[p.query_heads + head] * p.coefficients[3 * p.query_heads + head];
   }
+  if constexpr (GATED) {
+    small.gates.clear(thread, Shape::THREADS);
+    __syncthreads();  // before the first copies into them
+  }
+  // Behind the barrier at the top of an iteration: the copies have arrived.
+  const auto without_padding = [&](int stage, int key_stage, bool fresh_keys) {
+    if constexpr (GATED) {
+      if (!args.gates.key_runs) return;
+      if (!any_padding<C>(small.gates.query_runs[key_stage], small.gates.key_runs[key_stage], thread)) return;
+      unsigned char *const row_tile = shared + stage * ROW_TILES * TILE, *const key_tile = shared + STAGES * ROW_TILES * TILE + key_stage * 2 * TILE;
+      for (int i = 0; i < ROW_TILES; ++i) zero_padding<D, C, Shape::THREADS>(row_tile + i * TILE, small.gates.query_runs[key_stage], thread);
+      if (fresh_keys)
+        for (int i = 0; i < 2; ++i) zero_padding<D, C, Shape::THREADS>(key_tile + i * TILE, small.gates.key_runs[key_stage], thread);
+      warpgroup_publish();
+      __syncthreads();
+    }
+  };
 
   if (warp >= Shape::RESULT_WARPS) {
     const int helper = thread - 32 * Shape::RESULT_WARPS;
     const linattn_tensor &x = GRAD ? args.grad_out : p.query, &y = GRAD ? p.value : p.key, &z = GRAD ? p.key : p.value;
     using Copy = TileCopy<T, D, C, Shape::STATE_THREADS>;
     Copy x_copy(head_of<const T>(x, batch, key_head * heads), x.token_stride, begin, helper);
-    Copy y_copy(head_of<const T>(y, batch, key_head), y.token_stride, begin, helper);
-    Copy z_copy(head_of<const T>(z, batch, key_head), z.token_stride, begin, helper);
+    Copy y_copy(head_of<const T>(y, batch, memory_head), y.token_stride, begin, helper);
+    Copy z_copy(head_of<const T>(z, batch, memory_head), z.token_stride, begin, helper);
     Copy o_copy(head_of<const T>(GRAD ? args.out : x, batch, key_head * heads), GRAD ? args.out.token_stride : 0, begin, helper);
     Copy q_copy(head_of<const T>(p.query, batch, key_head * heads), p.query.token_stride, begin, helper);
     int64_t next_number = (static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin + helper, next_left = end - begin;
@@ -105,6 +140,8 @@ rows_kernel(const __grid_constant__ RowArguments args) {
           z_copy.start(keys + TILE, count, helper);
           y_copy.next += C * y.token_stride, z_copy.next += C * z.token_stride;
         }
+        if constexpr (GATED)
+          if (next_head == 0) small.gates.start(args.gates, batch, head_pair, p.length, end - next_left, count, next_key_stage, helper);
         x_copy.start(rows, count, helper);
         const bool wraps = next_head == heads - 1;
         x_copy.next += wraps ? C * x.token_stride - (heads - 1) * x.head_stride : x.head_stride;
@@ -135,19 +172,27 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     const StatePlace<D, false> at(warp - Shape::RESULT_WARPS, true, 0, BLOCKS, lane_id);
     const WeightReader<T> key_reader(key_weights, zeros, lane_id);
     StateTile<T, BLOCKS> state;
-    const float count = load_state<D>(state, at, source, GRAD);
+    float count = load_state<D>(state, at, source, GRAD);
+    int tokens_left = static_cast<int>(end - begin);
     const auto publish = [&]() {
+      if constexpr (GATED)
+        if (helper == 0) small.count = count;
       publish_state<T, D>(state, at, Blocks<D>(state_tile, down), small.line, lane_id, [&](int row, float sum) { column_parts.set(row, sum); });
     };
     publish();
-    int head = 0, key_stage = 0;
+    int head = 0, stage = 0, key_stage = 0;
     for (int iteration = 0; iteration < iterations; ++iteration) {
       const uint32_t y_tile = key_tiles + key_stage * 2 * TILE, z_tile = y_tile + TILE;
       copy_wait<STAGES - 2>();
       warpgroup_publish();
       __syncthreads();  // the tiles and the rounded state are here, and nobody reads the tiles that the next copies overwrite
+      without_padding(stage, key_stage, causal && head == 0);
       prefetch();
-      if (!causal) continue;
+      stage = stage == STAGES - 1 ? 0 : stage + 1;
+      if (!causal) {
+        if (++head == heads) head = 0, key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
+        continue;
+      }
       if (head == 0) {
         const Blocks<D> k_rows(GRAD ? z_tile : y_tile, down), k_across(GRAD ? z_tile : y_tile, across), z_blocks(z_tile, down);
         for (int stripe = at.row; stripe < Shape::STRIPES; stripe += Shape::STATE_WARPS) {
@@ -162,6 +207,13 @@ rows_kernel(const __grid_constant__ RowArguments args) {
           if (place == 0) {
             const int local = 16 * stripe + group;
             small.key_scale[local] = scale0, small.key_scale[local + 8] = scale1;
+            if constexpr (GATED) {
+              const ChunkGates<C> gates(small.gates, key_stage, min(tokens_left, C));
+              const float leave0 = gates.leave(local), leave1 = gates.leave(local + 8);
+              small.leave[local] = leave0, small.leave[local + 8] = leave1;
+              leave_weights().set(local, leave0), leave_weights().set(local + 8, leave1);
+              scale0 *= leave0, scale1 *= leave1;
+            }
             key_weights.set(local, scale0), key_weights.set(local + 8, scale1);
           }
         }
@@ -169,12 +221,24 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         barrier_sync<kScalesShared, Shape::STATE_THREADS>();
         // forward: column = sum of unit keys, line = sum of v; gradient: column = sum of v, line = sum of unit keys.
         const uint32_t y_block = Blocks<D>(y_tile, across).at_column(0, at.row), z_block = z_blocks.at_column(0, at.row);
+        if constexpr (GATED) {
+          const float keep = ChunkGates<C>(small.gates, key_stage, min(tokens_left, C)).keep();
+          scale_state(state, keep);
+          count *= keep;
+          for (int token = 0; token < C; token += 4) {
+            const float4 leave = *reinterpret_cast<const float4 *>(small.leave + token);
+            count += (leave.x + leave.y) + (leave.z + leave.w);
+          }
+          tokens_left -= C;
+        }
+        const WeightReader<T> leave_reader(leave_weights(), zeros, lane_id);
+        const WeightReader<T> &column_reader = GRAD ? leave_reader : key_reader, &line_reader = GRAD ? key_reader : leave_reader;
         if constexpr (kStateByGroups<D>) {
-          update_state_by_groups<T, D, D, GRAD, !GRAD>(state, at, true, y_block, z_block, z_tile, key_reader, key_reader, key_reader);
+          update_state_by_groups<T, D, D, GRAD && !GATED, !GRAD && !GATED>(state, at, true, y_block, z_block, z_tile, key_reader, column_reader, line_reader);
         } else
 #pragma unroll
         for (int block = 0; block < Shape::STRIPES; ++block)
-          update_state<T, D, GRAD, !GRAD>(state, at, true, y_block, z_block, z_blocks, block, key_reader, key_reader, key_reader);
+          update_state<T, D, GRAD && !GATED, !GRAD && !GATED>(state, at, true, y_block, z_block, z_blocks, block, key_reader, column_reader, line_reader);
       }
       if (++head == heads) {
         head = 0;
@@ -186,8 +250,10 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     copy_wait<0>();
     if constexpr (!GRAD) {
       if (args.final_state && segment == args.segments - 1)
-        store_state<D>(state, at, StateView<D>::of_caller(args.final_state, head_pair), count + (causal ? static_cast<float>(end - begin) : 0.f), helper == 0);
+        store_state<D>(state, at, StateView<D>::of_caller(args.final_state, head_pair), count + (causal && !GATED ? static_cast<float>(end - begin) : 0.f), helper == 0);
     }
+    if constexpr (GRAD && GATED)
+      if (args.final_sums && segment == args.segments - 1) store_state<D>(state, at, StateView<D>::of_segment(args.final_sums, head_pair, 1, 0), count, helper == 0);
     if constexpr (GRAD) __syncthreads();
     return;
   }
@@ -209,6 +275,16 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     const Blocks<D> y_blocks(y_tile, across), z_blocks(z_tile + half_bytes, down);
 
     __syncthreads();  // the tiles and the rounded state are here
+    without_padding(stage, key_stage, causal && head == 0);
+    float carry0 = 1.f, carry1 = 1.f;
+    if constexpr (GATED) {
+      const ChunkGates<C> gates(small.gates, key_stage, tokens);
+      carry0 = gates.carry(local0), carry1 = gates.carry(local1), before = small.count;
+    }
+    const auto pair_gates = [&]() {
+      if constexpr (GATED) return PairGates(small.gates.decay[key_stage], small.gates.query_runs[key_stage], local0, local1);
+      else return 0;
+    }();
     uint32_t xs[BLOCKS][4];
     const Blocks<D> x_blocks(rows + stripe * kStripeBytes, down), x_across(rows + stripe * kStripeBytes, across);
 #pragma unroll
@@ -237,6 +313,10 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       const float mass0 = small.numbers[stage][0][local0], mass1 = small.numbers[stage][0][local1];
       slope0 = mass0 == 0.f ? 0.f : reciprocal(mass0), slope1 = mass1 == 0.f ? 0.f : reciprocal(mass1);
       shift0 = small.numbers[stage][1][local0] * mass0 - shift0, shift1 = small.numbers[stage][1][local1] * mass1 - shift1;
+      if constexpr (GATED) {
+        if (args.noised) shift0 = local0 < tokens ? args.error[first_number + local0] * mass0 : 0.f, shift1 = local1 < tokens ? args.error[first_number + local1] * mass1 : 0.f;
+        shift0 = mass0 == 0.f ? 0.f : shift0, shift1 = mass1 == 0.f ? 0.f : shift1;  // padding's gradient may be NaN
+      }
       if (unit) {
         uint32_t q[BLOCKS][4];
 #pragma unroll
@@ -301,7 +381,12 @@ rows_kernel(const __grid_constant__ RowArguments args) {
           s[0] = s[0] * scale.x * slope0 + shift0, s[1] = s[1] * scale.y * slope0 + shift0;
           s[2] = s[2] * scale.x * slope1 + shift1, s[3] = s[3] * scale.y * slope1 + shift1;
         }
-        if (diagonal) {
+        if constexpr (GATED) {
+          const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + 16 * j + column);
+          const int2 run = *reinterpret_cast<const int2 *>(small.gates.key_runs[key_stage] + 16 * j + column);
+          s[0] *= pair_gates.of_key(0, decay.x, run.x, !diagonal || column <= group), s[1] *= pair_gates.of_key(0, decay.y, run.y, !diagonal || column < group);
+          s[2] *= pair_gates.of_key(1, decay.x, run.x, !diagonal || column <= group + 8), s[3] *= pair_gates.of_key(1, decay.y, run.y, !diagonal || column < group + 8);
+        } else if (diagonal) {
           if (column > group) s[0] = 0.f;
           if (column + 1 > group) s[1] = 0.f;
           if (column > group + 8) s[2] = 0.f;
@@ -334,6 +419,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     float total0 = __shfl_sync(0xffffffffu, margin[0] + margin[1], lane_id & ~3), total1 = __shfl_sync(0xffffffffu, margin[2] + margin[3], lane_id & ~3);
     if constexpr (!GRAD) total0 *= slope0, total1 *= slope1;
     total0 += shift0 * before, total1 += shift1 * before;
+    if constexpr (GATED) total0 *= carry0, total1 *= carry1;
 #pragma unroll
     for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
@@ -342,6 +428,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         if constexpr (!GRAD) acc[2 * q + t][0] *= slope0, acc[2 * q + t][1] *= slope0, acc[2 * q + t][2] *= slope1, acc[2 * q + t][3] *= slope1;
         acc[2 * q + t][0] += shift0 * line.x, acc[2 * q + t][1] += shift0 * line.y;
         acc[2 * q + t][2] += shift1 * line.x, acc[2 * q + t][3] += shift1 * line.y;
+        if constexpr (GATED) acc[2 * q + t][0] *= carry0, acc[2 * q + t][1] *= carry0, acc[2 * q + t][2] *= carry1, acc[2 * q + t][3] *= carry1;
       }
     if (causal && head == heads - 1) barrier_arrive<kStateRead, Shape::THREADS>();
 
@@ -429,6 +516,18 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         if (local1 < tokens) args.mass_out[first_number + local1] = total1;
       }
       finish0 = total0 == 0.f ? 1.f : reciprocal(total0), finish1 = total1 == 0.f ? 1.f : reciprocal(total1);
+      if constexpr (GATED)
+        if (p.dropout_p) {
+          const Noise noise(p);
+          const uint32_t number = batch * p.query_heads + key_head * heads + head;
+          const int64_t token = end - left;
+#pragma unroll
+          for (int q = 0; q < 2 * OUT_PAIRS; ++q) {
+            const int column = 16 * first_block + 8 * q + 2 * place;
+            const float2 upper = noise.two(number, token + local0, column), lower = noise.two(number, token + local1, column);
+            acc[q][0] *= upper.x, acc[q][1] *= upper.y, acc[q][2] *= lower.x, acc[q][3] *= lower.y;
+          }
+        }
     } else {
       uint32_t q_rows[OUT_PAIRS][4];
       const Blocks<D> q_blocks(rows + 2 * TILE + stripe * kStripeBytes + half_bytes, down);
@@ -455,10 +554,15 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       }
       if (half == 0) {
         const bool real0 = local0 < tokens, real1 = local1 < tokens;
-        if (place == 0) {
+        if (place == 0 && !(GATED && args.noised)) {
           if (real0) args.error[first_number + local0] = shift0 * slope0, args.query_scale[first_number + local0] = query_scale0;
           if (real1) args.error[first_number + local1] = shift1 * slope1, args.query_scale[first_number + local1] = query_scale1;
         }
+        if constexpr (GATED)
+          if (args.row_sums && place == 0) {
+            if (real0) args.row_sums[first_number + local0] = slope0 * (a * total0 + b_tau * query_scale0 * dot0);
+            if (real1) args.row_sums[first_number + local1] = slope1 * (a * total1 + b_tau * query_scale1 * dot1);
+          }
         float pairs = (real0 ? total0 * slope0 : 0.f) + (real1 ? total1 * slope1 : 0.f);
         float products = (real0 ? dot0 * query_scale0 * slope0 : 0.f) + (real1 ? dot1 * query_scale1 * slope1 : 0.f);
 #pragma unroll
@@ -500,7 +604,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       left -= C;
       first_number += C - (heads - 1) * p.length;
       result_rows += C * args.result.token_stride - (heads - 1) * args.result.head_stride;
-      if (causal) before += C;
+      if (causal && !GATED) before += C;
     } else {
       ++head;
       first_number += p.length;

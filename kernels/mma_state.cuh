@@ -1,6 +1,7 @@
 // The running state between registers, shared memory and global memory, and the kernels that cut a sequence into segments:
 // the sum of every segment, then a scan over the segments of a head.
 #pragma once
+#include "mma_gates.cuh"
 #include "mma_warpgroup.cuh"
 
 #include <cuda_runtime.h>
@@ -236,6 +237,8 @@ struct SegmentArguments {
   float *states;
   int32_t segments, unneeded;                  // unneeded: the segment whose own state nobody asks for, or -1
   int64_t segment_length;
+  Gates gates;
+  float *keeps;                                // what each segment leaves of the state ahead of it, (batch, state heads, segments)
 };
 
 // Per query token, what the column kernel and its states weigh by: see there.
@@ -259,16 +262,21 @@ template <int D> struct SegmentShape {
     alignas(16) float numbers[STAGES][3][C];
     float counts[WARPS], coefficients[kMaxGroup][2];
   };
-  static constexpr int SHARED = STAGES * 2 * TILE + static_cast<int>(sizeof(Small));
+  struct GatedSmall : Small {
+    GateTiles<C, STAGES> gates;
+  };
+  template <bool GATED> using AllSmall = std::conditional_t<GATED, GatedSmall, Small>;
+  template <bool GATED> static constexpr int SHARED = STAGES * 2 * TILE + static_cast<int>(sizeof(AllSmall<GATED>));
 };
 
 // The state of each segment alone: of keys and values (QUERIES false), or of queries and their gradients, summed over the group's heads.
-template <typename T, int D, bool QUERIES>
+template <typename T, int D, bool QUERIES, bool GATED>
 __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(const __grid_constant__ SegmentArguments args) {
   using Shape = SegmentShape<D>;
   constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, STAGES = Shape::STAGES, TILE = Shape::TILE;
   extern __shared__ __align__(1024) unsigned char shared[];
-  typename Shape::Small &small = *reinterpret_cast<typename Shape::Small *>(shared + STAGES * 2 * TILE);
+  using Small = typename Shape::template AllSmall<GATED>;
+  Small &small = *reinterpret_cast<Small *>(shared + STAGES * 2 * TILE);
   const auto weights = [&](int i) { return SplitWeights<T>{reinterpret_cast<const T *>(small.high[i]), reinterpret_cast<const T *>(small.low[i])}; };
 
   const linattn_problem &p = args.problem;
@@ -276,20 +284,26 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
   const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id), tiles = shared_address(shared);
   const int head_pair = blockIdx.x / args.segments, segment = blockIdx.x % args.segments;
   if (segment == args.unneeded) return;
-  const int batch = head_pair / p.key_heads, key_head = head_pair % p.key_heads, heads = QUERIES ? p.query_heads / p.key_heads : 1;
+  const int batch = head_pair / p.state_heads, key_head = head_pair % p.state_heads, heads = QUERIES ? p.query_heads / p.state_heads : 1;
+  const int first_head = QUERIES ? key_head * heads : key_head / (p.state_heads / p.key_heads);
   const int64_t begin = segment * args.segment_length, end = min(p.length, begin + args.segment_length);
   const int iterations = static_cast<int>((end - begin + C - 1) / C) * heads;
   const linattn_tensor &y = QUERIES ? p.query : p.key, &z = QUERIES ? args.grad_out : p.value;
   const bool unit = p.normalize_qk;
 
-  TileCopy<T, D, C, Shape::THREADS> y_copy(head_of<const T>(y, batch, key_head * heads), y.token_stride, begin, thread);
-  TileCopy<T, D, C, Shape::THREADS> z_copy(head_of<const T>(z, batch, key_head * heads), z.token_stride, begin, thread);
+  if constexpr (GATED) {
+    small.gates.clear(thread, Shape::THREADS);
+    __syncthreads();  // before the first copies into them
+  }
+  TileCopy<T, D, C, Shape::THREADS> y_copy(head_of<const T>(y, batch, first_head), y.token_stride, begin, thread);
+  TileCopy<T, D, C, Shape::THREADS> z_copy(head_of<const T>(z, batch, first_head), z.token_stride, begin, thread);
   int64_t number = (static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin + thread;
   int next_head = 0, next_stage = 0, next_iteration = 0;
   int64_t left = end - begin;
   const auto prefetch = [&]() {
     if (next_iteration < iterations) {
       const int count = static_cast<int>(min(left, static_cast<int64_t>(C)));
+      if constexpr (GATED) small.gates.start(args.gates, batch, head_pair, p.length, end - left, count, next_stage, thread);
       y_copy.start(tiles + next_stage * 2 * TILE, count, thread);
       z_copy.start(tiles + next_stage * 2 * TILE + TILE, count, thread);
       if (QUERIES && thread < C) {
@@ -326,7 +340,8 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
   const T *const zeros = reinterpret_cast<const T *>(small.zeros);
   const WeightReader<T> scale(weights(0), zeros, lane_id), column_weights(weights(QUERIES ? 2 : 0), zeros, lane_id), line_weights(weights(1), zeros, lane_id);
   float count = 0.f;
-  int head = 0, stage = 0;
+  float kept = 1.f;  // of the state ahead of the segment, before this chunk
+  int head = 0, stage = 0, tokens_left = static_cast<int>(end - begin);
   for (int iteration = 0; iteration < iterations; ++iteration) {
     const uint32_t y_tile = tiles + stage * 2 * TILE;
     const Blocks<D> y_blocks(y_tile, across), z_flipped(y_tile + TILE, down, at.flip);
@@ -334,14 +349,28 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
     copy_wait<STAGES - 2>();
     warpgroup_publish();
     __syncthreads();
+    if constexpr (GATED) {
+      const int32_t *const query_runs = small.gates.query_runs[stage], *const key_runs = small.gates.key_runs[stage];
+      if (args.gates.key_runs && any_padding<C>(query_runs, key_runs, thread)) {
+        for (int i = 0; i < 2; ++i) zero_padding<D, C, Shape::THREADS>(shared + (2 * stage + i) * TILE, QUERIES ? query_runs : key_runs, thread);
+        warpgroup_publish();
+        __syncthreads();
+      }
+    }
+    const auto gates = [&]() {
+      if constexpr (GATED) return ChunkGates<C>(small.gates, stage, min(tokens_left, C));
+      else return 0;
+    }();
     prefetch();
     if constexpr (QUERIES) {
       if (thread < C) {
         const float *const numbers = small.numbers[stage][0] + thread;
         const float a = small.coefficients[head][0], error = numbers[C];
         const QueryWeights query = query_weights(a, small.coefficients[head][1], numbers[0], error, numbers[2 * C]);
-        weights(0).set(thread, query.mixed), weights(1).set(thread, query.level), weights(2).set(thread, query.slope);
-        count += a * error;
+        float carry = 1.f;
+        if constexpr (GATED) carry = kept * gates.carry(thread);
+        weights(0).set(thread, query.mixed * carry), weights(1).set(thread, query.level * carry), weights(2).set(thread, query.slope * carry);
+        count += a * error * carry;
       }
     } else if (warp < Shape::STRIPES) {
       float scale0 = 1.f, scale1 = 1.f;
@@ -353,20 +382,34 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
         row_products<T>(scale0, scale1, rows, y_blocks, Tile<D>::rows_at(warp), lane_id);
         scale0 = inverse_norm(scale0), scale1 = inverse_norm(scale1);
       }
-      if ((lane_id & 3) == 0) weights(0).set(16 * warp + (lane_id >> 2), scale0), weights(0).set(16 * warp + (lane_id >> 2) + 8, scale1);
+      if ((lane_id & 3) == 0) {
+        const int local = 16 * warp + (lane_id >> 2);
+        if constexpr (GATED) {
+          const float leave0 = gates.leave(local), leave1 = gates.leave(local + 8);
+          weights(1).set(local, leave0), weights(1).set(local + 8, leave1);
+          scale0 *= leave0, scale1 *= leave1;
+          count = count * gates.keep() + (leave0 + leave1);
+        }
+        weights(0).set(local, scale0), weights(0).set(local + 8, scale1);
+      }
     }
+    if constexpr (GATED && !QUERIES) scale_state(state, gates.keep());
     __syncthreads();
     if constexpr (kStateByGroups<D>) {
-      update_state_by_groups<T, D, D, false, !QUERIES>(state, at, owns_line, y_block, z_block, y_tile + TILE, scale, column_weights, line_weights);
+      update_state_by_groups<T, D, D, false, !QUERIES && !GATED>(state, at, owns_line, y_block, z_block, y_tile + TILE, scale, column_weights, line_weights);
     } else
 #pragma unroll
     for (int block = 0; block < Shape::STRIPES; ++block)
-      update_state<T, D, false, !QUERIES>(state, at, owns_line, y_block, z_block, z_flipped, block, scale, column_weights, line_weights);
+      update_state<T, D, false, !QUERIES && !GATED>(state, at, owns_line, y_block, z_block, z_flipped, block, scale, column_weights, line_weights);
     head = head == heads - 1 ? 0 : head + 1;
+    if constexpr (GATED)
+      if (head == 0) kept *= gates.keep(), tokens_left -= C;
     stage = stage == STAGES - 1 ? 0 : stage + 1;
   }
   copy_wait<0>();
-  if constexpr (QUERIES) {
+  if constexpr (GATED)
+    if (thread == 0) args.keeps[blockIdx.x] = kept;
+  if constexpr (QUERIES || GATED) {
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) count += __shfl_xor_sync(0xffffffffu, count, step);
     if (lane_id == 0) small.counts[warp] = count;
@@ -384,7 +427,7 @@ enum class Scan { kPrefix, kSuffix, kTotal };
 // Turns the segments' own states into what each one starts from (the sum of those before, or after it), or the first into the sum of all.
 // `initial` and `total` are the caller's states, or null.
 template <int D>
-__global__ void scan_kernel(float *states, int segments, Scan scan, const float *initial, float *total) {
+__global__ void scan_kernel(float *states, const float *keeps, int segments, Scan scan, const float *initial, float *total) {
   const int index = blockIdx.x * blockDim.x + threadIdx.x;
   if (index > D * D + 2 * D) return;
   const int64_t head = blockIdx.y;
@@ -399,13 +442,16 @@ __global__ void scan_kernel(float *states, int segments, Scan scan, const float 
   const int known = scan == Scan::kTotal || total ? segments : segments - 1;  // nobody needs the last one's own state for the scan
   constexpr int kAhead = 8;
   for (int first = 0; first < segments; first += kAhead) {
-    float own[kAhead];
+    float own[kAhead], keep[kAhead];
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) own[i] = first + i < known ? start[(first + i) * step] : 0.f;
+    for (int i = 0; i < kAhead; ++i) {
+      own[i] = first + i < known ? start[(first + i) * step] : 0.f;
+      keep[i] = keeps && first + i < known ? keeps[head * segments + (scan == Scan::kSuffix ? segments - 1 - first - i : first + i)] : 1.f;
+    }
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (scan != Scan::kTotal && first + i < segments) start[(first + i) * step] = sum;
-      sum += own[i];
+      sum = fmaf(keep[i], sum, own[i]);
     }
   }
   if (scan == Scan::kTotal) *at = sum;

@@ -81,6 +81,9 @@ __device__ __forceinline__ void copy_async(uint32_t shared, const void *global, 
 __device__ __forceinline__ void copy_number_async(uint32_t shared, const float *global, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0) : "memory");
 }
+__device__ __forceinline__ void copy_word_async(uint32_t shared, const int32_t *global, bool valid) {
+  copy_number_async(shared, reinterpret_cast<const float *>(global), valid);
+}
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 

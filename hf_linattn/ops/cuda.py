@@ -229,13 +229,18 @@ class _Call:
             raise RuntimeError(f"the {name} kernels of linear attention failed: {library.linattn_error_string(code).decode()}.")
 
 
-def paths(query: Tensor, key: Tensor, value: Tensor, *, degree: int = 1, causal: bool = True, normalize_qk: bool = True) -> tuple[str, str]:
-    """Which kernels such a call would take, forward and backward: "generic", "mma", "hopper", or "torch" where the PyTorch form runs."""
+def paths(query: Tensor, key: Tensor, value: Tensor, *, degree: int = 1, causal: bool = True, normalize_qk: bool = True,
+          log_decay: Tensor | None = None, segments: Tensor | None = None, dropout_p: Tensor | None = None) -> tuple[str, str]:  # fmt: skip
+    """Which kernels such a call would take, forward and backward: "generic" or "mma", or "torch" where the PyTorch form runs.
+
+    The tensors are as the operators take them: log_decay (Hs,) or (B, Hs, N), segments (B, N) int32, dropout_p without dimensions.
+    """
     library, _ = load_library()
     if library is None or cannot_run(query.device.index or 0) or _cannot_take(query, key, value) or backend() == "torch":
         return "torch", "torch"
     coefficients = query.new_ones(4, query.shape[1], dtype=torch.float32)
-    call = _Call(query, key, value, coefficients, None, None, None, None, None, None, degree, causal, normalize_qk)
+    seed = None if dropout_p is None else dropout_p.new_zeros((), dtype=torch.int64)
+    call = _Call(query, key, value, coefficients, log_decay, segments, segments, None, dropout_p, seed, degree, causal, normalize_qk)
     with torch.cuda.device(query.device):
         return tuple(x(byref(call.problem)).decode() for x in (library.linattn_forward_path, library.linattn_backward_path))  # type: ignore[return-value]
 

@@ -1,0 +1,110 @@
+"""The tensor-core path with all that multiplies its weights: decays, packed sequences, padding, states, at its head dimensions.
+
+The bar is that of `accuracy_bar.py`. Every test makes sure that it is the fast path it looks at.
+"""
+
+import pytest
+import torch
+from accuracy_bar import check, compare, operator_case
+from operator_cases import make_inputs
+
+from hf_linattn.ops import cuda
+
+pytestmark = pytest.mark.gpu
+DIMS = (32, 64, 80, 96, 128)
+DTYPES = (torch.bfloat16,)
+
+
+@pytest.fixture(autouse=True)
+def compiled_only(monkeypatch):
+    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
+
+
+def assert_fast(dtype, head_dim, causal=True, **kind):
+    shape = {"head_dim": head_dim, "value_dim": head_dim}
+    (query, key, value), options = make_inputs(dtype=torch.float32, device="cuda", grad=False, **shape, **kind)
+    decay = options.get("log_decay")
+    segments = options["segment_ids"].int() if "segment_ids" in options else None
+    taken = cuda.paths(*(x.to(dtype) for x in (query, key, value)), causal=causal, log_decay=decay, segments=segments)
+    assert taken == ("mma", "mma")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("segments", [None, "left", "middle", "packed", "mask"])
+@pytest.mark.parametrize("decay", [None, "key_head", "key_token", "query_token"])
+def test_decay_and_segments(dtype, head_dim, segments, decay):
+    assert_fast(dtype, head_dim, segments=segments, decay=decay)
+    check(dtype, length=333, head_dim=head_dim, value_dim=head_dim, segments=segments, decay=decay)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 129, 1000, 4097])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+def test_lengths(dtype, head_dim, length):
+    segments = "packed" if length > 8 else None
+    check(dtype, length=length, head_dim=head_dim, value_dim=head_dim, segments=segments, decay="key_token", batch=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("segments", ["left", "mask"])
+def test_bidirectional_padding(dtype, head_dim, segments):
+    assert_fast(dtype, head_dim, causal=False, segments=segments)
+    check(dtype, False, length=333, head_dim=head_dim, value_dim=head_dim, segments=segments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("decay", ["key_head", "query_head", "query_token"])
+@pytest.mark.parametrize("heads, key_heads", [(8, 1), (6, 2), (32, 4)])
+def test_grouped_queries(dtype, heads, key_heads, decay):
+    check(dtype, heads=heads, key_heads=key_heads, length=300, head_dim=64, value_dim=64, decay=decay, segments="packed")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lag", [1, 64, 100])
+@pytest.mark.parametrize("segments", [None, "packed", "middle"])
+def test_lag(dtype, lag, segments):
+    check(dtype, lag=lag, length=333, head_dim=64, value_dim=64, decay="key_token", segments=segments)
+
+
+STATEFUL = [
+    {}, {"decay": "key_head"}, {"decay": "key_token", "segments": "packed"}, {"decay": "query_token", "segments": "left"},
+    {"segments": "right", "decay": "query_head"}, {"segments": "middle"}, {"causal": False, "segments": "mask"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("case", STATEFUL, ids=str)
+def test_states_and_masses(dtype, head_dim, case):
+    compare(dtype, head_dim=head_dim, value_dim=head_dim, length=500, stateful=True, **case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", DIMS)
+@pytest.mark.parametrize("case", [
+    {}, {"decay": "key_head", "stateful": True}, {"segments": "packed"}, {"causal": False, "segments": "mask"},
+], ids=str)  # fmt: skip
+def test_noise(dtype, head_dim, case):
+    inputs, _ = operator_case(dtype, head_dim=head_dim, value_dim=head_dim, noisy=True, length=64)
+    assert cuda.paths(*inputs[:3], dropout_p=inputs[8]) == ("mma", "mma")
+    compare(dtype, head_dim=head_dim, value_dim=head_dim, length=500, noisy=True, **case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", STATEFUL[:5], ids=str)
+def test_sequences_cut_into_segments(dtype, case):
+    """Few heads and many tokens: several blocks work on one sequence, and the states between them are scanned."""
+    compare(dtype, head_dim=64, value_dim=64, length=9000, batch=1, heads=2, key_heads=1, stateful=True, **case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strong_decay_neither_overflows_nor_underflows_to_nan(dtype):
+    inputs, upstream = operator_case(dtype, head_dim=64, value_dim=64, length=500, decay="key_token")
+    inputs[4] = torch.full_like(inputs[4], -30.0)
+    out, mass, _ = cuda.forward(*inputs, False)
+    grads = cuda.backward(upstream[0], None, None, *inputs[:10], out, mass, *inputs[10:])
+    assert all(torch.isfinite(x).all() for x in (out, mass, *grads))
+    value = inputs[2].repeat_interleave(2, 1)
+    assert (out.float() - value.float()).abs().max() < 0.02 * value.float().abs().max()  # each token sees itself alone
