@@ -141,26 +141,28 @@ __global__ void share_kernel(const T *parts, int shared, int64_t length, int dim
   *reinterpret_cast<uint32_t *>(to) = Element<T>::pack(low, high);
 }
 
-// A warp a row.
+// Eight lanes a row.
 template <typename T> __global__ void noised_gradient_kernel(linattn_problem p, linattn_backward_data data, float *error, float *query_scale) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (row >= static_cast<int64_t>(p.batch) * p.query_heads * p.length) return;
+  constexpr int kLanes = 8;
+  const int64_t rows = static_cast<int64_t>(p.batch) * p.query_heads * p.length, wanted = static_cast<int64_t>(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
+  const int64_t row = wanted < rows ? wanted : rows - 1;  // the last lanes repeat a row, so that all can exchange
   const int64_t token = row % p.length, number = row / p.length, batch = number / p.query_heads, head = number % p.query_heads;
-  const int lane = threadIdx.x % 32;
-  const auto from = [&](const linattn_tensor &tensor) { return reinterpret_cast<const uint32_t *>(head_of<const T>(tensor, batch, head) + token * tensor.token_stride); };
-  const uint32_t *const out = from(data.out), *const grad_out = from(data.grad_out), *const query = from(p.query);
-  uint32_t *const noised = const_cast<uint32_t *>(from(data.grad_query));
+  const int lane = threadIdx.x % kLanes;
+  const auto from = [&](const linattn_tensor &tensor) { return reinterpret_cast<const uint2 *>(head_of<const T>(tensor, batch, head) + token * tensor.token_stride); };
+  const uint2 *const out = from(data.out), *const grad_out = from(data.grad_out), *const query = from(p.query);
+  uint2 *const noised = const_cast<uint2 *>(from(data.grad_query));
   const Noise noise(p);
   float dot = 0, square = 0;
-  for (int i = lane; i < p.head_dim / 2; i += 32) {
-    const uint32_t o = out[i], w = grad_out[i], q = query[i];
-    const float low = Element<T>::low(w), high = Element<T>::high(w), q_low = Element<T>::low(q), q_high = Element<T>::high(q);
-    dot += low * Element<T>::low(o) + high * Element<T>::high(o), square += q_low * q_low + q_high * q_high;
-    const float2 factor = noise.two(static_cast<uint32_t>(number), token, 2 * i);
-    noised[i] = Element<T>::pack(low * factor.x, high * factor.y);
+  const auto product = [](uint32_t x, uint32_t y) { return Element<T>::low(x) * Element<T>::low(y) + Element<T>::high(x) * Element<T>::high(y); };
+  const auto scaled = [](uint32_t x, float2 factor) { return Element<T>::pack(Element<T>::low(x) * factor.x, Element<T>::high(x) * factor.y); };
+  for (int i = lane; i < p.head_dim / 4; i += kLanes) {
+    const uint2 o = out[i], w = grad_out[i], q = query[i];
+    dot += product(w.x, o.x) + product(w.y, o.y), square += product(q.x, q.x) + product(q.y, q.y);
+    const uint4 words = noise.words(static_cast<uint32_t>(number), token, 4 * i);
+    noised[i] = make_uint2(scaled(w.x, noise.factors(words.x, words.y)), scaled(w.y, noise.factors(words.z, words.w)));
   }
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, step), square += __shfl_xor_sync(0xffffffffu, square, step);
+  for (int step = kLanes / 2; step > 0; step /= 2) dot += __shfl_xor_sync(0xffffffffu, dot, step), square += __shfl_xor_sync(0xffffffffu, square, step);
   if (lane) return;
   const float mass = data.mass[row];
   error[row] = mass == 0.f ? 0.f : (data.grad_mass ? data.grad_mass[row] : 0.f) - dot / mass;
@@ -171,7 +173,8 @@ template <typename T> __global__ void noised_gradient_kernel(linattn_problem p, 
 
 template <typename T> cudaError_t launch_noised_gradient(const linattn_problem &problem, const linattn_backward_data &data, float *error, float *query_scale) {
   const int64_t rows = static_cast<int64_t>(problem.batch) * problem.query_heads * problem.length;
-  noised_gradient_kernel<T><<<static_cast<unsigned>((rows + kWarps - 1) / kWarps), kThreads, 0, static_cast<cudaStream_t>(problem.stream)>>>(problem, data, error, query_scale);
+  constexpr int kRows = kThreads / 8;
+  noised_gradient_kernel<T><<<static_cast<unsigned>((rows + kRows - 1) / kRows), kThreads, 0, static_cast<cudaStream_t>(problem.stream)>>>(problem, data, error, query_scale);
   return cudaPeekAtLastError();
 }
 template cudaError_t launch_noised_gradient<__nv_bfloat16>(const linattn_problem &, const linattn_backward_data &, float *, float *);

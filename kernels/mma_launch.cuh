@@ -34,8 +34,10 @@ static __global__ void coefficients_kernel(const float *partials, const float *c
   }
 }
 
-#define LINATTN_TRY(call)                       \
-  if (const cudaError_t failed = call) return failed
+#define LINATTN_TRY(call)                                      \
+  do {                                                         \
+    if (const cudaError_t failed = (call)) return failed;      \
+  } while (0)
 
 template <int D>
 cudaError_t scan_segments(float *states, const float *keeps, const linattn_problem &problem, const Plan &plan, Scan scan, const float *initial, float *total) {
@@ -102,8 +104,7 @@ template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_p
     using Row = RowShape<D, true, GATED>;
     return launch(rows_kernel<T, D, true, GATED>, blocks, Row::THREADS, Row::SHARED, stream, rows);
   };
-  if (noised) LINATTN_TRY(launch_noised_gradient<T>(problem, data, error, query_scale));
-  else LINATTN_TRY(work_on_rows());
+  LINATTN_TRY(noised ? launch_noised_gradient<T>(problem, data, error, query_scale) : work_on_rows());
 
   if (states) {
     const SegmentArguments queries{problem, grad_out, data.mass, error, query_scale, states, plan.segments, problem.causal && !data.grad_initial_state ? 0 : -1,

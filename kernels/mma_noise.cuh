@@ -6,8 +6,8 @@
 
 namespace linattn_mma {
 
-// (1 - p) (1 + psi), psi ~ N(0, p), of the outputs `column` (even) and `column` + 1 of one token: Philox4x32-10 keyed by the seed, counted by
-// column / 4, token and row = batch * query_heads + head, then the Box-Muller transform of two of its four words.
+// (1 - p) (1 + psi), psi ~ N(0, p), of each output: Philox4x32-10 keyed by the seed, counted by column / 4, token and row = batch *
+// query_heads + head, then the Box-Muller transform: its first two words make columns 0 and 1 of the four, the others 2 and 3.
 struct Noise {
   float kept, spread;  // 1 - p, (1 - p) sqrt(p)
   uint32_t key0, key1;
@@ -17,20 +17,34 @@ struct Noise {
     const uint64_t seed = static_cast<uint64_t>(*problem.seed);
     kept = 1.f - p, spread = kept * sqrtf(p), key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   }
-  __device__ __noinline__ float2 two(uint32_t row, int64_t token, int column) const {
-    uint32_t c0 = column / 4, c1 = static_cast<uint32_t>(token), c2 = static_cast<uint32_t>(token >> 32), c3 = row, k0 = key0, k1 = key1;
+  __device__ __forceinline__ uint4 words(uint32_t row, int64_t token, int column) const {
+    uint4 c = make_uint4(column / 4, static_cast<uint32_t>(token), static_cast<uint32_t>(token >> 32), row);
+    uint32_t k0 = key0, k1 = key1;
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
-      const uint32_t high0 = __umulhi(c0, 0xD2511F53u), low0 = c0 * 0xD2511F53u, high2 = __umulhi(c2, 0xCD9E8D57u), low2 = c2 * 0xCD9E8D57u;
-      c0 = high2 ^ c1 ^ k0, c1 = low2, c2 = high0 ^ c3 ^ k1, c3 = low0;
+      const uint64_t first = static_cast<uint64_t>(c.x) * 0xD2511F53u, second = static_cast<uint64_t>(c.z) * 0xCD9E8D57u;
+      c = make_uint4(static_cast<uint32_t>(second >> 32) ^ c.y ^ k0, static_cast<uint32_t>(second), static_cast<uint32_t>(first >> 32) ^ c.w ^ k1,
+                     static_cast<uint32_t>(first));
       k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
-    const bool later = column & 2;
-    const float radius = (static_cast<float>((later ? c2 : c0) >> 8) + 0.5f) * 0x1p-24f, turn = (static_cast<float>((later ? c3 : c1) >> 8) + 0.5f) * 0x1p-24f;
-    const float length = sqrtf(-2.f * logf(radius));
+    return c;
+  }
+  // Two factors of two words. The angle is turned by half, where the fast functions are at their best.
+  __device__ __forceinline__ float2 factors(uint32_t radius, uint32_t turn) const {
+    const float square = -1.3862943611f * __log2f((static_cast<float>(radius >> 8) + 0.5f) * 0x1p-24f);
+    const float angle = 6.2831853072f * ((static_cast<float>(turn >> 8) + 0.5f) * 0x1p-24f - 0.5f), length = -spread * sqrtf(fmaxf(square, 0.f));
     float sine, cosine;
-    sincospif(2.f * turn, &sine, &cosine);
-    return make_float2(kept + spread * length * cosine, kept + spread * length * sine);
+    __sincosf(angle, &sine, &cosine);
+    return make_float2(fmaf(length, cosine, kept), fmaf(length, sine, kept));
+  }
+  // For an accumulator's lanes: columns `column` (even) and the next of two tokens. Neighbouring lanes, whose columns are of one four, each
+  // make one token's words and exchange halves.
+  __device__ __noinline__ float4 two_rows(uint32_t row, int64_t upper, int64_t lower, int column) const {
+    const bool later = column & 2;
+    const uint4 own = words(row, later ? lower : upper, column);
+    const uint32_t x = __shfl_xor_sync(0xffffffffu, later ? own.x : own.z, 1), y = __shfl_xor_sync(0xffffffffu, later ? own.y : own.w, 1);
+    const float2 first = later ? factors(x, y) : factors(own.x, own.y), second = later ? factors(own.z, own.w) : factors(x, y);
+    return make_float4(first.x, first.y, second.x, second.y);
   }
 };
 

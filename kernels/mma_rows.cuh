@@ -524,8 +524,8 @@ rows_kernel(const __grid_constant__ RowArguments args) {
 #pragma unroll
           for (int q = 0; q < 2 * OUT_PAIRS; ++q) {
             const int column = 16 * first_block + 8 * q + 2 * place;
-            const float2 upper = noise.two(number, token + local0, column), lower = noise.two(number, token + local1, column);
-            acc[q][0] *= upper.x, acc[q][1] *= upper.y, acc[q][2] *= lower.x, acc[q][3] *= lower.y;
+            const float4 factor = noise.two_rows(number, token + local0, token + local1, column);
+            acc[q][0] *= factor.x, acc[q][1] *= factor.y, acc[q][2] *= factor.z, acc[q][3] *= factor.w;
           }
         }
     } else {
