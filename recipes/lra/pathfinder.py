@@ -11,7 +11,8 @@ What is taken from the rules and what is ours:
   the markers touch each other.
 - A path with no room to go on begins a new image, as in the published generator; at 64 and 128 pixels, where one beginning in 3000 or in
   100 ends well, it first takes back its last paddles and tries again, up to 30 times.
-- A distractor with no room to grow to its full length stays as long as it got; one with no room at all is left out.
+- At 32 pixels the distractors are brighter than the paths (2 to 1.5), because the published generator multiplies the contrast of a
+  snake by that of a paddle for the two paths alone. A distractor with no room for its full length is left out, as there.
 - Labels alternate, so each split whose size is even is balanced exactly.
 
 Every image depends on (seed, its number) alone.
@@ -33,7 +34,8 @@ from PIL import Image, ImageDraw
 
 @dataclass(frozen=True)
 class Rules:
-    """Lengths in pixels. `contrast` multiplies the paddles' brightness; an image is then scaled so that its brightest pixel is 255."""
+    """Lengths in pixels. The contrasts multiply the brightness of the paths' and of the distractors' paddles; an image is then scaled so
+    that its brightest pixel is 255."""
 
     size: int
     seed_distance: int
@@ -43,6 +45,7 @@ class Rules:
     margins: tuple[int, ...]
     continuity: float
     contrast: float
+    distractor_contrast: float
     distractors: int
     contour_length: int = 14
     distractor_length: int = 4
@@ -65,6 +68,7 @@ RULES = {
         margins=(1,),
         continuity=1.0,
         contrast=1.5,
+        distractor_contrast=2.0,
         distractors=5,
     ),
     64: Rules(
@@ -76,6 +80,7 @@ RULES = {
         margins=(1,),
         continuity=1.8,
         contrast=0.8,
+        distractor_contrast=0.8,
         distractors=5,
         setbacks=30,
     ),
@@ -88,6 +93,7 @@ RULES = {
         margins=(2, 3),
         continuity=1.8,
         contrast=0.9,
+        distractor_contrast=0.9,
         distractors=8,
         setbacks=30,
     ),
@@ -263,9 +269,7 @@ def two_paths(s: Stencils, rng: random.Random) -> tuple[list[Paddle], list[Paddl
 
 
 def distractor(s: Stencils, rng: random.Random, board: int) -> tuple[list[Paddle], int]:
-    """A path of at most distractor_length paddles and the board with it; an empty path where there is no room."""
-    best: list[Paddle] = []
-    best_board = board
+    """A path of distractor_length paddles and the board with it; an empty path where none found room."""
     inside = range(s.rules.padding, s.rules.size - s.rules.padding)
     for _ in range(s.rules.distractor_trials):
         contour = Contour.seeded(s, (rng.choice(inside), rng.choice(inside)), rng.randrange(-180, 180) * math.pi / 180)
@@ -274,11 +278,9 @@ def distractor(s: Stencils, rng: random.Random, board: int) -> tuple[list[Paddle
         taken = board
         while len(contour.paddles) < s.rules.distractor_length and contour.extend(s, rng, taken):
             taken |= contour.boards[-2]
-        if len(contour.paddles) > len(best):
-            best, best_board = contour.paddles, taken | contour.boards[-1]
-        if len(best) == s.rules.distractor_length:
-            break
-    return best, best_board
+        if len(contour.paddles) == s.rules.distractor_length:
+            return contour.paddles, taken | contour.boards[-1]
+    return [], board
 
 
 def make_scene(rules: Rules, seed: int, number: int, attempt: int = 0) -> Scene:
@@ -305,9 +307,9 @@ def make_scene(rules: Rules, seed: int, number: int, attempt: int = 0) -> Scene:
 
 
 @lru_cache(maxsize=4096)
-def paddle_sprite(rules: Rules, angle: float, row: float, column: float) -> np.ndarray:
-    """A paddle's picture, float32 in [0, 1], drawn `antialias` times larger and scaled down; (row, column): its tail's offset from the
-    middle pixel."""
+def paddle_sprite(rules: Rules, contrast: float, angle: float, row: float, column: float) -> np.ndarray:
+    """A paddle's picture, float32 in [0, contrast], drawn `antialias` times larger and scaled down; (row, column): its tail's offset from
+    the middle pixel."""
     reach, scale = _sprite_reach(rules), rules.antialias
     side = (2 * reach + 1) * scale
     canvas = Image.new("L", (side, side))
@@ -318,7 +320,7 @@ def paddle_sprite(rules: Rules, angle: float, row: float, column: float) -> np.n
         [(x, y), (x + length * math.cos(angle), y + length * math.sin(angle))], fill=255, width=round(rules.paddle_thickness * scale)
     )
     small = canvas.resize((2 * reach + 1, 2 * reach + 1), Image.Resampling.LANCZOS)
-    return np.asarray(small, np.float32) * (rules.contrast / 255)
+    return np.asarray(small, np.float32) * (contrast / 255)
 
 
 def _sprite_reach(rules: Rules) -> int:
@@ -340,11 +342,12 @@ def render(rules: Rules, scene: Scene) -> np.ndarray:
     reach = _sprite_reach(rules)
     border = reach + math.ceil(rules.marker_radius) + 1
     canvas = np.zeros((rules.size + 2 * border, rules.size + 2 * border), np.float32)
-    for path in (*scene.paths, *scene.distractors):
+    contrasts = [rules.contrast] * 2 + [rules.distractor_contrast] * len(scene.distractors)
+    for path, contrast in zip((*scene.paths, *scene.distractors), contrasts, strict=True):
         for paddle in path:
             # sprites are kept per angle and tenth of a pixel: a tail is a whole pixel (seeds) or a head less a fixed vector
             row, column = round(paddle.tail[0]), round(paddle.tail[1])
-            sprite = paddle_sprite(rules, paddle.angle, round(paddle.tail[0] - row, 1), round(paddle.tail[1] - column, 1))
+            sprite = paddle_sprite(rules, contrast, paddle.angle, round(paddle.tail[0] - row, 1), round(paddle.tail[1] - column, 1))
             _stamp(canvas, sprite, row + border, column + border)
     sprite = marker_sprite(rules.marker_radius, rules.antialias)
     for marker in scene.markers:

@@ -115,12 +115,24 @@ def test_a_path_turns_by_no_more_than_continuity_allows(made):
                 assert turn * rules.continuity < math.pi / 2
 
 
-def test_distractors_are_shorter_and_there(made):
+def test_distractors_are_shorter_whole_and_there(made):
     rules, scenes, _ = made
     lengths = [len(path) for scene in scenes for path in scene.distractors]
-    assert max(lengths) == rules.distractor_length < rules.contour_length
-    assert len(lengths) > 2 * len(scenes)
+    assert set(lengths) == {rules.distractor_length} and rules.distractor_length < rules.contour_length
+    assert len(lengths) > 1.5 * len(scenes)
     assert all(len(scene.distractors) <= rules.distractors for scene in scenes)
+
+
+def test_distractors_are_brighter_than_paths_by_the_ratio_of_the_release(made):
+    rules, scenes, images = made
+    ratios = []
+    for scene, image in zip(scenes, images, strict=True):
+        away = [p for path in scene.paths for p in path if min(math.dist(m, e) for m in scene.markers for e in (p.tail, p.head)) > 6]
+        others = [p for path in scene.distractors for p in path if min(math.dist(m, p.head) for m in scene.markers) > 6]
+        if away and others:
+            dark, bright = (np.mean([[lit(image, x) for x in points(p)] for p in group]) for group in (away, others))
+            ratios.append(bright / dark)
+    assert np.mean(ratios) == pytest.approx({32: 2 / 1.5, 64: 1, 128: 1}[rules.size], rel=0.1)
 
 
 def test_an_image_depends_on_seed_and_number_alone():
