@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +42,8 @@ TARGETS = {
 Shape = tuple[int, int, int, int]
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = linear_attention(q, k, v)
+def ours(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    out = linear_attention(q, k, v, **options)
     assert isinstance(out, Tensor)
     return out
 
@@ -191,6 +192,27 @@ def grouped_rows() -> list[dict]:
     return [{"form": "linattn", "shape": shape, "key_heads": heads, **measure(ours, shape, key_heads=heads)} for heads in (4, 32)]
 
 
+def option_rows(bandwidth: float) -> list[dict]:
+    """What a decay, packed sequences and noise dropout cost."""
+    rows = []
+    for shape in [(8, 32, 2048, 64), (1, 32, 32768, 64), (8, 16, 2048, 128)]:
+        batch, heads, length, _ = shape
+        rate = -0.1 * torch.rand(heads, device="cuda")
+        gate = -0.1 * torch.rand(batch, heads, length, device="cuda")
+        packed = (torch.arange(length, device="cuda") // 700 + 1).expand(batch, -1).contiguous()
+        noise: dict[str, Any] = {"dropout_p": torch.tensor(0.1, device="cuda"), "seed": torch.tensor(3, device="cuda")}
+        options: dict[str, dict[str, Any]] = {
+            "nothing": {}, "decay a head": {"log_decay": rate}, "decay a token": {"log_decay": gate}, "packed": {"segment_ids": packed},
+            "noise": noise, "decay a head, packed, noise": {"log_decay": rate, "segment_ids": packed, **noise},
+        }  # fmt: skip
+        for name, given in options.items():
+            figures = measure(partial(ours, **given), shape)
+            floors = floors_ms(shape, bandwidth)
+            multiples = {"forward_floors": figures["forward_ms"] / floors[0], "both_floors": figures["both_ms"] / floors[1]}
+            rows.append({"options": name, "shape": shape, **figures, **multiples})
+    return rows
+
+
 def said(*command: str) -> str | None:
     """The first line a command prints, None where it cannot run."""
     try:
@@ -227,13 +249,27 @@ def target_table(rows: list[dict]) -> list[list[str]]:
         line = [", ".join(map(str, shape)), f"{forward_target} · {both_target}"]
         for name in names:
             row = found.get((name, shape), {})
-            if "forward_ms" in row:
-                times = f"{row['forward_ms']:.3g} ({row['forward_floors']:.2f}) · {row['both_ms']:.3g} ({row['both_floors']:.2f})"
-                line.append(f"{times} · {row['peak_tensors']:.1f}")
-            else:
-                line.append("-")
+            line.append(figures_of(row) if "forward_ms" in row else "-")
         table.append(line)
     return [["B, H, N, D", "target", *names], *table]
+
+
+def figures_of(row: dict) -> str:
+    times = f"{row['forward_ms']:.3g} ({row['forward_floors']:.2f}) · {row['both_ms']:.3g} ({row['both_floors']:.2f})"
+    return f"{times} · {row['peak_tensors']:.1f}"
+
+
+def option_table(rows: list[dict]) -> list[list[str]]:
+    shapes = list(dict.fromkeys(tuple(row["shape"]) for row in rows))
+    found = {(row["options"], tuple(row["shape"])): row for row in rows}
+    names = dict.fromkeys(row["options"] for row in rows)
+    header = ["", *(", ".join(map(str, shape)) for shape in shapes)]
+    return [header, *([name, *(figures_of(found[name, shape]) for shape in shapes)] for name in names)]
+
+
+def markdown(table: list[list[str]]) -> str:
+    header, *lines = table
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 
 def main(out: Path | None, peers: bool = True) -> None:
@@ -241,8 +277,8 @@ def main(out: Path | None, peers: bool = True) -> None:
     bandwidth = copy_gigabytes_per_second()
     torch.cuda.empty_cache()
     about, rows = machine(**{"copy GB/s": round(bandwidth)}), target_rows(bandwidth, peers)
-    grouped = grouped_rows()
-    header, *lines = target_table(rows)
+    grouped, options = grouped_rows(), option_rows(bandwidth)
+    header, *lines = table = target_table(rows)
     title = "bfloat16, causal; ms forward (times the floor) · ms forward+backward (times the floor) · peak memory in tensors"
     shown = Table(*header, title=f"{about['gpu']}: {title}")
     for line in lines:
@@ -254,10 +290,13 @@ def main(out: Path | None, peers: bool = True) -> None:
     print(sentence)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "gpu.json").write_text(json.dumps({"machine": about, "rows": rows, "grouped": grouped}, indent=1))
-        text = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
+        (out / "gpu.json").write_text(json.dumps({"machine": about, "rows": rows, "grouped": grouped, "options": options}, indent=1))
         conditions = ", ".join(f"{name} {value}" for name, value in about.items())
-        (out / "gpu.md").write_text(f"# Attention on a GPU\n\n{title}. {conditions}.\n\n" + "\n".join(text) + f"\n\n{sentence}\n")
+        paragraphs = [
+            "# Attention on a GPU", f"{title}. {conditions}.", markdown(table), sentence,
+            "The same with what multiplies the weights:", markdown(option_table(options)), "Notes on these figures: [notes.md](notes.md).",
+        ]  # fmt: skip
+        (out / "gpu.md").write_text("\n\n".join(paragraphs) + "\n")
         importlib.import_module("figures").main(out, about)
 
 

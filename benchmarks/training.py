@@ -20,7 +20,7 @@ from typing import Annotated
 
 import torch
 import typer
-from gpu import machine
+from gpu import machine, markdown
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -137,9 +137,8 @@ def main(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "training.json").write_text(json.dumps({"machine": about, "rows": rows}, indent=1))
-        text = ["| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines]]
         conditions = ", ".join(f"{name} {value}" for name, value in about.items())
-        (out / "training.md").write_text(f"# Training on a GPU\n\n{title}. {conditions}.\n\n" + "\n".join(text) + "\n")
+        (out / "training.md").write_text(f"# Training on a GPU\n\n{title}. {conditions}.\n\n" + markdown([header, *lines]) + "\n")
 
 
 if __name__ == "__main__":
