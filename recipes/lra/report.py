@@ -151,14 +151,17 @@ def plot(table: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
     for place, (row, cells) in enumerate(table.items()):
         at = [number + (place - (len(table) - 1) / 2) * width for number, task in enumerate(tasks) if task in cells]
         here = [cells[task] for task in tasks if task in cells]
-        axes.bar(at, [cell["mean"] for cell in here], width, yerr=[cell["deviation"] or 0 for cell in here], capsize=2, label=row)
+        axes.bar(at, [cell["mean"] for cell in here], width, label=row)
+        for x, cell in zip(at, here, strict=True):
+            if cell["deviation"] is not None:
+                axes.errorbar(x, cell["mean"], cell["deviation"], fmt="none", ecolor="black", capsize=2)
     for number, task in enumerate(tasks):
         if task in PUBLISHED["softmax"]:
             label = "published softmax" if number == 0 else ""
             axes.hlines(PUBLISHED["softmax"][task], number - 0.42, number + 0.42, colors="black", linestyles="dashed", label=label)
     axes.set_xticks(range(len(tasks)), [COLUMNS[task] for task in tasks])
     axes.set_ylabel("test accuracy, %")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=len(table) + 1, fontsize=8)
     save_figure(figure, path)
 
 
