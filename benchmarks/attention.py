@@ -137,9 +137,12 @@ def main(
 ) -> None:
     """Time linear attention beside its peers."""
     if device == "cuda":
+        import figures
         import gpu
 
-        gpu.main(out)
+        about = gpu.main(out)
+        if out is not None:
+            figures.main(out, about)
         return
     if device != "cpu":
         raise typer.BadParameter(f"the device must be cpu or cuda, not {device!r}.")

@@ -272,8 +272,8 @@ def markdown(table: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, ["---"] * len(header), *lines])
 
 
-def main(out: Path | None, peers: bool = True) -> None:
-    """Prints the table of targets; with `out`, writes it there as Markdown and JSON."""
+def main(out: Path | None, peers: bool = True) -> dict:
+    """Prints the table of targets; with `out`, writes it there as Markdown and JSON. Returns what a figure must stand beside."""
     bandwidth = copy_gigabytes_per_second()
     torch.cuda.empty_cache()
     about, rows = machine(**{"copy GB/s": round(bandwidth)}), target_rows(bandwidth, peers)
@@ -297,7 +297,7 @@ def main(out: Path | None, peers: bool = True) -> None:
             "The same with what multiplies the weights:", markdown(option_table(options)), "Notes on these figures: [notes.md](notes.md).",
         ]  # fmt: skip
         (out / "gpu.md").write_text("\n\n".join(paragraphs) + "\n")
-        importlib.import_module("figures").main(out, about)
+    return about
 
 
 if __name__ == "__main__":
