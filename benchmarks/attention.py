@@ -136,6 +136,8 @@ def main(
     rounds: Annotated[int, typer.Option(help="Times each case is run on a CPU, after one warm-up.")] = 7,
 ) -> None:
     """Time linear attention beside its peers."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("PyTorch finds no usable CUDA device: check the driver with nvidia-smi, or take --device cpu.")
     if device == "cuda":
         import figures
         import gpu
