@@ -27,9 +27,9 @@ bool valid(const linattn_problem &p) {
   return sizes && dims && decay && segments && (p.degree == 1 || p.degree == 2);
 }
 
-const char *path_of(const linattn_problem &p, bool mma) {
+const char *path_of(const linattn_problem &p, bool mma, bool pairs) {
   if (!valid(p) || !card_runs_it()) return "none";
-  return mma ? linattn::mma_name(p) : "generic";
+  return mma ? linattn::mma_name(p) : pairs ? "pairs" : "generic";
 }
 
 }  // namespace
@@ -37,6 +37,7 @@ const char *path_of(const linattn_problem &p, bool mma) {
 extern "C" {
 
 int64_t linattn_forward_workspace(const linattn_problem *problem) {
+  if (linattn::pairs_takes_forward(*problem)) return linattn::pairs_forward_workspace(*problem);
   return linattn::mma_takes_forward(*problem) ? linattn::mma_forward_workspace(*problem) : linattn::generic_forward_workspace(*problem);
 }
 
@@ -46,6 +47,7 @@ int64_t linattn_backward_workspace(const linattn_problem *problem) {
 
 int linattn_forward(const linattn_problem *problem, const linattn_forward_result *result) {
   if (!valid(*problem)) return cudaErrorInvalidValue;
+  if (linattn::pairs_takes_forward(*problem)) return linattn::pairs_forward(*problem, *result);
   return linattn::mma_takes_forward(*problem) ? linattn::mma_forward(*problem, *result) : linattn::generic_forward(*problem, *result);
 }
 
@@ -56,10 +58,13 @@ int linattn_backward(const linattn_problem *problem, const linattn_backward_data
 
 const char *linattn_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
-const char *linattn_forward_path(const linattn_problem *problem) { return path_of(*problem, valid(*problem) && linattn::mma_takes_forward(*problem)); }
+const char *linattn_forward_path(const linattn_problem *problem) {
+  const bool sound = valid(*problem);
+  return path_of(*problem, sound && linattn::mma_takes_forward(*problem), sound && linattn::pairs_takes_forward(*problem));
+}
 
 const char *linattn_backward_path(const linattn_problem *problem) {
-  return path_of(*problem, valid(*problem) && linattn::mma_takes_backward(*problem));
+  return path_of(*problem, valid(*problem) && linattn::mma_takes_backward(*problem), false);
 }
 
 const char *linattn_architectures(void) { return LINATTN_ARCHITECTURES; }

@@ -1,0 +1,80 @@
+// What the kernels that form every pair of tokens share: f(s) = a + b s + c s^2 on the tensor cores, softmax attention's loop without its softmax.
+//
+// A block owns 128 queries of one head and walks over the keys in tiles of 64. With r_n = 1 / |k_n|:
+//   o_i g_i = sum_n P_in v_n,   g_i = sum_n P_in,   P_in = a + s (beta_i + gamma_i s),   s = (q_i . k_n) r_n,
+//   beta_i = b tau / |q_i|,   gamma_i = c (tau / |q_i|)^2.
+// Norms are applied to the float32 products, so that queries and keys are never rounded again.
+#pragma once
+#include "mma_tile.cuh"
+
+namespace linattn_pairs {
+
+using namespace linattn_mma;
+
+constexpr int kRows = 128, kKeys = 64, kStages = 2;
+
+struct Arguments {
+  linattn_problem problem;
+  linattn_tensor out;
+  float *mass;
+  const float *key_scale;  // (batch, key_heads, padded)
+  int64_t padded;          // tokens, a multiple of kKeys
+  int32_t row_tiles, heads_together;
+};
+
+template <int D, int ROWS, int THREADS, typename T>
+__device__ __forceinline__ void copy_tile(uint32_t tile, const T *rows, int64_t stride, int count, int thread) {
+  constexpr int kPieces = D / 8;
+#pragma unroll
+  for (int i = 0; i < ROWS * kPieces / THREADS; ++i) {
+    const int index = thread + i * THREADS, row = index / kPieces, piece = index % kPieces;
+    const bool valid = row < count;
+    copy_async(tile + Tile<D>::at(row, piece), rows + (valid ? row * stride : 0) + piece * 8, valid);
+  }
+}
+
+// A power of two that keeps weights inside float16.
+template <typename T> __device__ __forceinline__ float weight_scale(float a, float b, float c, float temperature) {
+  if constexpr (sizeof(typename Element<T>::Two) == 4 && Element<T>::kOnes == 0x3C003C00u) {
+    const float bound = fabsf(a) + fabsf(b * temperature) + fabsf(c) * temperature * temperature;
+    return bound > 32768.f ? exp2f(-ceilf(log2f(bound * 0x1p-15f))) : 1.f;
+  }
+  return 1.f;
+}
+
+// Which queries a block owns. Long rows come first, and heads in groups whose keys and values stay in the cache.
+struct Place {
+  int batch, head, key_head, rows, tiles;  // rows: real ones; tiles: of keys
+  int64_t begin;
+  __device__ __forceinline__ explicit Place(const Arguments &args) {
+    const linattn_problem &p = args.problem;
+    const int all_heads = p.batch * p.query_heads, blocks = args.heads_together * args.row_tiles;
+    const int first = blockIdx.x / blocks * args.heads_together, together = min(args.heads_together, all_heads - first), inside = blockIdx.x % blocks;
+    const int number = first + inside % together;
+    batch = number / p.query_heads, head = number % p.query_heads, key_head = head / (p.query_heads / p.key_heads);
+    begin = static_cast<int64_t>(args.row_tiles - 1 - inside / together) * kRows;
+    rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(kRows)));
+    tiles = static_cast<int>(((p.causal ? begin + rows : p.length) + kKeys - 1) / kKeys);
+  }
+};
+
+// The tiles of keys and values, two stages of them, each with its keys' scales behind all.
+template <typename T, int D, int THREADS> struct KeyCopy {
+  static constexpr int TILE = kKeys * D * 2, BYTES = kStages * (2 * TILE + kKeys * 4);
+  const linattn_problem &p;
+  const T *keys, *values;
+  const float *scales;
+  uint32_t shared;
+  __device__ __forceinline__ KeyCopy(const Arguments &args, const Place &place, uint32_t shared)
+      : p(args.problem), keys(head_of<const T>(p.key, place.batch, place.key_head)), values(head_of<const T>(p.value, place.batch, place.key_head)),
+        scales(args.key_scale + (static_cast<int64_t>(place.batch) * p.key_heads + place.key_head) * args.padded), shared(shared) {}
+  __device__ __forceinline__ void start(int tile, int thread) const {
+    const int64_t first = static_cast<int64_t>(tile) * kKeys;
+    const int stage = tile % kStages, count = static_cast<int>(min(p.length - first, static_cast<int64_t>(kKeys)));
+    copy_tile<D, kKeys, THREADS>(shared + stage * 2 * TILE, keys + first * p.key.token_stride, p.key.token_stride, count, thread);
+    copy_tile<D, kKeys, THREADS>(shared + stage * 2 * TILE + TILE, values + first * p.value.token_stride, p.value.token_stride, count, thread);
+    if (thread < kKeys / 4) copy_async(shared + kStages * 2 * TILE + stage * kKeys * 4 + thread * 16, scales + first + thread * 4, true);
+  }
+};
+
+}  // namespace linattn_pairs
