@@ -29,7 +29,7 @@ bool valid(const linattn_problem &p) {
 
 const char *path_of(const linattn_problem &p, bool mma, bool pairs) {
   if (!valid(p) || !card_runs_it()) return "none";
-  return mma ? linattn::mma_name(p) : pairs ? "pairs" : "generic";
+  return mma ? "mma" : pairs ? "pairs" : "generic";
 }
 
 }  // namespace

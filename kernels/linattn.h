@@ -22,7 +22,6 @@ typedef struct {
   linattn_dtype dtype;            // of query, key, value, out and their gradients
   int32_t degree;                 // 1: f = a + b s, 2: f = a + b s + c s^2
   int32_t causal, normalize_qk;
-  int32_t allow_tf32;             // float32 inputs: nonzero permits tf32 products
   linattn_tensor query, key, value;
   const float *coefficients;      // (4, query_heads): rows a, b, c, temperature
   const float *log_decay;         // (state_heads) or (batch, state_heads, length) contiguous, or null
@@ -63,7 +62,7 @@ int linattn_forward(const linattn_problem *problem, const linattn_forward_result
 int linattn_backward(const linattn_problem *problem, const linattn_backward_data *data);
 const char *linattn_error_string(int code);
 
-// Which path a problem takes on the current device, as a word for people: "generic", "mma", "hopper", or "none" where it cannot run.
+// Which path a problem takes on the current device, as a word for people: "generic", "mma", "pairs", or "none" where it cannot run.
 const char *linattn_forward_path(const linattn_problem *problem);
 const char *linattn_backward_path(const linattn_problem *problem);
 // The architectures compiled in, as "sm_80 sm_90a compute_80".

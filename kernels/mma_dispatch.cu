@@ -110,7 +110,6 @@ using namespace linattn_mma;
 
 bool mma_takes_forward(const linattn_problem &problem) { return takes(problem) && fits_shared_memory(problem, 3); }
 bool mma_takes_backward(const linattn_problem &problem) { return takes(problem) && fits_shared_memory(problem, 5); }
-const char *mma_name(const linattn_problem &) { return "mma"; }
 
 int64_t mma_forward_workspace(const linattn_problem &problem) { return 4 * ForwardWorkspace(problem, make_plan(problem)).floats; }
 int64_t mma_backward_workspace(const linattn_problem &problem) { return 4 * BackwardWorkspace(problem, make_plan(problem)).floats; }

@@ -20,7 +20,6 @@ int64_t mma_forward_workspace(const linattn_problem &problem);
 int64_t mma_backward_workspace(const linattn_problem &problem);
 cudaError_t mma_forward(const linattn_problem &problem, const linattn_forward_result &result);
 cudaError_t mma_backward(const linattn_problem &problem, const linattn_backward_data &data);
-const char *mma_name(const linattn_problem &problem);  // "mma" or "hopper"
 
 // kernels/pairs_*.cu: the second degree on the tensor cores, every pair formed. Decides as mma_takes_forward does.
 bool pairs_takes_forward(const linattn_problem &problem);

@@ -38,7 +38,7 @@ class _Problem(Structure):
     _fields_ = [
         *[(name, c_int32) for name in ("batch", "query_heads", "key_heads", "state_heads", "head_dim", "value_dim")],
         ("length", c_int64),
-        *[(name, c_int32) for name in ("dtype", "degree", "causal", "normalize_qk", "allow_tf32")],
+        *[(name, c_int32) for name in ("dtype", "degree", "causal", "normalize_qk")],
         *[(name, _Tensor) for name in ("query", "key", "value")],
         ("coefficients", c_void_p),
         ("log_decay", c_void_p),
@@ -205,7 +205,6 @@ class _Call:
         problem.key_heads, problem.value_dim = key.shape[1], value.shape[-1]
         problem.state_heads = chunked.state_heads(query, key, log_decay)
         problem.dtype, problem.degree, problem.causal, problem.normalize_qk = _DTYPES[query.dtype], degree, causal, normalize_qk
-        problem.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"  # the older allow_tf32 shows here too
         problem.query, problem.key, problem.value = _describe(self.query), _describe(self.key), _describe(self.value)
         problem.coefficients, problem.log_decay, problem.initial_state, problem.dropout_p = map(_pointer, floats)
         problem.log_decay_per_token = log_decay is not None and log_decay.dim() == 3

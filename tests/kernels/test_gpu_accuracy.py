@@ -14,7 +14,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def compiled_only(monkeypatch):
     """No test here may pass by falling back."""
     monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

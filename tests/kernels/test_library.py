@@ -143,16 +143,3 @@ def test_env_says_what_runs_and_why():
 def test_env_verdict(monkeypatch, wish, expected):
     monkeypatch.setenv("HF_LINATTN_BACKEND", wish)
     assert expected in env._verdict("no card")
-
-
-@pytest.mark.parametrize("switch, setting", [("allow_tf32", True), ("fp32_precision", "tf32")])
-def test_either_switch_of_tf32_is_read(switch, setting):
-    """Reading the older of PyTorch's two switches raises where the newer one was set."""
-    products = torch.backends.cuda.matmul
-    assert cuda._Call(*operands()).problem.allow_tf32 == 0
-    try:
-        setattr(products, switch, setting)
-        assert cuda._Call(*operands()).problem.allow_tf32 == 1
-    finally:
-        products.fp32_precision = "none"
-        products.allow_tf32 = False
