@@ -35,10 +35,12 @@ template <int D> struct ColumnShape {
     alignas(16) float mixed[C], level[C], slope[C], column[D], line[D], numbers[STAGES][3][C];
     alignas(16) uint16_t high[3][C], low[3][C], zeros[C];
     float counts[WARPS], coefficients[kMaxGroup][2];
+    float key_down[C], query_down[C], gradient_peaks[WARPS], state_peaks[WARPS];  // float16
   };
   struct GatedSmall : Small {
     GateTiles<C, STAGES> gates;
-    alignas(16) float pull[C];  // a e
+    alignas(16) float pull[C];                  // a e
+    alignas(16) float query_gates[STRIPES][C];  // of later queries at the edge where a stripe of keys ends
   };
   template <bool GATED> using AllSmall = std::conditional_t<GATED, GatedSmall, Small>;
   template <bool GATED> static constexpr int SHARED = STAGES * 4 * TILE + STATE_TILE + static_cast<int>(sizeof(AllSmall<GATED>));
@@ -138,7 +140,11 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   state.clear();
   const StateView<D> source = args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments, causal ? segment : 0)
                                           : StateView<D>::of_caller(args.grad_state, head_pair);
+  StateLift state_lift;  // float16: the factors of the rounded state, and of what is summed
+  Lift rounded{1.f, 1.f}, summed{1.f, 1.f};
   if (holds_state) load_state<D>(state, at, source, false);
+  const auto measure_state = [&]() { small.state_peaks[warp] = holds_state ? state_peak(state, pairs_held, false) : 0.f; };
+  if constexpr (E::kNarrow) state_lift.enter(state), measure_state();
   const float source_count = source.data && thread == 0 ? source.count() : 0.f;
 
   const int role = warp / STRIPES;  // 0: dv, from k; 1: dk, from v
@@ -146,6 +152,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   T *result_rows = head_of<T>(result, batch, key_head) + last * result.token_stride;
   uint32_t own[BLOCKS][4];
   float acc[2 * BLOCKS][4], key_scale0 = 1.f, key_scale1 = 1.f, count = source_count;  // the sum of a e, shared out over the threads
+  float key_down0 = 1.f, key_down1 = 1.f;    // float16: what undoes the lift of the keys
   float slope_sum0 = 0.f, slope_sum1 = 0.f;  // of a lane's two keys: a dA summed over the rows
   int64_t token = last;
   int head = 0, stage = 0, key_stage = 0, tokens = static_cast<int>(end - last);
@@ -168,11 +175,37 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
         __syncthreads();
       }
     }
+    Lift gradient{1.f, 1.f};
+    if constexpr (E::kNarrow) {
+      unsigned char *const keys = shared + (k_tile - key_tiles), *const queries = shared + (q_tile - key_tiles);
+      const DividedByMass<T, D, C, Shape::THREADS> divided{queries + TILE, small.numbers[stage][0], small.numbers[stage][1]};
+      if (head == 0) lift_rows<T, D, C, Shape::THREADS>(keys, small.key_down, thread), rounded = lift_to(kStatePeak, peak_of_warps<Shape::WARPS>(small.state_peaks));
+      if (causal) lift_rows<T, D, C, Shape::THREADS>(queries, small.query_down, thread), divided.measure(small.gradient_peaks, thread);
+      __syncthreads();
+      if (causal) {
+        gradient = lift_to(kStatePeak, peak_of_warps<Shape::WARPS>(small.gradient_peaks));
+        divided.divide(gradient, thread);
+        const Lift lift = chunk_lift(small.coefficients[head], gradient);
+        const float change = summed.down * lift.up;
+        if (head > 0 && change != 1.f) {
+          slope_sum0 *= change, slope_sum1 *= change;
+#pragma unroll
+          for (int q = 0; q < 2 * BLOCKS; ++q)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[q][i] *= change;
+        }
+        summed = lift;
+      }
+    }
     const auto gates = [&]() {
       if constexpr (GATED) return ChunkGates<C>(small.gates, key_stage, tokens);
       else return 0;
     }();
     prefetch();
+    if constexpr (GATED)
+      if (causal && head == 0)
+        for (int i = thread; i < STRIPES * C; i += Shape::THREADS)
+          if (i % C >= i / C * 16 + 16) small.query_gates[i / C][i % C] = Edge(gates, i / C * 16 + 15).from_query(gates.query_runs, i % C);
     if (GATED && head == 0) {
       // The sum of a e of the later rows, which the chunk's keys see: as exact as the margins, and like them before this chunk's rows enter.
       float later = count;
@@ -183,11 +216,11 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
     if (causal && thread < C) {
       const float *const numbers = small.numbers[stage][0] + thread;
       const float a = small.coefficients[head][0], error = numbers[C];
-      const QueryWeights weights = query_weights(a, small.coefficients[head][1], numbers[0], error, numbers[2 * C]);
+      const QueryWeights weights = query_weights<T>(a, small.coefficients[head][1], numbers[0], error, numbers[2 * C] * (E::kNarrow ? small.query_down[thread] : 1.f), gradient);
       small.mixed[thread] = weights.mixed, small.level[thread] = weights.level, small.slope[thread] = weights.slope;
       float carry = 1.f;
       if constexpr (GATED) {
-        carry = gates.carry(thread), small.pull[thread] = a * error;
+        carry = gates.carry(thread), small.pull[thread] = a * error * summed.up;
         if (head == 0) count *= gates.keep();
       }
       weights_of(0).set(thread, weights.mixed * carry), weights_of(1).set(thread, weights.level * carry), weights_of(2).set(thread, weights.slope * carry);
@@ -196,6 +229,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
     if (head == 0) {
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) ldmatrix(own[block], k_blocks.at(0, block));
+      if constexpr (E::kNarrow) key_down0 = small.key_down[16 * stripe + group], key_down1 = small.key_down[16 * stripe + group + 8];
       if (unit) {
         row_products<T>(key_scale0, key_scale1, own, Blocks<D>(k_tile + stripe * kStripeBytes, across), 0, lane_id);
         key_scale0 = inverse_norm(key_scale0), key_scale1 = inverse_norm(key_scale1);
@@ -205,18 +239,24 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
         for (int block = 0; block < BLOCKS; ++block) ldmatrix(own[block], k_blocks.at(0, block) + TILE);
       }
       if ((causal || iteration == 0) && holds_state)
-        publish_state<T, D>(state, at, Blocks<D>(state_tile, down), small.line, lane_id, [&](int row, float sum) { small.column[row] = sum; });
+        publish_state<T, D>(state, at, Blocks<D>(state_tile, down), rounded.up, small.line, lane_id, [&](int row, float sum) { small.column[row] = sum; });
     }
     warpgroup_publish();
     __syncthreads();  // the rounded state and the weights are written
 
-    const float scale0 = role == 0 ? key_scale0 : 1.f, scale1 = role == 0 ? key_scale1 : 1.f;
+    constexpr float kValueScale = E::kNarrow ? 1.f / kSlopeWorth : 1.f;
+    const float scale0 = role == 0 ? key_scale0 : kValueScale, scale1 = role == 0 ? key_scale1 : kValueScale;
     const uint32_t pair_tile = role == 0 ? q_tile : q_tile + TILE, sum_tile = role == 0 ? q_tile + TILE : q_tile;
     const float *const shifts = (role == 0 ? small.level : small.slope) + 2 * place, *const slopes = small.mixed + 2 * place;
     const auto pair_gates = [&]() {
       if constexpr (GATED) return PairGates(small.gates.decay[key_stage], small.gates.key_runs[key_stage], 16 * stripe + group, 16 * stripe + group + 8);
       else return 0;
     }();
+    float key_gate0 = 1.f, key_gate1 = 1.f;
+    if constexpr (GATED) {
+      const Edge edge(gates, 16 * stripe + 15);
+      key_gate0 = edge.to_key(gates.key_runs, 16 * stripe + group), key_gate1 = edge.to_key(gates.key_runs, 16 * stripe + group + 8);
+    }
     // Raw products with 16 queries into their rounded weights.
     const auto weigh = [&](uint32_t(&weights)[4], float(&first_tile)[4], float(&second_tile)[4], bool diagonal, int j) {
 #pragma unroll
@@ -225,10 +265,16 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
         const float2 weight = *reinterpret_cast<const float2 *>(slopes + 16 * j + 8 * t), shift = *reinterpret_cast<const float2 *>(shifts + 16 * j + 8 * t);
         if constexpr (GATED) {
           const int column = 8 * t + 2 * place;
-          const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + 16 * j + column);
-          const int2 run = *reinterpret_cast<const int2 *>(small.gates.query_runs[key_stage] + 16 * j + column);
-          const float gate[4] = {pair_gates.of_query(0, decay.x, run.x, !diagonal || column >= group), pair_gates.of_query(0, decay.y, run.y, !diagonal || column + 1 >= group),
-                                 pair_gates.of_query(1, decay.x, run.x, !diagonal || column >= group + 8), pair_gates.of_query(1, decay.y, run.y, !diagonal || column + 1 >= group + 8)};
+          float gate[4];
+          if (diagonal) {
+            const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + 16 * j + column);
+            const int2 run = *reinterpret_cast<const int2 *>(small.gates.query_runs[key_stage] + 16 * j + column);
+            gate[0] = pair_gates.of_query(0, decay.x, run.x, column >= group), gate[1] = pair_gates.of_query(0, decay.y, run.y, column + 1 >= group);
+            gate[2] = pair_gates.of_query(1, decay.x, run.x, column >= group + 8), gate[3] = pair_gates.of_query(1, decay.y, run.y, column + 1 >= group + 8);
+          } else {
+            const float2 later = *reinterpret_cast<const float2 *>(small.query_gates[stripe] + 16 * j + column);
+            gate[0] = key_gate0 * later.x, gate[1] = key_gate0 * later.y, gate[2] = key_gate1 * later.x, gate[3] = key_gate1 * later.y;
+          }
           if (args.column_sums && role == 1) {
             const float2 level = *reinterpret_cast<const float2 *>(small.level + 16 * j + column), pull = *reinterpret_cast<const float2 *>(small.pull + 16 * j + column);
             slope_sum0 += (s[0] * level.x + pull.x) * gate[0] + (s[1] * level.y + pull.y) * gate[1];
@@ -313,6 +359,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
             }
         }
       }
+      const float enter = E::kNarrow ? state_lift.lift.down * summed.up : 1.f, from_state0 = scale0 * enter * rounded.down, from_state1 = scale1 * enter * rounded.down;
       float leave0 = 1.f, leave1 = 1.f;
       if constexpr (GATED) {
         leave0 = gates.leave(16 * stripe + group), leave1 = gates.leave(16 * stripe + group + 8);
@@ -320,7 +367,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
           // a dA of all later rows together: level . v and the sum of a e; the lanes of a row share it out
           float later = 0.f;
           for (int w = 0; w < Shape::WARPS; ++w) later += small.counts[w];
-          slope_sum0 = slope_sum1 = place == 0 ? later : 0.f;
+          slope_sum0 = slope_sum1 = place == 0 ? later * summed.up : 0.f;
           const Blocks<D> v_blocks(k_tile + TILE + stripe * kStripeBytes, down);
 #pragma unroll
           for (int block = 0; block < BLOCKS; ++block) {
@@ -328,7 +375,8 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
             ldmatrix(v, v_blocks.at(0, block));
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
-              const float2 line = *reinterpret_cast<const float2 *>(small.line + 16 * block + 8 * t + 2 * place);
+              float2 line = *reinterpret_cast<const float2 *>(small.line + 16 * block + 8 * t + 2 * place);
+              if constexpr (E::kNarrow) line.x *= enter, line.y *= enter;
               slope_sum0 += E::low(v[2 * t]) * line.x + E::high(v[2 * t]) * line.y;
               slope_sum1 += E::low(v[2 * t + 1]) * line.x + E::high(v[2 * t + 1]) * line.y;
             }
@@ -341,9 +389,10 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
       for (int q = 0; q < BLOCKS; ++q)
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          const float2 add = *reinterpret_cast<const float2 *>(margin + 16 * q + 8 * t);
-          acc[2 * q + t][0] = acc[2 * q + t][0] * scale0 + add.x, acc[2 * q + t][1] = acc[2 * q + t][1] * scale0 + add.y;
-          acc[2 * q + t][2] = acc[2 * q + t][2] * scale1 + add.x, acc[2 * q + t][3] = acc[2 * q + t][3] * scale1 + add.y;
+          float2 add = *reinterpret_cast<const float2 *>(margin + 16 * q + 8 * t);
+          if constexpr (E::kNarrow) add.x *= enter, add.y *= enter;
+          acc[2 * q + t][0] = acc[2 * q + t][0] * from_state0 + add.x, acc[2 * q + t][1] = acc[2 * q + t][1] * from_state0 + add.y;
+          acc[2 * q + t][2] = acc[2 * q + t][2] * from_state1 + add.x, acc[2 * q + t][3] = acc[2 * q + t][3] * from_state1 + add.y;
           if constexpr (GATED) acc[2 * q + t][0] *= leave0, acc[2 * q + t][1] *= leave0, acc[2 * q + t][2] *= leave1, acc[2 * q + t][3] *= leave1;
         }
     }
@@ -416,6 +465,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
     }
 
     if (head == heads - 1) {
+      const float worth = E::kNarrow ? summed.down * (role == 0 ? 1.f : kSlopeWorth) : 1.f;  // of what `acc` holds
       if (role == 1) {
         uint32_t k[BLOCKS][4];
         float dot0 = 0.f, dot1 = 0.f;
@@ -443,8 +493,8 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
             }
             float *const sums = args.column_sums + static_cast<int64_t>(head_pair) * p.length + token;
             const int local0 = 16 * stripe + group, local1 = local0 + 8;
-            if (place == 0 && local0 < tokens) sums[local0] = slope_sum0 + dot0 * key_scale0;
-            if (place == 0 && local1 < tokens) sums[local1] = slope_sum1 + dot1 * key_scale1;
+            if (place == 0 && local0 < tokens) sums[local0] = slope_sum0 * summed.down + dot0 * key_scale0 * worth;
+            if (place == 0 && local1 < tokens) sums[local1] = slope_sum1 * summed.down + dot1 * key_scale1 * worth;
           }
         dot0 = unit ? dot0 * key_scale0 * key_scale0 : 0.f, dot1 = unit ? dot1 * key_scale1 * key_scale1 : 0.f;
 #pragma unroll
@@ -466,7 +516,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
       }
       __syncwarp();
       const Blocks<D> staged_blocks(key_tiles + staged + stripe * kStripeBytes, down);
-      const float finish0 = role == 0 ? 1.f : key_scale0, finish1 = role == 0 ? 1.f : key_scale1;
+      const float finish0 = worth * (role == 0 ? 1.f : key_scale0 / key_down0), finish1 = worth * (role == 0 ? 1.f : key_scale1 / key_down1);
 #pragma unroll
       for (int q = 0; q < BLOCKS; ++q) store_block<T, D>(staged_blocks.at(0, q), acc[2 * q], acc[2 * q + 1], finish0, finish1, lane_id);
       __syncwarp();
@@ -481,6 +531,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
     if (causal && holds_state) {
       if constexpr (GATED)
         if (head == 0) scale_state(state, gates.keep());
+      if constexpr (E::kNarrow) state_lift.change(state, summed);
       const Blocks<D> w_flipped(q_tile + TILE, down, at.flip);
       const uint32_t q_block = Blocks<D>(q_tile, across).at_column(0, at.row), w_block = Blocks<D>(q_tile + TILE, down).at_column(0, at.row);
       if constexpr (kStateByGroups<D> && kGroups) {
@@ -490,6 +541,8 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
       for (int block = 0; block < STRIPES; ++block)
         update_state<T, D, false, false>(state, at, owns_line, q_block, w_block, w_flipped, block, mixed, slope, level);
     }
+    if constexpr (E::kNarrow)
+      if (causal && head == heads - 1) state_lift.lift = summed, measure_state();
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     head = head == heads - 1 ? 0 : head + 1;
   }
@@ -502,6 +555,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
     __syncthreads();
     count = 0.f;
     for (int w = 0; w < Shape::WARPS; ++w) count += small.counts[w];
+    if constexpr (E::kNarrow) state_lift.leave(state);
     if (holds_state) store_state<D>(state, at, StateView<D>::of_caller(args.grad_initial_state, head_pair), count, thread == 0);
   }
 }

@@ -40,7 +40,8 @@ bool aligned(const linattn_tensor &tensor) {
 
 bool takes(const linattn_problem &problem) {
   const int d = problem.head_dim;
-  return problem.degree == 1 && problem.dtype == LINATTN_BFLOAT16 && d == problem.value_dim && (d == 32 || d == 64 || d == 80 || d == 96 || d == 128) &&
+  const bool dtype = problem.dtype == LINATTN_BFLOAT16 || (problem.dtype == LINATTN_FLOAT16 && problem.normalize_qk);  // unit vectors fit float16's range
+  return problem.degree == 1 && dtype && d == problem.value_dim && (d == 32 || d == 64 || d == 80 || d == 96 || d == 128) &&
          problem.length > 0 && problem.batch > 0 && problem.key_heads > 0 && problem.query_heads / problem.key_heads <= 32 &&
          static_cast<int64_t>(problem.batch) * problem.state_heads < 65536 && aligned(problem.query) && aligned(problem.key) && aligned(problem.value);
 }
@@ -118,6 +119,7 @@ cudaError_t mma_forward(const linattn_problem &problem, const linattn_forward_re
   if (!aligned(result.out)) return cudaErrorMisalignedAddress;
   const Plan plan = make_plan(problem);
 #define LINATTN_CALL(T, D) (forward<T, D>(problem, result, plan))
+  if (problem.dtype == LINATTN_FLOAT16) LINATTN_MMA_BY_DIM(__half, LINATTN_CALL)
   LINATTN_MMA_BY_DIM(__nv_bfloat16, LINATTN_CALL)
 #undef LINATTN_CALL
 }
@@ -127,6 +129,7 @@ cudaError_t mma_backward(const linattn_problem &problem, const linattn_backward_
     if (!aligned(*tensor)) return cudaErrorMisalignedAddress;
   const Plan plan = make_plan(problem);
 #define LINATTN_CALL(T, D) (backward<T, D>(problem, data, plan))
+  if (problem.dtype == LINATTN_FLOAT16) LINATTN_MMA_BY_DIM(__half, LINATTN_CALL)
   LINATTN_MMA_BY_DIM(__nv_bfloat16, LINATTN_CALL)
 #undef LINATTN_CALL
 }

@@ -9,6 +9,7 @@
 
 #include "mma_gates.cuh"
 #include "mma_noise.cuh"
+#include "mma_range.cuh"
 #include "mma_state.cuh"
 
 namespace linattn_mma {
@@ -47,9 +48,11 @@ template <int D, bool GRAD, bool GATED> struct RowShape {
     alignas(16) float key_scale[C], line[D], numbers[STAGES][2][C], exchange[2][C];
     alignas(16) uint16_t key_high[C], key_low[C], column_high[D], column_low[D], zeros[C > D ? C : D];
     float totals[STRIPES][kMaxGroup][2], coefficients[kMaxGroup][2];
+    float peaks[STATE_WARPS], state_worth;  // of the state's rounded elements
   };
   struct GatedSmall : Small {
     GateTiles<C, STAGES> gates;
+    alignas(16) float key_gates[STRIPES][C];  // of earlier keys at the edge where a stripe of rows begins
     alignas(16) uint16_t leave_high[C], leave_low[C];
     alignas(16) float leave[C];
     float count;
@@ -104,18 +107,24 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     small.gates.clear(thread, Shape::THREADS);
     __syncthreads();  // before the first copies into them
   }
-  // Behind the barrier at the top of an iteration: the copies have arrived.
-  const auto without_padding = [&](int stage, int key_stage, bool fresh_keys) {
+  // Behind the barrier at the top of an iteration: the copies have arrived, and are made what the products take.
+  const auto prepare = [&](int stage, int key_stage, bool fresh_keys) {
+    unsigned char *const row_tile = shared + stage * ROW_TILES * TILE, *const key_tile = shared + STAGES * ROW_TILES * TILE + key_stage * 2 * TILE;
     if constexpr (GATED) {
-      if (!args.gates.key_runs) return;
-      if (!any_padding<C>(small.gates.query_runs[key_stage], small.gates.key_runs[key_stage], thread)) return;
-      unsigned char *const row_tile = shared + stage * ROW_TILES * TILE, *const key_tile = shared + STAGES * ROW_TILES * TILE + key_stage * 2 * TILE;
-      for (int i = 0; i < ROW_TILES; ++i) zero_padding<D, C, Shape::THREADS>(row_tile + i * TILE, small.gates.query_runs[key_stage], thread);
-      if (fresh_keys)
-        for (int i = 0; i < 2; ++i) zero_padding<D, C, Shape::THREADS>(key_tile + i * TILE, small.gates.key_runs[key_stage], thread);
-      warpgroup_publish();
-      __syncthreads();
+      if (args.gates.key_runs && any_padding<C>(small.gates.query_runs[key_stage], small.gates.key_runs[key_stage], thread)) {
+        for (int i = 0; i < ROW_TILES; ++i) zero_padding<D, C, Shape::THREADS>(row_tile + i * TILE, small.gates.query_runs[key_stage], thread);
+        if (fresh_keys)
+          for (int i = 0; i < 2; ++i) zero_padding<D, C, Shape::THREADS>(key_tile + i * TILE, small.gates.key_runs[key_stage], thread);
+        warpgroup_publish();
+        __syncthreads();
+      }
     }
+    if constexpr (E::kNarrow)
+      if (fresh_keys) {
+        lift_rows<T, D, C, Shape::THREADS>(key_tile + (GRAD ? TILE : 0), nullptr, thread);
+        warpgroup_publish();
+        __syncthreads();
+      }
   };
 
   if (warp >= Shape::RESULT_WARPS) {
@@ -177,7 +186,15 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     const auto publish = [&]() {
       if constexpr (GATED)
         if (helper == 0) small.count = count;
-      publish_state<T, D>(state, at, Blocks<D>(state_tile, down), small.line, lane_id, [&](int row, float sum) { column_parts.set(row, sum); });
+      float lift = 1.f;
+      if constexpr (E::kNarrow) {
+        small.peaks[at.row] = state_peak(state, BLOCKS, true);
+        barrier_sync<kScalesShared, Shape::STATE_THREADS>();
+        const Lift whole = lift_to(kStatePeak, peak_of_warps<Shape::STATE_WARPS>(small.peaks));
+        lift = whole.up;
+        if (helper == 0) small.state_worth = whole.down;
+      }
+      publish_state<T, D>(state, at, Blocks<D>(state_tile, down), lift, small.line, lane_id, [&](int row, float sum) { column_parts.set(row, sum * lift); });
     };
     publish();
     int head = 0, stage = 0, key_stage = 0;
@@ -186,7 +203,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       copy_wait<STAGES - 2>();
       warpgroup_publish();
       __syncthreads();  // the tiles and the rounded state are here, and nobody reads the tiles that the next copies overwrite
-      without_padding(stage, key_stage, causal && head == 0);
+      prepare(stage, key_stage, causal && head == 0);
       prefetch();
       stage = stage == STAGES - 1 ? 0 : stage + 1;
       if (!causal) {
@@ -216,6 +233,11 @@ rows_kernel(const __grid_constant__ RowArguments args) {
             }
             key_weights.set(local, scale0), key_weights.set(local + 8, scale1);
           }
+        }
+        if constexpr (GATED) {
+          const ChunkGates<C> gates(small.gates, key_stage, min(tokens_left, C));
+          for (int i = helper; i < Shape::STRIPES * C; i += Shape::STATE_THREADS)
+            if (i % C < i / C * 16) small.key_gates[i / C][i % C] = Edge(gates, i / C * 16).to_key(gates.key_runs, i % C);
         }
         barrier_arrive<kScalesReady, Shape::THREADS>();
         barrier_sync<kScalesShared, Shape::STATE_THREADS>();
@@ -275,11 +297,13 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     const Blocks<D> y_blocks(y_tile, across), z_blocks(z_tile + half_bytes, down);
 
     __syncthreads();  // the tiles and the rounded state are here
-    without_padding(stage, key_stage, causal && head == 0);
-    float carry0 = 1.f, carry1 = 1.f;
+    prepare(stage, key_stage, causal && head == 0);
+    float carry0 = 1.f, carry1 = 1.f, row_gate0 = 1.f, row_gate1 = 1.f;
     if constexpr (GATED) {
       const ChunkGates<C> gates(small.gates, key_stage, tokens);
+      const Edge edge(gates, 16 * stripe);
       carry0 = gates.carry(local0), carry1 = gates.carry(local1), before = small.count;
+      row_gate0 = edge.from_query(gates.query_runs, local0), row_gate1 = edge.from_query(gates.query_runs, local1);
     }
     const auto pair_gates = [&]() {
       if constexpr (GATED) return PairGates(small.gates.decay[key_stage], small.gates.query_runs[key_stage], local0, local1);
@@ -299,7 +323,11 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     }
 
     // Per row: weight = slope (x . y) + shift; in the gradient with slope 1, the row's own 1 / g left for the end.
-    const float a = small.coefficients[head][0], b_tau = small.coefficients[head][1];
+    float a = small.coefficients[head][0], b_tau = small.coefficients[head][1], mass_worth = 1.f;
+    if constexpr (E::kNarrow && !GRAD) {
+      const Lift lift = lift_to(0, fmaxf(fabsf(a), fabsf(b_tau)));
+      a *= lift.up, b_tau *= lift.up, mass_worth = lift.down;
+    }
     float slope0, slope1, shift0, shift1, query_scale0 = 1.f, query_scale1 = 1.f;
     if constexpr (!GRAD) {
       if (unit) {
@@ -325,6 +353,19 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         query_scale0 = inverse_norm(query_scale0), query_scale1 = inverse_norm(query_scale1);
       }
     }
+    // What products with x count: inside the chunk, and with the rounded state.
+    float factor0 = GRAD ? 1.f : slope0, factor1 = GRAD ? 1.f : slope1, state_worth = 1.f;
+    if constexpr (E::kNarrow) {
+      state_worth = small.state_worth;
+      if constexpr (GRAD) {
+        float peak0, peak1;
+        row_peaks<T>(peak0, peak1, xs);
+        const Lift lift0 = lift_to(kRowPeak, fmaxf(peak0, fabsf(shift0))), lift1 = lift_to(kRowPeak, fmaxf(peak1, fabsf(shift1)));
+        factor0 = lift0.up, shift0 *= lift0.up, slope0 *= lift0.down;
+        factor1 = lift1.up, shift1 *= lift1.up, slope1 *= lift1.down;
+      }
+    }
+    constexpr bool kFactors = !GRAD || E::kNarrow;
 
     float acc[2 * OUT_PAIRS][4];
 #pragma unroll
@@ -376,16 +417,22 @@ rows_kernel(const __grid_constant__ RowArguments args) {
         const int column = 8 * t + 2 * place;
         const float2 scale = *reinterpret_cast<const float2 *>(small.key_scale + 16 * j + column);
         if constexpr (GRAD) {
+          if constexpr (kFactors) s[0] *= factor0, s[1] *= factor0, s[2] *= factor1, s[3] *= factor1;
           s[0] += shift0, s[1] += shift0, s[2] += shift1, s[3] += shift1;
         } else {
           s[0] = s[0] * scale.x * slope0 + shift0, s[1] = s[1] * scale.y * slope0 + shift0;
           s[2] = s[2] * scale.x * slope1 + shift1, s[3] = s[3] * scale.y * slope1 + shift1;
         }
         if constexpr (GATED) {
-          const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + 16 * j + column);
-          const int2 run = *reinterpret_cast<const int2 *>(small.gates.key_runs[key_stage] + 16 * j + column);
-          s[0] *= pair_gates.of_key(0, decay.x, run.x, !diagonal || column <= group), s[1] *= pair_gates.of_key(0, decay.y, run.y, !diagonal || column < group);
-          s[2] *= pair_gates.of_key(1, decay.x, run.x, !diagonal || column <= group + 8), s[3] *= pair_gates.of_key(1, decay.y, run.y, !diagonal || column < group + 8);
+          if (diagonal) {
+            const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + 16 * j + column);
+            const int2 run = *reinterpret_cast<const int2 *>(small.gates.key_runs[key_stage] + 16 * j + column);
+            s[0] *= pair_gates.of_key(0, decay.x, run.x, column <= group), s[1] *= pair_gates.of_key(0, decay.y, run.y, column < group);
+            s[2] *= pair_gates.of_key(1, decay.x, run.x, column <= group + 8), s[3] *= pair_gates.of_key(1, decay.y, run.y, column < group + 8);
+          } else {
+            const float2 gate = *reinterpret_cast<const float2 *>(small.key_gates[stripe] + 16 * j + column);
+            s[0] *= row_gate0 * gate.x, s[1] *= row_gate0 * gate.y, s[2] *= row_gate1 * gate.x, s[3] *= row_gate1 * gate.y;
+          }
         } else if (diagonal) {
           if (column > group) s[0] = 0.f;
           if (column + 1 > group) s[1] = 0.f;
@@ -417,7 +464,8 @@ rows_kernel(const __grid_constant__ RowArguments args) {
       warpgroup_keep(acc);
     }
     float total0 = __shfl_sync(0xffffffffu, margin[0] + margin[1], lane_id & ~3), total1 = __shfl_sync(0xffffffffu, margin[2] + margin[3], lane_id & ~3);
-    if constexpr (!GRAD) total0 *= slope0, total1 *= slope1;
+    const float enter0 = factor0 * state_worth, enter1 = factor1 * state_worth;
+    if constexpr (kFactors) total0 *= enter0, total1 *= enter1;
     total0 += shift0 * before, total1 += shift1 * before;
     if constexpr (GATED) total0 *= carry0, total1 *= carry1;
 #pragma unroll
@@ -425,7 +473,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         const float2 line = *reinterpret_cast<const float2 *>(small.line + 16 * (first_block + q) + 8 * t + 2 * place);
-        if constexpr (!GRAD) acc[2 * q + t][0] *= slope0, acc[2 * q + t][1] *= slope0, acc[2 * q + t][2] *= slope1, acc[2 * q + t][3] *= slope1;
+        if constexpr (kFactors) acc[2 * q + t][0] *= enter0, acc[2 * q + t][1] *= enter0, acc[2 * q + t][2] *= enter1, acc[2 * q + t][3] *= enter1;
         acc[2 * q + t][0] += shift0 * line.x, acc[2 * q + t][1] += shift0 * line.y;
         acc[2 * q + t][2] += shift1 * line.x, acc[2 * q + t][3] += shift1 * line.y;
         if constexpr (GATED) acc[2 * q + t][0] *= carry0, acc[2 * q + t][1] *= carry0, acc[2 * q + t][2] *= carry1, acc[2 * q + t][3] *= carry1;
@@ -512,8 +560,8 @@ rows_kernel(const __grid_constant__ RowArguments args) {
     float finish0, finish1;
     if constexpr (!GRAD) {
       if (place == 0 && half == 0) {
-        if (local0 < tokens) args.mass_out[first_number + local0] = total0;
-        if (local1 < tokens) args.mass_out[first_number + local1] = total1;
+        if (local0 < tokens) args.mass_out[first_number + local0] = total0 * mass_worth;
+        if (local1 < tokens) args.mass_out[first_number + local1] = total1 * mass_worth;
       }
       finish0 = total0 == 0.f ? 1.f : reciprocal(total0), finish1 = total1 == 0.f ? 1.f : reciprocal(total1);
       if constexpr (GATED)

@@ -2,6 +2,7 @@
 // the sum of every segment, then a scan over the segments of a head.
 #pragma once
 #include "mma_gates.cuh"
+#include "mma_range.cuh"
 #include "mma_warpgroup.cuh"
 
 #include <cuda_runtime.h>
@@ -105,12 +106,12 @@ __device__ __forceinline__ void store_state(const StateTile<T, PAIRS> &state, co
   if (writes_count) view.count() = count;
 }
 
-// The state rounded into a tile for the products of a chunk; its margins stay exact.
+// The state times `lift` rounded into a tile for the products of a chunk; its margins stay exact.
 template <typename T, int D, int PAIRS, typename Place, typename SetColumn>
-__device__ __forceinline__ void publish_state(const StateTile<T, PAIRS> &state, const Place &at, const Blocks<D> &tile, float *line, int lane, const SetColumn &set_column) {
+__device__ __forceinline__ void publish_state(const StateTile<T, PAIRS> &state, const Place &at, const Blocks<D> &tile, float lift, float *line, int lane, const SetColumn &set_column) {
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p)
-    if (p < at.pairs) store_block<T, D>(tile.at_column(0, at.block(p)) + Tile<D>::rows_at(at.row), state.sum[p][0], state.sum[p][1], 1.f, 1.f, lane);
+    if (p < at.pairs) store_block<T, D>(tile.at_column(0, at.block(p)) + Tile<D>::rows_at(at.row), state.sum[p][0], state.sum[p][1], lift, lift, lane);
   if (at.line_block() >= 0) {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
@@ -241,11 +242,16 @@ struct SegmentArguments {
   float *keeps;                                // what each segment leaves of the state ahead of it, (batch, state heads, segments)
 };
 
-// Per query token, what the column kernel and its states weigh by: see there.
+// Per query token, what the column kernel and its states weigh by: see there. In float16 dO is divided by g already, `query_scale` is that of
+// the lifted query, the coefficients are lifted, and e is as dO is, in units of kSlopeWorth.
 struct QueryWeights {
   float mixed, level, slope;  // b tau / (|q| g), a / g, b tau e / |q|
 };
-__device__ __forceinline__ QueryWeights query_weights(float a, float b_tau, float mass, float error, float query_scale) {
+template <typename T> __device__ __forceinline__ QueryWeights query_weights(float a, float b_tau, float mass, float error, float query_scale, const Lift &gradient) {
+  if constexpr (Element<T>::kNarrow) {
+    const float lift = coefficient_lift(a, b_tau).up;
+    return {b_tau * lift * query_scale, a * lift, b_tau * lift * query_scale * (error * gradient.up / kSlopeWorth)};
+  }
   const float inverse = mass == 0.f ? 0.f : reciprocal(mass);
   return {b_tau * query_scale * inverse, a * inverse, b_tau * query_scale * error};
 }
@@ -261,6 +267,7 @@ template <int D> struct SegmentShape {
     alignas(16) uint16_t high[3][C], low[3][C], zeros[C];
     alignas(16) float numbers[STAGES][3][C];
     float counts[WARPS], coefficients[kMaxGroup][2];
+    float peaks[WARPS], query_down[C];  // float16
   };
   struct GatedSmall : Small {
     GateTiles<C, STAGES> gates;
@@ -341,6 +348,7 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
   const WeightReader<T> scale(weights(0), zeros, lane_id), column_weights(weights(QUERIES ? 2 : 0), zeros, lane_id), line_weights(weights(1), zeros, lane_id);
   float count = 0.f;
   float kept = 1.f;  // of the state ahead of the segment, before this chunk
+  StateLift state_lift;  // float16
   int head = 0, stage = 0, tokens_left = static_cast<int>(end - begin);
   for (int iteration = 0; iteration < iterations; ++iteration) {
     const uint32_t y_tile = tiles + stage * 2 * TILE;
@@ -357,6 +365,19 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
         __syncthreads();
       }
     }
+    Lift lift{1.f, 1.f};
+    if constexpr (Element<T>::kNarrow) {
+      lift_rows<T, D, C, Shape::THREADS>(shared + 2 * stage * TILE, QUERIES ? small.query_down : nullptr, thread);
+      if constexpr (QUERIES) {
+        const DividedByMass<T, D, C, Shape::THREADS> gradient{shared + (2 * stage + 1) * TILE, small.numbers[stage][0], small.numbers[stage][1]};
+        gradient.measure(small.peaks, thread);
+        __syncthreads();
+        lift = lift_to(kStatePeak, peak_of_warps<Shape::WARPS>(small.peaks));
+        gradient.divide(lift, thread);
+      }
+      warpgroup_publish();
+      __syncthreads();
+    }
     const auto gates = [&]() {
       if constexpr (GATED) return ChunkGates<C>(small.gates, stage, min(tokens_left, C));
       else return 0;
@@ -366,7 +387,7 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
       if (thread < C) {
         const float *const numbers = small.numbers[stage][0] + thread;
         const float a = small.coefficients[head][0], error = numbers[C];
-        const QueryWeights query = query_weights(a, small.coefficients[head][1], numbers[0], error, numbers[2 * C]);
+        const QueryWeights query = query_weights<T>(a, small.coefficients[head][1], numbers[0], error, numbers[2 * C] * (Element<T>::kNarrow ? small.query_down[thread] : 1.f), lift);
         float carry = 1.f;
         if constexpr (GATED) carry = kept * gates.carry(thread);
         weights(0).set(thread, query.mixed * carry), weights(1).set(thread, query.level * carry), weights(2).set(thread, query.slope * carry);
@@ -394,6 +415,7 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
       }
     }
     if constexpr (GATED && !QUERIES) scale_state(state, gates.keep());
+    if constexpr (QUERIES && Element<T>::kNarrow) state_lift.change(state, chunk_lift(small.coefficients[head], lift));
     __syncthreads();
     if constexpr (kStateByGroups<D>) {
       update_state_by_groups<T, D, D, false, !QUERIES && !GATED>(state, at, owns_line, y_block, z_block, y_tile + TILE, scale, column_weights, line_weights);
@@ -419,6 +441,7 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
   } else {
     count = static_cast<float>(end - begin);
   }
+  if constexpr (QUERIES && Element<T>::kNarrow) state_lift.leave(state);
   store_state<D>(state, at, StateView<D>::of_segment(args.states, head_pair, args.segments, segment), count, thread == 0);
 }
 

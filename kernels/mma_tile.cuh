@@ -15,6 +15,7 @@ template <typename T> struct Element;
 
 template <> struct Element<__nv_bfloat16> {
   using Two = __nv_bfloat162;
+  static constexpr bool kNarrow = false;
   static constexpr uint32_t kOnes = 0x3F803F80u;
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t both;
@@ -32,6 +33,7 @@ template <> struct Element<__nv_bfloat16> {
 
 template <> struct Element<__half> {
   using Two = __half2;
+  static constexpr bool kNarrow = true;  // a narrower range than float32's: see mma_range.cuh
   static constexpr uint32_t kOnes = 0x3C003C00u;
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t both;

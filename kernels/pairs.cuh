@@ -77,4 +77,8 @@ template <typename T, int D, int THREADS> struct KeyCopy {
   }
 };
 
+// Hopper's warpgroups: head dims 32, 64 and 128.
+bool hopper_takes(const linattn_problem &problem);
+cudaError_t hopper_launch(const Arguments &args, cudaStream_t stream);
+
 }  // namespace linattn_pairs

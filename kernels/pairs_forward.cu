@@ -220,6 +220,7 @@ template <typename T, int D> cudaError_t launch(const Arguments &args, cudaStrea
   const int64_t numbers = static_cast<int64_t>(p.batch) * p.key_heads * args.padded;
   key_scale_kernel<T><<<static_cast<int>(numbers / (kThreads / 4)), kThreads, 0, stream>>>(args, const_cast<float *>(args.key_scale));
   if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
+  if (hopper_takes(p)) return hopper_launch(args, stream);
   if (const cudaError_t failed = cudaFuncSetAttribute(forward_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<D>::SHARED)) return failed;
   forward_kernel<T, D><<<p.batch * p.query_heads * args.row_tiles, kThreads, Shape<D>::SHARED, stream>>>(args);
   return cudaPeekAtLastError();

@@ -4,6 +4,8 @@ The bar is twice that error, three times for gradients. What the reference canno
 PyTorch form, in float64 for the truth and in the dtype at hand for the bar.
 """
 
+import math
+
 import torch
 from operator_cases import gradients, make_inputs
 
@@ -13,6 +15,7 @@ from hf_linattn.ops.features import feature_count
 from hf_linattn.ops.segments import canonical_segments
 
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # where the plain form is exact by luck
+SMALLEST = 2**-24  # of float16
 
 
 def distance(x, exact):
@@ -25,7 +28,10 @@ def exactly(x):
 
 def assert_bar(name, ours, plain, exact, factor, dtype):
     assert torch.isfinite(ours).all(), f"{name} is not finite"
-    error, allowed = distance(ours, exact), factor * distance(plain, exact) + FLOOR[dtype] * (1 if factor == 2 else 5)
+    beside = distance(plain, exact)
+    if not math.isfinite(beside):  # the plain form has left float16's range: the floor alone is the bar
+        beside = 0.0
+    error, allowed = distance(ours, exact), factor * beside + FLOOR[dtype] * (1 if factor == 2 else 5)
     assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 
 
@@ -91,5 +97,7 @@ def compare(dtype, **kind):
     assert ours.keys() == exact.keys()
     for name, x in ours.items():
         assert x.shape == exact[name].shape
-        if exact[name].norm() > 0:
+        if dtype == torch.float16 and name == "state" and exact[name].norm() < SMALLEST:
+            assert x.norm() < SMALLEST  # decayed to nothing that float16 could weigh
+        elif exact[name].norm() > 0:
             assert_bar(name, x, plain[name], exact[name], 3 if name.startswith("gradient") else 2, dtype)

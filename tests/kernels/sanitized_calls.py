@@ -1,4 +1,7 @@
-"""Small calls of every kind, forward and backward, for compute-sanitizer to watch: `test_gpu_sanitizer.py` runs this file under it."""
+"""Small calls of every kind, forward and backward, for compute-sanitizer to watch: `test_gpu_sanitizer.py` runs this file under it, with a
+dtype and a head dim."""
+
+import sys
 
 import torch
 from operator_cases import gradients, make_inputs
@@ -32,11 +35,10 @@ def call_with_state(dtype, head_dim):
 
 
 if __name__ == "__main__":
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for head_dim in (24, 32, 64, 96, 128):
-            for kind in KINDS:
-                call(dtype, head_dim, 130, **kind)
-            call_with_state(dtype, head_dim)
-    call(torch.bfloat16, 64, 9000)  # long enough to be cut into segments
+    dtype, head_dim = getattr(torch, sys.argv[1]), int(sys.argv[2])
+    for kind in KINDS:
+        call(dtype, head_dim, 130, **kind)
+    call_with_state(dtype, head_dim)
+    call(dtype, head_dim, 2500, batch=1, heads=1, key_heads=1)  # few heads and many tokens: a sequence is cut into segments
     torch.cuda.synchronize()
     print("every call ran")

@@ -5,14 +5,14 @@ The bar is that of `accuracy_bar.py`. Every test makes sure that it is the fast 
 
 import pytest
 import torch
-from accuracy_bar import check, compare, operator_case
+from accuracy_bar import assert_bar, check, compare, distance, operator_case, run
 from operator_cases import make_inputs
 
-from hf_linattn.ops import cuda
+from hf_linattn.ops import chunked, cuda
 
 pytestmark = pytest.mark.gpu
 DIMS = (32, 64, 80, 96, 128)
-DTYPES = (torch.bfloat16,)
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -108,3 +108,45 @@ def test_strong_decay_neither_overflows_nor_underflows_to_nan(dtype):
     assert all(torch.isfinite(x).all() for x in (out, mass, *grads))
     value = inputs[2].repeat_interleave(2, 1)
     assert (out.float() - value.float()).abs().max() < 0.02 * value.float().abs().max()  # each token sees itself alone
+
+
+RANGES = {
+    "many tokens": {"length": 40_000, "scales": {"value": 20}, "shift": 3.0},
+    "small keys and queries": {"scales": {"key": 1e-3, "query": 1e-3}},
+    "large keys and queries": {"scales": {"key": 1e3, "query": 1e3, "gradient": 1e3}},
+    "large values": {"scales": {"value": 1e3}},
+    "large coefficients": {"scales": {"coefficients": 1e6}, "stateful": True},
+    "small coefficients": {"scales": {"coefficients": 1e-6}},
+    "large gradients": {"scales": {"gradient": 1e3}},
+    "gradients of many sizes": {"decay": "key_token", "segments": "packed", "spread": True},
+}
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("case", RANGES)
+def test_float16_range(head_dim, case):
+    """No sum, no weight and no gradient leaves float16's range where inputs and results lie within it."""
+    kind = {"length": 700, "stateful": False, **RANGES[case]}
+    scales, shift, spread = kind.pop("scales", {}), kind.pop("shift", 0.0), kind.pop("spread", False)
+    inputs, upstream = operator_case(torch.float16, head_dim=head_dim, value_dim=head_dim, batch=1, **kind)
+    for i, name in enumerate(("query", "key", "value")):
+        inputs[i] = (inputs[i].float() * scales.get(name, 1.0) + (shift if name == "value" else 0.0)).half()
+    size = torch.logspace(-2, 2, inputs[0].shape[2], device="cuda")[None, None, :, None] if spread else 1.0
+    upstream = ((upstream[0].float() * scales.get("gradient", 1.0) * size).half(), None, upstream[2])
+    inputs[3] = inputs[3] * torch.tensor([scales.get("coefficients", 1.0)] * 3 + [1.0], device="cuda")[:, None]
+    assert cuda.paths(*inputs[:3]) == ("mma", "mma")
+    exact, plain, ours = (
+        run(module, inputs, upstream, kind["stateful"], dtype)
+        for module, dtype in ((chunked, torch.float64), (chunked, None), (cuda, None))
+    )
+    for name, x in ours.items():
+        assert_bar(name, x, plain[name], exact[name], 3 if name.startswith("gradient") else 2, torch.float16)
+
+
+def test_float16_gradient_of_the_mass_alone():
+    inputs, upstream = operator_case(torch.float16, head_dim=64, value_dim=64, length=300)
+    upstream = (torch.zeros_like(upstream[0]), upstream[1], upstream[2])
+    exact, ours = run(chunked, inputs, upstream, False, torch.float64), run(cuda, inputs, upstream, False)
+    assert ours["gradient of value"].abs().max() == 0
+    for name in ("gradient of query", "gradient of key"):
+        assert distance(ours[name], exact[name]) < 3e-3, name

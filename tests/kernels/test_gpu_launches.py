@@ -191,6 +191,29 @@ def test_a_tensor_beyond_32_bit_offsets():
     assert (out[:, -1:].float() - alone.float()).norm() < 0.01 * alone.float().norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_million_tokens(dtype):
+    """N = 2^24: some outputs and some gradients of values, each summed over all tokens in float64."""
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs about 30 GB of device memory")
+    length, b = 2**24, 0.5
+    query, key, value, upstream = (torch.randn(1, 1, length, 32, device="cuda", dtype=dtype).requires_grad_() for _ in range(4))
+    with torch.no_grad():
+        value += 1.0  # sums that grow with N
+    out = linear_attention(query, key, value, b=b)
+    (grad,) = torch.autograd.grad(out, value, upstream)
+    with torch.no_grad():
+        q, k, v, w = (x[0, 0].double() for x in (query, key, value, upstream))
+        q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
+        mass = torch.arange(1, length + 1, device="cuda", dtype=torch.float64) + b * (q * k.cumsum(0)).sum(-1)
+        places = [0, 1, 63, 1000, 2**20 + 5, 2**23, length - 2, length - 1]
+        rows = torch.stack([(1 + b * k[: i + 1] @ q[i]) @ v[: i + 1] / mass[i] for i in places])
+        columns = torch.stack([((1 + b * q[n:] @ k[n]) / mass[n:]) @ w[n:] for n in places])
+    for ours, exact in ((out[0, 0, places], rows), (grad[0, 0, places], columns)):
+        error = (ours.double() - exact).norm(dim=-1) / exact.norm(dim=-1)
+        assert error[exact.norm(dim=-1) > 2**-14].max() < (2e-2 if dtype == torch.bfloat16 else 3e-3), error
+
+
 def test_backend_variable(monkeypatch):
     (query, key, value), _ = inputs(torch.float32, length=50, learned=False)
     ours = linear_attention(query, key, value)

@@ -1,0 +1,4 @@
+#include "mma_launch.cuh"
+namespace linattn_mma {
+LINATTN_MMA_INSTANTIATE(__half, 80)
+}
