@@ -117,15 +117,17 @@ def copy_gigabytes_per_second() -> float:
     return 2 * source.numel() * 4 / median_ms([lambda: target.copy_(source)]) / 1e6
 
 
-def input_sets(shape: Shape, layout: str, key_heads: int | None = None) -> list[tuple[list[Tensor], Tensor]]:
-    """Sets of (q, k, v), grad in bfloat16, as many as outgrow the L2 cache; "bhnd", or "bnhd" as Transformers and FLA lay them out."""
+def input_sets(
+    shape: Shape, layout: str, key_heads: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> list[tuple[list[Tensor], Tensor]]:
+    """Sets of (q, k, v), grad, as many as outgrow the L2 cache; "bhnd", or "bnhd" as Transformers and FLA lay them out."""
     batch, heads, length, dim = shape
     sets = max(1, min(4, int(4e8 / (2 * batch * heads * length * dim)) + 1))
 
     def made(h: int) -> Tensor:
         if layout == "bnhd":
-            return torch.randn(batch, length, h, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
-        return torch.randn(batch, h, length, dim, device="cuda", dtype=torch.bfloat16)
+            return torch.randn(batch, length, h, dim, device="cuda", dtype=dtype).transpose(1, 2)
+        return torch.randn(batch, h, length, dim, device="cuda", dtype=dtype)
 
     kh = key_heads or heads
     return [([made(heads).requires_grad_(), made(kh).requires_grad_(), made(kh).requires_grad_()], made(heads)) for _ in range(sets)]
@@ -140,9 +142,11 @@ def forward_only(form: Callable[..., Tensor], leaves: list[Tensor]) -> Tensor:
         return form(*leaves)
 
 
-def measure(form: Callable[..., Tensor], shape: Shape, layout: str = "bhnd", key_heads: int | None = None) -> dict[str, float]:
+def measure(
+    form: Callable[..., Tensor], shape: Shape, layout: str = "bhnd", key_heads: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, float]:
     """Milliseconds forward and forward+backward, and the peak of what the latter adds, in tensors of `shape`."""
-    sets = input_sets(shape, layout, key_heads)
+    sets = input_sets(shape, layout, key_heads, dtype)
     eager_ms = median_ms([partial(both, form, leaves, grad) for leaves, grad in sets])
     forward_ms = median_ms([captured(partial(forward_only, form, leaves)) for leaves, _ in sets])
     both_ms = median_ms([captured(partial(both, form, leaves, grad)) for leaves, grad in sets])
@@ -152,7 +156,7 @@ def measure(form: Callable[..., Tensor], shape: Shape, layout: str = "bhnd", key
     both(form, *sets[0])
     torch.cuda.synchronize()
     batch, heads, length, dim = shape
-    peak = (torch.cuda.max_memory_allocated() - before) / (2 * batch * heads * length * dim)
+    peak = (torch.cuda.max_memory_allocated() - before) / (dtype.itemsize * batch * heads * length * dim)
     return {"forward_ms": forward_ms, "both_ms": both_ms, "eager_both_ms": eager_ms, "peak_tensors": peak}
 
 
@@ -213,6 +217,16 @@ def option_rows(bandwidth: float) -> list[dict]:
     return rows
 
 
+def dtype_rows() -> list[dict]:
+    """The first degree in each dtype, and the second in bfloat16."""
+    rows = []
+    for shape in [(8, 32, 2048, 64), (1, 32, 32768, 64), (8, 16, 2048, 128)]:
+        for name in ("bfloat16", "float16", "float32"):
+            rows.append({"options": name, "shape": shape, **measure(ours, shape, dtype=getattr(torch, name))})
+        rows.append({"options": "bfloat16, second degree", "shape": shape, **measure(partial(ours, c=0.5), shape)})
+    return rows
+
+
 def said(*command: str) -> str | None:
     """The first line a command prints, None where it cannot run."""
     try:
@@ -255,8 +269,9 @@ def target_table(rows: list[dict]) -> list[list[str]]:
 
 
 def figures_of(row: dict) -> str:
-    times = f"{row['forward_ms']:.3g} ({row['forward_floors']:.2f}) · {row['both_ms']:.3g} ({row['both_floors']:.2f})"
-    return f"{times} · {row['peak_tensors']:.1f}"
+    multiples = (f" ({row[name]:.2f})" if name in row else "" for name in ("forward_floors", "both_floors"))
+    times = (f"{row[name]:.3g}{multiple}" for name, multiple in zip(("forward_ms", "both_ms"), multiples, strict=True))
+    return " · ".join([*times, f"{row['peak_tensors']:.1f}"])
 
 
 def option_table(rows: list[dict]) -> list[list[str]]:
@@ -277,7 +292,7 @@ def main(out: Path | None, peers: bool = True) -> dict:
     bandwidth = copy_gigabytes_per_second()
     torch.cuda.empty_cache()
     about, rows = machine(**{"copy GB/s": round(bandwidth)}), target_rows(bandwidth, peers)
-    grouped, options = grouped_rows(), option_rows(bandwidth)
+    grouped, options, dtypes = grouped_rows(), option_rows(bandwidth), dtype_rows()
     header, *lines = table = target_table(rows)
     title = "bfloat16, causal; ms forward (times the floor) · ms forward+backward (times the floor) · peak memory in tensors"
     shown = Table(*header, title=f"{about['gpu']}: {title}")
@@ -290,11 +305,14 @@ def main(out: Path | None, peers: bool = True) -> dict:
     print(sentence)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "gpu.json").write_text(json.dumps({"machine": about, "rows": rows, "grouped": grouped, "options": options}, indent=1))
+        (out / "gpu.json").write_text(
+            json.dumps({"machine": about, "rows": rows, "grouped": grouped, "options": options, "dtypes": dtypes}, indent=1)
+        )
         conditions = ", ".join(f"{name} {value}" for name, value in about.items())
         paragraphs = [
             "# Attention on a GPU", f"{title}. {conditions}.", markdown(table), sentence,
-            "The same with what multiplies the weights:", markdown(option_table(options)), "Notes on these figures: [notes.md](notes.md).",
+            "The same with what multiplies the weights:", markdown(option_table(options)), "In other dtypes, and the second degree:",
+            markdown(option_table(dtypes)), "Notes on these figures: [notes.md](notes.md).",
         ]  # fmt: skip
         (out / "gpu.md").write_text("\n\n".join(paragraphs) + "\n")
     return about

@@ -39,8 +39,7 @@ template <int D> struct ColumnShape {
   };
   struct GatedSmall : Small {
     GateTiles<C, STAGES> gates;
-    alignas(16) float pull[C];                  // a e
-    alignas(16) float query_gates[STRIPES][C];  // of later queries at the edge where a stripe of keys ends
+    alignas(16) float pull[C];  // a e
   };
   template <bool GATED> using AllSmall = std::conditional_t<GATED, GatedSmall, Small>;
   template <bool GATED> static constexpr int SHARED = STAGES * 4 * TILE + STATE_TILE + static_cast<int>(sizeof(AllSmall<GATED>));
@@ -202,10 +201,6 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
       else return 0;
     }();
     prefetch();
-    if constexpr (GATED)
-      if (causal && head == 0)
-        for (int i = thread; i < STRIPES * C; i += Shape::THREADS)
-          if (i % C >= i / C * 16 + 16) small.query_gates[i / C][i % C] = Edge(gates, i / C * 16 + 15).from_query(gates.query_runs, i % C);
     if (GATED && head == 0) {
       // The sum of a e of the later rows, which the chunk's keys see: as exact as the margins, and like them before this chunk's rows enter.
       float later = count;
@@ -252,11 +247,6 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
       if constexpr (GATED) return PairGates(small.gates.decay[key_stage], small.gates.key_runs[key_stage], 16 * stripe + group, 16 * stripe + group + 8);
       else return 0;
     }();
-    float key_gate0 = 1.f, key_gate1 = 1.f;
-    if constexpr (GATED) {
-      const Edge edge(gates, 16 * stripe + 15);
-      key_gate0 = edge.to_key(gates.key_runs, 16 * stripe + group), key_gate1 = edge.to_key(gates.key_runs, 16 * stripe + group + 8);
-    }
     // Raw products with 16 queries into their rounded weights.
     const auto weigh = [&](uint32_t(&weights)[4], float(&first_tile)[4], float(&second_tile)[4], bool diagonal, int j) {
 #pragma unroll
@@ -265,16 +255,10 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
         const float2 weight = *reinterpret_cast<const float2 *>(slopes + 16 * j + 8 * t), shift = *reinterpret_cast<const float2 *>(shifts + 16 * j + 8 * t);
         if constexpr (GATED) {
           const int column = 8 * t + 2 * place;
-          float gate[4];
-          if (diagonal) {
-            const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + 16 * j + column);
-            const int2 run = *reinterpret_cast<const int2 *>(small.gates.query_runs[key_stage] + 16 * j + column);
-            gate[0] = pair_gates.of_query(0, decay.x, run.x, column >= group), gate[1] = pair_gates.of_query(0, decay.y, run.y, column + 1 >= group);
-            gate[2] = pair_gates.of_query(1, decay.x, run.x, column >= group + 8), gate[3] = pair_gates.of_query(1, decay.y, run.y, column + 1 >= group + 8);
-          } else {
-            const float2 later = *reinterpret_cast<const float2 *>(small.query_gates[stripe] + 16 * j + column);
-            gate[0] = key_gate0 * later.x, gate[1] = key_gate0 * later.y, gate[2] = key_gate1 * later.x, gate[3] = key_gate1 * later.y;
-          }
+          const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + 16 * j + column);
+          const int2 run = *reinterpret_cast<const int2 *>(small.gates.query_runs[key_stage] + 16 * j + column);
+          const float gate[4] = {pair_gates.of_query(0, decay.x, run.x, !diagonal || column >= group), pair_gates.of_query(0, decay.y, run.y, !diagonal || column + 1 >= group),
+                                 pair_gates.of_query(1, decay.x, run.x, !diagonal || column >= group + 8), pair_gates.of_query(1, decay.y, run.y, !diagonal || column + 1 >= group + 8)};
           if (args.column_sums && role == 1) {
             const float2 level = *reinterpret_cast<const float2 *>(small.level + 16 * j + column), pull = *reinterpret_cast<const float2 *>(small.pull + 16 * j + column);
             slope_sum0 += (s[0] * level.x + pull.x) * gate[0] + (s[1] * level.y + pull.y) * gate[1];
@@ -372,7 +356,8 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
 #pragma unroll
           for (int block = 0; block < BLOCKS; ++block) {
             uint32_t v[4];
-            ldmatrix(v, v_blocks.at(0, block));
+            if constexpr (kGroups) ldmatrix(v, v_blocks.at(0, block));
+            else for (int i = 0; i < 4; ++i) v[i] = own[block][i];  // by registers dv may be staged over v by now
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
               float2 line = *reinterpret_cast<const float2 *>(small.line + 16 * block + 8 * t + 2 * place);

@@ -89,19 +89,7 @@ template <int D, int C, int THREADS> __device__ __forceinline__ void zero_paddin
     if (runs[i / (D / 8)] <= 0) *reinterpret_cast<uint4 *>(tile + Tile<D>::at(i / (D / 8), i % (D / 8))) = make_uint4(0, 0, 0, 0);
 }
 
-// Pairs of different stripes (of 16 tokens) part at an edge between them, a token of the chunk: exp2(G_i - G_edge) exp2(G_edge - G_n), where all
-// three are of one run, which is where the first and the last are: runs only grow. So these pairs need no exponential of their own.
-struct Edge {
-  const float *decay;
-  int place, run;
-
-  template <int C> __device__ __forceinline__ Edge(const ChunkGates<C> &gates, int token) : decay(gates.decay), place(token), run(abs(gates.key_runs[token])) {}
-  __device__ __forceinline__ float to_key(const int32_t *key_runs, int key) const { return factor(key_runs[key], decay[place] - decay[key]); }
-  __device__ __forceinline__ float from_query(const int32_t *query_runs, int query) const { return factor(query_runs[query], decay[query] - decay[place]); }
-  __device__ __forceinline__ float factor(int32_t own_run, float difference) const { return own_run == run && run > 0 ? exp2_fast(fminf(difference, 0.f)) : 0.f; }
-};
-
-// The gates of two rows (or keys) of a lane against those of their own stripe.
+// The gates of two rows (or keys) of a lane against the others of their chunk.
 struct PairGates {
   float decay[2];
   int32_t run[2];
