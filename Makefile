@@ -28,6 +28,7 @@ kernels: $(VENV)/.test
 
 # needs a GPU, and the kernels
 test-gpu:
+	$(PYTHON) -m pip install --quiet nvidia-cuda-sanitizer-api
 	$(PYTHON) -m pytest -m gpu tests
 
 # the oldest versions that the package declares

@@ -23,7 +23,6 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "kernels"
 OBJECTS = ROOT / "build" / "kernels"
-RACECHECK = ROOT / "build" / "racecheck"
 LIBRARY = "_kernels.so"
 ARCHITECTURES = "sm_80 compute_80 sm_90a"  # compute_80 is the code that drivers translate for cards to come
 FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC"]
@@ -60,21 +59,21 @@ def targets(architectures: str) -> list[str]:
     return [f"-gencode=arch=compute_{version},code=[{','.join(names)}]" for version, names in codes.items()]
 
 
-def build_library(target: Path, kept: Path = OBJECTS, defines: tuple[str, ...] = ()) -> None:
+def build_library(target: Path) -> None:
     """Compile kernels/*.cu and link them. An object is kept under a name made of all that went into it, so none is ever stale."""
     nvcc = find_nvcc()
     assert nvcc is not None
     sources = sorted(SOURCES.glob("*.cu"))
     everything = " ".join(dict.fromkeys(name for source in sources for name in architectures_of(source).split()))
     version = subprocess.run([nvcc, "--version"], check=True, capture_output=True).stdout
-    kept.mkdir(parents=True, exist_ok=True)
+    OBJECTS.mkdir(parents=True, exist_ok=True)
 
     def command_for(source: Path) -> tuple[list[str], Path]:
-        flags = [*FLAGS, *targets(architectures_of(source)), *(f"-D{name}" for name in defines)]
+        flags = [*FLAGS, *targets(architectures_of(source))]
         if source.name == "api.cu":
             flags.append(f'-DLINATTN_ARCHITECTURES="{everything}"')
         digest = hashlib.sha256(version + " ".join(flags).encode() + text_with_headers(source))
-        made = kept / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        made = OBJECTS / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         return [nvcc, *flags, "-c", str(source), "-o"], made
 
     def compile_one(source: Path) -> Path:
@@ -92,7 +91,7 @@ def build_library(target: Path, kept: Path = OBJECTS, defines: tuple[str, ...] =
     largest_first = sorted(sources, key=lambda source: -source.stat().st_size)
     with ThreadPoolExecutor(jobs) as pool:
         objects = sorted(pool.map(compile_one, largest_first))
-    for old in set(kept.glob("*.o")) - set(objects):
+    for old in set(OBJECTS.glob("*.o")) - set(objects):
         old.unlink(missing_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = target.with_suffix(f".{os.getpid()}")
@@ -130,18 +129,14 @@ class BuildWithKernels(build_py):
 
 class BuildKernels(Command):
     description = "build the compiled library into the checkout"
-    user_options = [("racecheck", None, "as compute-sanitizer's racecheck can follow it, into build/racecheck")]
-    boolean_options = ["racecheck"]
+    user_options: list[tuple[str, str | None, str]] = []
 
-    def initialize_options(self) -> None:
-        self.racecheck = False
+    def initialize_options(self) -> None: ...
 
     def finalize_options(self) -> None: ...
 
     def run(self) -> None:
-        if self.racecheck:
-            build_library(RACECHECK / LIBRARY, RACECHECK, ("LINATTN_RACECHECK",))
-        elif library_is_wanted():
+        if library_is_wanted():
             build_library(ROOT / "hf_linattn" / LIBRARY)
 
 

@@ -179,15 +179,10 @@ __device__ __forceinline__ float inverse_norm(float square) {
   return square > kSmallestSquare ? y : 0.f;
 }
 
-// Barriers between some of a block's warps; the arriving ones go on at once. Number 0 is __syncthreads. LINATTN_RACECHECK is for
-// compute-sanitizer's racecheck, which does not follow bar.arrive: the arriving warps wait too, which orders no access that was not ordered.
+// Barriers between some of a block's warps; the arriving ones go on at once. Number 0 is __syncthreads.
 enum Barrier { kScalesReady = 1, kScalesShared, kStateRead, kHalvesExchanged };
 template <Barrier NUMBER, int THREADS> __device__ __forceinline__ void barrier_sync() { asm volatile("bar.sync %0, %1;" ::"n"(static_cast<int>(NUMBER)), "n"(THREADS) : "memory"); }
-#ifdef LINATTN_RACECHECK
-template <Barrier NUMBER, int THREADS> __device__ __forceinline__ void barrier_arrive() { barrier_sync<NUMBER, THREADS>(); }
-#else
 template <Barrier NUMBER, int THREADS> __device__ __forceinline__ void barrier_arrive() { asm volatile("bar.arrive %0, %1;" ::"n"(static_cast<int>(NUMBER)), "n"(THREADS) : "memory"); }
-#endif
 
 // The warp's number, in a form that the compiler knows to be the same in all lanes.
 __device__ __forceinline__ int warp_number() { return __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0); }

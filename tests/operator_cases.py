@@ -55,5 +55,5 @@ def gradients(function, tensors, options, seed=1):
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(out)
     leaves = dict(zip(("query", "key", "value"), tensors, strict=True))
     leaves |= {name: x for name, x in options.items() if isinstance(x, torch.Tensor) and x.requires_grad}
-    grads = torch.autograd.grad((out * weight).sum(), list(leaves.values()), allow_unused=True)
+    grads = torch.autograd.grad((out * weight).sum(), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return out, dict(zip(leaves, grads, strict=True))
