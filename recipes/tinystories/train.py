@@ -197,6 +197,8 @@ class Training:
         }
         if self.noise is not None:
             values["noise"] = float(self.noise(step - 1))
+        if self.accelerator.device.type == "cuda":
+            values["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         self.run.log(step, **values)
         self.accelerator.log(values, step=step)
 
