@@ -12,15 +12,26 @@ namespace linattn_pairs {
 using namespace linattn_mma;
 
 constexpr int kRows = 128, kKeys = 64, kStages = 2;
+constexpr int64_t kChunk = 32;  // tokens of a chunk, times the head dim
 
 struct Arguments {
   linattn_problem problem;
   linattn_tensor out;
-  float *mass;
-  const float *key_scale;  // (batch, key_heads, padded)
+  float *mass, *final_state;
+  float *key_scale;        // (batch, key_heads, padded)
   int64_t padded;          // tokens, a multiple of kKeys
   int32_t row_tiles, heads_together;
+  int64_t chunks;          // what lies before a query's own chunk is in a state: see pairs_state.cu; 1: no state
+  float *sums;             // of every chunk alone
+  unsigned char *states;   // before every chunk
+  unsigned char *unit_keys;
 };
+
+// Two products of two bfloat16.
+__device__ __forceinline__ uint32_t multiply_two(uint32_t x, uint32_t y) {
+  const __nv_bfloat162 product = __hmul2(*reinterpret_cast<__nv_bfloat162 *>(&x), *reinterpret_cast<__nv_bfloat162 *>(&y));
+  return *reinterpret_cast<const uint32_t *>(&product);
+}
 
 template <int D, int ROWS, int THREADS, typename T>
 __device__ __forceinline__ void copy_tile(uint32_t tile, const T *rows, int64_t stride, int count, int thread) {
@@ -80,5 +91,25 @@ template <typename T, int D, int THREADS> struct KeyCopy {
 // Hopper's warpgroups: head dims 32, 64 and 128.
 bool hopper_takes(const linattn_problem &problem);
 cudaError_t hopper_launch(const Arguments &args, cudaStream_t stream);
+
+// What is known of all tokens before a chunk: sum k_a k_b v, by blocks of 16 x 16 of (a, b), each pair of blocks once and with both its
+// orders; sum k_a v; sum k_a k_b, which the masses take; sum k; sum v. Keys are unit vectors here, rounded.
+template <int D> struct State {
+  static constexpr int BLOCKS = D / 16;
+  static constexpr int64_t CHUNK = kChunk * D;
+  static constexpr int ITEMS = 8 * BLOCKS * (BLOCKS + 1);            // (a, block of b): 16 rows each, one a row of D values
+  static constexpr int LINEAR = ITEMS * 16, MASSES = LINEAR + D, ROWS = MASSES + D;
+  static constexpr int SUMS = ROWS * D + 2 * D;                      // floats of a chunk's sums: the rows, sum k, sum v
+  static constexpr int ROUNDED_ROWS = 2 * D + LINEAR + D;            // high and low part of sum k_a k_b, then the others
+  static constexpr int64_t BYTES = ROUNDED_ROWS * D * 2 + 2 * D * 4;  // of a state: rounded rows, sum k, sum v in float32
+  static __host__ __device__ constexpr int first_item(int block) { return 16 * (block * BLOCKS - block * (block - 1) / 2); }
+};
+
+bool state_takes(const linattn_problem &problem);
+int64_t state_chunks(const linattn_problem &problem);
+int64_t unit_key_bytes(const linattn_problem &problem);  // what the launch needs in memory
+int64_t sums_bytes(const linattn_problem &problem);
+int64_t states_bytes(const linattn_problem &problem);
+cudaError_t state_launch(const Arguments &args, cudaStream_t stream);
 
 }  // namespace linattn_pairs

@@ -213,13 +213,17 @@ bool aligned(const linattn_tensor &tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.batch_stride % 8 == 0 && tensor.head_stride % 8 == 0 && tensor.token_stride % 8 == 0;
 }
 
+int64_t scale_bytes(const linattn_problem &problem) { return 4 * static_cast<int64_t>(problem.batch) * problem.key_heads * padded_length(problem); }
+
 int64_t row_tiles_of(const linattn_problem &problem) { return (problem.length + kRows - 1) / kRows; }
 
 template <typename T, int D> cudaError_t launch(const Arguments &args, cudaStream_t stream) {
   const linattn_problem &p = args.problem;
   const int64_t numbers = static_cast<int64_t>(p.batch) * p.key_heads * args.padded;
-  key_scale_kernel<T><<<static_cast<int>(numbers / (kThreads / 4)), kThreads, 0, stream>>>(args, const_cast<float *>(args.key_scale));
+  key_scale_kernel<T><<<static_cast<int>(numbers / (kThreads / 4)), kThreads, 0, stream>>>(args, args.key_scale);
   if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
+  if (args.chunks > 1)
+    if (const cudaError_t failed = state_launch(args, stream)) return failed;
   if (hopper_takes(p)) return hopper_launch(args, stream);
   if (const cudaError_t failed = cudaFuncSetAttribute(forward_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<D>::SHARED)) return failed;
   forward_kernel<T, D><<<p.batch * p.query_heads * args.row_tiles, kThreads, Shape<D>::SHARED, stream>>>(args);
@@ -244,30 +248,37 @@ namespace linattn {
 
 using namespace linattn_pairs;
 
-// float16 holds the weights of unit vectors, not those of vectors of any length. Beyond some multiple of D^2 tokens the generic path's state
-// costs less than pairs.
+// float16 holds the weights of unit vectors, not those of vectors of any length. Where no state is formed by tensor cores, that of the generic
+// path costs less than pairs beyond some multiple of D^2 tokens.
 bool pairs_takes_forward(const linattn_problem &problem) {
   const int d = problem.head_dim;
   const bool dtype = problem.dtype == LINATTN_BFLOAT16 || (problem.dtype == LINATTN_FLOAT16 && problem.normalize_qk);
   const bool dim = d == problem.value_dim && (d == 32 || d == 64 || d == 80 || d == 96 || d == 128);
   const bool plain = !problem.log_decay && !problem.key_segments && !problem.initial_state && !problem.dropout_p;
   const int64_t heads = static_cast<int64_t>(problem.batch) * problem.query_heads;
-  return problem.degree == 2 && dtype && dim && plain && problem.length >= kShortest && problem.length <= int64_t{8} * d * d && heads < (1 << 20) &&
-         heads * row_tiles_of(problem) < (1 << 30) && heads * padded_length(problem) / (kThreads / 4) < (int64_t{1} << 31) &&
+  return problem.degree == 2 && dtype && dim && plain && problem.length >= kShortest && (problem.length <= int64_t{8} * d * d || state_takes(problem)) &&
+         heads < (1 << 20) && heads * row_tiles_of(problem) < (1 << 30) && heads * padded_length(problem) / (kThreads / 4) < (int64_t{1} << 31) &&
          aligned(problem.query) && aligned(problem.key) && aligned(problem.value);
 }
 
-// The state, where one is asked for, is the generic path's work.
+// The scales of keys, then the chunks' sums and states. A state asked for where none is formed is the generic path's work.
 int64_t pairs_forward_workspace(const linattn_problem &problem) {
-  return std::max(generic_forward_workspace(problem), 4 * static_cast<int64_t>(problem.batch) * problem.key_heads * padded_length(problem));
+  return std::max(generic_forward_workspace(problem), scale_bytes(problem) + (state_takes(problem) ? states_bytes(problem) + sums_bytes(problem) + unit_key_bytes(problem) : 0));
 }
 
 cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_result &result) {
-  if (result.state || !aligned(result.out)) return generic_forward(problem, result);
+  const bool by_state = state_takes(problem);
+  if ((result.state && !by_state) || !aligned(result.out)) return generic_forward(problem, result);
   const int64_t bytes = problem.length * problem.head_dim * 4, heads = static_cast<int64_t>(problem.batch) * problem.query_heads;
   const int64_t together = std::min(heads, std::max<int64_t>(1, kCachedBytes / bytes) * (problem.query_heads / problem.key_heads));
-  const Arguments args{problem, result.out, result.mass, static_cast<const float *>(problem.workspace), padded_length(problem),
-                       static_cast<int32_t>(row_tiles_of(problem)), static_cast<int32_t>(together)};
+  Arguments args{problem, result.out, result.mass, result.state, static_cast<float *>(problem.workspace), padded_length(problem),
+                 static_cast<int32_t>(row_tiles_of(problem)), static_cast<int32_t>(together), 1, nullptr, nullptr, nullptr};
+  if (by_state) {
+    args.chunks = state_chunks(problem);
+    args.states = static_cast<unsigned char *>(problem.workspace) + scale_bytes(problem);
+    args.unit_keys = args.states + states_bytes(problem);
+    args.sums = reinterpret_cast<float *>(args.unit_keys + unit_key_bytes(problem));
+  }
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
   return problem.dtype == LINATTN_BFLOAT16 ? launch_by_dim<__nv_bfloat16>(args, stream) : launch_by_dim<__half>(args, stream);
 }

@@ -20,13 +20,22 @@ KINDS = [
     {"length": 2500, "batch": 1, "heads": 1, "key_heads": 1},  # few heads and many tokens: a sequence is cut into segments
 ]
 
+
+def case(dtype, head_dim, **kind):
+    """Inputs and upstream gradients, made on the host, for the sanitizer does not see what PyTorch's kernels write."""
+    made = operator_case(dtype, head_dim=head_dim, value_dim=head_dim, device="cpu", **{"length": 130, **kind})
+    return ([x.cuda() if isinstance(x, torch.Tensor) else x for x in given] for given in made)
+
+
 if __name__ == "__main__":
     dtype, head_dim = getattr(torch, sys.argv[1]), int(sys.argv[2])
     for kind in KINDS:
-        # made on the host, for the sanitizer does not see what PyTorch's kernels write
-        made = operator_case(dtype, head_dim=head_dim, value_dim=head_dim, device="cpu", **{"length": 130, **kind})
-        inputs, upstream = ([x.cuda() if isinstance(x, torch.Tensor) else x for x in given] for given in made)
-        run(cuda, inputs, upstream, kind.get("stateful", False))
+        run(cuda, *case(dtype, head_dim, **kind), kind.get("stateful", False))
         torch.cuda.synchronize()
         print(kind, flush=True)
+    if dtype == torch.bfloat16 and head_dim in (32, 64):
+        long = {"degree": 2, "length": 96 * head_dim + 65, "batch": 1, "heads": 2, "key_heads": 1}  # the second degree by states
+        cuda.forward(*next(case(dtype, head_dim, **long)), True)
+        torch.cuda.synchronize()
+        print(long, flush=True)
     print("every call ran")
