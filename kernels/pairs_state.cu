@@ -14,7 +14,7 @@ using T = __nv_bfloat16;
 
 constexpr int kGroups = 2, kThreads = 128 * kGroups, kTilesOfGroup = 5;  // a tile: 64 rows of sums, 16 a warp
 constexpr int kSteps = 3;     // of kKeys tokens, in shared memory
-constexpr int kShortest = 3;  // chunks
+constexpr int64_t kShortest = 112;  // tokens, times the head dim: up to there all pairs cost less
 constexpr int kScanThreads = 256, kAhead = 4;
 
 template <int D> struct Shape {
@@ -282,7 +282,7 @@ int64_t records(const linattn_problem &problem) { return static_cast<int64_t>(pr
 bool state_takes(const linattn_problem &problem) {
   const int d = problem.head_dim;
   const int64_t heads = static_cast<int64_t>(problem.batch) * problem.key_heads;
-  return problem.causal && problem.dtype == LINATTN_BFLOAT16 && (d == 32 || d == 64) && problem.length > kShortest * kChunk * d && hopper_takes(problem) &&
+  return problem.causal && problem.dtype == LINATTN_BFLOAT16 && (d == 32 || d == 64) && problem.length > kShortest * d && hopper_takes(problem) &&
          heads < 65536 && heads * state_chunks(problem) < (1 << 26);
 }
 int64_t state_chunks(const linattn_problem &problem) {

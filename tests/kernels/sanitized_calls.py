@@ -34,7 +34,7 @@ if __name__ == "__main__":
         torch.cuda.synchronize()
         print(kind, flush=True)
     if dtype == torch.bfloat16 and head_dim in (32, 64):
-        long = {"degree": 2, "length": 96 * head_dim + 65, "batch": 1, "heads": 2, "key_heads": 1}  # the second degree by states
+        long = {"degree": 2, "length": 112 * head_dim + 65, "batch": 1, "heads": 2, "key_heads": 1}  # the second degree by states
         cuda.forward(*next(case(dtype, head_dim, **long)), True)
         torch.cuda.synchronize()
         print(long, flush=True)
