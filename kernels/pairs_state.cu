@@ -13,7 +13,7 @@ namespace {
 using T = __nv_bfloat16;
 
 constexpr int kGroups = 2, kThreads = 128 * kGroups, kTilesOfGroup = 5;  // a tile: 64 rows of sums, 16 a warp
-constexpr int kSteps = 3;     // of kKeys tokens, in shared memory
+constexpr int kSteps = 3;            // of kKeys tokens, in shared memory
 constexpr int64_t kShortest = 112;  // tokens, times the head dim: up to there all pairs cost less
 constexpr int kScanThreads = 256, kAhead = 4;
 
