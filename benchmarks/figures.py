@@ -66,24 +66,32 @@ def sweep(shapes: list[Shape], patience: float = 1.5) -> list[dict]:
 
 
 def draw(rows: list[dict], axis: int, label: str, title: str, path: Path) -> None:
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for panel, field, unit in zip(panels, ("ms", "peak_mib"), ("milliseconds", "MiB beyond the inputs"), strict=True):
         for name in dict.fromkeys(row["form"] for row in rows):
             mine = [row for row in rows if row["form"] == name]
             panel.plot([row["shape"][axis] for row in mine], [row[field] for row in mine], marker="o", label=NAMES[name])
+        places = sorted({row["shape"][axis] for row in rows})
         panel.set(xscale="log", yscale="log", xlabel=label, ylabel=unit)
+        panel.set_xticks(places, [f"{place:,}" for place in places])
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(title)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
 def main(out: Path, about: dict) -> None:
-    """Measures both figures and writes `figure1.png`, `figure2.png` and `figures.json`."""
-    by_length = sweep([(32, 16, length, 32) for length in LENGTHS])
-    by_dim = sweep([(32, 16, 2000, dim) for dim in DIMS])
+    """Measures both figures and writes `figure1.png`, `figure2.png` and `figures.json`, each as soon as it is known."""
     where = f"forward and backward, bfloat16, causal, {about['gpu']}"
-    draw(by_length, 2, "N, tokens", f"B 32, H 16, D 32: {where}", out / "figure1.png")
-    draw(by_dim, 3, "D, head dimension", f"B 32, H 16, N 2,000: {where}", out / "figure2.png")
-    (out / "figures.json").write_text(json.dumps({"machine": about, "figure1": by_length, "figure2": by_dim}, indent=1))
+    found: dict[str, object] = {"machine": about}
+    sweeps = {
+        "figure1": ([(32, 16, length, 32) for length in LENGTHS], 2, "N, tokens", "B 32, H 16, D 32"),
+        "figure2": ([(32, 16, 2000, dim) for dim in DIMS], 3, "D, head dimension", "B 32, H 16, N 2,000"),
+    }
+    for name, (shapes, axis, label, fixed) in sweeps.items():
+        rows = sweep(shapes)
+        draw(rows, axis, label, f"{fixed}: {where}", out / f"{name}.png")
+        found[name] = rows
+        (out / "figures.json").write_text(json.dumps(found, indent=1))
