@@ -14,6 +14,17 @@ from .data import Split, Task
 BATCHES_SORTED_TOGETHER = 50
 
 
+def positions_of_a_square(side: int) -> np.ndarray:
+    """The eight ways to turn and mirror a picture: which pixel each pixel of the result was, (8, side * side) int64."""
+    pixels = np.arange(side * side).reshape(side, side)
+    return np.stack([np.rot90(picture, turns).ravel() for picture in (pixels, pixels.T) for turns in range(4)])
+
+
+def drawn_positions(count: int, seed: int, step: int) -> np.ndarray:
+    """Of each example of a step one of the eight positions, (count,) int64."""
+    return np.random.default_rng([seed, step, 8]).integers(8, size=count)
+
+
 @dataclass(frozen=True)
 class DeviceSplit:
     """A split on `device`. Tokens come out as token + 1 in int32, 0 at padding."""
@@ -24,6 +35,7 @@ class DeviceSplit:
     labels: Tensor
     blank_is_padding: bool
     pad_multiple: int
+    positions: Tensor | None  # of a square, for tasks of pictures
 
     @classmethod
     def of(cls, task: Task, split: Split, device: torch.device, blank_is_padding: bool = False, pad_multiple: int = 128) -> DeviceSplit:
@@ -31,7 +43,8 @@ class DeviceSplit:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         towers = tuple((put(tower.tokens), put(tower.offsets)) for tower in split.towers)
-        return cls(task, split, towers, put(split.labels), blank_is_padding, pad_multiple)
+        positions = put(positions_of_a_square(task.side)) if task.side else None
+        return cls(task, split, towers, put(split.labels), blank_is_padding, pad_multiple, positions)
 
     def __len__(self) -> int:
         return len(self.split)
@@ -41,25 +54,31 @@ class DeviceSplit:
         """The longer of an example's sequences, (n,)."""
         return np.max([tower.lengths for tower in self.split.towers], axis=0)
 
-    def batch(self, indices: np.ndarray) -> dict[str, Tensor | None]:
-        """Arguments of LRAForSequenceClassification for some examples: ids (B, N) int32, masks (B, N) bool or None, labels (B,) int64."""
+    def batch(self, indices: np.ndarray, turned: np.ndarray | None = None) -> dict[str, Tensor | None]:
+        """Arguments of LRAForSequenceClassification for some examples: ids (B, N) int32, masks (B, N) bool or None, labels (B,) int64.
+
+        turned: the position, of eight, that each picture is brought to, (B,) int64."""
         if self.task.side:
             width = self.task.length
         else:
             longest = int(self.lengths_of(indices).max())
             width = min(-(-longest // self.pad_multiple) * self.pad_multiple, self.task.length)
         chosen = torch.from_numpy(indices).to(self.labels.device, non_blocking=True)
+        pixels = torch.arange(width, device=self.labels.device)
+        if turned is not None:
+            assert self.positions is not None, "only pictures can be turned"
+            pixels = self.positions[torch.from_numpy(turned).to(self.labels.device, non_blocking=True)]
         found: dict[str, Tensor | None] = {"labels": self.labels[chosen]}
         for names, (tokens, offsets) in zip((("input_ids", "attention_mask"), ("pair_ids", "pair_mask")), self.towers, strict=False):
-            found[names[0]], found[names[1]] = self._gather(tokens, offsets, chosen, width)
+            found[names[0]], found[names[1]] = self._gather(tokens, offsets, chosen, pixels)
         return found
 
     def lengths_of(self, indices: np.ndarray) -> np.ndarray:
         return np.max([tower.offsets[indices + 1] - tower.offsets[indices] for tower in self.split.towers], axis=0)
 
-    def _gather(self, tokens: Tensor, offsets: Tensor, chosen: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+    def _gather(self, tokens: Tensor, offsets: Tensor, chosen: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
         start, end = offsets[chosen, None], offsets[chosen + 1, None]
-        place = start + torch.arange(width, device=tokens.device)
+        place = start + pixels
         symbols = tokens[place.clamp(max=len(tokens) - 1)]
         if self.task.side and not self.blank_is_padding:
             return symbols.int() + 1, None

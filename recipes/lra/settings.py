@@ -21,6 +21,8 @@ class Settings:
     model: further arguments of LRAConfig, such as {hidden_size: 64}.
     pad_multiple: a batch is padded to its longest sequence, rounded up to a multiple of this; sequences of like length share a batch.
     blank_is_padding: pixels of value 0 are padding, as in the published configurations, where token 0 is masked.
+    turn_pictures: each time a picture is trained on it is turned and mirrored, into one of the eight positions of a square. Pathfinder's labels
+        do not depend on it. The published rows do without.
     validation_examples: how many of the validation set an evaluation uses; null: all.
     """
 
@@ -51,6 +53,7 @@ class Settings:
     save_every: int = 1000
     pad_multiple: int = 128
     blank_is_padding: bool = False
+    turn_pictures: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     compile: Literal["none", "default", "reduce-overhead"] = "none"
 
@@ -61,6 +64,8 @@ class Settings:
             raise ValueError("dropout: standard drops softmax weights, which linattn never forms; take dropout: noise or none")
         if self.attn_implementation != "linattn" and self.dropout == "noise":
             raise ValueError("dropout: noise is linattn's; take dropout: standard or none with softmax attention")
+        if self.turn_pictures and not TASKS[self.task].side:
+            raise ValueError(f"turn_pictures is for tasks of pictures, which {self.task} is not")
         for name in ("attention_dropout", "hidden_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0 and less than 1")

@@ -31,7 +31,7 @@ from recipes.common.files import staged_directory, write_json
 from recipes.common.run import Run
 
 from .accuracy import accuracy
-from .batches import DeviceSplit, evaluation_order, training_order
+from .batches import DeviceSplit, drawn_positions, evaluation_order, training_order
 from .data import SPLITS, TASKS, Split, load
 from .model import LRAConfig, LRAForSequenceClassification
 from .settings import Settings
@@ -118,7 +118,9 @@ class Training:
         bar = tqdm(total=s.steps, initial=step, disable=not accelerator.is_main_process, dynamic_ncols=True, unit="step", mininterval=1)
         while step < s.steps and (s.max_minutes is None or self.seconds < s.max_minutes * 60):
             self.set_rates(step)
-            batch = self.splits["train"].batch(next(order)[rank * share : (rank + 1) * share])
+            own = slice(rank * share, (rank + 1) * share)
+            turned = drawn_positions(s.batch_size, self.seed, step)[own] if s.turn_pictures else None
+            batch = self.splits["train"].batch(next(order)[own], turned)
             with accelerator.autocast():
                 loss = self.call(**batch).loss
             accelerator.backward(loss)

@@ -18,7 +18,7 @@ from recipes.common.config import dump, load_config
 from recipes.common.errors import RecipeError
 from recipes.lra import report, train
 from recipes.lra.accuracy import accuracy, metric_class
-from recipes.lra.batches import DeviceSplit, evaluation_order, training_order
+from recipes.lra.batches import DeviceSplit, drawn_positions, evaluation_order, training_order
 from recipes.lra.data import SPLITS, TASKS, Sequences, Split, load
 from recipes.lra.settings import Settings
 from recipes.lra.train import Training
@@ -102,6 +102,28 @@ def test_images_have_no_padding_unless_blank_pixels_are(blank):
         assert torch.equal(batch["attention_mask"][0], torch.from_numpy(pixels[1] > 0))
         assert torch.equal(batch["input_ids"][0], torch.where(torch.from_numpy(pixels[1] > 0), torch.from_numpy(pixels[1]).int() + 1, 0))
         assert batch["attention_mask"][1].all()  # an image of nothing is not a sequence of nothing
+
+
+@pytest.mark.parametrize("blank", [False, True])
+def test_pictures_are_turned_and_mirrored_whole(blank):
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 1024)).astype(np.uint8)
+    split = Split((Sequences.of(pixels),), np.arange(8) % 2)
+    batch = DeviceSplit.of(TASKS["pathfinder"], split, torch.device("cpu"), blank_is_padding=blank).batch(np.arange(8), np.arange(8))
+    squares, turned = pixels.reshape(8, 32, 32), (batch["input_ids"].numpy() - 1).clip(0).reshape(8, 32, 32)
+    expected = [np.rot90(square if i < 4 else square.T, i % 4) for i, square in enumerate(squares)]
+    assert np.array_equal(turned, expected)
+    assert len({np.rot90(picture, turns).tobytes() for picture in (squares[0], squares[0].T) for turns in range(4)}) == 8
+    assert batch["labels"].tolist() == [0, 1] * 4
+    if blank:
+        assert torch.equal(batch["attention_mask"], batch["input_ids"] > 0)
+    drawn = np.concatenate([drawn_positions(64, 0, step) for step in range(50)])
+    assert set(drawn) == set(range(8)) and np.bincount(drawn).min() > 300
+    assert np.array_equal(drawn[:64], drawn_positions(64, 0, 0)) and not np.array_equal(drawn[:64], drawn_positions(64, 1, 0))
+
+
+def test_only_pictures_are_turned():
+    with pytest.raises(ValueError, match="turn_pictures is for tasks of pictures, which text is not"):
+        Settings(task="text", data="data", output="out", turn_pictures=True)
 
 
 def test_every_epoch_takes_every_example_once_in_another_order():
