@@ -21,8 +21,8 @@ class Settings:
     model: further arguments of LRAConfig, such as {hidden_size: 64}.
     pad_multiple: a batch is padded to its longest sequence, rounded up to a multiple of this; sequences of like length share a batch.
     blank_is_padding: pixels of value 0 are padding, as in the published configurations, where token 0 is masked.
-    turn_pictures: each time a picture is trained on it is turned and mirrored, into one of the eight positions of a square. Pathfinder's labels
-        do not depend on it. The published rows do without.
+    turn_pictures: each time a picture is trained on it is turned and mirrored, into one of the eight positions of a square.
+        Pathfinder's labels do not depend on it. The published rows do without.
     validation_examples: how many of the validation set an evaluation uses; null: all.
     """
 
