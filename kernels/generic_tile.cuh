@@ -5,6 +5,7 @@
 // starts a new sum for each slice and adds it up on the ordinary cores.
 #pragma once
 #include "generic.cuh"
+#include "instructions.cuh"
 
 namespace linattn {
 
@@ -46,17 +47,7 @@ __device__ inline int pair_column_of(const Place &at, int part, int i) {
 // As a factor is kept in shared memory: rounded here once, unless it is split later.
 template <bool PRECISE>
 __device__ inline float kept(float x) {
-  if (PRECISE) return x;
-  uint32_t rounded;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(x));
-  return __uint_as_float(rounded);
-}
-
-__device__ inline void mma(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
-        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+  return PRECISE ? x : round_to_tf32(x);
 }
 
 template <int COUNT>
@@ -101,11 +92,11 @@ __device__ inline void multiply(float (&acc)[PARTS][4], const float *a, int a_st
       if (PRECISE) {
         float right_high[2], right_low[2];
         split(right, right_high, right_low);
-        mma(sum[part], left_low, right_high);
-        mma(sum[part], left_high, right_low);
-        mma(sum[part], left_high, right_high);
+        mma_tf32(sum[part], left_low, right_high);
+        mma_tf32(sum[part], left_high, right_low);
+        mma_tf32(sum[part], left_high, right_high);
       } else {
-        mma(sum[part], left, right);
+        mma_tf32(sum[part], left, right);
       }
     }
   }

@@ -30,12 +30,6 @@ template <typename T> cudaError_t launch_noised_gradient(const linattn_problem &
 // The sum over the state heads that share a key head: parts (batch, state heads, length, head_dim).
 template <typename T> cudaError_t launch_share(const linattn_problem &problem, const T *parts, const linattn_tensor &result);
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // The gates of the chunks on their way through a kernel.
 template <int C, int STAGES> struct GateTiles {
   alignas(16) float decay[STAGES][C];

@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "instructions.cuh"
 #include "linattn.h"
 
 namespace linattn_mma {
@@ -31,10 +32,10 @@ struct Noise {
   }
   // Two factors of two words. The angle is turned by half, where the fast functions are at their best.
   __device__ __forceinline__ float2 factors(uint32_t radius, uint32_t turn) const {
-    const float square = -1.3862943611f * __log2f((static_cast<float>(radius >> 8) + 0.5f) * 0x1p-24f);
+    const float square = -1.3862943611f * log2_fast((static_cast<float>(radius >> 8) + 0.5f) * 0x1p-24f);
     const float angle = 6.2831853072f * ((static_cast<float>(turn >> 8) + 0.5f) * 0x1p-24f - 0.5f), length = -spread * sqrtf(fmaxf(square, 0.f));
     float sine, cosine;
-    __sincosf(angle, &sine, &cosine);
+    sine_and_cosine_fast(angle, sine, cosine);
     return make_float2(fmaf(length, cosine, kept), fmaf(length, sine, kept));
   }
   // For an accumulator's lanes: columns `column` (even) and the next of two tokens. Neighbouring lanes, whose columns are of one four, each

@@ -1,10 +1,6 @@
 // Tiles of tokens in shared memory, the fragments that mma.m16n8k16 takes from them, and the asynchronous copies that fill them.
-// In a fragment, lane = 4 * group + place: a lane holds rows `group` and `group + 8`, columns 2 * place and 2 * place + 1.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
-
+#include "instructions.cuh"
 #include "linattn.h"
 
 namespace linattn_mma {
@@ -17,45 +13,23 @@ template <> struct Element<__nv_bfloat16> {
   using Two = __nv_bfloat162;
   static constexpr bool kNarrow = false;
   static constexpr uint32_t kOnes = 0x3F803F80u;
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    uint32_t both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-  }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_bf16(low, high); }
   static __device__ __forceinline__ float low(uint32_t both) { return __uint_as_float(both << 16); }
   static __device__ __forceinline__ float high(uint32_t both) { return __uint_as_float(both & 0xffff0000u); }
-  static __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
+  static __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma_bf16(sum, a, b0, b1); }
 };
 
 template <> struct Element<__half> {
   using Two = __half2;
   static constexpr bool kNarrow = true;  // a narrower range than float32's: see mma_range.cuh
   static constexpr uint32_t kOnes = 0x3C003C00u;
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    uint32_t both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-  }
+  static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_fp16(low, high); }
   static __device__ __forceinline__ float low(uint32_t both) { return __half2float(__ushort_as_half(both & 0xffffu)); }
   static __device__ __forceinline__ float high(uint32_t both) { return __half2float(__ushort_as_half(both >> 16)); }
-  static __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  }
+  static __device__ __forceinline__ void mma(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma_fp16(sum, a, b0, b1); }
 };
 
-// x * (high + low) of two elements: the second term carries what rounding took from the factor.
-template <typename T> __device__ __forceinline__ uint32_t scale_two(uint32_t x, uint32_t high, uint32_t low) {
-  using Two = typename Element<T>::Two;
-  const Two value = *reinterpret_cast<Two *>(&x), h = *reinterpret_cast<Two *>(&high), l = *reinterpret_cast<Two *>(&low);
-  const Two product = __hfma2(value, h, __hmul2(value, l));
-  return *reinterpret_cast<const uint32_t *>(&product);
-}
+template <typename T> __device__ __forceinline__ uint32_t scale_two(uint32_t x, uint32_t high, uint32_t low) { return scale_pair<typename Element<T>::Two>(x, high, low); }
 
 template <typename T> __device__ __forceinline__ void store_split(T *high, T *low, int index, float value) {
   const T rounded = static_cast<T>(value);
@@ -63,31 +37,9 @@ template <typename T> __device__ __forceinline__ void store_split(T *high, T *lo
   low[index] = static_cast<T>(value - static_cast<float>(rounded));
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void *pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
-}
-
-__device__ __forceinline__ void copy_async(uint32_t shared, const void *global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void copy_number_async(uint32_t shared, const float *global, bool valid) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0) : "memory");
-}
 __device__ __forceinline__ void copy_word_async(uint32_t shared, const int32_t *global, bool valid) {
   copy_number_async(shared, reinterpret_cast<const float *>(global), valid);
 }
-__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int PENDING> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
 // Rows of D elements, in 16-byte pieces whose place is permuted by row so that eight rows of one column block meet no bank twice.
 // D = 128 lies in panels of 64 rows and 64 columns, each permuted as D = 64 is: wgmma reads both.
@@ -138,16 +90,7 @@ template <int D> struct Blocks {
 template <typename T, int D> __device__ __forceinline__ void store_block(const uint32_t address, const float (&left)[4], const float (&right)[4], float scale0, float scale1, int lane) {
   const uint32_t r[4] = {Element<T>::pack(left[0] * scale0, left[1] * scale0), Element<T>::pack(left[2] * scale1, left[3] * scale1),
                          Element<T>::pack(right[0] * scale0, right[1] * scale0), Element<T>::pack(right[2] * scale1, right[3] * scale1)};
-#if __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
-#else
-  // Lane l of the block's address points at row l % 16 of its column l / 16: each lane asks those of the rows it holds.
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t row = __shfl_sync(0xffffffffu, address, 8 * i + (lane >> 2));
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(row + 4 * (lane & 3)), "r"(r[i]) : "memory");
-  }
-#endif
+  stmatrix(address, r, lane);
 }
 
 // Row-wise products x_i . y_i of 16 rows, x by its fragments (A), y by its blocks' addresses (across), from the diagonal of X Y^T.
@@ -167,22 +110,7 @@ __device__ __forceinline__ void row_products(float &first, float &second, const 
   second = __shfl_sync(0xffffffffu, group & 1 ? bottom[3] : bottom[2], source);
 }
 
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float inverse_norm(float square) {
-  float y;
-  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(square));
-  return square > kSmallestSquare ? y : 0.f;
-}
-
-// Barriers between some of a block's warps; the arriving ones go on at once. Number 0 is __syncthreads.
-enum Barrier { kScalesReady = 1, kScalesShared, kStateRead, kHalvesExchanged };
-template <Barrier NUMBER, int THREADS> __device__ __forceinline__ void barrier_sync() { asm volatile("bar.sync %0, %1;" ::"n"(static_cast<int>(NUMBER)), "n"(THREADS) : "memory"); }
-template <Barrier NUMBER, int THREADS> __device__ __forceinline__ void barrier_arrive() { asm volatile("bar.arrive %0, %1;" ::"n"(static_cast<int>(NUMBER)), "n"(THREADS) : "memory"); }
+__device__ __forceinline__ float inverse_norm(float square) { return square > kSmallestSquare ? reciprocal_root(square) : 0.f; }
 
 // The warp's number, in a form that the compiler knows to be the same in all lanes.
 __device__ __forceinline__ int warp_number() { return __shfl_sync(0xffffffffu, threadIdx.x >> 5, 0); }

@@ -27,12 +27,6 @@ struct Arguments {
   unsigned char *unit_keys;
 };
 
-// Two products of two bfloat16.
-__device__ __forceinline__ uint32_t multiply_two(uint32_t x, uint32_t y) {
-  const __nv_bfloat162 product = __hmul2(*reinterpret_cast<__nv_bfloat162 *>(&x), *reinterpret_cast<__nv_bfloat162 *>(&y));
-  return *reinterpret_cast<const uint32_t *>(&product);
-}
-
 template <int D, int ROWS, int THREADS, typename T>
 __device__ __forceinline__ void copy_tile(uint32_t tile, const T *rows, int64_t stride, int count, int thread) {
   constexpr int kPieces = D / 8;
