@@ -536,6 +536,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   if (args.grad_initial_state) {
 #pragma unroll
     for (int shift = 1; shift < 32; shift *= 2) count += __shfl_xor_sync(0xffffffffu, count, shift);
+    __syncthreads();  // the last chunk's counts have been read
     if (lane_id == 0) small.counts[warp] = count;
     __syncthreads();
     count = 0.f;

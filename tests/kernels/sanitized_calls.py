@@ -11,6 +11,7 @@ from hf_linattn.ops import cuda
 KINDS = [
     {},
     {"decay": "key_head", "stateful": True},
+    {"decay": "key_token", "stateful": True, "key_heads": 4},
     {"decay": "query_token", "segments": "packed"},
     {"segments": "mask", "causal": False},
     {"causal": False, "stateful": True},
