@@ -1,0 +1,115 @@
+"""Builds the kernels as a library for the CPU: the sources of `kernels/` with launches made calls of the emulator, and with
+`instructions.cuh` in place of the PTX. It is the code of sm_80; what is for Hopper alone is left out."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parents[1] / "kernels"
+OURS = ("emulator.h", "instructions.cuh", "runtime.cpp")
+FLAGS = ["-std=c++20", "-O2", "-w", "-fPIC", "-pthread"]  # -w: the pragmas are nvcc's
+
+
+def compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("clang++")
+
+
+def headers() -> Path | None:
+    """CUDA's headers: of the toolkit that nvcc belongs to."""
+    nvcc = shutil.which("nvcc")
+    folders = [Path(nvcc).resolve().parents[1] / "include"] if nvcc else []
+    return next((folder for folder in (*folders, Path("/usr/local/cuda/include")) if (folder / "cuda_bf16.h").exists()), None)
+
+
+def matching(text: str, start: int, opening: str, closing: str) -> int:
+    """Where the bracket opened at `start` is closed."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == opening) - (text[i] == closing)
+        if depth == 0:
+            return i
+    raise ValueError(f"unbalanced {opening} at {start}")
+
+
+def arguments(text: str) -> list[str]:
+    """The parts of an argument list, split at the commas outside all brackets."""
+    parts, depth, begin = [], 0, 0
+    for i, character in enumerate(text):
+        depth += (character in "([{<") - (character in ")]}>")
+        if character == "," and depth == 0:
+            parts.append(text[begin:i])
+            begin = i + 1
+    return [*parts, text[begin:]]
+
+
+def translated(text: str) -> str:
+    """kernel<T><<<grid, threads, shared, stream>>>(x) becomes a call of the emulator, dynamic shared memory the emulator's."""
+    text = text.replace("__noinline__", "")
+    text = re.sub(
+        r"extern __shared__ (?:__align__\(\d+\) )?(\w+(?: \w+)?) shared\[\];",
+        r"\1 *const shared = reinterpret_cast<\1 *>(emulation::shared_memory);",
+        text,
+    )
+    while (at := text.find("<<<")) >= 0:
+        name = re.search(r"\w+(<[^;{}()]*>)?$", text[:at])
+        assert name, text[at - 80 : at]
+        close = text.index(">>>(", at)
+        end = matching(text, close + 3, "(", ")")
+        grid, threads, *_ = arguments(text[at + 3 : close])
+        call = f"{name[0]}({text[close + 4 : end]});"
+        text = text[: name.start()] + f"emulation::launch(dim3({grid}), {threads}, [&] {{ {call} }})" + text[end + 1 :]
+    return text
+
+
+def compile_library(sources: list[Path], library: Path) -> None:
+    """Raises RuntimeError with what the compiler said."""
+
+    def run(*command: object) -> None:
+        done = subprocess.run([compiler(), *command], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-4000:])
+
+    def compiled(source: Path) -> Path:
+        run(*FLAGS, f"-I{headers()}", f"-I{source.parent}", "-c", source, "-o", source.with_suffix(".o"))
+        return source.with_suffix(".o")
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, sources))
+    run("-shared", "-pthread", *objects, "-o", library)
+
+
+def build(folder: Path) -> Path:
+    """All kernels as `folder`/emulated.so, made where it is not there yet."""
+    library = folder / "emulated.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = []
+    for source in kernel_sources():
+        target = folder / (source.stem + ".cpp" if source.suffix == ".cu" else source.name)
+        head = '#include "emulator.h"\n' if source.suffix == ".cu" else ""
+        target.write_text(head + translated(source.read_text()))
+        if source.suffix == ".cu":
+            sources.append(target)
+    for name in OURS:
+        shutil.copy(HERE / name, folder)
+    compile_library([*sources, folder / "runtime.cpp"], aside := folder / "aside.so")
+    return aside.replace(library)
+
+
+def kernel_sources() -> list[Path]:
+    """What is emulated of kernels/."""
+    found = [source for source in sorted(KERNELS.glob("*.*")) if source.suffix in (".cu", ".cuh", ".h") and source.name not in OURS]
+    return [source for source in found if not source.read_text().startswith("// architectures: sm_90a")]
+
+
+def digest() -> str:
+    """Of all that the library is made of."""
+    parts = [path.read_bytes() for path in (*kernel_sources(), *(HERE / name for name in OURS), Path(__file__))]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

@@ -1,0 +1,29 @@
+"""`hf_linattn.ops.cuda` on the emulated kernels: tensors lie on the CPU, and everything else is as on a GPU."""
+
+from __future__ import annotations
+
+from ctypes import Structure, byref
+from pathlib import Path
+
+import torch
+
+from hf_linattn.ops import cuda
+
+
+def use(path: Path, monkeypatch) -> None:
+    """Have `cuda.forward`, `cuda.backward` and `cuda.paths` call the library at `path`."""
+    library, cause = cuda.load_library.__wrapped__(path)
+    assert library is not None, cause
+
+    def launch(self, name: str, results: Structure) -> None:
+        size = getattr(library, f"linattn_{name}_workspace")(byref(self.problem))
+        workspace = torch.full((size + 1024,), 0xFF, dtype=torch.uint8)  # NaN wherever it is read before it is written
+        self.problem.workspace = workspace.data_ptr() + -workspace.data_ptr() % 1024
+        self.problem.stream = None
+        assert getattr(library, f"linattn_{name}")(byref(self.problem), byref(results)) == 0
+
+    monkeypatch.setattr(cuda, "load_library", lambda: (library, ""))
+    monkeypatch.setattr(cuda, "_falls_back", lambda *tensors: False)
+    monkeypatch.setattr(cuda, "cannot_run", lambda device: "")
+    monkeypatch.setattr(cuda._Call, "launch", launch)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))

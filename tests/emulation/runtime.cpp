@@ -1,0 +1,33 @@
+// What the launchers ask of the CUDA runtime: a card of compute capability 8.0, on which every launch succeeds at once. And Hopper's kernels,
+// which such a card has not.
+#include <cuda_runtime.h>
+
+#include "pairs.cuh"
+
+extern "C" {
+cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
+  switch (what) {
+    case cudaDevAttrComputeCapabilityMajor: return *value = 8, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor: return *value = 0, cudaSuccess;
+    case cudaDevAttrMultiProcessorCount: return *value = 108, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return *value = 227 << 10, cudaSuccess;  // more than such a card has, so that no head dim goes without
+    default: return cudaErrorInvalidValue;
+  }
+}
+cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+const char *cudaGetErrorString(cudaError_t) { return "an error of the emulation"; }
+}
+
+namespace linattn_pairs {
+bool hopper_takes(const linattn_problem &) { return false; }
+cudaError_t hopper_launch(const Arguments &, cudaStream_t) { return cudaErrorNotSupported; }
+bool state_takes(const linattn_problem &) { return false; }
+int64_t state_chunks(const linattn_problem &) { return 1; }
+int64_t unit_key_bytes(const linattn_problem &) { return 0; }
+int64_t sums_bytes(const linattn_problem &) { return 0; }
+int64_t states_bytes(const linattn_problem &) { return 0; }
+cudaError_t state_launch(const Arguments &, cudaStream_t) { return cudaErrorNotSupported; }
+}  // namespace linattn_pairs

@@ -1,0 +1,163 @@
+"""Every kernel of compute capability 8.0 on the CPU, by the emulator in `tests/emulation`, at the accuracy bar. And the emulator itself:
+that what is wrong in a kernel comes out."""
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import accuracy_bar
+import pytest
+import torch
+from accuracy_bar import compare, operator_case
+from emulation import build, library
+from filelock import FileLock
+
+from hf_linattn.ops import cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is None or build.headers() is None, reason="needs g++ or clang++, and CUDA's headers"),
+    pytest.mark.timeout(1200),
+]
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    folder = ROOT / "build" / f"emulated-{build.digest()}"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # the other workers wait for the first
+        return build.build(folder)
+
+
+@pytest.fixture
+def kernels(emulated, monkeypatch):
+    library.use(emulated, monkeypatch)
+    monkeypatch.setattr(accuracy_bar, "SEEDS", range(1))
+
+
+def check(dtype, paths=None, **kind):
+    kind = {"length": 130, "batch": 1, "heads": 2, "key_heads": 1, "head_dim": 32, "value_dim": 32, "device": "cpu"} | kind
+    if paths:
+        query, key, value = operator_case(dtype, **kind)[0][:3]
+        degree, causal = kind.get("degree", 1), kind.get("causal", True)
+        assert cuda.paths(query, key, value, degree=degree, causal=causal) == paths
+    compare(dtype, **kind)
+
+
+FAST = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("length", [2, 63, 200])
+def test_head_dims_and_lengths(kernels, dtype, head_dim, length):
+    check(dtype, ("mma", "mma"), head_dim=head_dim, value_dim=head_dim, length=length)
+
+
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("kind", [
+    {"decay": "key_head", "stateful": True, "heads": 4, "key_heads": 4},
+    {"decay": "query_token", "segments": "packed", "heads": 4, "key_heads": 2},
+    {"segments": "left"}, {"segments": "mask", "causal": False}, {"causal": False, "stateful": True}, {"noisy": True},
+    {"noisy": True, "decay": "key_token"},
+], ids=str)  # fmt: skip
+def test_what_multiplies_the_weights(kernels, dtype, head_dim, kind):
+    check(dtype, head_dim=head_dim, value_dim=head_dim, **kind)
+
+
+@pytest.mark.parametrize("kind", [{}, {"decay": "key_token", "segments": "packed", "stateful": True}], ids=str)
+def test_sequences_cut_into_segments(kernels, kind):
+    check(torch.bfloat16, heads=1, length=900, **kind)
+
+
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_pairs(kernels, dtype, head_dim, causal):
+    check(dtype, ("pairs", "generic"), degree=2, causal=causal, head_dim=head_dim, value_dim=head_dim, length=150)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [
+    {"head_dim": 24, "value_dim": 40}, {"head_dim": 136, "value_dim": 7, "length": 70}, {"head_dim": 24, "degree": 2, "causal": False},
+    {"head_dim": 24, "decay": "query_token", "segments": "packed", "heads": 4, "key_heads": 2},
+    {"head_dim": 24, "causal": False, "segments": "mask"},
+    {"head_dim": 24, "decay": "key_head", "stateful": True, "noisy": True},
+    {"head_dim": 10, "value_dim": 12, "degree": 2, "decay": "key_head", "segments": "left", "stateful": True},
+], ids=str)  # fmt: skip
+def test_generic(kernels, dtype, kind):
+    check(dtype, **kind)
+
+
+# ---- the emulator
+
+
+KERNEL = """
+#include "instructions.cuh"
+namespace {{
+__global__ void kernel(const float *from, float *to) {{
+  extern __shared__ float shared[];
+  {body}
+}}
+}}
+extern "C" void run(const float *from, float *to) {{ kernel<<<2, 64, 256, nullptr>>>(from, to); }}
+"""
+REVERSED = "shared[threadIdx.x] = from[threadIdx.x]; {barrier} to[64 * blockIdx.x + threadIdx.x] = shared[63 - threadIdx.x];"
+COPIED = """linattn_mma::copy_async(linattn_mma::shared_address(shared + threadIdx.x / 4 * 4), from + threadIdx.x / 4 * 4, true);
+  linattn_mma::copy_commit(); {wait} __syncthreads(); to[64 * blockIdx.x + threadIdx.x] = shared[threadIdx.x];"""
+SUMMED = "to[64 * blockIdx.x + threadIdx.x] = from[threadIdx.x] + __shfl_xor_sync(0xffffffffu, from[threadIdx.x], 1);"
+STUCK = "if (threadIdx.x < 32) __syncthreads(); linattn_mma::barrier_sync<linattn_mma::kStateRead, 96>();"
+
+
+def made(folder: Path, body: str) -> Path:
+    (folder / "kernel.cpp").write_text(build.translated(KERNEL.format(body=body)))
+    for name in ("emulator.h", "instructions.cuh"):
+        (folder / name).write_bytes((build.HERE / name).read_bytes())
+    build.compile_library([folder / "kernel.cpp"], folder / "kernel.so")
+    return folder / "kernel.so"
+
+
+def result(folder: Path, body: str) -> torch.Tensor:
+    numbers, results = torch.arange(64.0), torch.zeros(2, 64)
+    ctypes.CDLL(str(made(folder, body))).run(ctypes.c_void_p(numbers.data_ptr()), ctypes.c_void_p(results.data_ptr()))
+    return results
+
+
+def test_threads_exchange_what_a_barrier_orders(tmp_path):
+    assert torch.equal(result(tmp_path, REVERSED.format(barrier="__syncthreads();")), torch.arange(63.0, -1, -1).expand(2, -1))
+
+
+def test_without_a_barrier_something_is_read_too_early(tmp_path):
+    assert result(tmp_path, REVERSED.format(barrier="")).isnan().any()
+
+
+def test_a_copy_arrives_when_it_is_waited_for(tmp_path):
+    assert torch.equal(result(tmp_path, COPIED.format(wait="linattn_mma::copy_wait<0>();")), torch.arange(64.0).expand(2, -1))
+
+
+def test_a_copy_that_is_not_waited_for_is_not_there(tmp_path):
+    assert result(tmp_path, COPIED.format(wait="")).isnan().all()
+
+
+def test_lanes_exchange(tmp_path):
+    assert result(tmp_path, SUMMED)[1, :6].tolist() == [1, 1, 5, 5, 9, 9]
+
+
+def test_threads_that_wait_for_ever_end_the_process(tmp_path):
+    call = f"import ctypes; ctypes.CDLL({str(made(tmp_path, STUCK))!r}).run(None, None)"
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "wait for one another for ever" in done.stderr
+
+
+def test_a_copy_out_of_bounds_ends_the_process(tmp_path):
+    body = "linattn_mma::copy_async(1 << 20, from, true);"
+    call = f"import ctypes; ctypes.CDLL({str(made(tmp_path, body))!r}).run(None, None)"
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "a copy goes outside of shared memory" in done.stderr
+
+
+def test_no_kernel_says_anything_in_ptx_but_by_instructions():
+    for source in build.kernel_sources():
+        assert source.name == "mma_warpgroup.cuh" or "asm" not in source.read_text().replace("assert", ""), source.name
