@@ -9,7 +9,7 @@ from pathlib import Path
 import accuracy_bar
 import pytest
 import torch
-from accuracy_bar import compare, operator_case
+from accuracy_bar import compare, operator_case, run
 from emulation import build, library
 from filelock import FileLock
 
@@ -70,6 +70,20 @@ def test_what_multiplies_the_weights(kernels, dtype, head_dim, kind):
 @pytest.mark.parametrize("kind", [{}, {"decay": "key_token", "segments": "packed", "stateful": True}], ids=str)
 def test_sequences_cut_into_segments(kernels, kind):
     check(torch.bfloat16, heads=1, length=900, **kind)
+
+
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("kind", [
+    {"decay": "key_token", "stateful": True, "key_heads": 2}, {"decay": "key_token", "stateful": True, "segments": "packed", "noisy": True},
+    {"decay": "query_head", "segments": "left", "heads": 4, "key_heads": 2}, {"causal": False, "stateful": True, "segments": "mask"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("head_dim", [32, 80])
+def test_the_order_of_warps_does_not_matter(kernels, dtype, kind, head_dim):
+    kind = {"length": 130, "batch": 1, "heads": 2, "key_heads": 1, "head_dim": head_dim, "value_dim": head_dim, "device": "cpu"} | kind
+    inputs, upstream = operator_case(dtype, **kind)
+    first, *others = (run(cuda, inputs, upstream, kind.get("stateful", False)) for _ in range(4))
+    for other in others:
+        assert [name for name, x in first.items() if not torch.equal(x, other[name])] == []
 
 
 @pytest.mark.parametrize("dtype", FAST, ids=str)
