@@ -30,6 +30,7 @@ struct Arguments {
 template <int D, int ROWS, int THREADS, typename T>
 __device__ __forceinline__ void copy_tile(uint32_t tile, const T *rows, int64_t stride, int count, int thread) {
   constexpr int kPieces = D / 8;
+  static_assert(ROWS * kPieces % THREADS == 0, "every thread copies as many pieces");
 #pragma unroll
   for (int i = 0; i < ROWS * kPieces / THREADS; ++i) {
     const int index = thread + i * THREADS, row = index / kPieces, piece = index % kPieces;
@@ -40,7 +41,7 @@ __device__ __forceinline__ void copy_tile(uint32_t tile, const T *rows, int64_t 
 
 // A power of two that keeps weights inside float16.
 template <typename T> __device__ __forceinline__ float weight_scale(float a, float b, float c, float temperature) {
-  if constexpr (sizeof(typename Element<T>::Two) == 4 && Element<T>::kOnes == 0x3C003C00u) {
+  if constexpr (Element<T>::kNarrow) {
     const float bound = fabsf(a) + fabsf(b * temperature) + fabsf(c) * temperature * temperature;
     return bound > 32768.f ? exp2f(-ceilf(log2f(bound * 0x1p-15f))) : 1.f;
   }
