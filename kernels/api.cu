@@ -42,6 +42,7 @@ int64_t linattn_forward_workspace(const linattn_problem *problem) {
 }
 
 int64_t linattn_backward_workspace(const linattn_problem *problem) {
+  if (linattn::pairs_takes_backward(*problem)) return linattn::pairs_backward_workspace(*problem);
   return linattn::mma_takes_backward(*problem) ? linattn::mma_backward_workspace(*problem) : linattn::generic_backward_workspace(*problem);
 }
 
@@ -53,6 +54,7 @@ int linattn_forward(const linattn_problem *problem, const linattn_forward_result
 
 int linattn_backward(const linattn_problem *problem, const linattn_backward_data *data) {
   if (!valid(*problem)) return cudaErrorInvalidValue;
+  if (linattn::pairs_takes_backward(*problem)) return linattn::pairs_backward(*problem, *data);
   return linattn::mma_takes_backward(*problem) ? linattn::mma_backward(*problem, *data) : linattn::generic_backward(*problem, *data);
 }
 
@@ -64,7 +66,8 @@ const char *linattn_forward_path(const linattn_problem *problem) {
 }
 
 const char *linattn_backward_path(const linattn_problem *problem) {
-  return path_of(*problem, valid(*problem) && linattn::mma_takes_backward(*problem), false);
+  const bool sound = valid(*problem);
+  return path_of(*problem, sound && linattn::mma_takes_backward(*problem), sound && linattn::pairs_takes_backward(*problem));
 }
 
 const char *linattn_architectures(void) { return LINATTN_ARCHITECTURES; }

@@ -29,11 +29,11 @@ struct Arguments {
 
 template <int D, int ROWS, int THREADS, typename T>
 __device__ __forceinline__ void copy_tile(uint32_t tile, const T *rows, int64_t stride, int count, int thread) {
-  constexpr int kPieces = D / 8;
-  static_assert(ROWS * kPieces % THREADS == 0, "every thread copies as many pieces");
+  constexpr int kPieces = D / 8, kAll = ROWS * kPieces;
 #pragma unroll
-  for (int i = 0; i < ROWS * kPieces / THREADS; ++i) {
+  for (int i = 0; i < (kAll + THREADS - 1) / THREADS; ++i) {
     const int index = thread + i * THREADS, row = index / kPieces, piece = index % kPieces;
+    if (kAll % THREADS != 0 && index >= kAll) break;
     const bool valid = row < count;
     copy_async(tile + Tile<D>::at(row, piece), rows + (valid ? row * stride : 0) + piece * 8, valid);
   }
@@ -82,6 +82,15 @@ template <typename T, int D, int THREADS> struct KeyCopy {
     if (thread < kKeys / 4) copy_async(shared + kStages * 2 * TILE + stage * kKeys * 4 + thread * 16, scales + first + thread * 4, true);
   }
 };
+
+// 16-byte rows: what the asynchronous copies ask of every tensor.
+inline bool aligned(const linattn_tensor &tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.batch_stride % 8 == 0 && tensor.head_stride % 8 == 0 && tensor.token_stride % 8 == 0;
+}
+
+// Whether a problem's pairs can be formed here, and whether they cost less than the generic path's state, which they do up to some multiple of D^2 tokens.
+bool pairs_take(const linattn_problem &problem);
+bool pairs_cost_less(const linattn_problem &problem);
 
 // Hopper's warpgroups: head dims 32, 64 and 128.
 bool hopper_takes(const linattn_problem &problem);

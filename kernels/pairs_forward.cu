@@ -208,11 +208,6 @@ template <typename T, int D> __global__ void __launch_bounds__(kThreads, Shape<D
 
 int64_t padded_length(const linattn_problem &problem) { return (problem.length + kKeys - 1) / kKeys * kKeys; }
 
-// 16-byte rows: what the asynchronous copies ask of every tensor.
-bool aligned(const linattn_tensor &tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.batch_stride % 8 == 0 && tensor.head_stride % 8 == 0 && tensor.token_stride % 8 == 0;
-}
-
 int64_t scale_bytes(const linattn_problem &problem) { return 4 * static_cast<int64_t>(problem.batch) * problem.key_heads * padded_length(problem); }
 
 int64_t row_tiles_of(const linattn_problem &problem) { return (problem.length + kRows - 1) / kRows; }
@@ -242,24 +237,26 @@ template <typename T> cudaError_t launch_by_dim(const Arguments &args, cudaStrea
 }
 
 }  // namespace
+
+// float16 holds the weights of unit vectors, not those of vectors of any length.
+bool pairs_take(const linattn_problem &problem) {
+  const int d = problem.head_dim;
+  const bool dtype = problem.dtype == LINATTN_BFLOAT16 || (problem.dtype == LINATTN_FLOAT16 && problem.normalize_qk);
+  const bool dim = d == problem.value_dim && (d == 32 || d == 64 || d == 80 || d == 96 || d == 128);
+  const bool plain = !problem.log_decay && !problem.key_segments && !problem.initial_state && !problem.dropout_p;
+  const int64_t heads = static_cast<int64_t>(problem.batch) * problem.query_heads;
+  return problem.degree == 2 && dtype && dim && plain && problem.length >= kShortest && heads < (1 << 20) && heads * row_tiles_of(problem) < (1 << 30) &&
+         heads * padded_length(problem) / (kThreads / 4) < (int64_t{1} << 31) && aligned(problem.query) && aligned(problem.key) && aligned(problem.value);
+}
+bool pairs_cost_less(const linattn_problem &problem) { return problem.length <= int64_t{8} * problem.head_dim * problem.head_dim; }
+
 }  // namespace linattn_pairs
 
 namespace linattn {
 
 using namespace linattn_pairs;
 
-// float16 holds the weights of unit vectors, not those of vectors of any length. Where no state is formed by tensor cores, that of the generic
-// path costs less than pairs beyond some multiple of D^2 tokens.
-bool pairs_takes_forward(const linattn_problem &problem) {
-  const int d = problem.head_dim;
-  const bool dtype = problem.dtype == LINATTN_BFLOAT16 || (problem.dtype == LINATTN_FLOAT16 && problem.normalize_qk);
-  const bool dim = d == problem.value_dim && (d == 32 || d == 64 || d == 80 || d == 96 || d == 128);
-  const bool plain = !problem.log_decay && !problem.key_segments && !problem.initial_state && !problem.dropout_p;
-  const int64_t heads = static_cast<int64_t>(problem.batch) * problem.query_heads;
-  return problem.degree == 2 && dtype && dim && plain && problem.length >= kShortest && (problem.length <= int64_t{8} * d * d || state_takes(problem)) &&
-         heads < (1 << 20) && heads * row_tiles_of(problem) < (1 << 30) && heads * padded_length(problem) / (kThreads / 4) < (int64_t{1} << 31) &&
-         aligned(problem.query) && aligned(problem.key) && aligned(problem.value);
-}
+bool pairs_takes_forward(const linattn_problem &problem) { return pairs_take(problem) && (pairs_cost_less(problem) || state_takes(problem)); }
 
 // The scales of keys, then the chunks' sums and states. A state asked for where none is formed is the generic path's work.
 int64_t pairs_forward_workspace(const linattn_problem &problem) {

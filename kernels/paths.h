@@ -21,9 +21,12 @@ int64_t mma_backward_workspace(const linattn_problem &problem);
 cudaError_t mma_forward(const linattn_problem &problem, const linattn_forward_result &result);
 cudaError_t mma_backward(const linattn_problem &problem, const linattn_backward_data &data);
 
-// kernels/pairs_*.cu: the second degree on the tensor cores, every pair formed. Decides as mma_takes_forward does.
+// kernels/pairs_*.cu: the second degree on the tensor cores, pairs formed. Decides as mma_takes_* do.
 bool pairs_takes_forward(const linattn_problem &problem);
+bool pairs_takes_backward(const linattn_problem &problem);
 int64_t pairs_forward_workspace(const linattn_problem &problem);
+int64_t pairs_backward_workspace(const linattn_problem &problem);
 cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_result &result);
+cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backward_data &data);
 
 }  // namespace linattn
