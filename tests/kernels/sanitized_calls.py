@@ -16,6 +16,7 @@ KINDS = [
     {"segments": "mask", "causal": False},
     {"causal": False, "stateful": True},
     {"degree": 2, "length": 70, "batch": 1},
+    {"degree": 2, "length": 150, "batch": 1, "causal": False},
     {"degree": 2, "length": 70, "batch": 1, "decay": "key_head", "segments": "left", "stateful": True},
     {"noisy": True},
     {"length": 2500, "batch": 1, "heads": 1, "key_heads": 1},  # few heads and many tokens: a sequence is cut into segments

@@ -17,10 +17,14 @@ def compiled_only(monkeypatch):
     monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
 
 
-def path(dtype, head_dim, causal=True, heads=4, key_heads=2, length=37, normalize_qk=True, **kind):
+def paths(dtype, head_dim, causal=True, heads=4, key_heads=2, length=37, normalize_qk=True, **kind):
     query = torch.empty(2, heads, length, head_dim, dtype=dtype, device="cuda")
     key = torch.empty(2, key_heads, length, head_dim, dtype=dtype, device="cuda")
-    return cuda.paths(query, key, key, degree=2, causal=causal, normalize_qk=normalize_qk, **kind)[0]
+    return cuda.paths(query, key, key, degree=2, causal=causal, normalize_qk=normalize_qk, **kind)
+
+
+def path(*args, **kind):
+    return paths(*args, **kind)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,6 +126,25 @@ def rows(dtype):
     return (torch.randn(1, 2, 200, 64, device="cuda", generator=generator).to(dtype) for _ in range(3))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("head_dim", DIMS)
+def test_gradients_are_written_whole_and_repeat(causal, head_dim):
+    assert paths(torch.bfloat16, head_dim, causal, length=333)[1] == "pairs"
+    inputs, _ = operator_case(torch.bfloat16, degree=2, length=333, head_dim=head_dim, value_dim=head_dim)
+    rows = [x.requires_grad_() for x in inputs[:3]]
+    upstream = torch.randn(2, 4, 333, head_dim, dtype=torch.bfloat16, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+
+    def gradients():
+        poison = [torch.full_like(x, float("nan")) for x in (*rows, upstream)]
+        del poison  # the allocator hands the same memory out again
+        return torch.autograd.grad(linear_attention(*rows, c=0.5, causal=causal), rows, upstream)
+
+    first = gradients()
+    assert all(x.isfinite().all() for x in first)
+    for _ in range(20):
+        assert all(torch.equal(x, y) for x, y in zip(first, gradients(), strict=True))
+
+
 def test_large_weights_in_float16():
     query, key, value = rows(torch.float16)
     options = {"a": 1.0, "b": 1.0, "c": 0.5, "temperature": 1000.0}
@@ -146,6 +169,8 @@ def test_what_others_take():
     assert kinds(segments=segments) == kinds(log_decay=decay) == kinds(dropout_p=torch.tensor(0.1, device="cuda")) == "generic"
     assert path(torch.float32, 64) == path(torch.bfloat16, 48) == path(torch.bfloat16, 64, length=31) == "generic"
     assert path(torch.float16, 32, length=8192) == "pairs" and path(torch.float16, 32, length=8193) == "generic"
+    assert paths(torch.bfloat16, 32, length=8192)[1] == "pairs" and paths(torch.bfloat16, 32, length=8193)[1] == "generic"
+    assert paths(torch.float16, 64)[1] == "generic"
 
 
 def test_graph_capture():
