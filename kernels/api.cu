@@ -27,48 +27,56 @@ bool valid(const linattn_problem &p) {
   return sizes && dims && decay && segments && (p.degree == 1 || p.degree == 2);
 }
 
-const char *path_of(const linattn_problem &p, bool mma, bool pairs) {
-  if (!valid(p) || !card_runs_it()) return "none";
-  return mma ? "mma" : pairs ? "pairs" : "generic";
+// The ways to do a problem, fastest first; the last takes all.
+struct Path {
+  const char *name;
+  bool (*takes_forward)(const linattn_problem &), (*takes_backward)(const linattn_problem &);
+  int64_t (*forward_workspace)(const linattn_problem &), (*backward_workspace)(const linattn_problem &);
+  cudaError_t (*forward)(const linattn_problem &, const linattn_forward_result &);
+  cudaError_t (*backward)(const linattn_problem &, const linattn_backward_data &);
+};
+
+bool always(const linattn_problem &) { return true; }
+
+constexpr Path PATHS[] = {
+    {"pairs", linattn::pairs_takes_forward, linattn::pairs_takes_backward, linattn::pairs_forward_workspace, linattn::pairs_backward_workspace, linattn::pairs_forward,
+     linattn::pairs_backward},
+    {"mma", linattn::mma_takes_forward, linattn::mma_takes_backward, linattn::mma_forward_workspace, linattn::mma_backward_workspace, linattn::mma_forward, linattn::mma_backward},
+    {"chunks", linattn::chunks_take, linattn::chunks_take, linattn::chunks_forward_workspace, linattn::chunks_backward_workspace, linattn::chunks_forward, linattn::chunks_backward},
+    {"generic", always, always, linattn::generic_forward_workspace, linattn::generic_backward_workspace, linattn::generic_forward, linattn::generic_backward},
+};
+
+const Path &path_of(const linattn_problem &problem, bool (*Path::*takes)(const linattn_problem &)) {
+  const Path *path = PATHS;
+  while (!(path->*takes)(problem)) ++path;
+  return *path;
+}
+
+const char *name_of(const linattn_problem &problem, bool (*Path::*takes)(const linattn_problem &)) {
+  return valid(problem) && card_runs_it() ? path_of(problem, takes).name : "none";
 }
 
 }  // namespace
 
 extern "C" {
 
-int64_t linattn_forward_workspace(const linattn_problem *problem) {
-  if (linattn::pairs_takes_forward(*problem)) return linattn::pairs_forward_workspace(*problem);
-  return linattn::mma_takes_forward(*problem) ? linattn::mma_forward_workspace(*problem) : linattn::generic_forward_workspace(*problem);
-}
+int64_t linattn_forward_workspace(const linattn_problem *problem) { return path_of(*problem, &Path::takes_forward).forward_workspace(*problem); }
 
-int64_t linattn_backward_workspace(const linattn_problem *problem) {
-  if (linattn::pairs_takes_backward(*problem)) return linattn::pairs_backward_workspace(*problem);
-  return linattn::mma_takes_backward(*problem) ? linattn::mma_backward_workspace(*problem) : linattn::generic_backward_workspace(*problem);
-}
+int64_t linattn_backward_workspace(const linattn_problem *problem) { return path_of(*problem, &Path::takes_backward).backward_workspace(*problem); }
 
 int linattn_forward(const linattn_problem *problem, const linattn_forward_result *result) {
-  if (!valid(*problem)) return cudaErrorInvalidValue;
-  if (linattn::pairs_takes_forward(*problem)) return linattn::pairs_forward(*problem, *result);
-  return linattn::mma_takes_forward(*problem) ? linattn::mma_forward(*problem, *result) : linattn::generic_forward(*problem, *result);
+  return valid(*problem) ? path_of(*problem, &Path::takes_forward).forward(*problem, *result) : cudaErrorInvalidValue;
 }
 
 int linattn_backward(const linattn_problem *problem, const linattn_backward_data *data) {
-  if (!valid(*problem)) return cudaErrorInvalidValue;
-  if (linattn::pairs_takes_backward(*problem)) return linattn::pairs_backward(*problem, *data);
-  return linattn::mma_takes_backward(*problem) ? linattn::mma_backward(*problem, *data) : linattn::generic_backward(*problem, *data);
+  return valid(*problem) ? path_of(*problem, &Path::takes_backward).backward(*problem, *data) : cudaErrorInvalidValue;
 }
 
 const char *linattn_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
-const char *linattn_forward_path(const linattn_problem *problem) {
-  const bool sound = valid(*problem);
-  return path_of(*problem, sound && linattn::mma_takes_forward(*problem), sound && linattn::pairs_takes_forward(*problem));
-}
+const char *linattn_forward_path(const linattn_problem *problem) { return name_of(*problem, &Path::takes_forward); }
 
-const char *linattn_backward_path(const linattn_problem *problem) {
-  const bool sound = valid(*problem);
-  return path_of(*problem, sound && linattn::mma_takes_backward(*problem), sound && linattn::pairs_takes_backward(*problem));
-}
+const char *linattn_backward_path(const linattn_problem *problem) { return name_of(*problem, &Path::takes_backward); }
 
 const char *linattn_architectures(void) { return LINATTN_ARCHITECTURES; }
 

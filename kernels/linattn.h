@@ -62,7 +62,7 @@ int linattn_forward(const linattn_problem *problem, const linattn_forward_result
 int linattn_backward(const linattn_problem *problem, const linattn_backward_data *data);
 const char *linattn_error_string(int code);
 
-// Which path a problem takes on the current device, as a word for people: "generic", "mma", "pairs", or "none" where it cannot run.
+// Which path a problem takes on the current device, as a word for people: "generic", "mma", "pairs", "chunks", or "none" where it cannot run.
 const char *linattn_forward_path(const linattn_problem *problem);
 const char *linattn_backward_path(const linattn_problem *problem);
 // The architectures compiled in, as "sm_80 sm_90a compute_80".

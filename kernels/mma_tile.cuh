@@ -151,6 +151,19 @@ template <typename T, int D, int C, int THREADS> struct TileCopy {
   }
 };
 
+// ROWS rows of a tensor into a tile; those from `count` on read as zero.
+template <int D, int ROWS, int THREADS, typename T>
+__device__ __forceinline__ void copy_tile(uint32_t tile, const T *rows, int64_t stride, int count, int thread) {
+  constexpr int kPieces = D / 8, kAll = ROWS * kPieces;
+#pragma unroll
+  for (int i = 0; i < (kAll + THREADS - 1) / THREADS; ++i) {
+    const int index = thread + i * THREADS, row = index / kPieces, piece = index % kPieces;
+    if (kAll % THREADS != 0 && index >= kAll) break;
+    const bool valid = row < count;
+    copy_async(tile + Tile<D>::at(row, piece), rows + (valid ? row * stride : 0) + piece * 8, valid);
+  }
+}
+
 // The running sum of (key)(value)^T and its two margins, in float32 registers: a warp owns 16 rows and PAIRS blocks of 16 columns.
 // Margins: `column` = sum of keys by some weight (one per row), `line` = sum of values by some weight (one per column).
 template <typename T, int PAIRS> struct StateTile {

@@ -27,18 +27,6 @@ struct Arguments {
   unsigned char *unit_keys;
 };
 
-template <int D, int ROWS, int THREADS, typename T>
-__device__ __forceinline__ void copy_tile(uint32_t tile, const T *rows, int64_t stride, int count, int thread) {
-  constexpr int kPieces = D / 8, kAll = ROWS * kPieces;
-#pragma unroll
-  for (int i = 0; i < (kAll + THREADS - 1) / THREADS; ++i) {
-    const int index = thread + i * THREADS, row = index / kPieces, piece = index % kPieces;
-    if (kAll % THREADS != 0 && index >= kAll) break;
-    const bool valid = row < count;
-    copy_async(tile + Tile<D>::at(row, piece), rows + (valid ? row * stride : 0) + piece * 8, valid);
-  }
-}
-
 // A power of two that keeps weights inside float16.
 template <typename T> __device__ __forceinline__ float weight_scale(float a, float b, float c, float temperature) {
   if constexpr (Element<T>::kNarrow) {

@@ -29,4 +29,11 @@ int64_t pairs_backward_workspace(const linattn_problem &problem);
 cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_result &result);
 cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backward_data &data);
 
+// kernels/chunks_*.cu: float32 and wide heads on the tensor cores. Decides as mma_takes_* do, forward and backward alike.
+bool chunks_take(const linattn_problem &problem);
+int64_t chunks_forward_workspace(const linattn_problem &problem);
+int64_t chunks_backward_workspace(const linattn_problem &problem);
+cudaError_t chunks_forward(const linattn_problem &problem, const linattn_forward_result &result);
+cudaError_t chunks_backward(const linattn_problem &problem, const linattn_backward_data &data);
+
 }  // namespace linattn

@@ -1,0 +1,109 @@
+// The first degree for float32, and in bfloat16 for wide heads: whole chunks side by side, the state before each of them in memory.
+//
+// All four results are one sum, over the columns n that a row i sees and over the state of the columns outside of its chunk:
+//
+//             rows x      columns y   gathered z   weight of a pair                 its state
+//   out       q^          k^          v            b tau x.y + a                    sum k^ v
+//   dq^       w = dO / g  v           k^           x.y + e_i      (times b tau)     sum v k^
+//   dv        k^          q^          w            b tau x.y + a                    sum b tau q^ w, behind the chunk
+//   dk^       v           w           q^           b tau (x.y + e_n)                sum b tau w q^, behind the chunk
+//
+// with e_i = dL/dg_i - w_i . o_i. Vectors stay in shared memory as they came, or brought near one; lengths, masses and powers of two are a number a token.
+#pragma once
+#include "chunks_factor.cuh"
+#include "mma_launch.cuh"
+
+namespace linattn_chunks {
+
+enum class Role { kOut, kQuery, kValue, kKey };
+
+// Where a tensor's rows are, and what divides them: nothing, their length, or the mass of each.
+struct Vectors {
+  linattn_tensor tensor;
+  bool unit;
+  const float *mass;
+};
+
+struct RowArguments {
+  linattn_problem problem;
+  Vectors x, y, z;
+  linattn_tensor result;
+  linattn_tensor out, grad_of;  // kQuery: o, for e; kQuery and kKey: q or k, whose gradient this is
+  const float *mass, *grad_mass;
+  float *mass_out, *error, *partials;
+  const float *states;          // before each chunk (behind it: kValue and kKey), or null
+  int64_t chunk;                // tokens
+  int32_t chunks, row_tiles;
+};
+
+struct StateArguments {
+  linattn_problem problem;
+  Vectors y, z;
+  const float *error;           // of queries
+  float *states;
+  int64_t chunk;
+  int32_t chunks, unneeded;     // unneeded: the chunk whose own state nobody asks for, or -1
+};
+
+template <typename T, int D> struct RowShape {
+  static constexpr int ROWS = kSplit<T> && D > 128 ? 64 : 128, WARPS = ROWS / 16, THREADS = 32 * WARPS;
+  static constexpr int KEYS = kSplit<T> && D > 128 ? 32 : 64, BLOCKS = D / 16;
+  static constexpr int PARTS = Factor<T>::PARTS, STAGES = kSplit<T> ? 1 : 2, MIN_BLOCKS = kSplit<T> && D <= 64 ? 2 : 1;
+  static constexpr int X_PLANE = ROWS * D * 2, PLANE = KEYS * D * 2, TILE = PLANE * PARTS;
+  static constexpr int X = 0, TILES = PARTS * X_PLANE, LANDING = TILES + STAGES * 2 * TILE, LANDING_BYTES = kSplit<T> ? 2 * KEYS * D * 4 : 0;
+  struct Small {
+    alignas(16) float y_worth[KEYS], z_worth[KEYS], shift[KEYS];
+    float x_worth[ROWS], row_shift[ROWS], peaks[WARPS], totals[WARPS][2];
+  };
+  static constexpr int SHARED = LANDING + LANDING_BYTES + static_cast<int>(sizeof(Small));
+};
+
+template <typename T, int D> struct StateShape {
+  static constexpr int PARTS = Factor<T>::PARTS, STAGES = kSplit<T> ? 1 : 2;
+  static constexpr int SHARES = D > 128 ? 2 : 1, FEATURES = D / SHARES;  // blocks to a chunk, features of each
+  static constexpr int STRIPES = FEATURES / 16, SPLIT = STRIPES <= 4 ? 2 : 1, WARPS = STRIPES * SPLIT, THREADS = 32 * WARPS;
+  static constexpr int TOKENS = kSplit<T> && D > 128 ? 32 : 64, BLOCKS = D / 16 / SPLIT;  // blocks of columns a warp has
+  static constexpr int PLANE = TOKENS * D * 2, TILE = PLANE * PARTS;
+  static constexpr int LANDING = STAGES * 2 * TILE, LANDING_BYTES = kSplit<T> ? 2 * TOKENS * D * 4 : 0;
+  static constexpr int TURNS = THREADS >= 2 * D ? THREADS / (2 * D) : 1, MARGINS = THREADS >= 2 * D ? 1 : 2 * D / THREADS;
+  struct Small {
+    alignas(16) uint16_t high[TOKENS], low[TOKENS];
+    alignas(16) float product[TOKENS], column[TOKENS], line[TOKENS], peak[TOKENS];
+    float margins[2 * D], counts[WARPS];
+  };
+  static constexpr int SHARED = LANDING + LANDING_BYTES + static_cast<int>(sizeof(Small));
+};
+
+// Every row of a tile, in turns: a warp's lanes share out a few of them at a time.
+template <int D, int TOKENS, int WARPS, typename Work> __device__ __forceinline__ void each_row(int warp, int lane_id, const Work &work) {
+  using Lanes = RowLanes<D>;
+  const Lanes lanes(lane_id);
+#pragma unroll
+  for (int i = 0; i < (TOKENS + WARPS * Lanes::ROWS - 1) / (WARPS * Lanes::ROWS); ++i) {
+    const int first = (i * WARPS + warp) * Lanes::ROWS;
+    if (first < TOKENS) work(first + lanes.row, lanes);
+  }
+}
+
+// Starts to copy `count` rows: into the tile itself, or, where they must be split, to where the same lanes will find them.
+template <typename T, int D, int TOKENS, int WARPS>
+__device__ __forceinline__ void start_rows(uint32_t tile, uint32_t landing, const T *rows, int64_t stride, int count, int thread) {
+  if constexpr (kSplit<T>) {
+    each_row<D, TOKENS, WARPS>(thread / 32, thread % 32, [&](int row, const RowLanes<D> &lanes) {
+      const bool valid = row < count;
+#pragma unroll
+      for (int i = 0; i < RowLanes<D>::FOURS; ++i)
+        if (lanes.has(i)) copy_async(landing + (row * D + lanes.column(i)) * 4, rows + (valid ? row * stride : 0) + lanes.column(i), valid);
+    });
+  } else {
+    copy_tile<D, TOKENS, 32 * WARPS>(tile, rows, stride, count, thread);
+  }
+}
+
+// What a token's vector counts beside what memory holds of it: all lanes of a warp ask together, each about its row.
+template <int D> __device__ __forceinline__ float worth_of(const Row<D> &x, const Vectors &of, int64_t number, bool real) {
+  const float length = of.unit ? inverse_length(x.square()) : 1.f;
+  return !real ? 0.f : of.mass ? inverse_or_zero(of.mass[number]) : length;
+}
+
+}  // namespace linattn_chunks

@@ -1,0 +1,135 @@
+// Factors of products as shared memory holds them: as they are, or float32 split into two float16 parts, 22 bits of it.
+//
+// Three of the four products of two split factors are summed, by the tensor cores at their 16-bit rate. Powers of two, which round nothing, bring
+// the largest element of a row to 2^14, so that elements down to 2^-17 of it keep all 22 bits; what a product is worth then is a number beside the row.
+// Tensor cores round their running sums toward zero: a sum over many tokens is therefore begun anew for every tile and added up on the ordinary cores.
+#pragma once
+#include "mma_range.cuh"
+
+namespace linattn_chunks {
+
+using namespace linattn_mma;
+
+template <typename T> struct Factor {
+  using Part = T;
+  static constexpr int PARTS = 1;
+};
+template <> struct Factor<float> {
+  using Part = __half;
+  static constexpr int PARTS = 2;
+};
+template <typename T> constexpr bool kSplit = Factor<T>::PARTS == 2;
+
+constexpr int kPeak = 14;  // exponent of a row's largest element
+
+// A 16 x 16 block of a tile whose parts lie one behind the other, `plane` bytes apart.
+template <typename T> struct Fragment {
+  uint32_t part[Factor<T>::PARTS][4];
+  __device__ __forceinline__ void load(uint32_t address, int plane) {
+#pragma unroll
+    for (int i = 0; i < Factor<T>::PARTS; ++i) ldmatrix(part[i], address + i * plane);
+  }
+  __device__ __forceinline__ void load_transposed(uint32_t address, int plane) {
+#pragma unroll
+    for (int i = 0; i < Factor<T>::PARTS; ++i) ldmatrix_transposed(part[i], address + i * plane);
+  }
+};
+
+// sum += a b for the left (0) or right (1) eight columns of b.
+template <typename T> __device__ __forceinline__ void multiply(float (&sum)[4], const Fragment<T> &a, const Fragment<T> &b, int side) {
+  using E = Element<typename Factor<T>::Part>;
+  if constexpr (kSplit<T>) {
+    E::mma(sum, a.part[1], b.part[0][2 * side], b.part[0][2 * side + 1]);
+    E::mma(sum, a.part[0], b.part[1][2 * side], b.part[1][2 * side + 1]);
+  }
+  E::mma(sum, a.part[0], b.part[0][2 * side], b.part[0][2 * side + 1]);
+}
+
+// Two neighbours into their parts.
+__device__ __forceinline__ void split_two(uint32_t &high, uint32_t &low, float x, float y) {
+  using E = Element<__half>;
+  high = E::pack(x, y);
+  low = E::pack(x - E::low(high), y - E::high(high));
+}
+
+// How a warp goes through rows of D elements: each lane has FOURS groups of four neighbours of one of ROWS rows.
+template <int D> struct RowLanes {
+  static constexpr int LANES = D <= 32 ? 8 : D <= 64 ? 16 : 32, ROWS = 32 / LANES, FOURS = (D / 4 + LANES - 1) / LANES;
+  int row, lane;
+  __device__ __forceinline__ explicit RowLanes(int lane_id) : row(lane_id / LANES), lane(lane_id % LANES) {}
+  __device__ __forceinline__ int column(int i) const { return 4 * (lane + i * LANES); }
+  static constexpr __device__ __forceinline__ bool all() { return D % (4 * LANES) == 0; }
+  __device__ __forceinline__ bool has(int i) const { return all() || column(i) < D; }
+  static __device__ __forceinline__ float sum(float x) {
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+    return x;
+  }
+  static __device__ __forceinline__ float peak(float x) {
+#pragma unroll
+    for (int step = 1; step < LANES; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+    return x;
+  }
+};
+
+__device__ __forceinline__ float4 four_of(const float *x) { return *reinterpret_cast<const float4 *>(x); }
+__device__ __forceinline__ float4 four_of(const __nv_bfloat16 *x) {
+  using E = Element<__nv_bfloat16>;
+  const uint2 two = *reinterpret_cast<const uint2 *>(x);
+  return make_float4(E::low(two.x), E::high(two.x), E::low(two.y), E::high(two.y));
+}
+__device__ __forceinline__ float dot(const float4 &x, const float4 &y) { return fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, x.w * y.w))); }
+__device__ __forceinline__ float peak_of(const float4 &x) { return fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w))); }
+
+// |x| <= 1e-12 has no direction.
+__device__ __forceinline__ float inverse_length(float square) { return square > kSmallestSquare ? 1.f / sqrtf(square) : 0.f; }
+__device__ __forceinline__ float inverse_or_zero(float x) { return x == 0.f ? 0.f : 1.f / x; }
+
+// Four neighbours of a row, times `up`, into both parts of a tile.
+template <int D> __device__ __forceinline__ void put_four(unsigned char *tile, int plane, int row, int column, const float4 &x, float up) {
+  uint2 high, low;
+  split_two(high.x, low.x, x.x * up, x.y * up);
+  split_two(high.y, low.y, x.z * up, x.w * up);
+  unsigned char *const at = tile + Tile<D>::at(row, column / 8) + column % 8 * 2;
+  *reinterpret_cast<uint2 *>(at) = high;
+  *reinterpret_cast<uint2 *>(at + plane) = low;
+}
+// The same four where elements are kept as they are.
+template <int D> __device__ __forceinline__ const __nv_bfloat16 *place_of(const unsigned char *tile, int row, int column) {
+  return reinterpret_cast<const __nv_bfloat16 *>(tile + Tile<D>::at(row, column / 8) + column % 8 * 2);
+}
+
+// One row of a lane's warp: its squared length and its peak, where asked.
+template <int D> struct Row {
+  using Lanes = RowLanes<D>;
+  float4 x[Lanes::FOURS];
+  template <typename T> __device__ __forceinline__ void read(const T *row, const Lanes &lanes, bool real) {
+#pragma unroll
+    for (int i = 0; i < Lanes::FOURS; ++i) x[i] = real && lanes.has(i) ? four_of(row + lanes.column(i)) : make_float4(0.f, 0.f, 0.f, 0.f);
+  }
+  __device__ __forceinline__ float square() const {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < Lanes::FOURS; ++i) sum += linattn_chunks::dot(x[i], x[i]);
+    return Lanes::sum(sum);
+  }
+  __device__ __forceinline__ float dot(const Row &y) const {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < Lanes::FOURS; ++i) sum += linattn_chunks::dot(x[i], y.x[i]);
+    return Lanes::sum(sum);
+  }
+  __device__ __forceinline__ float peak() const {
+    float most = 0.f;
+#pragma unroll
+    for (int i = 0; i < Lanes::FOURS; ++i) most = fmaxf(most, peak_of(x[i]));
+    return Lanes::peak(most);
+  }
+  __device__ __forceinline__ void put(unsigned char *tile, int plane, int row, const Lanes &lanes, float up) const {
+#pragma unroll
+    for (int i = 0; i < Lanes::FOURS; ++i)
+      if (lanes.has(i)) put_four<D>(tile, plane, row, lanes.column(i), x[i], up);
+  }
+};
+
+}  // namespace linattn_chunks

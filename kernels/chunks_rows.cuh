@@ -1,0 +1,426 @@
+// Rows gather what the columns they see hold, and what the state of all columns outside of their chunk does.
+#pragma once
+#include "chunks.cuh"
+
+namespace linattn_chunks {
+
+// Columns of a head come in tiles of KEYS: y, whose products with the rows are weighed, and z, which is gathered.
+template <typename T, int D> struct Columns {
+  using S = RowShape<T, D>;
+  using Small = typename S::Small;
+  const T *y, *z;
+  int64_t y_stride, z_stride, first_number;  // of the head's first token among the masses and e
+  __device__ __forceinline__ Columns(const RowArguments &args, int batch, int head, int query_head)
+      : y(head_of<const T>(args.y.tensor, batch, head)), z(head_of<const T>(args.z.tensor, batch, head)), y_stride(args.y.tensor.token_stride),
+        z_stride(args.z.tensor.token_stride), first_number((static_cast<int64_t>(batch) * args.problem.query_heads + query_head) * args.problem.length) {}
+  __device__ __forceinline__ void start(uint32_t shared, int stage, int64_t token, int count, int thread) const {
+    const uint32_t tiles = shared + S::TILES + stage * 2 * S::TILE, landing = shared + S::LANDING;
+    start_rows<T, D, S::KEYS, S::WARPS>(tiles, landing, y + token * y_stride, y_stride, count, thread);
+    start_rows<T, D, S::KEYS, S::WARPS>(tiles + S::TILE, landing + S::KEYS * D * 4, z + token * z_stride, z_stride, count, thread);
+    copy_commit();
+  }
+  // What has landed is measured, and split where it must be.
+  template <bool ERROR> __device__ __forceinline__ void arrive(unsigned char *shared, Small &small, const RowArguments &args, int stage, int64_t token, int count, int warp, int lane_id) const {
+    each_row<D, S::KEYS, S::WARPS>(warp, lane_id, [&](int row, const RowLanes<D> &lanes) {
+      const bool real = row < count;
+      const int64_t number = first_number + token + row;
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        unsigned char *const tile = shared + S::TILES + (stage * 2 + which) * S::TILE;
+        const Vectors &of = which == 0 ? args.y : args.z;
+        Row<D> x;
+        float down = 1.f;
+        if constexpr (kSplit<T>) {
+          x.read(reinterpret_cast<const float *>(shared + S::LANDING) + (which * S::KEYS + row) * D, lanes, true);
+          const Lift lift = lift_to(kPeak, x.peak());
+          x.put(tile, S::PLANE, row, lanes, lift.up);
+          down = lift.down;
+        } else if (of.unit) {
+#pragma unroll
+          for (int i = 0; i < RowLanes<D>::FOURS; ++i) x.x[i] = lanes.has(i) ? four_of(place_of<D>(tile, row, lanes.column(i))) : make_float4(0.f, 0.f, 0.f, 0.f);
+        }
+        const float worth = worth_of(x, of, number, real) * down;
+        if (lanes.lane == 0) (which == 0 ? small.y_worth : small.z_worth)[row] = worth;
+      }
+      if (ERROR && lanes.lane == 0) small.shift[row] = real ? args.error[number] : 0.f;
+    });
+  }
+};
+
+// acc += (weights z) factor: COUNT blocks of 16 columns or features, those from `first` to `last`; a block of weights is what `weigh` says.
+template <typename T, int D, int COUNT, typename Weigh>
+__device__ __forceinline__ void gather(float (&acc)[D / 8][4], const Blocks<D> &z, int plane, int first, int last, float factor0, float factor1, const Weigh &weigh) {
+  constexpr int BLOCKS = D / 16, GROUP = kSplit<T> ? 2 : BLOCKS;
+#pragma unroll
+  for (int begin = 0; begin < BLOCKS; begin += GROUP) {
+    float fresh[2 * GROUP][4] = {};
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k) {
+      if (k < first || k >= last) continue;
+      Fragment<T> weights, other;
+      weigh(weights, k);
+#pragma unroll
+      for (int q = 0; q < GROUP; ++q) {
+        if (begin + q >= BLOCKS) continue;
+        other.load_transposed(z.at(k, begin + q), plane);
+        if constexpr (kSplit<T>) {
+          multiply(fresh[2 * q], weights, other, 0);
+          multiply(fresh[2 * q + 1], weights, other, 1);
+        } else {
+          multiply(acc[2 * (begin + q)], weights, other, 0);
+          multiply(acc[2 * (begin + q) + 1], weights, other, 1);
+        }
+      }
+    }
+    if constexpr (kSplit<T>) {
+#pragma unroll
+      for (int n = 0; n < 2 * GROUP; ++n)
+        if (2 * begin + n < 2 * BLOCKS)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[2 * begin + n][i] = fmaf(fresh[n][i], i < 2 ? factor0 : factor1, acc[2 * begin + n][i]);
+    }
+  }
+}
+
+// What a lane's two rows (group and group + 8) sum to over the lanes that share them.
+__device__ __forceinline__ void over_row(float (&x)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    x[half] += __shfl_xor_sync(0xffffffffu, x[half], 1);
+    x[half] += __shfl_xor_sync(0xffffffffu, x[half], 2);
+  }
+}
+__device__ __forceinline__ float2 two_of(const float *x) { return *reinterpret_cast<const float2 *>(x); }
+__device__ __forceinline__ float2 two_of(const __nv_bfloat16 *x) {
+  using E = Element<__nv_bfloat16>;
+  const uint32_t two = *reinterpret_cast<const uint32_t *>(x);
+  return make_float2(E::low(two), E::high(two));
+}
+__device__ __forceinline__ void put_two(float *to, float x, float y) { *reinterpret_cast<float2 *>(to) = make_float2(x, y); }
+__device__ __forceinline__ void put_two(__nv_bfloat16 *to, float x, float y) { *reinterpret_cast<uint32_t *>(to) = pack_bf16(x, y); }
+
+template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowShape<T, D>::THREADS, RowShape<T, D>::MIN_BLOCKS) rows_kernel(const __grid_constant__ RowArguments args) {
+  using S = RowShape<T, D>;
+  using Part = typename Factor<T>::Part;
+  constexpr int BLOCKS = S::BLOCKS, STEPS = S::KEYS / 16;
+  constexpr bool kLater = ROLE == Role::kValue || ROLE == Role::kKey;           // rows are keys, columns the queries behind them
+  constexpr bool kAcross = ROLE == Role::kQuery || ROLE == Role::kKey;          // their state is held the other way round
+  constexpr bool kTotals = !kLater;                                             // sums over a row: masses, or sums of dA
+  constexpr bool kOfPairs = kAcross;                                            // the weight is x.y plus an e, not f
+  extern __shared__ __align__(1024) unsigned char shared[];
+  auto &small = *reinterpret_cast<typename S::Small *>(shared + S::LANDING + S::LANDING_BYTES);
+  const linattn_problem &p = args.problem;
+  const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number(), group = lane_id >> 2, place = lane_id & 3;
+  const uint32_t base = shared_address(shared);
+
+  const int row_heads = kLater ? p.key_heads : p.query_heads, shares = p.query_heads / p.key_heads;
+  const int pair = blockIdx.x / args.row_tiles, tile_number = blockIdx.x % args.row_tiles;
+  const int batch = pair / row_heads, row_head = pair % row_heads, key_head = kLater ? row_head : row_head / shares;
+  const int64_t begin = static_cast<int64_t>(tile_number) * S::ROWS;
+  const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(S::ROWS)));
+  const int64_t chunk = p.causal ? begin / args.chunk : 0;
+  const int64_t from = kLater ? begin : chunk * args.chunk, to = kLater ? min(p.length, (chunk + 1) * args.chunk) : begin + rows;
+  const int tiles = p.causal ? static_cast<int>((to - from + S::KEYS - 1) / S::KEYS) : 0, iterations = kLater ? tiles * shares : tiles;
+  const auto columns_of = [&](int iteration) { return Columns<T, D>(args, batch, kLater ? key_head * shares + iteration / tiles : key_head, kLater ? key_head * shares + iteration / tiles : row_head); };
+  const auto token_of = [&](int iteration) { return from + static_cast<int64_t>(iteration % tiles) * S::KEYS; };
+  const auto count_of = [&](int64_t token) { return static_cast<int>(min(p.length - token, static_cast<int64_t>(S::KEYS))); };
+  const auto start = [&](int iteration) {
+    const int64_t token = token_of(iteration);
+    columns_of(iteration).start(base, iteration % S::STAGES, token, count_of(token), thread);
+  };
+
+  // ---- the rows themselves, and what the head multiplies by
+  const T *const x_rows = head_of<const T>(args.x.tensor, batch, row_head) + begin * args.x.tensor.token_stride;
+  const int64_t first_number = static_cast<int64_t>(pair) * p.length + begin;  // of a query's row
+  if constexpr (!kSplit<T>) {
+    copy_tile<D, S::ROWS, S::THREADS>(base + S::X, x_rows, args.x.tensor.token_stride, rows, thread);
+    copy_commit();
+  }
+  if (iterations > 0) start(0);
+  const auto coefficient = [&](int which, int head) { return p.coefficients[which * p.query_heads + head]; };
+  const float a = kLater ? 0.f : coefficient(0, row_head), b_tau = kLater ? 1.f : coefficient(1, row_head) * coefficient(3, row_head);
+  each_row<D, S::ROWS, S::WARPS>(warp, lane_id, [&](int row, const RowLanes<D> &lanes) {
+    const bool real = row < rows;
+    Row<D> x;
+    x.read(x_rows + row * args.x.tensor.token_stride, lanes, real);
+    float worth = worth_of(x, args.x, first_number + row, real);
+    if constexpr (ROLE == Role::kQuery) {  // e = dL/dg - w . o
+      Row<D> out;
+      out.read(head_of<const T>(args.out, batch, row_head) + (begin + row) * args.out.token_stride, lanes, real);
+      const float along = x.dot(out) * worth;
+      if (lanes.lane == 0) {
+        const float error = real ? (args.grad_mass ? args.grad_mass[first_number + row] : 0.f) - along : 0.f;
+        small.row_shift[row] = error;
+        if (real) args.error[first_number + row] = error;
+      }
+    } else if (lanes.lane == 0) {
+      small.row_shift[row] = ROLE == Role::kOut ? a : 1.f;
+    }
+    if constexpr (kSplit<T>) {
+      const Lift lift = lift_to(kPeak, x.peak());
+      x.put(shared + S::X, S::X_PLANE, row, lanes, lift.up);
+      worth *= lift.down;
+    }
+    if (lanes.lane == 0) small.x_worth[row] = worth;
+  });
+
+  const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id);
+  const Blocks<D> x_blocks(base + S::X + Tile<D>::rows_at(warp), down);
+  float acc[2 * BLOCKS][4] = {}, total[2] = {0.f, 0.f};
+
+  // ---- the state
+  const float *const state = args.states ? args.states + ((static_cast<int64_t>(batch) * p.key_heads + key_head) * args.chunks + chunk) * kStateFloats<D> : nullptr;
+  if (state) {
+    Lift lift{1.f, 1.f};
+    if constexpr (kSplit<T>) {
+      float peak = 0.f;
+      for (int i = thread; i < D * D / 4; i += S::THREADS) peak = fmaxf(peak, peak_of(four_of(state + 4 * i)));
+      peak = warp_peak(peak);
+      if (lane_id == 0) small.peaks[warp] = peak;
+      __syncthreads();
+      lift = lift_to(kPeak, peak_of_warps<S::WARPS>(small.peaks));
+    } else {
+      copy_wait<0>();
+      __syncthreads();
+    }
+    // The rounded state takes the place that the second stage, or all, of the columns will have.
+    constexpr int kPlace = S::TILES + (S::STAGES - 1) * 2 * S::TILE;
+    const Blocks<D> s_down(base + kPlace, down), s_across(base + kPlace, across);
+#pragma unroll
+    for (int slab = 0; slab < BLOCKS; slab += STEPS) {
+      const int blocks = BLOCKS - slab < STEPS ? BLOCKS - slab : STEPS;
+      if (slab > 0) __syncthreads();
+      for (int i = thread; i < blocks * 16 * (D / 4); i += S::THREADS) {
+        const int row = i / (D / 4), column = i % (D / 4) * 4;
+        const float4 x = four_of(state + (16 * slab + row) * D + column);
+        if constexpr (kSplit<T>) {
+          put_four<D>(shared + kPlace, S::PLANE, row, column, x, lift.up);
+        } else {
+          unsigned char *const at = shared + kPlace + Tile<D>::at(row, column / 8) + column % 8 * 2;
+          *reinterpret_cast<uint2 *>(at) = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
+        }
+      }
+      __syncthreads();
+      const float factor0 = lift.down * small.x_worth[16 * warp + group] * b_tau, factor1 = lift.down * small.x_worth[16 * warp + group + 8] * b_tau;
+      const float own0 = kOfPairs ? lift.down * small.x_worth[16 * warp + group] : factor0, own1 = kOfPairs ? lift.down * small.x_worth[16 * warp + group + 8] : factor1;
+      if constexpr (!kAcross) {
+        gather<T, D, STEPS>(acc, s_down, S::PLANE, 0, blocks, own0, own1, [&](Fragment<T> &x, int k) { x.load(x_blocks.at(0, slab + k), S::X_PLANE); });
+      } else {
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) {
+          if (slab + k >= BLOCKS) continue;
+          float fresh[2][4] = {};
+#pragma unroll
+          for (int block = 0; block < BLOCKS; ++block) {
+            Fragment<T> x, other;
+            x.load(x_blocks.at(0, block), S::X_PLANE);
+            other.load(s_across.at(k, block), S::PLANE);
+            multiply(fresh[0], x, other, 0);
+            multiply(fresh[1], x, other, 1);
+          }
+#pragma unroll
+          for (int t = 0; t < 2; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) acc[2 * (slab + k) + t][i] = fresh[t][i] * (kSplit<T> ? i < 2 ? own0 : own1 : 1.f);
+        }
+      }
+    }
+    // In bfloat16 the sums are scaled once, here.
+    const int row0 = 16 * warp + group;
+    const float enter[2] = {kSplit<T> ? 1.f : small.x_worth[row0] * (kOfPairs ? 1.f : b_tau), kSplit<T> ? 1.f : small.x_worth[row0 + 8] * (kOfPairs ? 1.f : b_tau)};
+    const float shift[2] = {small.row_shift[row0], small.row_shift[row0 + 8]};
+    const float *const column = state + D * D, *const line = column + D, *const gathered = kAcross ? column : line, *const summed = kAcross ? line : column;
+    float along[2] = {0.f, 0.f};
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+      Fragment<T> x;
+      if constexpr (kTotals) x.load(x_blocks.at(0, block), S::X_PLANE);
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const int at = 16 * block + 8 * t + 2 * place;
+        const float2 more = two_of(gathered + at);
+        float(&sum)[4] = acc[2 * block + t];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) sum[2 * half] = fmaf(sum[2 * half], enter[half], shift[half] * more.x), sum[2 * half + 1] = fmaf(sum[2 * half + 1], enter[half], shift[half] * more.y);
+        if constexpr (kTotals) {
+          const float2 other = two_of(summed + at);
+#pragma unroll
+          for (int part = 0; part < S::PARTS; ++part)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const uint32_t two = x.part[part][2 * t + half];
+              along[half] = fmaf(Element<Part>::low(two), other.x, fmaf(Element<Part>::high(two), other.y, along[half]));
+            }
+        }
+      }
+    }
+    if constexpr (kTotals) {
+      const float count = state[D * D + 2 * D];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) total[half] = along[half] * small.x_worth[row0 + 8 * half] * (kOfPairs ? 1.f : b_tau) + (place == 0 ? shift[half] * count : 0.f);
+    }
+  }
+
+  // ---- the pairs
+  const int64_t first_row = begin + 16 * warp;
+  for (int iteration = 0; iteration < iterations; ++iteration) {
+    const int stage = iteration % S::STAGES, head = kLater ? key_head * shares + iteration / tiles : row_head;
+    const int64_t token = token_of(iteration);
+    const int count = count_of(token);
+    copy_wait<0>();
+    __syncthreads();  // everyone has left the tile before this one
+    columns_of(iteration).template arrive<ROLE == Role::kKey>(shared, small, args, stage, token, count, warp, lane_id);
+    if (iteration + 1 < iterations) start(iteration + 1);
+    __syncthreads();
+
+    // Of the tile's steps of 16 columns, those that some row of the warp sees.
+    const int gap = static_cast<int>(first_row - token);
+    const int first = kLater ? max(gap, 0) / 16 : 0, last = kLater ? (count + 15) / 16 : min((gap + 31) / 16, (count + 15) / 16);
+    if (first >= last) continue;
+    const uint32_t tile = base + S::TILES + stage * 2 * S::TILE;
+    const Blocks<D> y_blocks(tile, across), z_blocks(tile + S::TILE, down);
+    float s[2 * STEPS][4] = {};
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+      Fragment<T> x, y;
+      x.load(x_blocks.at(0, block), S::X_PLANE);
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step) {
+        if (step < first || step >= last) continue;
+        y.load(y_blocks.at(step, block), S::PLANE);
+        multiply(s[2 * step], x, y, 0);
+        multiply(s[2 * step + 1], x, y, 1);
+      }
+    }
+    const float slope = kLater ? coefficient(1, head) * coefficient(3, head) : kOfPairs ? 1.f : b_tau, level = kLater ? coefficient(0, head) : a;
+    const int row0 = 16 * warp + group;
+    const float enter[2] = {small.x_worth[row0] * (kOfPairs ? 1.f : slope), small.x_worth[row0 + 8] * (kOfPairs ? 1.f : slope)};
+    const float own_shift[2] = {ROLE == Role::kValue ? level : small.row_shift[row0], ROLE == Role::kValue ? level : small.row_shift[row0 + 8]};
+    float peak[2] = {0.f, 0.f};
+    Fragment<T> weights[STEPS];
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      if (step < first || step >= last) continue;
+      const bool whole = 16 * step + 16 <= count && (kLater ? gap + 15 <= 16 * step : gap >= 16 * step + 15);
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const int at = 16 * step + 8 * t + 2 * place;
+        const float2 y_worth = two_of(small.y_worth + at), z_worth = two_of(small.z_worth + at);
+        float2 shift{0.f, 0.f};
+        if constexpr (ROLE == Role::kKey) shift = two_of(small.shift + at);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int half = i >> 1, column = at + (i & 1), row = gap + group + 8 * half;
+          float weight = fmaf(s[2 * step + t][i] * (i & 1 ? y_worth.y : y_worth.x), enter[half], ROLE == Role::kKey ? i & 1 ? shift.y : shift.x : own_shift[half]);
+          if (!whole && (column >= count || (kLater ? column < row : column > row))) weight = 0.f;
+          if constexpr (ROLE == Role::kKey) weight *= slope;
+          if constexpr (kTotals && (kSplit<T> || ROLE == Role::kQuery)) total[half] += weight;
+          weight *= i & 1 ? z_worth.y : z_worth.x;
+          s[2 * step + t][i] = weight;
+          if constexpr (kSplit<T>) peak[half] = fmaxf(peak[half], fabsf(weight));
+        }
+      }
+    }
+    Lift lift[2] = {{1.f, 1.f}, {1.f, 1.f}};
+    if constexpr (kSplit<T>) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        peak[half] = fmaxf(peak[half], __shfl_xor_sync(0xffffffffu, peak[half], 1));
+        peak[half] = fmaxf(peak[half], __shfl_xor_sync(0xffffffffu, peak[half], 2));
+        lift[half] = lift_to(kPeak, peak[half]);
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      if (step < first || step >= last) continue;
+#pragma unroll
+      for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float left = s[2 * step + t][2 * half], right = s[2 * step + t][2 * half + 1];
+          if constexpr (kSplit<T>) {
+            split_two(weights[step].part[0][2 * t + half], weights[step].part[1][2 * t + half], left * lift[half].up, right * lift[half].up);
+          } else {
+            const uint32_t two = Element<T>::pack(left, right);
+            weights[step].part[0][2 * t + half] = two;
+            // The mass is the sum of the rounded weights, so that a constant v comes back as itself.
+            if constexpr (ROLE == Role::kOut) total[half] += Element<T>::low(two) + Element<T>::high(two);
+          }
+        }
+    }
+    gather<T, D, STEPS>(acc, z_blocks, S::PLANE, first, last, lift[0].down, lift[1].down, [&](Fragment<T> &x, int k) { x = weights[k]; });
+  }
+  if (iterations == 0) copy_wait<0>();
+
+  // ---- the results
+  const int row0 = 16 * warp + group;
+  if constexpr (kTotals) over_row(total);
+  float finish[2] = {1.f, 1.f}, along[2] = {0.f, 0.f};
+  const T *own[2] = {nullptr, nullptr};
+  T *to_rows[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = row0 + 8 * half;
+    to_rows[half] = head_of<T>(args.result, batch, row_head) + (begin + row) * args.result.token_stride;
+    if constexpr (ROLE == Role::kOut) {
+      if (place == 0 && row < rows) args.mass_out[first_number + row] = total[half];
+      finish[half] = total[half] == 0.f ? 1.f : 1.f / total[half];
+    }
+    if constexpr (kAcross) own[half] = head_of<const T>(args.grad_of, batch, row_head) + (begin + row) * args.grad_of.token_stride;
+  }
+  if constexpr (kAcross) {
+    float square[2] = {0.f, 0.f};
+#pragma unroll
+    for (int n = 0; n < 2 * BLOCKS; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (row0 + 8 * half < rows) {
+          const float2 x = two_of(own[half] + 8 * n + 2 * place);
+          square[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, square[half]));
+          along[half] = fmaf(x.x, acc[n][2 * half], fmaf(x.y, acc[n][2 * half + 1], along[half]));
+        }
+    over_row(square);
+    over_row(along);
+    float dot[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float inverse = p.normalize_qk ? inverse_length(square[half]) : 1.f;
+      dot[half] = along[half] * inverse;
+      along[half] *= p.normalize_qk ? inverse * inverse : 0.f;
+      finish[half] = b_tau * inverse;
+    }
+    if constexpr (ROLE == Role::kQuery) {
+      float sums[2] = {0.f, 0.f};
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (row0 + 8 * half < rows) sums[0] += total[half], sums[1] += dot[half];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], step);
+        if (lane_id == 0) small.totals[warp][i] = sums[i];
+      }
+      __syncthreads();
+      if (thread < 2) {
+        float sum = 0.f;
+        for (int w = 0; w < S::WARPS; ++w) sum += small.totals[w][thread];
+        args.partials[2 * static_cast<int64_t>(blockIdx.x) + thread] = sum;
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 2 * BLOCKS; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (row0 + 8 * half < rows) {
+        float left = acc[n][2 * half], right = acc[n][2 * half + 1];
+        const int at = 8 * n + 2 * place;
+        if constexpr (kAcross) {
+          const float2 x = two_of(own[half] + at);
+          left = fmaf(-x.x, along[half], left), right = fmaf(-x.y, along[half], right);
+        }
+        put_two(to_rows[half] + at, left * finish[half], right * finish[half]);
+      }
+}
+
+}  // namespace linattn_chunks

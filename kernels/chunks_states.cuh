@@ -1,0 +1,168 @@
+// The state of each chunk alone: of keys and values, or of queries and their gradients, summed over the heads that share a key head.
+#pragma once
+#include "chunks.cuh"
+
+namespace linattn_chunks {
+
+template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(StateShape<T, D>::THREADS) states_kernel(const __grid_constant__ StateArguments args) {
+  using S = StateShape<T, D>;
+  constexpr int STEPS = S::TOKENS / 16;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  auto &small = *reinterpret_cast<typename S::Small *>(shared + S::LANDING + S::LANDING_BYTES);
+  const linattn_problem &p = args.problem;
+  const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number(), group = lane_id >> 2, place = lane_id & 3;
+  const uint32_t base = shared_address(shared);
+  const int share = blockIdx.x % S::SHARES, chunk = blockIdx.x / S::SHARES % args.chunks, pair = blockIdx.x / S::SHARES / args.chunks;
+  if (chunk == args.unneeded) return;
+  const int batch = pair / p.key_heads, key_head = pair % p.key_heads, heads = QUERIES ? p.query_heads / p.key_heads : 1;
+  const int64_t from = chunk * args.chunk, to = min(p.length, from + args.chunk);
+  const int tiles = static_cast<int>((to - from + S::TOKENS - 1) / S::TOKENS), iterations = tiles * heads;
+  const auto token_of = [&](int iteration) { return from + static_cast<int64_t>(iteration % tiles) * S::TOKENS; };
+  const auto count_of = [&](int64_t token) { return static_cast<int>(min(p.length - token, static_cast<int64_t>(S::TOKENS))); };
+  const auto start = [&](int iteration) {
+    const int64_t token = token_of(iteration);
+    const int head = key_head * heads + iteration / tiles, count = count_of(token);
+    const uint32_t tile = base + iteration % S::STAGES * 2 * S::TILE, landing = base + S::LANDING;
+    start_rows<T, D, S::TOKENS, S::WARPS>(tile, landing, head_of<const T>(args.y.tensor, batch, head) + token * args.y.tensor.token_stride, args.y.tensor.token_stride, count, thread);
+    start_rows<T, D, S::TOKENS, S::WARPS>(tile + S::TILE, landing + S::TOKENS * D * 4, head_of<const T>(args.z.tensor, batch, head) + token * args.z.tensor.token_stride,
+                                          args.z.tensor.token_stride, count, thread);
+    copy_commit();
+  };
+  start(0);
+
+  // A warp has 16 features of y and BLOCKS blocks of 16 columns of z.
+  const int stripe = warp % S::STRIPES, first_block = warp / S::STRIPES * S::BLOCKS, feature_block = share * S::STRIPES + stripe;
+  const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id);
+  float sum[2 * S::BLOCKS][4] = {}, margins[S::MARGINS] = {}, count_sum = 0.f;
+  for (int iteration = 0; iteration < iterations; ++iteration) {
+    const int stage = iteration % S::STAGES, head = key_head * heads + iteration / tiles;
+    const int64_t token = token_of(iteration), first_number = (static_cast<int64_t>(batch) * p.query_heads + head) * p.length + token;
+    const int count = count_of(token);
+    unsigned char *const y_tile = shared + stage * 2 * S::TILE, *const z_tile = y_tile + S::TILE;
+    const float *const y_landed = reinterpret_cast<const float *>(shared + S::LANDING), *const z_landed = y_landed + S::TOKENS * D;
+    const float a = QUERIES ? p.coefficients[head] : 1.f, b_tau = QUERIES ? p.coefficients[p.query_heads + head] * p.coefficients[3 * p.query_heads + head] : 1.f;
+    copy_wait<0>();
+    __syncthreads();  // everything has landed, and everyone has left the tile before this one
+    if constexpr (!kSplit<T>)
+      if (iteration + 1 < iterations) start(iteration + 1);
+
+    // What a token counts in the sum of products and in either margin.
+    each_row<D, S::TOKENS, S::WARPS>(warp, lane_id, [&](int row, const RowLanes<D> &lanes) {
+      const bool real = row < count;
+      Row<D> x;
+      if constexpr (kSplit<T>) x.read(y_landed + row * D, lanes, true);
+      else if (args.y.unit)
+#pragma unroll
+        for (int i = 0; i < RowLanes<D>::FOURS; ++i) x.x[i] = lanes.has(i) ? four_of(place_of<D>(y_tile, row, lanes.column(i))) : make_float4(0.f, 0.f, 0.f, 0.f);
+      const float y_worth = worth_of(x, args.y, first_number + row, real) * b_tau, z_worth = QUERIES && real ? inverse_or_zero(args.z.mass[first_number + row]) : real ? 1.f : 0.f;
+      float product = y_worth * z_worth;
+      if constexpr (kSplit<T>) {
+        const float peak = x.peak();
+        x.read(z_landed + row * D, lanes, true);
+        const Lift lift = lift_to(kPeak, x.peak());
+        x.put(z_tile, S::PLANE, row, lanes, lift.up);
+        product *= lift.down;
+        if (lanes.lane == 0) small.peak[row] = peak * fabsf(product);
+      }
+      if (lanes.lane == 0) {
+        const float error = QUERIES && real ? args.error[first_number + row] : 1.f;
+        small.product[row] = product, small.column[row] = y_worth * error, small.line[row] = z_worth * a;
+        if constexpr (!kSplit<T>) store_split(reinterpret_cast<T *>(small.high), reinterpret_cast<T *>(small.low), row, product);
+        if (QUERIES && real) count_sum = fmaf(a, error, count_sum);
+      }
+    });
+    __syncthreads();
+    Lift lift{1.f, 1.f};
+    if constexpr (kSplit<T>) {  // y times its tokens' factors, as one tile with one lift
+      float peak = small.peak[lane_id];
+      if constexpr (S::TOKENS == 64) peak = fmaxf(peak, small.peak[lane_id + 32]);
+      lift = lift_to(kPeak, warp_peak(peak));
+      each_row<D, S::TOKENS, S::WARPS>(warp, lane_id, [&](int row, const RowLanes<D> &lanes) {
+        Row<D> x;
+        x.read(y_landed + row * D, lanes, true);
+        x.put(y_tile, S::PLANE, row, lanes, small.product[row] * lift.up);
+      });
+    }
+#pragma unroll
+    for (int m = 0; m < S::MARGINS; ++m) {
+      const int index = thread % (2 * D) + m * S::THREADS, column = index % D, turn = S::MARGINS == 1 ? thread / (2 * D) : 0;
+      const bool of_z = index >= D;
+      const float *const weights = of_z ? small.line : small.column, *const landed = (of_z ? z_landed : y_landed) + column;
+      if (turn < S::TURNS)
+#pragma unroll 8
+        for (int n = turn * (S::TOKENS / S::TURNS); n < (turn + 1) * (S::TOKENS / S::TURNS); ++n) {
+          if constexpr (kSplit<T>) margins[m] = fmaf(weights[n], landed[n * D], margins[m]);
+          else margins[m] = fmaf(weights[n], static_cast<float>(*reinterpret_cast<const T *>((of_z ? z_tile : y_tile) + Tile<D>::at(n, column / 8) + column % 8 * 2)), margins[m]);
+        }
+    }
+    if constexpr (kSplit<T>) {
+      __syncthreads();  // y is written, and what landed was read
+      if (iteration + 1 < iterations) start(iteration + 1);
+    }
+
+    const Blocks<D> y_blocks(shared_address(y_tile), across), z_blocks(shared_address(z_tile), down);
+    if constexpr (kSplit<T>) {
+      constexpr int GROUP = 2;
+#pragma unroll
+      for (int begin = 0; begin < S::BLOCKS; begin += GROUP) {
+        float fresh[2 * GROUP][4] = {};
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+          Fragment<T> y, z;
+          y.load_transposed(y_blocks.at_column(step, feature_block), S::PLANE);
+#pragma unroll
+          for (int q = 0; q < GROUP; ++q) {
+            if (begin + q >= S::BLOCKS) continue;
+            z.load_transposed(z_blocks.at_column(step, first_block + begin + q), S::PLANE);
+            multiply(fresh[2 * q], y, z, 0);
+            multiply(fresh[2 * q + 1], y, z, 1);
+          }
+        }
+#pragma unroll
+        for (int n = 0; n < 2 * GROUP; ++n)
+          if (begin + n / 2 < S::BLOCKS)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[2 * begin + n][i] = fmaf(fresh[n][i], lift.down, sum[2 * begin + n][i]);
+      }
+    } else {
+      const SplitWeights<T> products{reinterpret_cast<const T *>(small.high), reinterpret_cast<const T *>(small.low)};
+      const WeightReader<T> scale(products, products.high, lane_id);
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step) {
+        Fragment<T> y, z;
+        y.load_transposed(y_blocks.at_column(step, feature_block), S::PLANE);
+        scale.scale(y.part[0], 16 * step);
+#pragma unroll
+        for (int q = 0; q < S::BLOCKS; ++q) {
+          z.load_transposed(z_blocks.at_column(step, first_block + q), S::PLANE);
+          multiply(sum[2 * q], y, z, 0);
+          multiply(sum[2 * q + 1], y, z, 1);
+        }
+      }
+    }
+  }
+
+  // ---- where the scan finds it: the sum, y's margin, z's, the count
+  float *const state = args.states + (static_cast<int64_t>(pair) * args.chunks + chunk) * kStateFloats<D>;
+#pragma unroll
+  for (int n = 0; n < 2 * S::BLOCKS; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      *reinterpret_cast<float2 *>(state + (16 * feature_block + group + 8 * half) * D + 16 * first_block + 8 * n + 2 * place) = make_float2(sum[n][2 * half], sum[n][2 * half + 1]);
+  if (share > 0) return;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) count_sum += __shfl_xor_sync(0xffffffffu, count_sum, step);
+  if (lane_id == 0) small.counts[warp] = count_sum;
+  if (S::TURNS > 1 && thread / (2 * D) == 1) small.margins[thread % (2 * D)] = margins[0];
+  __syncthreads();
+#pragma unroll
+  for (int m = 0; m < S::MARGINS; ++m)
+    if (S::MARGINS > 1 || thread < 2 * D) state[D * D + thread + m * S::THREADS] = margins[m] + (S::TURNS > 1 ? small.margins[thread] : 0.f);
+  if (thread == 0) {
+    float all = 0.f;
+    for (int w = 0; w < S::WARPS; ++w) all += small.counts[w];
+    state[D * D + 2 * D] = QUERIES ? all : static_cast<float>(to - from);
+  }
+}
+
+}  // namespace linattn_chunks
