@@ -1,4 +1,4 @@
-// The first degree for float32, and in bfloat16 for wide heads: whole chunks side by side, the state before each of them in memory.
+// The first degree for float32 up to head dim 128, and in bfloat16 for wide heads: whole chunks side by side, the state before each of them in memory.
 //
 // All four results are one sum, over the columns n that a row i sees and over the state of the columns outside of its chunk:
 //
@@ -46,8 +46,7 @@ struct StateArguments {
 };
 
 template <typename T, int D> struct RowShape {
-  static constexpr int ROWS = kSplit<T> && D > 128 ? 64 : 128, WARPS = ROWS / 16, THREADS = 32 * WARPS;
-  static constexpr int KEYS = kSplit<T> && D > 128 ? 32 : 64, BLOCKS = D / 16;
+  static constexpr int ROWS = 128, WARPS = ROWS / 16, THREADS = 32 * WARPS, KEYS = 64, BLOCKS = D / 16;
   static constexpr int PARTS = Factor<T>::PARTS, STAGES = kSplit<T> ? 1 : 2, MIN_BLOCKS = kSplit<T> && D <= 64 ? 2 : 1;
   static constexpr int X_PLANE = ROWS * D * 2, PLANE = KEYS * D * 2, TILE = PLANE * PARTS;
   static constexpr int X = 0, TILES = PARTS * X_PLANE, LANDING = TILES + STAGES * 2 * TILE, LANDING_BYTES = kSplit<T> ? 2 * KEYS * D * 4 : 0;
@@ -59,17 +58,19 @@ template <typename T, int D> struct RowShape {
 };
 
 template <typename T, int D> struct StateShape {
-  static constexpr int PARTS = Factor<T>::PARTS, STAGES = kSplit<T> ? 1 : 2;
-  static constexpr int SHARES = D > 128 ? 2 : 1, FEATURES = D / SHARES;  // blocks to a chunk, features of each
+  static constexpr int PARTS = Factor<T>::PARTS, STAGES = kSplit<T> ? 1 : 2, LANDINGS = kSplit<T> && D <= 64 ? 2 : kSplit<T> ? 1 : 0;
+  static constexpr int SHARES = D > 192 ? 2 : 1, FEATURES = D / SHARES;  // blocks to a chunk, features of each
   static constexpr int STRIPES = FEATURES / 16, SPLIT = STRIPES <= 4 ? 2 : 1, WARPS = STRIPES * SPLIT, THREADS = 32 * WARPS;
-  static constexpr int TOKENS = kSplit<T> && D > 128 ? 32 : 64, BLOCKS = D / 16 / SPLIT;  // blocks of columns a warp has
+  static constexpr int TOKENS = 64, BLOCKS = D / 16 / SPLIT;  // blocks of columns a warp has
   static constexpr int PLANE = TOKENS * D * 2, TILE = PLANE * PARTS;
-  static constexpr int LANDING = STAGES * 2 * TILE, LANDING_BYTES = kSplit<T> ? 2 * TOKENS * D * 4 : 0;
-  static constexpr int TURNS = THREADS >= 2 * D ? THREADS / (2 * D) : 1, MARGINS = THREADS >= 2 * D ? 1 : 2 * D / THREADS;
+  static constexpr int LANDING = STAGES * 2 * TILE, LANDED = TOKENS * D * 4, LANDING_BYTES = LANDINGS * 2 * LANDED;
+  // Both margins, y's and z's, by threads that have WIDE columns of every TURNS-th run of tokens.
+  static constexpr int WIDE = kSplit<T> ? 4 : 8, SETS = 2 * D / WIDE, TURNS = THREADS / SETS;
+  static_assert(THREADS % SETS == 0 && TOKENS % TURNS == 0 && TURNS * 2 * D * 4 <= LANDING, "");
   struct Small {
     alignas(16) uint16_t high[TOKENS], low[TOKENS];
     alignas(16) float product[TOKENS], column[TOKENS], line[TOKENS], peak[TOKENS];
-    float margins[2 * D], counts[WARPS];
+    float counts[WARPS];
   };
   static constexpr int SHARED = LANDING + LANDING_BYTES + static_cast<int>(sizeof(Small));
 };
@@ -100,10 +101,24 @@ __device__ __forceinline__ void start_rows(uint32_t tile, uint32_t landing, cons
   }
 }
 
-// What a token's vector counts beside what memory holds of it: all lanes of a warp ask together, each about its row.
-template <int D> __device__ __forceinline__ float worth_of(const Row<D> &x, const Vectors &of, int64_t number, bool real) {
-  const float length = of.unit ? inverse_length(x.square()) : 1.f;
-  return !real ? 0.f : of.mass ? inverse_or_zero(of.mass[number]) : length;
+// What a token's vector counts beside what memory holds of it, and, where it is split, how it is brought near one: a vector of unit length by
+// its length, others by their largest element. All lanes of a warp ask together, each about its row.
+struct Worth {
+  float own;
+  Lift lift;
+};
+template <typename T, int D> __device__ __forceinline__ Worth worth_of(const Row<D> &x, const Vectors &of, int64_t number, bool real) {
+  Worth worth{1.f, {1.f, 1.f}};
+  if (of.unit) {
+    const float square = x.square();
+    worth.own = inverse_length(square);
+    if constexpr (kSplit<T>) worth.lift = lift_to(kPeak, square * worth.own);
+  } else if constexpr (kSplit<T>) {
+    worth.lift = lift_to(kPeak, x.peak());
+  }
+  if (of.mass) worth.own = real ? inverse_or_zero(of.mass[number]) : 0.f;
+  if (!real) worth.own = 0.f;
+  return worth;
 }
 
 }  // namespace linattn_chunks

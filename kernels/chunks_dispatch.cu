@@ -11,9 +11,7 @@ namespace {
 
 int64_t rounded(int64_t floats) { return (floats + 63) / 64 * 64; }
 
-bool wide(const linattn_problem &problem) { return problem.head_dim > 128; }
-
-int rows_of(const linattn_problem &problem) { return problem.dtype == LINATTN_FLOAT32 && wide(problem) ? 64 : 128; }
+constexpr int kRows = 128, kColumns = 64;  // of a block, and of a tile that it walks over
 
 // 16-byte rows: what the asynchronous copies ask of every tensor.
 bool aligned(const linattn_tensor &tensor, int unit) {
@@ -27,17 +25,15 @@ bool all_aligned(const linattn_problem &problem, std::initializer_list<const lin
 bool fits_shared_memory(const linattn_problem &problem) {
   int device = 0, most = 0;
   if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return false;
-  const bool split = problem.dtype == LINATTN_FLOAT32;
-  const int columns = split && wide(problem) ? 32 : 64;
-  return (rows_of(problem) + 4 * columns) * problem.head_dim * (split ? 4 : 2) + 2048 <= most;
+  return (kRows + 4 * kColumns) * problem.head_dim * (problem.dtype == LINATTN_FLOAT32 ? 4 : 2) + 4096 <= most;
 }
 
 }  // namespace
 
 // Longer chunks cost more pairs, shorter ones more states.
 Plan make_plan(const linattn_problem &problem) {
-  const int64_t chunk = problem.head_dim <= 64 ? 128 : problem.head_dim <= 128 ? 256 : 512, rows = rows_of(problem);
-  return {chunk, static_cast<int32_t>((problem.length + chunk - 1) / chunk), static_cast<int32_t>((problem.length + rows - 1) / rows)};
+  const int64_t chunk = problem.head_dim <= 64 ? 128 : problem.head_dim <= 128 ? 256 : 512;
+  return {chunk, static_cast<int32_t>((problem.length + chunk - 1) / chunk), static_cast<int32_t>((problem.length + kRows - 1) / kRows)};
 }
 
 Workspace::Workspace(const linattn_problem &problem, const Plan &plan) {
@@ -60,8 +56,6 @@ Workspace::Workspace(const linattn_problem &problem, const Plan &plan) {
     case 80: return call(float, 80);                                                  \
     case 96: return call(float, 96);                                                  \
     case 128: return call(float, 128);                                                \
-    case 192: return call(float, 192);                                                \
-    case 256: return call(float, 256);                                                \
     default: return cudaErrorInvalidValue;                                            \
   }
 
@@ -73,11 +67,11 @@ using namespace linattn_chunks;
 
 bool chunks_take(const linattn_problem &problem) {
   const int d = problem.head_dim;
-  const bool narrow = d == 32 || d == 64 || d == 80 || d == 96 || d == 128, dims = d == problem.value_dim && (narrow || d == 192 || d == 256);
-  const bool dtype = problem.dtype == LINATTN_FLOAT32 || (problem.dtype == LINATTN_BFLOAT16 && wide(problem));
+  const bool narrow = problem.dtype == LINATTN_FLOAT32 && (d == 32 || d == 64 || d == 80 || d == 96 || d == 128);
+  const bool wide = problem.dtype == LINATTN_BFLOAT16 && (d == 192 || d == 256);
   const bool plain = problem.degree == 1 && !problem.log_decay && !problem.key_segments && !problem.dropout_p && problem.state_heads == problem.key_heads;
   const int64_t heads = static_cast<int64_t>(problem.batch) * problem.query_heads;
-  return dims && dtype && plain && heads < 65536 && heads * ((problem.length + 63) / 64) < (int64_t{1} << 31) && all_aligned(problem, {&problem.query, &problem.key, &problem.value}) &&
+  return (narrow || wide) && d == problem.value_dim && plain && heads < 65536 && heads * ((problem.length + 63) / 64) < (int64_t{1} << 31) && all_aligned(problem, {&problem.query, &problem.key, &problem.value}) &&
          fits_shared_memory(problem);
 }
 

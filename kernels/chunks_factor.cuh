@@ -5,6 +5,7 @@
 // Tensor cores round their running sums toward zero: a sum over many tokens is therefore begun anew for every tile and added up on the ordinary cores.
 #pragma once
 #include "mma_range.cuh"
+#include "mma_warpgroup.cuh"
 
 namespace linattn_chunks {
 
@@ -45,6 +46,64 @@ template <typename T> __device__ __forceinline__ void multiply(float (&sum)[4], 
   E::mma(sum, a.part[0], b.part[0][2 * side], b.part[0][2 * side + 1]);
 }
 
+// sum += a b for a warpgroup's 64 rows, N columns: a from a tile or from registers, b from a tile.
+template <typename T, int D, int N, bool ALONG_ROWS>
+__device__ __forceinline__ void group_multiply(float (&sum)[N / 8][4], uint32_t a, int a_plane, uint32_t b, int b_plane, bool accumulate) {
+  using Product = WarpgroupProduct<typename Factor<T>::Part, N, ALONG_ROWS>;
+  constexpr uint32_t kPanel = ALONG_ROWS ? Tile<D>::kPanelBytes : 0;
+  if constexpr (kSplit<T>) {
+    Product::run(sum, warpgroup_operand<D>(a + a_plane), warpgroup_operand<D>(b, kPanel), accumulate);
+    Product::run(sum, warpgroup_operand<D>(a), warpgroup_operand<D>(b + b_plane, kPanel), true);
+  }
+  Product::run(sum, warpgroup_operand<D>(a), warpgroup_operand<D>(b, kPanel), accumulate || kSplit<T>);
+}
+template <typename T, int D, int N> __device__ __forceinline__ void group_multiply(float (&sum)[N / 8][4], const Fragment<T> &a, uint32_t b, int b_plane, bool accumulate) {
+  using Product = WarpgroupProduct<typename Factor<T>::Part, N, true>;
+  if constexpr (kSplit<T>) {
+    Product::run(sum, a.part[1], warpgroup_operand<D>(b, Tile<D>::kPanelBytes), accumulate);
+    Product::run(sum, a.part[0], warpgroup_operand<D>(b + b_plane, Tile<D>::kPanelBytes), true);
+  }
+  Product::run(sum, a.part[0], warpgroup_operand<D>(b, Tile<D>::kPanelBytes), accumulate || kSplit<T>);
+}
+
+// A tile's D columns as the products of warpgroups take them: 128 at most at a time, COUNT from FIRST on.
+template <int FIRST, int COUNT> struct Range {
+  static constexpr int kFirst = FIRST, kCount = COUNT;
+};
+template <int D, typename Work> __device__ __forceinline__ void each_range(const Work &work) {
+  work(Range<0, D <= 128 ? D : 128>{});
+  if constexpr (D > 128) work(Range<128, D - 128>{});
+}
+template <int COUNT, int TILES> __device__ __forceinline__ float (&part_of(float (&sum)[TILES][4], int first))[COUNT][4] { return *reinterpret_cast<float(*)[COUNT][4]>(&sum[first]); }
+
+// acc += (weights z) factor for a warpgroup, COUNT blocks of 16 tokens; split factors in a sum of their own first.
+template <typename T, int D, int COUNT>
+__device__ __forceinline__ void gather_by_group(float (&acc)[D / 8][4], uint32_t z, int plane, const float (&factor)[2], const Fragment<T> (&weights)[COUNT]) {
+  float fresh[kSplit<T> ? D / 8 : 1][4];
+  if constexpr (kSplit<T>) warpgroup_keep(fresh);
+  else warpgroup_keep(acc);
+  warpgroup_begin();
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k)
+    each_range<D>([&](auto range) {
+      constexpr int kFirst = decltype(range)::kFirst, kCount = decltype(range)::kCount;
+      const uint32_t tile = z + Tile<D>::rows_at(k) + Tile<D>::columns_at(kFirst / 8);
+      if constexpr (kSplit<T>) group_multiply<T, D, kCount>(part_of<kCount / 8>(fresh, kFirst / 8), weights[k], tile, plane, k > 0);
+      else group_multiply<T, D, kCount>(part_of<kCount / 8>(acc, kFirst / 8), weights[k], tile, plane, true);
+    });
+  warpgroup_commit();
+  warpgroup_wait<0>();
+  if constexpr (kSplit<T>) {
+    warpgroup_keep(fresh);
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[n][i] = fmaf(fresh[n][i], factor[i / 2], acc[n][i]);
+  } else {
+    warpgroup_keep(acc);
+  }
+}
+
 // Two neighbours into their parts.
 __device__ __forceinline__ void split_two(uint32_t &high, uint32_t &low, float x, float y) {
   using E = Element<__half>;
@@ -81,8 +140,11 @@ __device__ __forceinline__ float4 four_of(const __nv_bfloat16 *x) {
 __device__ __forceinline__ float dot(const float4 &x, const float4 &y) { return fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, x.w * y.w))); }
 __device__ __forceinline__ float peak_of(const float4 &x) { return fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w))); }
 
-// |x| <= 1e-12 has no direction.
-__device__ __forceinline__ float inverse_length(float square) { return square > kSmallestSquare ? 1.f / sqrtf(square) : 0.f; }
+// |x| <= 1e-12 has no direction. Float32 to the last place: one step of Newton's after the fast root.
+__device__ __forceinline__ float inverse_length(float square) {
+  const float root = reciprocal_root(square);
+  return square > kSmallestSquare ? root * fmaf(-0.5f * square * root, root, 1.5f) : 0.f;
+}
 __device__ __forceinline__ float inverse_or_zero(float x) { return x == 0.f ? 0.f : 1.f / x; }
 
 // Four neighbours of a row, times `up`, into both parts of a tile.
@@ -94,18 +156,20 @@ template <int D> __device__ __forceinline__ void put_four(unsigned char *tile, i
   *reinterpret_cast<uint2 *>(at) = high;
   *reinterpret_cast<uint2 *>(at + plane) = low;
 }
-// The same four where elements are kept as they are.
-template <int D> __device__ __forceinline__ const __nv_bfloat16 *place_of(const unsigned char *tile, int row, int column) {
-  return reinterpret_cast<const __nv_bfloat16 *>(tile + Tile<D>::at(row, column / 8) + column % 8 * 2);
-}
-
-// One row of a lane's warp: its squared length and its peak, where asked.
+// A lane's part of one row, from global memory or, where elements are kept as they are, from a tile.
 template <int D> struct Row {
   using Lanes = RowLanes<D>;
   float4 x[Lanes::FOURS];
   template <typename T> __device__ __forceinline__ void read(const T *row, const Lanes &lanes, bool real) {
 #pragma unroll
     for (int i = 0; i < Lanes::FOURS; ++i) x[i] = real && lanes.has(i) ? four_of(row + lanes.column(i)) : make_float4(0.f, 0.f, 0.f, 0.f);
+  }
+  __device__ __forceinline__ void read_tile(const unsigned char *tile, int row, const Lanes &lanes) {
+#pragma unroll
+    for (int i = 0; i < Lanes::FOURS; ++i) {
+      const int column = lanes.column(i);
+      x[i] = lanes.has(i) ? four_of(reinterpret_cast<const __nv_bfloat16 *>(tile + Tile<D>::at(row, column / 8) + column % 8 * 2)) : make_float4(0.f, 0.f, 0.f, 0.f);
+    }
   }
   __device__ __forceinline__ float square() const {
     float sum = 0.f;

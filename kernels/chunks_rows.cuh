@@ -29,31 +29,24 @@ template <typename T, int D> struct Columns {
         unsigned char *const tile = shared + S::TILES + (stage * 2 + which) * S::TILE;
         const Vectors &of = which == 0 ? args.y : args.z;
         Row<D> x;
-        float down = 1.f;
-        if constexpr (kSplit<T>) {
-          x.read(reinterpret_cast<const float *>(shared + S::LANDING) + (which * S::KEYS + row) * D, lanes, true);
-          const Lift lift = lift_to(kPeak, x.peak());
-          x.put(tile, S::PLANE, row, lanes, lift.up);
-          down = lift.down;
-        } else if (of.unit) {
-#pragma unroll
-          for (int i = 0; i < RowLanes<D>::FOURS; ++i) x.x[i] = lanes.has(i) ? four_of(place_of<D>(tile, row, lanes.column(i))) : make_float4(0.f, 0.f, 0.f, 0.f);
-        }
-        const float worth = worth_of(x, of, number, real) * down;
-        if (lanes.lane == 0) (which == 0 ? small.y_worth : small.z_worth)[row] = worth;
+        if constexpr (kSplit<T>) x.read(reinterpret_cast<const float *>(shared + S::LANDING) + (which * S::KEYS + row) * D, lanes, true);
+        else if (of.unit) x.read_tile(tile, row, lanes);
+        const Worth worth = worth_of<T>(x, of, number, real);
+        if constexpr (kSplit<T>) x.put(tile, S::PLANE, row, lanes, worth.lift.up);
+        if (lanes.lane == 0) (which == 0 ? small.y_worth : small.z_worth)[row] = worth.own * worth.lift.down;
       }
       if (ERROR && lanes.lane == 0) small.shift[row] = real ? args.error[number] : 0.f;
     });
   }
 };
 
-// acc += (weights z) factor: COUNT blocks of 16 columns or features, those from `first` to `last`; a block of weights is what `weigh` says.
+// acc += (weights z) factor: COUNT blocks of 16 tokens or features, those from `first` to `last`; a block of weights is what `weigh` says.
 template <typename T, int D, int COUNT, typename Weigh>
-__device__ __forceinline__ void gather(float (&acc)[D / 8][4], const Blocks<D> &z, int plane, int first, int last, float factor0, float factor1, const Weigh &weigh) {
+__device__ __forceinline__ void gather(float (&acc)[D / 8][4], const Blocks<D> &z, int plane, int first, int last, const float (&factor)[2], const Weigh &weigh) {
   constexpr int BLOCKS = D / 16, GROUP = kSplit<T> ? 2 : BLOCKS;
 #pragma unroll
   for (int begin = 0; begin < BLOCKS; begin += GROUP) {
-    float fresh[2 * GROUP][4] = {};
+    float fresh[kSplit<T> ? 2 * GROUP : 1][4] = {};
 #pragma unroll
     for (int k = 0; k < COUNT; ++k) {
       if (k < first || k >= last) continue;
@@ -63,13 +56,10 @@ __device__ __forceinline__ void gather(float (&acc)[D / 8][4], const Blocks<D> &
       for (int q = 0; q < GROUP; ++q) {
         if (begin + q >= BLOCKS) continue;
         other.load_transposed(z.at(k, begin + q), plane);
-        if constexpr (kSplit<T>) {
-          multiply(fresh[2 * q], weights, other, 0);
-          multiply(fresh[2 * q + 1], weights, other, 1);
-        } else {
-          multiply(acc[2 * (begin + q)], weights, other, 0);
-          multiply(acc[2 * (begin + q) + 1], weights, other, 1);
-        }
+#pragma unroll
+        for (int t = 0; t < 2; ++t)
+          if constexpr (kSplit<T>) multiply(fresh[2 * q + t], weights, other, t);
+          else multiply(acc[2 * (begin + q) + t], weights, other, t);
       }
     }
     if constexpr (kSplit<T>) {
@@ -77,11 +67,10 @@ __device__ __forceinline__ void gather(float (&acc)[D / 8][4], const Blocks<D> &
       for (int n = 0; n < 2 * GROUP; ++n)
         if (2 * begin + n < 2 * BLOCKS)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) acc[2 * begin + n][i] = fmaf(fresh[n][i], i < 2 ? factor0 : factor1, acc[2 * begin + n][i]);
+          for (int i = 0; i < 4; ++i) acc[2 * begin + n][i] = fmaf(fresh[n][i], factor[i / 2], acc[2 * begin + n][i]);
     }
   }
 }
-
 // What a lane's two rows (group and group + 8) sum to over the lanes that share them.
 __device__ __forceinline__ void over_row(float (&x)[2]) {
 #pragma unroll
@@ -107,6 +96,8 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
   constexpr bool kAcross = ROLE == Role::kQuery || ROLE == Role::kKey;          // their state is held the other way round
   constexpr bool kTotals = !kLater;                                             // sums over a row: masses, or sums of dA
   constexpr bool kOfPairs = kAcross;                                            // the weight is x.y plus an e, not f
+  constexpr bool kGroups = kWarpgroups<D>;
+  constexpr int kHeld = D * D / 4 / S::THREADS <= 4 ? D * D / 4 / S::THREADS : 0;  // fours of the state that a thread keeps while its peak is sought
   extern __shared__ __align__(1024) unsigned char shared[];
   auto &small = *reinterpret_cast<typename S::Small *>(shared + S::LANDING + S::LANDING_BYTES);
   const linattn_problem &p = args.problem;
@@ -129,7 +120,11 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
     columns_of(iteration).start(base, iteration % S::STAGES, token, count_of(token), thread);
   };
 
-  // ---- the rows themselves, and what the head multiplies by
+  const auto coefficient = [&](int which, int head) { return p.coefficients[which * p.query_heads + head]; };
+  const float a = kLater ? 0.f : coefficient(0, row_head), b_tau = kLater ? 1.f : coefficient(1, row_head) * coefficient(3, row_head);
+  const float *const state = args.states ? args.states + ((static_cast<int64_t>(batch) * p.key_heads + key_head) * args.chunks + chunk) * kStateFloats<D> : nullptr;
+
+  // ---- the rows themselves
   const T *const x_rows = head_of<const T>(args.x.tensor, batch, row_head) + begin * args.x.tensor.token_stride;
   const int64_t first_number = static_cast<int64_t>(pair) * p.length + begin;  // of a query's row
   if constexpr (!kSplit<T>) {
@@ -137,17 +132,20 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
     copy_commit();
   }
   if (iterations > 0) start(0);
-  const auto coefficient = [&](int which, int head) { return p.coefficients[which * p.query_heads + head]; };
-  const float a = kLater ? 0.f : coefficient(0, row_head), b_tau = kLater ? 1.f : coefficient(1, row_head) * coefficient(3, row_head);
+  float4 held[kHeld > 0 ? kHeld : 1];
+  if (kSplit<T> && state) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) held[i] = four_of(state + 4 * (thread + i * S::THREADS));
+  }
   each_row<D, S::ROWS, S::WARPS>(warp, lane_id, [&](int row, const RowLanes<D> &lanes) {
     const bool real = row < rows;
     Row<D> x;
     x.read(x_rows + row * args.x.tensor.token_stride, lanes, real);
-    float worth = worth_of(x, args.x, first_number + row, real);
+    const Worth worth = worth_of<T>(x, args.x, first_number + row, real);
     if constexpr (ROLE == Role::kQuery) {  // e = dL/dg - w . o
       Row<D> out;
       out.read(head_of<const T>(args.out, batch, row_head) + (begin + row) * args.out.token_stride, lanes, real);
-      const float along = x.dot(out) * worth;
+      const float along = x.dot(out) * worth.own;
       if (lanes.lane == 0) {
         const float error = real ? (args.grad_mass ? args.grad_mass[first_number + row] : 0.f) - along : 0.f;
         small.row_shift[row] = error;
@@ -156,25 +154,26 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
     } else if (lanes.lane == 0) {
       small.row_shift[row] = ROLE == Role::kOut ? a : 1.f;
     }
-    if constexpr (kSplit<T>) {
-      const Lift lift = lift_to(kPeak, x.peak());
-      x.put(shared + S::X, S::X_PLANE, row, lanes, lift.up);
-      worth *= lift.down;
-    }
-    if (lanes.lane == 0) small.x_worth[row] = worth;
+    if constexpr (kSplit<T>) x.put(shared + S::X, S::X_PLANE, row, lanes, worth.lift.up);
+    if (lanes.lane == 0) small.x_worth[row] = worth.own * worth.lift.down;
   });
 
   const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id);
   const Blocks<D> x_blocks(base + S::X + Tile<D>::rows_at(warp), down);
   float acc[2 * BLOCKS][4] = {}, total[2] = {0.f, 0.f};
 
+  const uint32_t x_group = base + S::X + Tile<D>::rows_at(warp / 4 * 4);  // the rows of the warpgroup
+
   // ---- the state
-  const float *const state = args.states ? args.states + ((static_cast<int64_t>(batch) * p.key_heads + key_head) * args.chunks + chunk) * kStateFloats<D> : nullptr;
+  const int row0 = 16 * warp + group;
   if (state) {
     Lift lift{1.f, 1.f};
     if constexpr (kSplit<T>) {
       float peak = 0.f;
-      for (int i = thread; i < D * D / 4; i += S::THREADS) peak = fmaxf(peak, peak_of(four_of(state + 4 * i)));
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) peak = fmaxf(peak, peak_of(held[i]));
+      if constexpr (kHeld == 0)
+        for (int i = thread; i < D * D / 4; i += S::THREADS) peak = fmaxf(peak, peak_of(four_of(state + 4 * i)));
       peak = warp_peak(peak);
       if (lane_id == 0) small.peaks[warp] = peak;
       __syncthreads();
@@ -186,48 +185,71 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
     // The rounded state takes the place that the second stage, or all, of the columns will have.
     constexpr int kPlace = S::TILES + (S::STAGES - 1) * 2 * S::TILE;
     const Blocks<D> s_down(base + kPlace, down), s_across(base + kPlace, across);
+    const auto put_state = [&](int row, int column, const float4 &x) {
+      if constexpr (kSplit<T>) {
+        put_four<D>(shared + kPlace, S::PLANE, row, column, x, lift.up);
+      } else {
+        unsigned char *const at = shared + kPlace + Tile<D>::at(row, column / 8) + column % 8 * 2;
+        *reinterpret_cast<uint2 *>(at) = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
+      }
+    };
+    constexpr float kWhole[2] = {1.f, 1.f};
 #pragma unroll
     for (int slab = 0; slab < BLOCKS; slab += STEPS) {
       const int blocks = BLOCKS - slab < STEPS ? BLOCKS - slab : STEPS;
       if (slab > 0) __syncthreads();
-      for (int i = thread; i < blocks * 16 * (D / 4); i += S::THREADS) {
-        const int row = i / (D / 4), column = i % (D / 4) * 4;
-        const float4 x = four_of(state + (16 * slab + row) * D + column);
-        if constexpr (kSplit<T>) {
-          put_four<D>(shared + kPlace, S::PLANE, row, column, x, lift.up);
-        } else {
-          unsigned char *const at = shared + kPlace + Tile<D>::at(row, column / 8) + column % 8 * 2;
-          *reinterpret_cast<uint2 *>(at) = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) put_state((thread + i * S::THREADS) / (D / 4), (thread + i * S::THREADS) % (D / 4) * 4, held[i]);
+      if constexpr (kHeld == 0)
+        for (int i = thread; i < blocks * 16 * (D / 4); i += S::THREADS) {
+          const int row = i / (D / 4), column = i % (D / 4) * 4;
+          put_state(row, column, four_of(state + (16 * slab + row) * D + column));
         }
-      }
+      warpgroup_publish();
       __syncthreads();
-      const float factor0 = lift.down * small.x_worth[16 * warp + group] * b_tau, factor1 = lift.down * small.x_worth[16 * warp + group + 8] * b_tau;
-      const float own0 = kOfPairs ? lift.down * small.x_worth[16 * warp + group] : factor0, own1 = kOfPairs ? lift.down * small.x_worth[16 * warp + group + 8] : factor1;
-      if constexpr (!kAcross) {
-        gather<T, D, STEPS>(acc, s_down, S::PLANE, 0, blocks, own0, own1, [&](Fragment<T> &x, int k) { x.load(x_blocks.at(0, slab + k), S::X_PLANE); });
+      if constexpr (kGroups) {
+        warpgroup_keep(acc);
+        warpgroup_begin();
+        if constexpr (kAcross) {
+#pragma unroll
+          for (int block = 0; block < BLOCKS; ++block) {
+            const uint32_t columns = Tile<D>::columns_at(2 * block);
+            constexpr int kWidth = D < 64 ? D : 64;
+            group_multiply<T, D, kWidth, false>(part_of<kWidth / 8>(acc, 2 * slab), x_group + columns, S::X_PLANE, base + kPlace + columns, S::PLANE, block > 0);
+          }
+        } else {
+#pragma unroll
+          for (int k = 0; k < STEPS; ++k)
+            if (slab + k < BLOCKS)
+              each_range<D>([&](auto range) {
+                constexpr int kFirst = decltype(range)::kFirst, kCount = decltype(range)::kCount;
+                group_multiply<T, D, kCount, true>(part_of<kCount / 8>(acc, kFirst / 8), x_group + Tile<D>::columns_at(2 * (slab + k)), S::X_PLANE,
+                                                   base + kPlace + Tile<D>::rows_at(k) + Tile<D>::columns_at(kFirst / 8), S::PLANE, slab + k > 0);
+              });
+        }
+        warpgroup_commit();
+        warpgroup_wait<0>();
+        warpgroup_keep(acc);
+      } else if constexpr (!kAcross) {
+        gather<T, D, STEPS>(acc, s_down, S::PLANE, 0, blocks, kWhole, [&](Fragment<T> &x, int k) { x.load(x_blocks.at(0, slab + k), S::X_PLANE); });
       } else {
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
           if (slab + k >= BLOCKS) continue;
-          float fresh[2][4] = {};
 #pragma unroll
           for (int block = 0; block < BLOCKS; ++block) {
             Fragment<T> x, other;
             x.load(x_blocks.at(0, block), S::X_PLANE);
             other.load(s_across.at(k, block), S::PLANE);
-            multiply(fresh[0], x, other, 0);
-            multiply(fresh[1], x, other, 1);
+            multiply(acc[2 * (slab + k)], x, other, 0);
+            multiply(acc[2 * (slab + k) + 1], x, other, 1);
           }
-#pragma unroll
-          for (int t = 0; t < 2; ++t)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) acc[2 * (slab + k) + t][i] = fresh[t][i] * (kSplit<T> ? i < 2 ? own0 : own1 : 1.f);
         }
       }
     }
-    // In bfloat16 the sums are scaled once, here.
-    const int row0 = 16 * warp + group;
-    const float enter[2] = {kSplit<T> ? 1.f : small.x_worth[row0] * (kOfPairs ? 1.f : b_tau), kSplit<T> ? 1.f : small.x_worth[row0 + 8] * (kOfPairs ? 1.f : b_tau)};
+    float enter[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) enter[half] = lift.down * small.x_worth[row0 + 8 * half] * (kOfPairs ? 1.f : b_tau);
     const float shift[2] = {small.row_shift[row0], small.row_shift[row0 + 8]};
     const float *const column = state + D * D, *const line = column + D, *const gathered = kAcross ? column : line, *const summed = kAcross ? line : column;
     float along[2] = {0.f, 0.f};
@@ -268,32 +290,46 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
     const int64_t token = token_of(iteration);
     const int count = count_of(token);
     copy_wait<0>();
+    warpgroup_publish();
     __syncthreads();  // everyone has left the tile before this one
     columns_of(iteration).template arrive<ROLE == Role::kKey>(shared, small, args, stage, token, count, warp, lane_id);
     if (iteration + 1 < iterations) start(iteration + 1);
+    warpgroup_publish();
     __syncthreads();
 
-    // Of the tile's steps of 16 columns, those that some row of the warp sees.
-    const int gap = static_cast<int>(first_row - token);
-    const int first = kLater ? max(gap, 0) / 16 : 0, last = kLater ? (count + 15) / 16 : min((gap + 31) / 16, (count + 15) / 16);
-    if (first >= last) continue;
+    // Of the tile's steps of 16 columns, those that some row of the warp sees; all, where some row of the warpgroup sees any.
+    const int gap = static_cast<int>(first_row - token), group_gap = gap - warp % 4 * 16;
+    const int first = kGroups ? 0 : kLater ? max(gap, 0) / 16 : 0, last = kGroups ? STEPS : kLater ? (count + 15) / 16 : min((gap + 31) / 16, (count + 15) / 16);
+    if (kGroups ? (kLater ? group_gap >= count : group_gap <= -64) : first >= last) continue;
     const uint32_t tile = base + S::TILES + stage * 2 * S::TILE;
     const Blocks<D> y_blocks(tile, across), z_blocks(tile + S::TILE, down);
     float s[2 * STEPS][4] = {};
+    if constexpr (kGroups) {
+      warpgroup_keep(s);
+      warpgroup_begin();
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
-      Fragment<T> x, y;
-      x.load(x_blocks.at(0, block), S::X_PLANE);
+      for (int block = 0; block < BLOCKS; ++block) {
+        const uint32_t columns = Tile<D>::columns_at(2 * block);
+        group_multiply<T, D, S::KEYS, false>(s, x_group + columns, S::X_PLANE, tile + columns, S::PLANE, block > 0);
+      }
+      warpgroup_commit();
+      warpgroup_wait<0>();
+      warpgroup_keep(s);
+    } else {
 #pragma unroll
-      for (int step = 0; step < STEPS; ++step) {
-        if (step < first || step >= last) continue;
-        y.load(y_blocks.at(step, block), S::PLANE);
-        multiply(s[2 * step], x, y, 0);
-        multiply(s[2 * step + 1], x, y, 1);
+      for (int block = 0; block < BLOCKS; ++block) {
+        Fragment<T> x, y;
+        x.load(x_blocks.at(0, block), S::X_PLANE);
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+          if (step < first || step >= last) continue;
+          y.load(y_blocks.at(step, block), S::PLANE);
+          multiply(s[2 * step], x, y, 0);
+          multiply(s[2 * step + 1], x, y, 1);
+        }
       }
     }
     const float slope = kLater ? coefficient(1, head) * coefficient(3, head) : kOfPairs ? 1.f : b_tau, level = kLater ? coefficient(0, head) : a;
-    const int row0 = 16 * warp + group;
     const float enter[2] = {small.x_worth[row0] * (kOfPairs ? 1.f : slope), small.x_worth[row0 + 8] * (kOfPairs ? 1.f : slope)};
     const float own_shift[2] = {ROLE == Role::kValue ? level : small.row_shift[row0], ROLE == Role::kValue ? level : small.row_shift[row0 + 8]};
     float peak[2] = {0.f, 0.f};
@@ -348,12 +384,13 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
           }
         }
     }
-    gather<T, D, STEPS>(acc, z_blocks, S::PLANE, first, last, lift[0].down, lift[1].down, [&](Fragment<T> &x, int k) { x = weights[k]; });
+    const float worth[2] = {lift[0].down, lift[1].down};
+    if constexpr (kGroups) gather_by_group<T, D, STEPS>(acc, tile + S::TILE, S::PLANE, worth, weights);
+    else gather<T, D, STEPS>(acc, z_blocks, S::PLANE, first, last, worth, [&](Fragment<T> &x, int k) { x = weights[k]; });
   }
   if (iterations == 0) copy_wait<0>();
 
   // ---- the results
-  const int row0 = 16 * warp + group;
   if constexpr (kTotals) over_row(total);
   float finish[2] = {1.f, 1.f}, along[2] = {0.f, 0.f};
   const T *own[2] = {nullptr, nullptr};

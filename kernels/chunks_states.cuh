@@ -22,26 +22,32 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
   const auto start = [&](int iteration) {
     const int64_t token = token_of(iteration);
     const int head = key_head * heads + iteration / tiles, count = count_of(token);
-    const uint32_t tile = base + iteration % S::STAGES * 2 * S::TILE, landing = base + S::LANDING;
+    const uint32_t tile = base + iteration % S::STAGES * 2 * S::TILE, landing = base + S::LANDING + (kSplit<T> ? iteration % (S::LANDINGS ? S::LANDINGS : 1) * 2 * S::LANDED : 0);
     start_rows<T, D, S::TOKENS, S::WARPS>(tile, landing, head_of<const T>(args.y.tensor, batch, head) + token * args.y.tensor.token_stride, args.y.tensor.token_stride, count, thread);
-    start_rows<T, D, S::TOKENS, S::WARPS>(tile + S::TILE, landing + S::TOKENS * D * 4, head_of<const T>(args.z.tensor, batch, head) + token * args.z.tensor.token_stride,
+    start_rows<T, D, S::TOKENS, S::WARPS>(tile + S::TILE, landing + S::LANDED, head_of<const T>(args.z.tensor, batch, head) + token * args.z.tensor.token_stride,
                                           args.z.tensor.token_stride, count, thread);
     copy_commit();
   };
   start(0);
+  if constexpr (S::LANDINGS == 2) {
+    if (iterations > 1) start(1);
+    else copy_commit();
+  }
 
   // A warp has 16 features of y and BLOCKS blocks of 16 columns of z.
   const int stripe = warp % S::STRIPES, first_block = warp / S::STRIPES * S::BLOCKS, feature_block = share * S::STRIPES + stripe;
   const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id);
-  float sum[2 * S::BLOCKS][4] = {}, margins[S::MARGINS] = {}, count_sum = 0.f;
+  const int set = thread % S::SETS * S::WIDE, turn = thread / S::SETS;  // a thread's columns of y and z in a row, and its tokens, for the margins
+  float sum[2 * S::BLOCKS][4] = {}, margins[S::WIDE] = {}, count_sum = 0.f;
   for (int iteration = 0; iteration < iterations; ++iteration) {
     const int stage = iteration % S::STAGES, head = key_head * heads + iteration / tiles;
     const int64_t token = token_of(iteration), first_number = (static_cast<int64_t>(batch) * p.query_heads + head) * p.length + token;
     const int count = count_of(token);
     unsigned char *const y_tile = shared + stage * 2 * S::TILE, *const z_tile = y_tile + S::TILE;
-    const float *const y_landed = reinterpret_cast<const float *>(shared + S::LANDING), *const z_landed = y_landed + S::TOKENS * D;
+    const float *const y_landed = reinterpret_cast<const float *>(shared + S::LANDING + (kSplit<T> ? iteration % (S::LANDINGS ? S::LANDINGS : 1) * 2 * S::LANDED : 0)), *const z_landed = y_landed + S::TOKENS * D;
     const float a = QUERIES ? p.coefficients[head] : 1.f, b_tau = QUERIES ? p.coefficients[p.query_heads + head] * p.coefficients[3 * p.query_heads + head] : 1.f;
-    copy_wait<0>();
+    copy_wait<S::LANDINGS == 2 ? 1 : 0>();
+    warpgroup_publish();
     __syncthreads();  // everything has landed, and everyone has left the tile before this one
     if constexpr (!kSplit<T>)
       if (iteration + 1 < iterations) start(iteration + 1);
@@ -51,19 +57,13 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
       const bool real = row < count;
       Row<D> x;
       if constexpr (kSplit<T>) x.read(y_landed + row * D, lanes, true);
-      else if (args.y.unit)
-#pragma unroll
-        for (int i = 0; i < RowLanes<D>::FOURS; ++i) x.x[i] = lanes.has(i) ? four_of(place_of<D>(y_tile, row, lanes.column(i))) : make_float4(0.f, 0.f, 0.f, 0.f);
-      const float y_worth = worth_of(x, args.y, first_number + row, real) * b_tau, z_worth = QUERIES && real ? inverse_or_zero(args.z.mass[first_number + row]) : real ? 1.f : 0.f;
-      float product = y_worth * z_worth;
-      if constexpr (kSplit<T>) {
-        const float peak = x.peak();
-        x.read(z_landed + row * D, lanes, true);
-        const Lift lift = lift_to(kPeak, x.peak());
-        x.put(z_tile, S::PLANE, row, lanes, lift.up);
-        product *= lift.down;
-        if (lanes.lane == 0) small.peak[row] = peak * fabsf(product);
-      }
+      else if (args.y.unit) x.read_tile(y_tile, row, lanes);
+      const Worth y = worth_of<T>(x, args.y, first_number + row, real);
+      if constexpr (kSplit<T>) x.read(z_landed + row * D, lanes, true);
+      const Worth z = worth_of<T>(x, args.z, first_number + row, real);
+      if constexpr (kSplit<T>) x.put(z_tile, S::PLANE, row, lanes, z.lift.up);
+      const float y_worth = y.own * b_tau, z_worth = z.own, product = y_worth * z_worth * z.lift.down;
+      if (kSplit<T> && lanes.lane == 0) small.peak[row] = y.lift.down * fabsf(product);  // of y times its factor, in units of 2^15
       if (lanes.lane == 0) {
         const float error = QUERIES && real ? args.error[first_number + row] : 1.f;
         small.product[row] = product, small.column[row] = y_worth * error, small.line[row] = z_worth * a;
@@ -74,30 +74,37 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
     __syncthreads();
     Lift lift{1.f, 1.f};
     if constexpr (kSplit<T>) {  // y times its tokens' factors, as one tile with one lift
-      float peak = small.peak[lane_id];
-      if constexpr (S::TOKENS == 64) peak = fmaxf(peak, small.peak[lane_id + 32]);
-      lift = lift_to(kPeak, warp_peak(peak));
+      const float peak = fmaxf(small.peak[lane_id], small.peak[lane_id + 32]);
+      lift = lift_to(kPeak - 15, warp_peak(peak));
       each_row<D, S::TOKENS, S::WARPS>(warp, lane_id, [&](int row, const RowLanes<D> &lanes) {
         Row<D> x;
         x.read(y_landed + row * D, lanes, true);
         x.put(y_tile, S::PLANE, row, lanes, small.product[row] * lift.up);
       });
     }
+    if (share == 0) {
+      const bool of_z = set >= D;
+      const float *const weights = of_z ? small.line : small.column;
+      const int column = of_z ? set - D : set;
+#pragma unroll 4
+      for (int n = turn * (S::TOKENS / S::TURNS); n < (turn + 1) * (S::TOKENS / S::TURNS); ++n) {
+        const float weight = weights[n];
+        if constexpr (kSplit<T>) {
+          const float4 x = four_of((of_z ? z_landed : y_landed) + n * D + column);
+          margins[0] = fmaf(weight, x.x, margins[0]), margins[1] = fmaf(weight, x.y, margins[1]), margins[2] = fmaf(weight, x.z, margins[2]), margins[3] = fmaf(weight, x.w, margins[3]);
+        } else {
+          using E = Element<T>;
+          const uint4 x = *reinterpret_cast<const uint4 *>((of_z ? z_tile : y_tile) + Tile<D>::at(n, column / 8));
+          const uint32_t two[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
-    for (int m = 0; m < S::MARGINS; ++m) {
-      const int index = thread % (2 * D) + m * S::THREADS, column = index % D, turn = S::MARGINS == 1 ? thread / (2 * D) : 0;
-      const bool of_z = index >= D;
-      const float *const weights = of_z ? small.line : small.column, *const landed = (of_z ? z_landed : y_landed) + column;
-      if (turn < S::TURNS)
-#pragma unroll 8
-        for (int n = turn * (S::TOKENS / S::TURNS); n < (turn + 1) * (S::TOKENS / S::TURNS); ++n) {
-          if constexpr (kSplit<T>) margins[m] = fmaf(weights[n], landed[n * D], margins[m]);
-          else margins[m] = fmaf(weights[n], static_cast<float>(*reinterpret_cast<const T *>((of_z ? z_tile : y_tile) + Tile<D>::at(n, column / 8) + column % 8 * 2)), margins[m]);
+          for (int i = 0; i < 4; ++i) margins[2 * i] = fmaf(weight, E::low(two[i]), margins[2 * i]), margins[2 * i + 1] = fmaf(weight, E::high(two[i]), margins[2 * i + 1]);
         }
+      }
     }
     if constexpr (kSplit<T>) {
       __syncthreads();  // y is written, and what landed was read
-      if (iteration + 1 < iterations) start(iteration + 1);
+      if (iteration + S::LANDINGS < iterations) start(iteration + S::LANDINGS);
+      else copy_commit();
     }
 
     const Blocks<D> y_blocks(shared_address(y_tile), across), z_blocks(shared_address(z_tile), down);
@@ -127,17 +134,25 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
     } else {
       const SplitWeights<T> products{reinterpret_cast<const T *>(small.high), reinterpret_cast<const T *>(small.low)};
       const WeightReader<T> scale(products, products.high, lane_id);
+      Fragment<T> y[STEPS];
 #pragma unroll
       for (int step = 0; step < STEPS; ++step) {
-        Fragment<T> y, z;
-        y.load_transposed(y_blocks.at_column(step, feature_block), S::PLANE);
-        scale.scale(y.part[0], 16 * step);
+        y[step].load_transposed(y_blocks.at_column(step, feature_block), S::PLANE);
+        scale.scale(y[step].part[0], 16 * step);
+      }
+      if constexpr (kWarpgroups<D>) {
+        constexpr float kWhole[2] = {1.f, 1.f};
+        gather_by_group<T, D, STEPS>(sum, shared_address(z_tile), S::PLANE, kWhole, y);
+      } else {
 #pragma unroll
-        for (int q = 0; q < S::BLOCKS; ++q) {
-          z.load_transposed(z_blocks.at_column(step, first_block + q), S::PLANE);
-          multiply(sum[2 * q], y, z, 0);
-          multiply(sum[2 * q + 1], y, z, 1);
-        }
+        for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+          for (int q = 0; q < S::BLOCKS; ++q) {
+            Fragment<T> z;
+            z.load_transposed(z_blocks.at_column(step, first_block + q), S::PLANE);
+            multiply(sum[2 * q], y[step], z, 0);
+            multiply(sum[2 * q + 1], y[step], z, 1);
+          }
       }
     }
   }
@@ -153,11 +168,17 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) count_sum += __shfl_xor_sync(0xffffffffu, count_sum, step);
   if (lane_id == 0) small.counts[warp] = count_sum;
-  if (S::TURNS > 1 && thread / (2 * D) == 1) small.margins[thread % (2 * D)] = margins[0];
-  __syncthreads();
+  copy_wait<0>();
+  __syncthreads();  // the tiles make room for what each turn has summed
+  float *const turns = reinterpret_cast<float *>(shared);
 #pragma unroll
-  for (int m = 0; m < S::MARGINS; ++m)
-    if (S::MARGINS > 1 || thread < 2 * D) state[D * D + thread + m * S::THREADS] = margins[m] + (S::TURNS > 1 ? small.margins[thread] : 0.f);
+  for (int i = 0; i < S::WIDE; ++i) turns[turn * 2 * D + set + i] = margins[i];
+  __syncthreads();
+  for (int i = thread; i < 2 * D; i += S::THREADS) {
+    float all = 0.f;
+    for (int t = 0; t < S::TURNS; ++t) all += turns[t * 2 * D + i];
+    state[D * D + i] = all;
+  }
   if (thread == 0) {
     float all = 0.f;
     for (int w = 0; w < S::WARPS; ++w) all += small.counts[w];

@@ -42,19 +42,20 @@ __device__ __forceinline__ void copy_word_async(uint32_t shared, const int32_t *
 }
 
 // Rows of D elements, in 16-byte pieces whose place is permuted by row so that eight rows of one column block meet no bank twice.
-// D = 128 lies in panels of 64 rows and 64 columns, each permuted as D = 64 is: wgmma reads both.
+// D = 128, 192 and 256 lie in panels of 64 rows and 64 columns, each permuted as D = 64 is: wgmma reads both.
 template <int D> struct Tile {
-  static constexpr int kRowBytes = D == 128 ? 128 : 2 * D;
+  static constexpr bool kPanels = D >= 128 && D % 64 == 0;
+  static constexpr int kRowBytes = kPanels ? 128 : 2 * D;
   static constexpr int kBlockBytes = 16 * kRowBytes;  // from 16 rows to the next
-  static constexpr int kPanelBytes = 64 * 128;        // from a panel to the one at its right (D = 128)
+  static constexpr int kPanelBytes = 64 * 128;        // from a panel to the one at its right
   static constexpr int kShift = D == 32 || D == 96 ? 1 : D == 80 ? 2 : 0;
   static constexpr int kMask = D == 32 || D == 96 ? 3 : D == 80 ? 1 : 7;
   static constexpr __device__ __forceinline__ uint32_t rows_at(int row_block) {
-    return D == 128 ? row_block / 4 * 2 * kPanelBytes + row_block % 4 * kBlockBytes : row_block * kBlockBytes;
+    return kPanels ? row_block / 4 * (D / 64) * kPanelBytes + row_block % 4 * kBlockBytes : row_block * kBlockBytes;
   }
-  static constexpr __device__ __forceinline__ uint32_t columns_at(int pieces) { return D == 128 ? pieces / 8 * kPanelBytes + pieces % 8 * 16 : pieces * 16; }
+  static constexpr __device__ __forceinline__ uint32_t columns_at(int pieces) { return kPanels ? pieces / 8 * kPanelBytes + pieces % 8 * 16 : pieces * 16; }
   static __device__ __forceinline__ uint32_t at(int row, int piece) {
-    if constexpr (D == 128) return rows_at(row / 16) + row % 16 * kRowBytes + piece / 8 * kPanelBytes + ((piece % 8 ^ row % 8) << 4);
+    if constexpr (kPanels) return rows_at(row / 16) + row % 16 * kRowBytes + piece / 8 * kPanelBytes + ((piece % 8 ^ row % 8) << 4);
     return row * kRowBytes + ((piece ^ ((row >> kShift) & kMask)) << 4);
   }
 };

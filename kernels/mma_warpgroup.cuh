@@ -5,10 +5,10 @@
 
 namespace linattn_mma {
 
-// sm_90a alone has wgmma. Its 64- and 128-byte swizzles are those of Tile<32> and of Tile<64> and Tile<128>; its products have 64 rows, which
+// sm_90a alone has wgmma. Its 64- and 128-byte swizzles are those of Tile<32>, and of Tile<64> and tiles of panels; its products have 64 rows, which
 // a chunk has at these head dims, and the state only from 64 on.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-template <int D> constexpr bool kWarpgroups = D == 32 || D == 64 || D == 128;
+template <int D> constexpr bool kWarpgroups = D == 32 || D == 64 || Tile<D>::kPanels;
 #else
 template <int D> constexpr bool kWarpgroups = false;
 #endif

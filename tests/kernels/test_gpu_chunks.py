@@ -8,7 +8,7 @@ from hf_linattn import linear_attention
 from hf_linattn.ops import chunked, cuda, reference
 
 pytestmark = pytest.mark.gpu
-SHAPES = [*((torch.float32, head_dim) for head_dim in (32, 64, 80, 96, 128, 192, 256)), (torch.bfloat16, 192), (torch.bfloat16, 256)]
+SHAPES = [*((torch.float32, head_dim) for head_dim in (32, 64, 80, 96, 128)), (torch.bfloat16, 192), (torch.bfloat16, 256)]
 every_shape = pytest.mark.parametrize("dtype, head_dim", SHAPES, ids=str)
 
 
@@ -122,7 +122,8 @@ def test_what_others_take():
     noise = torch.tensor(0.1, device="cuda")
     for other in ({"segments": segments}, {"log_decay": decay}, {"dropout_p": noise}, {"degree": 2}, {"value_dim": 32}):
         assert path(torch.float32, 64, **other) == ("generic", "generic")
-    assert path(torch.bfloat16, 64) == ("mma", "mma") and path(torch.float16, 192) == path(torch.float32, 48) == ("generic", "generic")
+    assert path(torch.bfloat16, 64) == ("mma", "mma")
+    assert path(torch.float16, 192) == path(torch.float32, 192) == path(torch.float32, 48) == ("generic", "generic")
 
 
 @pytest.mark.parametrize("dtype, head_dim", [(torch.float32, 64), (torch.bfloat16, 256)], ids=str)
