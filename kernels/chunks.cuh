@@ -75,26 +75,18 @@ template <typename T, int D> struct StateShape {
   static constexpr int SHARED = LANDING + LANDING_BYTES + static_cast<int>(sizeof(Small));
 };
 
-// Every row of a tile, in turns: a warp's lanes share out a few of them at a time.
-template <int D, int TOKENS, int WARPS, typename Work> __device__ __forceinline__ void each_row(int warp, int lane_id, const Work &work) {
-  using Lanes = RowLanes<D>;
-  const Lanes lanes(lane_id);
-#pragma unroll
-  for (int i = 0; i < (TOKENS + WARPS * Lanes::ROWS - 1) / (WARPS * Lanes::ROWS); ++i) {
-    const int first = (i * WARPS + warp) * Lanes::ROWS;
-    if (first < TOKENS) work(first + lanes.row, lanes);
-  }
-}
-
 // Starts to copy `count` rows: into the tile itself, or, where they must be split, to where the same lanes will find them.
 template <typename T, int D, int TOKENS, int WARPS>
 __device__ __forceinline__ void start_rows(uint32_t tile, uint32_t landing, const T *rows, int64_t stride, int count, int thread) {
   if constexpr (kSplit<T>) {
-    each_row<D, TOKENS, WARPS>(thread / 32, thread % 32, [&](int row, const RowLanes<D> &lanes) {
-      const bool valid = row < count;
+    const WarpRows<D, TOKENS, WARPS> mine(thread / 32, thread % 32);
+    mine.batches([&](int first) {
+      mine.each(first, [&](int, int row) {
+        const bool valid = row < count;
 #pragma unroll
-      for (int i = 0; i < RowLanes<D>::FOURS; ++i)
-        if (lanes.has(i)) copy_async(landing + (row * D + lanes.column(i)) * 4, rows + (valid ? row * stride : 0) + lanes.column(i), valid);
+        for (int i = 0; i < RowLanes<D>::FOURS; ++i)
+          if (mine.lanes.has(i)) copy_async(landing + (row * D + mine.lanes.column(i)) * 4, rows + (valid ? row * stride : 0) + mine.lanes.column(i), valid);
+      });
     });
   } else {
     copy_tile<D, TOKENS, 32 * WARPS>(tile, rows, stride, count, thread);
@@ -102,23 +94,26 @@ __device__ __forceinline__ void start_rows(uint32_t tile, uint32_t landing, cons
 }
 
 // What a token's vector counts beside what memory holds of it, and, where it is split, how it is brought near one: a vector of unit length by
-// its length, others by their largest element. All lanes of a warp ask together, each about its row.
+// its length, others by their largest element. All lanes of a warp ask together, for a batch of rows.
 struct Worth {
   float own;
   Lift lift;
 };
-template <typename T, int D> __device__ __forceinline__ Worth worth_of(const Row<D> &x, const Vectors &of, int64_t number, bool real) {
-  Worth worth{1.f, {1.f, 1.f}};
+template <typename T, typename WarpRows, typename Row, int BATCH>
+__device__ __forceinline__ void weigh(Worth (&worth)[BATCH], const Row (&x)[BATCH], const WarpRows &mine, int first, const Vectors &of, int64_t first_number, int count) {
+  float measure[BATCH] = {};
   if (of.unit) {
-    const float square = x.square();
-    worth.own = inverse_length(square);
-    if constexpr (kSplit<T>) worth.lift = lift_to(kPeak, square * worth.own);
+    mine.each(first, [&](int i, int) { measure[i] = x[i].dot(x[i]); });
+    mine.sums(measure);
   } else if constexpr (kSplit<T>) {
-    worth.lift = lift_to(kPeak, x.peak());
+    mine.each(first, [&](int i, int) { measure[i] = x[i].peak(); });
+    mine.peaks(measure);
   }
-  if (of.mass) worth.own = real ? inverse_or_zero(of.mass[number]) : 0.f;
-  if (!real) worth.own = 0.f;
-  return worth;
+  mine.each(first, [&](int i, int row) {
+    const float length = of.unit ? inverse_length(measure[i]) : 1.f;
+    worth[i].own = row >= count ? 0.f : of.mass ? inverse_or_zero(of.mass[first_number + row]) : length;
+    worth[i].lift = kSplit<T> ? lift_to(kPeak, of.unit ? measure[i] * length : measure[i]) : Lift{1.f, 1.f};
+  });
 }
 
 }  // namespace linattn_chunks

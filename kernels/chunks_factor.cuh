@@ -119,16 +119,6 @@ template <int D> struct RowLanes {
   __device__ __forceinline__ int column(int i) const { return 4 * (lane + i * LANES); }
   static constexpr __device__ __forceinline__ bool all() { return D % (4 * LANES) == 0; }
   __device__ __forceinline__ bool has(int i) const { return all() || column(i) < D; }
-  static __device__ __forceinline__ float sum(float x) {
-#pragma unroll
-    for (int step = 1; step < LANES; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-    return x;
-  }
-  static __device__ __forceinline__ float peak(float x) {
-#pragma unroll
-    for (int step = 1; step < LANES; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
-    return x;
-  }
 };
 
 __device__ __forceinline__ float4 four_of(const float *x) { return *reinterpret_cast<const float4 *>(x); }
@@ -171,28 +161,56 @@ template <int D> struct Row {
       x[i] = lanes.has(i) ? four_of(reinterpret_cast<const __nv_bfloat16 *>(tile + Tile<D>::at(row, column / 8) + column % 8 * 2)) : make_float4(0.f, 0.f, 0.f, 0.f);
     }
   }
-  __device__ __forceinline__ float square() const {
-    float sum = 0.f;
-#pragma unroll
-    for (int i = 0; i < Lanes::FOURS; ++i) sum += linattn_chunks::dot(x[i], x[i]);
-    return Lanes::sum(sum);
-  }
   __device__ __forceinline__ float dot(const Row &y) const {
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < Lanes::FOURS; ++i) sum += linattn_chunks::dot(x[i], y.x[i]);
-    return Lanes::sum(sum);
+    return sum;
   }
   __device__ __forceinline__ float peak() const {
     float most = 0.f;
 #pragma unroll
     for (int i = 0; i < Lanes::FOURS; ++i) most = fmaxf(most, peak_of(x[i]));
-    return Lanes::peak(most);
+    return most;
   }
   __device__ __forceinline__ void put(unsigned char *tile, int plane, int row, const Lanes &lanes, float up) const {
 #pragma unroll
     for (int i = 0; i < Lanes::FOURS; ++i)
       if (lanes.has(i)) put_four<D>(tile, plane, row, lanes.column(i), x[i], up);
+  }
+};
+
+// The rows of a tile that one warp goes through: some at a time (BATCH turns), whose loads and sums over lanes wait for each other's sake together.
+template <int D, int ROWS, int WARPS> struct WarpRows {
+  using Lanes = RowLanes<D>;
+  static constexpr int TURNS = (ROWS + WARPS * Lanes::ROWS - 1) / (WARPS * Lanes::ROWS), MOST = 8 / Lanes::FOURS, BATCH = TURNS < MOST ? TURNS : MOST;
+  Lanes lanes;
+  int warp;
+  __device__ __forceinline__ WarpRows(int warp, int lane_id) : lanes(lane_id), warp(warp) {}
+  static constexpr __device__ __forceinline__ bool even() { return ROWS % (WARPS * Lanes::ROWS) == 0; }
+  __device__ __forceinline__ bool has(int turn) const { return even() || (turn * WARPS + warp) * Lanes::ROWS < ROWS; }
+  __device__ __forceinline__ int row(int turn) const { return (turn * WARPS + warp) * Lanes::ROWS + lanes.row; }
+  // work(first turn) for every batch, in which each(work) is for every turn: its number in the batch and its row.
+  template <typename Work> __device__ __forceinline__ void batches(const Work &work) const {
+#pragma unroll
+    for (int first = 0; first < TURNS; first += BATCH) work(first);
+  }
+  template <typename Work> __device__ __forceinline__ void each(int first, const Work &work) const {
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i)
+      if (first + i < TURNS && has(first + i)) work(i, row(first + i));
+  }
+  static __device__ __forceinline__ void sums(float (&x)[BATCH]) {
+#pragma unroll
+    for (int step = 1; step < Lanes::LANES; step *= 2)
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], step);
+  }
+  static __device__ __forceinline__ void peaks(float (&x)[BATCH]) {
+#pragma unroll
+    for (int step = 1; step < Lanes::LANES; step *= 2)
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) x[i] = fmaxf(x[i], __shfl_xor_sync(0xffffffffu, x[i], step));
   }
 };
 

@@ -21,22 +21,28 @@ template <typename T, int D> struct Columns {
   }
   // What has landed is measured, and split where it must be.
   template <bool ERROR> __device__ __forceinline__ void arrive(unsigned char *shared, Small &small, const RowArguments &args, int stage, int64_t token, int count, int warp, int lane_id) const {
-    each_row<D, S::KEYS, S::WARPS>(warp, lane_id, [&](int row, const RowLanes<D> &lanes) {
-      const bool real = row < count;
-      const int64_t number = first_number + token + row;
+    using Mine = WarpRows<D, S::KEYS, S::WARPS>;
+    const Mine mine(warp, lane_id);
+    const int64_t number = first_number + token;
 #pragma unroll
-      for (int which = 0; which < 2; ++which) {
-        unsigned char *const tile = shared + S::TILES + (stage * 2 + which) * S::TILE;
-        const Vectors &of = which == 0 ? args.y : args.z;
-        Row<D> x;
-        if constexpr (kSplit<T>) x.read(reinterpret_cast<const float *>(shared + S::LANDING) + (which * S::KEYS + row) * D, lanes, true);
-        else if (of.unit) x.read_tile(tile, row, lanes);
-        const Worth worth = worth_of<T>(x, of, number, real);
-        if constexpr (kSplit<T>) x.put(tile, S::PLANE, row, lanes, worth.lift.up);
-        if (lanes.lane == 0) (which == 0 ? small.y_worth : small.z_worth)[row] = worth.own * worth.lift.down;
-      }
-      if (ERROR && lanes.lane == 0) small.shift[row] = real ? args.error[number] : 0.f;
-    });
+    for (int which = 0; which < 2; ++which) {
+      unsigned char *const tile = shared + S::TILES + (stage * 2 + which) * S::TILE;
+      const float *const landed = reinterpret_cast<const float *>(shared + S::LANDING) + which * S::KEYS * D;
+      const Vectors &of = which == 0 ? args.y : args.z;
+      float *const worths = which == 0 ? small.y_worth : small.z_worth;
+      mine.batches([&](int first) {
+        Row<D> x[Mine::BATCH];
+        Worth worth[Mine::BATCH];
+        if constexpr (kSplit<T>) mine.each(first, [&](int i, int row) { x[i].read(landed + row * D, mine.lanes, true); });
+        else if (of.unit) mine.each(first, [&](int i, int row) { x[i].read_tile(tile, row, mine.lanes); });
+        weigh<T>(worth, x, mine, first, of, number, count);
+        mine.each(first, [&](int i, int row) {
+          if constexpr (kSplit<T>) x[i].put(tile, S::PLANE, row, mine.lanes, worth[i].lift.up);
+          if (mine.lanes.lane == 0) worths[row] = worth[i].own * worth[i].lift.down;
+        });
+      });
+    }
+    if (ERROR && threadIdx.x < S::KEYS) small.shift[threadIdx.x] = static_cast<int>(threadIdx.x) < count ? args.error[number + threadIdx.x] : 0.f;
   }
 };
 
@@ -97,7 +103,9 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
   constexpr bool kTotals = !kLater;                                             // sums over a row: masses, or sums of dA
   constexpr bool kOfPairs = kAcross;                                            // the weight is x.y plus an e, not f
   constexpr bool kGroups = kWarpgroups<D>;
-  constexpr int kHeld = D * D / 4 / S::THREADS <= 4 ? D * D / 4 / S::THREADS : 0;  // fours of the state that a thread keeps while its peak is sought
+  // The state comes in slabs of as many rows as a tile has; a thread fetches its part of a slab in pieces of eight fours at most.
+  constexpr int kSlabs = (BLOCKS + STEPS - 1) / STEPS, kEach = ((D < S::KEYS ? D : S::KEYS) * D / 4 + S::THREADS - 1) / S::THREADS;
+  constexpr int kPieces = (kEach + 7) / 8, kFours = (kEach + kPieces - 1) / kPieces;
   extern __shared__ __align__(1024) unsigned char shared[];
   auto &small = *reinterpret_cast<typename S::Small *>(shared + S::LANDING + S::LANDING_BYTES);
   const linattn_problem &p = args.problem;
@@ -132,30 +140,42 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
     copy_commit();
   }
   if (iterations > 0) start(0);
-  float4 held[kHeld > 0 ? kHeld : 1];
-  if (kSplit<T> && state) {
+  float4 held[kFours];
+  const auto fetch = [&](int slab, int piece) {
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i) held[i] = four_of(state + 4 * (thread + i * S::THREADS));
-  }
-  each_row<D, S::ROWS, S::WARPS>(warp, lane_id, [&](int row, const RowLanes<D> &lanes) {
-    const bool real = row < rows;
-    Row<D> x;
-    x.read(x_rows + row * args.x.tensor.token_stride, lanes, real);
-    const Worth worth = worth_of<T>(x, args.x, first_number + row, real);
-    if constexpr (ROLE == Role::kQuery) {  // e = dL/dg - w . o
-      Row<D> out;
-      out.read(head_of<const T>(args.out, batch, row_head) + (begin + row) * args.out.token_stride, lanes, real);
-      const float along = x.dot(out) * worth.own;
-      if (lanes.lane == 0) {
-        const float error = real ? (args.grad_mass ? args.grad_mass[first_number + row] : 0.f) - along : 0.f;
-        small.row_shift[row] = error;
-        if (real) args.error[first_number + row] = error;
-      }
-    } else if (lanes.lane == 0) {
-      small.row_shift[row] = ROLE == Role::kOut ? a : 1.f;
+    for (int i = 0; i < kFours; ++i) {
+      const int index = thread + (piece * kFours + i) * S::THREADS;
+      held[i] = slab * S::KEYS + index / (D / 4) < D && index < S::KEYS * D / 4 ? four_of(state + slab * S::KEYS * D + 4 * index) : make_float4(0.f, 0.f, 0.f, 0.f);
     }
-    if constexpr (kSplit<T>) x.put(shared + S::X, S::X_PLANE, row, lanes, worth.lift.up);
-    if (lanes.lane == 0) small.x_worth[row] = worth.own * worth.lift.down;
+  };
+  if (state) fetch(0, 0);
+  using Mine = WarpRows<D, S::ROWS, S::WARPS>;
+  const Mine mine(warp, lane_id);
+  mine.batches([&](int first) {
+    Row<D> x[Mine::BATCH], out[Mine::BATCH];
+    Worth worth[Mine::BATCH];
+    mine.each(first, [&](int i, int row) { x[i].read(x_rows + row * args.x.tensor.token_stride, mine.lanes, row < rows); });
+    if constexpr (ROLE == Role::kQuery)
+      mine.each(first, [&](int i, int row) { out[i].read(head_of<const T>(args.out, batch, row_head) + (begin + row) * args.out.token_stride, mine.lanes, row < rows); });
+    weigh<T>(worth, x, mine, first, args.x, first_number, rows);
+    if constexpr (ROLE == Role::kQuery) {  // e = dL/dg - w . o
+      float along[Mine::BATCH] = {};
+      mine.each(first, [&](int i, int) { along[i] = x[i].dot(out[i]); });
+      mine.sums(along);
+      if (mine.lanes.lane == 0)
+        mine.each(first, [&](int i, int row) {
+          const float error = row < rows ? (args.grad_mass ? args.grad_mass[first_number + row] : 0.f) - along[i] * worth[i].own : 0.f;
+          small.row_shift[row] = error;
+          if (row < rows) args.error[first_number + row] = error;
+        });
+    }
+    mine.each(first, [&](int i, int row) {
+      if constexpr (kSplit<T>) x[i].put(shared + S::X, S::X_PLANE, row, mine.lanes, worth[i].lift.up);
+      if (mine.lanes.lane == 0) {
+        small.x_worth[row] = worth[i].own * worth[i].lift.down;
+        if constexpr (ROLE != Role::kQuery) small.row_shift[row] = ROLE == Role::kOut ? a : 1.f;
+      }
+    });
   });
 
   const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id);
@@ -171,9 +191,11 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
     if constexpr (kSplit<T>) {
       float peak = 0.f;
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) peak = fmaxf(peak, peak_of(held[i]));
-      if constexpr (kHeld == 0)
-        for (int i = thread; i < D * D / 4; i += S::THREADS) peak = fmaxf(peak, peak_of(four_of(state + 4 * i)));
+      for (int piece = 0; piece < kSlabs * kPieces; ++piece) {
+        if (piece > 0) fetch(piece / kPieces, piece % kPieces);
+#pragma unroll
+        for (int i = 0; i < kFours; ++i) peak = fmaxf(peak, peak_of(held[i]));
+      }
       peak = warp_peak(peak);
       if (lane_id == 0) small.peaks[warp] = peak;
       __syncthreads();
@@ -197,14 +219,16 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
 #pragma unroll
     for (int slab = 0; slab < BLOCKS; slab += STEPS) {
       const int blocks = BLOCKS - slab < STEPS ? BLOCKS - slab : STEPS;
-      if (slab > 0) __syncthreads();
 #pragma unroll
-      for (int i = 0; i < kHeld; ++i) put_state((thread + i * S::THREADS) / (D / 4), (thread + i * S::THREADS) % (D / 4) * 4, held[i]);
-      if constexpr (kHeld == 0)
-        for (int i = thread; i < blocks * 16 * (D / 4); i += S::THREADS) {
-          const int row = i / (D / 4), column = i % (D / 4) * 4;
-          put_state(row, column, four_of(state + (16 * slab + row) * D + column));
+      for (int piece = 0; piece < kPieces; ++piece) {
+        if (slab > 0 || piece > 0 || (kSplit<T> && kSlabs * kPieces > 1)) fetch(slab / STEPS, piece);
+        if (slab > 0 && piece == 0) __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kFours; ++i) {
+          const int index = thread + (piece * kFours + i) * S::THREADS;
+          if (index / (D / 4) < blocks * 16) put_state(index / (D / 4), index % (D / 4) * 4, held[i]);
         }
+      }
       warpgroup_publish();
       __syncthreads();
       if constexpr (kGroups) {

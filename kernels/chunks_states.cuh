@@ -37,6 +37,8 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
   // A warp has 16 features of y and BLOCKS blocks of 16 columns of z.
   const int stripe = warp % S::STRIPES, first_block = warp / S::STRIPES * S::BLOCKS, feature_block = share * S::STRIPES + stripe;
   const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id);
+  using Mine = WarpRows<D, S::TOKENS, S::WARPS>;
+  const Mine mine(warp, lane_id);
   const int set = thread % S::SETS * S::WIDE, turn = thread / S::SETS;  // a thread's columns of y and z in a row, and its tokens, for the margins
   float sum[2 * S::BLOCKS][4] = {}, margins[S::WIDE] = {}, count_sum = 0.f;
   for (int iteration = 0; iteration < iterations; ++iteration) {
@@ -53,33 +55,33 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
       if (iteration + 1 < iterations) start(iteration + 1);
 
     // What a token counts in the sum of products and in either margin.
-    each_row<D, S::TOKENS, S::WARPS>(warp, lane_id, [&](int row, const RowLanes<D> &lanes) {
-      const bool real = row < count;
-      Row<D> x;
-      if constexpr (kSplit<T>) x.read(y_landed + row * D, lanes, true);
-      else if (args.y.unit) x.read_tile(y_tile, row, lanes);
-      const Worth y = worth_of<T>(x, args.y, first_number + row, real);
-      if constexpr (kSplit<T>) x.read(z_landed + row * D, lanes, true);
-      const Worth z = worth_of<T>(x, args.z, first_number + row, real);
-      if constexpr (kSplit<T>) x.put(z_tile, S::PLANE, row, lanes, z.lift.up);
-      const float y_worth = y.own * b_tau, z_worth = z.own, product = y_worth * z_worth * z.lift.down;
-      if (kSplit<T> && lanes.lane == 0) small.peak[row] = y.lift.down * fabsf(product);  // of y times its factor, in units of 2^15
-      if (lanes.lane == 0) {
-        const float error = QUERIES && real ? args.error[first_number + row] : 1.f;
-        small.product[row] = product, small.column[row] = y_worth * error, small.line[row] = z_worth * a;
-        if constexpr (!kSplit<T>) store_split(reinterpret_cast<T *>(small.high), reinterpret_cast<T *>(small.low), row, product);
-        if (QUERIES && real) count_sum = fmaf(a, error, count_sum);
-      }
+    mine.batches([&](int first) {
+      Row<D> y[Mine::BATCH], z[Mine::BATCH];
+      Worth y_worth[Mine::BATCH], z_worth[Mine::BATCH];
+      if constexpr (kSplit<T>) mine.each(first, [&](int i, int row) { y[i].read(y_landed + row * D, mine.lanes, true), z[i].read(z_landed + row * D, mine.lanes, true); });
+      else if (args.y.unit) mine.each(first, [&](int i, int row) { y[i].read_tile(y_tile, row, mine.lanes); });
+      weigh<T>(y_worth, y, mine, first, args.y, first_number, count);
+      weigh<T>(z_worth, z, mine, first, args.z, first_number, count);
+      mine.each(first, [&](int i, int row) {
+        if constexpr (kSplit<T>) z[i].put(z_tile, S::PLANE, row, mine.lanes, z_worth[i].lift.up);
+        if (mine.lanes.lane == 0) {
+          const float error = QUERIES && row < count ? args.error[first_number + row] : 1.f, own = y_worth[i].own * b_tau, product = own * z_worth[i].own * z_worth[i].lift.down;
+          small.product[row] = product, small.column[row] = own * error, small.line[row] = z_worth[i].own * a;
+          if constexpr (kSplit<T>) small.peak[row] = y_worth[i].lift.down * fabsf(product);  // of y times its factor, in units of 2^15
+          else store_split(reinterpret_cast<T *>(small.high), reinterpret_cast<T *>(small.low), row, product);
+          if (QUERIES && row < count) count_sum = fmaf(a, error, count_sum);
+        }
+      });
     });
     __syncthreads();
     Lift lift{1.f, 1.f};
     if constexpr (kSplit<T>) {  // y times its tokens' factors, as one tile with one lift
       const float peak = fmaxf(small.peak[lane_id], small.peak[lane_id + 32]);
       lift = lift_to(kPeak - 15, warp_peak(peak));
-      each_row<D, S::TOKENS, S::WARPS>(warp, lane_id, [&](int row, const RowLanes<D> &lanes) {
-        Row<D> x;
-        x.read(y_landed + row * D, lanes, true);
-        x.put(y_tile, S::PLANE, row, lanes, small.product[row] * lift.up);
+      mine.batches([&](int first) {
+        Row<D> y[Mine::BATCH];
+        mine.each(first, [&](int i, int row) { y[i].read(y_landed + row * D, mine.lanes, true); });
+        mine.each(first, [&](int i, int row) { y[i].put(y_tile, S::PLANE, row, mine.lanes, small.product[row] * lift.up); });
       });
     }
     if (share == 0) {
