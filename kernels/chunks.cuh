@@ -75,21 +75,35 @@ template <typename T, int D> struct StateShape {
   static constexpr int SHARED = LANDING + LANDING_BYTES + static_cast<int>(sizeof(Small));
 };
 
-// Starts to copy `count` rows: into the tile itself, or, where they must be split, to where the same lanes will find them.
+// Starts to copy `count` rows: into the tile itself, or, where they must be split, to where the same lanes will find them. A thread's rows are
+// evenly apart, so that one address leads to all.
 template <typename T, int D, int TOKENS, int WARPS>
 __device__ __forceinline__ void start_rows(uint32_t tile, uint32_t landing, const T *rows, int64_t stride, int count, int thread) {
   if constexpr (kSplit<T>) {
-    const WarpRows<D, TOKENS, WARPS> mine(thread / 32, thread % 32);
-    mine.batches([&](int first) {
-      mine.each(first, [&](int, int row) {
-        const bool valid = row < count;
+    using Mine = WarpRows<D, TOKENS, WARPS>;
+    const Mine mine(thread / 32, thread % 32);
+    const T *source = rows + mine.row(0) * stride + mine.lanes.column(0);
+    const uint32_t place = landing + (mine.row(0) * D + mine.lanes.column(0)) * 4;
 #pragma unroll
-        for (int i = 0; i < RowLanes<D>::FOURS; ++i)
-          if (mine.lanes.has(i)) copy_async(landing + (row * D + mine.lanes.column(i)) * 4, rows + (valid ? row * stride : 0) + mine.lanes.column(i), valid);
-      });
-    });
+    for (int turn = 0; turn < Mine::TURNS; ++turn, source += Mine::APART * stride) {
+      if (!mine.has(turn)) continue;
+      const bool valid = mine.row(turn) < count;
+#pragma unroll
+      for (int i = 0; i < RowLanes<D>::FOURS; ++i)
+        if (mine.lanes.has(i)) copy_async(place + (turn * Mine::APART * D + 4 * i * RowLanes<D>::LANES) * 4, valid ? source + 4 * i * RowLanes<D>::LANES : rows, valid);
+    }
   } else {
-    copy_tile<D, TOKENS, 32 * WARPS>(tile, rows, stride, count, thread);
+    constexpr int kPieces = D / 8, kApart = 32 * WARPS / kPieces >= 16 ? 16 : 8;
+    static_assert(kApart * kPieces <= 32 * WARPS && TOKENS % kApart == 0, "");
+    if (thread >= kApart * kPieces) return;
+    const int first = thread / kPieces, piece = thread % kPieces;
+    const T *source = rows + first * stride + piece * 8;
+    const uint32_t place = tile + Tile<D>::at(first, piece);
+#pragma unroll
+    for (int i = 0; i < TOKENS; i += kApart, source += kApart * stride) {
+      const bool valid = first + i < count;
+      copy_async(place + Tile<D>::rows_at(i / 16) + i % 16 * Tile<D>::kRowBytes, valid ? source : rows, valid);
+    }
   }
 }
 
@@ -101,7 +115,9 @@ struct Worth {
 };
 template <typename T, typename WarpRows, typename Row, int BATCH>
 __device__ __forceinline__ void weigh(Worth (&worth)[BATCH], const Row (&x)[BATCH], const WarpRows &mine, int first, const Vectors &of, int64_t first_number, int count) {
-  float measure[BATCH] = {};
+  float measure[BATCH] = {}, mass[BATCH];
+#pragma unroll
+  for (int i = 0; i < BATCH; ++i) mass[i] = of.mass ? of.mass[first_number + max(min(mine.row(first + i), count - 1), 0)] : 1.f;
   if (of.unit) {
     mine.each(first, [&](int i, int) { measure[i] = x[i].dot(x[i]); });
     mine.sums(measure);
@@ -111,7 +127,7 @@ __device__ __forceinline__ void weigh(Worth (&worth)[BATCH], const Row (&x)[BATC
   }
   mine.each(first, [&](int i, int row) {
     const float length = of.unit ? inverse_length(measure[i]) : 1.f;
-    worth[i].own = row >= count ? 0.f : of.mass ? inverse_or_zero(of.mass[first_number + row]) : length;
+    worth[i].own = row >= count ? 0.f : of.mass ? inverse_or_zero(mass[i]) : length;
     worth[i].lift = kSplit<T> ? lift_to(kPeak, of.unit ? measure[i] * length : measure[i]) : Lift{1.f, 1.f};
   });
 }

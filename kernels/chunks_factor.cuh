@@ -135,17 +135,19 @@ __device__ __forceinline__ float inverse_length(float square) {
   const float root = reciprocal_root(square);
   return square > kSmallestSquare ? root * fmaf(-0.5f * square * root, root, 1.5f) : 0.f;
 }
-__device__ __forceinline__ float inverse_or_zero(float x) { return x == 0.f ? 0.f : 1.f / x; }
+__device__ __forceinline__ float inverse_or_zero(float x) { return x == 0.f ? 0.f : reciprocal(x); }
 
 // Four neighbours of a row, times `up`, into both parts of a tile.
-template <int D> __device__ __forceinline__ void put_four(unsigned char *tile, int plane, int row, int column, const float4 &x, float up) {
+__device__ __forceinline__ void put_four(unsigned char *at, int plane, const float4 &x, float up) {
   uint2 high, low;
   split_two(high.x, low.x, x.x * up, x.y * up);
   split_two(high.y, low.y, x.z * up, x.w * up);
-  unsigned char *const at = tile + Tile<D>::at(row, column / 8) + column % 8 * 2;
   *reinterpret_cast<uint2 *>(at) = high;
   *reinterpret_cast<uint2 *>(at + plane) = low;
 }
+// Where four neighbours lie in a tile of 16-bit elements.
+template <int D> __device__ __forceinline__ uint32_t place_of(int row, int column) { return Tile<D>::at(row, column / 8) + column % 8 * 2; }
+
 // A lane's part of one row, from global memory or, where elements are kept as they are, from a tile.
 template <int D> struct Row {
   using Lanes = RowLanes<D>;
@@ -154,12 +156,10 @@ template <int D> struct Row {
 #pragma unroll
     for (int i = 0; i < Lanes::FOURS; ++i) x[i] = real && lanes.has(i) ? four_of(row + lanes.column(i)) : make_float4(0.f, 0.f, 0.f, 0.f);
   }
-  __device__ __forceinline__ void read_tile(const unsigned char *tile, int row, const Lanes &lanes) {
+  template <typename WarpRows> __device__ __forceinline__ void read_tile(const unsigned char *tile, const WarpRows &mine, int turn) {
 #pragma unroll
-    for (int i = 0; i < Lanes::FOURS; ++i) {
-      const int column = lanes.column(i);
-      x[i] = lanes.has(i) ? four_of(reinterpret_cast<const __nv_bfloat16 *>(tile + Tile<D>::at(row, column / 8) + column % 8 * 2)) : make_float4(0.f, 0.f, 0.f, 0.f);
-    }
+    for (int i = 0; i < Lanes::FOURS; ++i)
+      x[i] = mine.lanes.has(i) ? four_of(reinterpret_cast<const __nv_bfloat16 *>(tile + mine.place(turn, i))) : make_float4(0.f, 0.f, 0.f, 0.f);
   }
   __device__ __forceinline__ float dot(const Row &y) const {
     float sum = 0.f;
@@ -173,22 +173,29 @@ template <int D> struct Row {
     for (int i = 0; i < Lanes::FOURS; ++i) most = fmaxf(most, peak_of(x[i]));
     return most;
   }
-  __device__ __forceinline__ void put(unsigned char *tile, int plane, int row, const Lanes &lanes, float up) const {
+  template <typename WarpRows> __device__ __forceinline__ void put(unsigned char *tile, int plane, const WarpRows &mine, int turn, float up) const {
 #pragma unroll
     for (int i = 0; i < Lanes::FOURS; ++i)
-      if (lanes.has(i)) put_four<D>(tile, plane, row, lanes.column(i), x[i], up);
+      if (mine.lanes.has(i)) put_four(tile + mine.place(turn, i), plane, x[i], up);
   }
 };
 
 // The rows of a tile that one warp goes through: some at a time (BATCH turns), whose loads and sums over lanes wait for each other's sake together.
 template <int D, int ROWS, int WARPS> struct WarpRows {
   using Lanes = RowLanes<D>;
-  static constexpr int TURNS = (ROWS + WARPS * Lanes::ROWS - 1) / (WARPS * Lanes::ROWS), MOST = 8 / Lanes::FOURS, BATCH = TURNS < MOST ? TURNS : MOST;
+  static constexpr int TURNS = (ROWS + WARPS * Lanes::ROWS - 1) / (WARPS * Lanes::ROWS), BATCH = TURNS < 8 ? TURNS : 8;
+  static constexpr int APART = WARPS * Lanes::ROWS;  // rows from turn to turn
+  static constexpr bool kEven = ROWS % APART == 0 && APART % 8 == 0;
   Lanes lanes;
   int warp;
-  __device__ __forceinline__ WarpRows(int warp, int lane_id) : lanes(lane_id), warp(warp) {}
-  static constexpr __device__ __forceinline__ bool even() { return ROWS % (WARPS * Lanes::ROWS) == 0; }
-  __device__ __forceinline__ bool has(int turn) const { return even() || (turn * WARPS + warp) * Lanes::ROWS < ROWS; }
+  uint32_t first_place;
+  __device__ __forceinline__ WarpRows(int warp, int lane_id) : lanes(lane_id), warp(warp), first_place(place_of<D>(row(0), lanes.column(0))) {}
+  __device__ __forceinline__ bool has(int turn) const { return ROWS % APART == 0 || (turn * WARPS + warp) * Lanes::ROWS < ROWS; }
+  // Where a lane's i-th four of a turn's row lies in a tile; where turns are eight rows apart, no more than a constant away from the first.
+  __device__ __forceinline__ uint32_t place(int turn, int i) const {
+    if constexpr (!kEven) return place_of<D>(row(turn), lanes.column(i));
+    return first_place + Tile<D>::rows_at(turn * APART / 16) + turn * APART % 16 * Tile<D>::kRowBytes + Tile<D>::columns_at(i * Lanes::LANES / 2);
+  }
   __device__ __forceinline__ int row(int turn) const { return (turn * WARPS + warp) * Lanes::ROWS + lanes.row; }
   // work(first turn) for every batch, in which each(work) is for every turn: its number in the batch and its row.
   template <typename Work> __device__ __forceinline__ void batches(const Work &work) const {

@@ -24,6 +24,7 @@ template <typename T, int D> struct Columns {
     using Mine = WarpRows<D, S::KEYS, S::WARPS>;
     const Mine mine(warp, lane_id);
     const int64_t number = first_number + token;
+    if (ERROR && threadIdx.x < S::KEYS) small.shift[threadIdx.x] = static_cast<int>(threadIdx.x) < count ? args.error[number + threadIdx.x] : 0.f;
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
       unsigned char *const tile = shared + S::TILES + (stage * 2 + which) * S::TILE;
@@ -34,15 +35,14 @@ template <typename T, int D> struct Columns {
         Row<D> x[Mine::BATCH];
         Worth worth[Mine::BATCH];
         if constexpr (kSplit<T>) mine.each(first, [&](int i, int row) { x[i].read(landed + row * D, mine.lanes, true); });
-        else if (of.unit) mine.each(first, [&](int i, int row) { x[i].read_tile(tile, row, mine.lanes); });
+        else if (of.unit) mine.each(first, [&](int i, int) { x[i].read_tile(tile, mine, first + i); });
         weigh<T>(worth, x, mine, first, of, number, count);
         mine.each(first, [&](int i, int row) {
-          if constexpr (kSplit<T>) x[i].put(tile, S::PLANE, row, mine.lanes, worth[i].lift.up);
+          if constexpr (kSplit<T>) x[i].put(tile, S::PLANE, mine, first + i, worth[i].lift.up);
           if (mine.lanes.lane == 0) worths[row] = worth[i].own * worth[i].lift.down;
         });
       });
     }
-    if (ERROR && threadIdx.x < S::KEYS) small.shift[threadIdx.x] = static_cast<int>(threadIdx.x) < count ? args.error[number + threadIdx.x] : 0.f;
   }
 };
 
@@ -136,7 +136,7 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
   const T *const x_rows = head_of<const T>(args.x.tensor, batch, row_head) + begin * args.x.tensor.token_stride;
   const int64_t first_number = static_cast<int64_t>(pair) * p.length + begin;  // of a query's row
   if constexpr (!kSplit<T>) {
-    copy_tile<D, S::ROWS, S::THREADS>(base + S::X, x_rows, args.x.tensor.token_stride, rows, thread);
+    start_rows<T, D, S::ROWS, S::WARPS>(base + S::X, 0, x_rows, args.x.tensor.token_stride, rows, thread);
     copy_commit();
   }
   if (iterations > 0) start(0);
@@ -170,7 +170,7 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
         });
     }
     mine.each(first, [&](int i, int row) {
-      if constexpr (kSplit<T>) x[i].put(shared + S::X, S::X_PLANE, row, mine.lanes, worth[i].lift.up);
+      if constexpr (kSplit<T>) x[i].put(shared + S::X, S::X_PLANE, mine, first + i, worth[i].lift.up);
       if (mine.lanes.lane == 0) {
         small.x_worth[row] = worth[i].own * worth[i].lift.down;
         if constexpr (ROLE != Role::kQuery) small.row_shift[row] = ROLE == Role::kOut ? a : 1.f;
@@ -209,10 +209,9 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
     const Blocks<D> s_down(base + kPlace, down), s_across(base + kPlace, across);
     const auto put_state = [&](int row, int column, const float4 &x) {
       if constexpr (kSplit<T>) {
-        put_four<D>(shared + kPlace, S::PLANE, row, column, x, lift.up);
+        put_four(shared + kPlace + place_of<D>(row, column), S::PLANE, x, lift.up);
       } else {
-        unsigned char *const at = shared + kPlace + Tile<D>::at(row, column / 8) + column % 8 * 2;
-        *reinterpret_cast<uint2 *>(at) = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
+        *reinterpret_cast<uint2 *>(shared + kPlace + place_of<D>(row, column)) = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
       }
     };
     constexpr float kWhole[2] = {1.f, 1.f};
@@ -356,12 +355,18 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
     const float slope = kLater ? coefficient(1, head) * coefficient(3, head) : kOfPairs ? 1.f : b_tau, level = kLater ? coefficient(0, head) : a;
     const float enter[2] = {small.x_worth[row0] * (kOfPairs ? 1.f : slope), small.x_worth[row0 + 8] * (kOfPairs ? 1.f : slope)};
     const float own_shift[2] = {ROLE == Role::kValue ? level : small.row_shift[row0], ROLE == Role::kValue ? level : small.row_shift[row0 + 8]};
+    // The columns that a lane's rows see, counted from its own first one.
+    int least[2], most[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = gap + group + 8 * half;
+      least[half] = kLater ? row - 2 * place : 0, most[half] = (kLater ? count - 1 : min(row, count - 1)) - 2 * place;
+    }
     float peak[2] = {0.f, 0.f};
     Fragment<T> weights[STEPS];
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       if (step < first || step >= last) continue;
-      const bool whole = 16 * step + 16 <= count && (kLater ? gap + 15 <= 16 * step : gap >= 16 * step + 15);
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         const int at = 16 * step + 8 * t + 2 * place;
@@ -370,9 +375,9 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
         if constexpr (ROLE == Role::kKey) shift = two_of(small.shift + at);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const int half = i >> 1, column = at + (i & 1), row = gap + group + 8 * half;
+          const int half = i >> 1, column = 16 * step + 8 * t + (i & 1);
           float weight = fmaf(s[2 * step + t][i] * (i & 1 ? y_worth.y : y_worth.x), enter[half], ROLE == Role::kKey ? i & 1 ? shift.y : shift.x : own_shift[half]);
-          if (!whole && (column >= count || (kLater ? column < row : column > row))) weight = 0.f;
+          if (column > most[half] || (kLater && column < least[half])) weight = 0.f;
           if constexpr (ROLE == Role::kKey) weight *= slope;
           if constexpr (kTotals && (kSplit<T> || ROLE == Role::kQuery)) total[half] += weight;
           weight *= i & 1 ? z_worth.y : z_worth.x;

@@ -58,18 +58,21 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
     mine.batches([&](int first) {
       Row<D> y[Mine::BATCH], z[Mine::BATCH];
       Worth y_worth[Mine::BATCH], z_worth[Mine::BATCH];
+      float error[Mine::BATCH];
+#pragma unroll
+      for (int i = 0; i < Mine::BATCH; ++i) error[i] = QUERIES ? args.error[first_number + min(mine.row(first + i), count - 1)] : 1.f;
       if constexpr (kSplit<T>) mine.each(first, [&](int i, int row) { y[i].read(y_landed + row * D, mine.lanes, true), z[i].read(z_landed + row * D, mine.lanes, true); });
-      else if (args.y.unit) mine.each(first, [&](int i, int row) { y[i].read_tile(y_tile, row, mine.lanes); });
+      else if (args.y.unit) mine.each(first, [&](int i, int) { y[i].read_tile(y_tile, mine, first + i); });
       weigh<T>(y_worth, y, mine, first, args.y, first_number, count);
       weigh<T>(z_worth, z, mine, first, args.z, first_number, count);
       mine.each(first, [&](int i, int row) {
-        if constexpr (kSplit<T>) z[i].put(z_tile, S::PLANE, row, mine.lanes, z_worth[i].lift.up);
+        if constexpr (kSplit<T>) z[i].put(z_tile, S::PLANE, mine, first + i, z_worth[i].lift.up);
         if (mine.lanes.lane == 0) {
-          const float error = QUERIES && row < count ? args.error[first_number + row] : 1.f, own = y_worth[i].own * b_tau, product = own * z_worth[i].own * z_worth[i].lift.down;
-          small.product[row] = product, small.column[row] = own * error, small.line[row] = z_worth[i].own * a;
+          const float own = y_worth[i].own * b_tau, product = own * z_worth[i].own * z_worth[i].lift.down;
+          small.product[row] = product, small.column[row] = own * error[i], small.line[row] = z_worth[i].own * a;
           if constexpr (kSplit<T>) small.peak[row] = y_worth[i].lift.down * fabsf(product);  // of y times its factor, in units of 2^15
           else store_split(reinterpret_cast<T *>(small.high), reinterpret_cast<T *>(small.low), row, product);
-          if (QUERIES && row < count) count_sum = fmaf(a, error, count_sum);
+          if (QUERIES && row < count) count_sum = fmaf(a, error[i], count_sum);
         }
       });
     });
@@ -81,7 +84,7 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
       mine.batches([&](int first) {
         Row<D> y[Mine::BATCH];
         mine.each(first, [&](int i, int row) { y[i].read(y_landed + row * D, mine.lanes, true); });
-        mine.each(first, [&](int i, int row) { y[i].put(y_tile, S::PLANE, row, mine.lanes, small.product[row] * lift.up); });
+        mine.each(first, [&](int i, int row) { y[i].put(y_tile, S::PLANE, mine, first + i, small.product[row] * lift.up); });
       });
     }
     if (share == 0) {
