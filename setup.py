@@ -37,7 +37,7 @@ def find_nvcc() -> str | None:
 
 
 def architectures_of(source: Path) -> str:
-    """A source may name the only targets it is for in a first line `// architectures: sm_90a`."""
+    """A source may name the targets it is for in a first line, as `// architectures: sm_90a`."""
     named = re.match(r"// architectures: (.+)", source.read_text().split("\n", 1)[0])
     return named[1].strip() if named else ARCHITECTURES
 
@@ -52,10 +52,14 @@ def text_with_headers(source: Path, seen: set[Path] | None = None) -> bytes:
 
 
 def targets(architectures: str) -> list[str]:
-    """One -gencode for each version of the code generator, since each is a pass of its own over the source."""
+    """One -gencode for each version of the code generator, since each is a pass of its own over the source.
+
+    What is for one card alone (sm_90a) has its own; code for all cards of a kind (sm_90) is made of the oldest's.
+    """
     codes: dict[str, list[str]] = {}
     for name in architectures.split():
-        codes.setdefault(name.split("_")[1], []).append(name)
+        version = name.split("_")[1]
+        codes.setdefault(version if version.endswith("a") else "80", []).append(name)
     return [f"-gencode=arch=compute_{version},code=[{','.join(names)}]" for version, names in codes.items()]
 
 

@@ -1,3 +1,4 @@
+// architectures: sm_80 compute_80 sm_90
 // The generic path from the host's side: how a problem is cut, what memory it needs, which steps run.
 #include "generic.cuh"
 #include "paths.h"

@@ -1,3 +1,4 @@
+// architectures: sm_80 compute_80 sm_90
 // Rows gather values by the weights f(s): out and the mass g for queries, or the gradient of the values for keys.
 #include "generic_tile.cuh"
 

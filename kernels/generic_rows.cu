@@ -1,3 +1,4 @@
+// architectures: sm_80 compute_80 sm_90
 // One number a row: inverse norms, inverse masses, the last column of dL/dA, the running sum of the decay. And the sums at the end of backward.
 #include "generic.cuh"
 

@@ -1,3 +1,4 @@
+// architectures: sm_80 compute_80 sm_90
 // From the sum of every chunk alone to the state ahead of it (or, in reverse, R behind it), in place.
 #include "generic.cuh"
 

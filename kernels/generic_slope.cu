@@ -1,3 +1,4 @@
+// architectures: sm_80 compute_80 sm_90
 // Rows gather columns by the gradient of the weights: dq for queries, dk for keys, and the sums that the coefficients and the decay need.
 #include "generic_tile.cuh"
 

@@ -1,3 +1,4 @@
+// architectures: sm_80 compute_80 sm_90
 // The state of every chunk alone: sum over its tokens of features x values, each weighed by its decay to the chunk's end (or, in reverse,
 // of the queries' features x [w, e], weighed by the decay since the chunk's start: the gradient of the state ahead of the chunk).
 #include "generic_tile.cuh"

@@ -1,3 +1,4 @@
+// architectures: sm_80 compute_80 sm_90
 // The decay's sums ahead of the fast kernels and its gradient behind them, in double where sums are long.
 #include <algorithm>
 

@@ -27,6 +27,10 @@ def test_one_target_for_each_version(build):
     ]  # fmt: skip
 
 
+def test_code_for_all_cards_of_a_kind_is_made_of_the_oldest(build):
+    assert build.targets("sm_80 compute_80 sm_90") == ["-gencode=arch=compute_80,code=[sm_80,compute_80,sm_90]"]
+
+
 def test_a_source_may_name_its_targets(build, tmp_path):
     source = tmp_path / "x.cu"
     source.write_text("// architectures: sm_90a\nint x;\n")

@@ -101,6 +101,21 @@ def test_gradients_of_pairs(kernels, kind):
     check(torch.bfloat16, ("pairs", "pairs"), degree=2, **kind)
 
 
+@pytest.mark.parametrize("dtype, head_dim", [*((torch.float32, d) for d in (32, 64, 80, 96, 128)), (torch.bfloat16, 192)], ids=str)
+@pytest.mark.parametrize("length", [1, 140])
+def test_chunks(kernels, dtype, head_dim, length):
+    check(dtype, ("chunks", "chunks"), head_dim=head_dim, value_dim=head_dim, length=length)
+
+
+@pytest.mark.parametrize("kind", [
+    {"length": 300, "stateful": True}, {"length": 70, "stateful": True}, {"causal": False, "stateful": True},
+    {"heads": 4, "key_heads": 2, "batch": 2, "length": 150},
+    {"dtype": torch.bfloat16, "length": 260, "head_dim": 256, "value_dim": 256, "heads": 1},
+], ids=str)  # fmt: skip
+def test_chunks_of_every_kind(kernels, kind):
+    check(**{"dtype": torch.float32, "paths": ("chunks", "chunks")} | kind)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", [
     {"head_dim": 24, "value_dim": 40}, {"head_dim": 136, "value_dim": 7, "length": 70}, {"head_dim": 24, "degree": 2, "causal": False},

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -33,9 +34,11 @@ def sanitizer() -> str | None:
     return None
 
 
+SHAPES = [*product(("bfloat16", "float16", "float32"), (24, 32, 64, 96, 128)), ("bfloat16", 192)]
+
+
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
-@pytest.mark.parametrize("head_dim", [24, 32, 64, 96, 128])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype, head_dim", SHAPES)
 def test_sanitizer(tool, dtype, head_dim):
     if sanitizer() is None:
         pytest.skip(f"needs compute-sanitizer {OLDEST} or later: pip install nvidia-cuda-sanitizer-api")
