@@ -230,7 +230,7 @@ class _Call:
 
 def paths(query: Tensor, key: Tensor, value: Tensor, *, degree: int = 1, causal: bool = True, normalize_qk: bool = True,
           log_decay: Tensor | None = None, segments: Tensor | None = None, dropout_p: Tensor | None = None) -> tuple[str, str]:  # fmt: skip
-    """Which kernels such a call would take, forward and backward: "generic", "mma", "pairs" or "chunks", or "torch" where the PyTorch form runs.
+    """Which kernels such a call would take, forward and backward: "mma", "pairs", "chunks" or "generic", or "torch" for the PyTorch form.
 
     The tensors are as the operators take them: log_decay (Hs,) or (B, Hs, N), segments (B, N) int32, dropout_p without dimensions.
     """

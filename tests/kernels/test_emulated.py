@@ -72,6 +72,14 @@ def test_sequences_cut_into_segments(kernels, kind):
     check(torch.bfloat16, heads=1, length=900, **kind)
 
 
+def assert_order_of_warps_does_not_matter(dtype, **kind):
+    kind = {"length": 130, "batch": 1, "heads": 2, "key_heads": 1, "device": "cpu"} | kind
+    inputs, upstream = operator_case(dtype, **kind)
+    first, *others = (run(cuda, inputs, upstream, kind.get("stateful", False)) for _ in range(4))
+    for other in others:
+        assert [name for name, x in first.items() if not torch.equal(x, other[name])] == []
+
+
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("kind", [
     {"decay": "key_token", "stateful": True, "key_heads": 2}, {"decay": "key_token", "stateful": True, "segments": "packed", "noisy": True},
@@ -79,11 +87,12 @@ def test_sequences_cut_into_segments(kernels, kind):
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("head_dim", [32, 80])
 def test_the_order_of_warps_does_not_matter(kernels, dtype, kind, head_dim):
-    kind = {"length": 130, "batch": 1, "heads": 2, "key_heads": 1, "head_dim": head_dim, "value_dim": head_dim, "device": "cpu"} | kind
-    inputs, upstream = operator_case(dtype, **kind)
-    first, *others = (run(cuda, inputs, upstream, kind.get("stateful", False)) for _ in range(4))
-    for other in others:
-        assert [name for name, x in first.items() if not torch.equal(x, other[name])] == []
+    assert_order_of_warps_does_not_matter(dtype, head_dim=head_dim, value_dim=head_dim, **kind)
+
+
+@pytest.mark.parametrize("dtype, head_dim", [(torch.float32, 32), (torch.float32, 64), (torch.float32, 128), (torch.bfloat16, 192)], ids=str)
+def test_the_order_of_warps_does_not_matter_to_chunks(kernels, dtype, head_dim):
+    assert_order_of_warps_does_not_matter(dtype, head_dim=head_dim, value_dim=head_dim, stateful=True, length=270)
 
 
 @pytest.mark.parametrize("dtype", FAST, ids=str)
