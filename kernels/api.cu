@@ -1,5 +1,5 @@
 // The functions of linattn.h: each problem goes to the fastest path that takes it.
-#include "linattn.h"
+#include "card.h"
 #include "paths.h"
 
 #ifndef LINATTN_ARCHITECTURES
@@ -11,11 +11,7 @@ namespace {
 constexpr int MAX_DIM = 256, OLDEST = 80;
 
 bool card_runs_it() {
-  int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
-  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return false;
-  return major * 10 + minor >= OLDEST;
+  return linattn::card(cudaDevAttrComputeCapabilityMajor) * 10 + linattn::card(cudaDevAttrComputeCapabilityMinor) >= OLDEST;
 }
 
 bool valid(const linattn_problem &p) {

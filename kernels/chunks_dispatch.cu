@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "card.h"
 #include "chunks_plan.h"
 #include "paths.h"
 
@@ -13,19 +14,13 @@ int64_t rounded(int64_t floats) { return (floats + 63) / 64 * 64; }
 
 constexpr int kRows = 128, kColumns = 64;  // of a block, and of a tile that it walks over
 
-// 16-byte rows: what the asynchronous copies ask of every tensor.
-bool aligned(const linattn_tensor &tensor, int unit) {
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.batch_stride % unit == 0 && tensor.head_stride % unit == 0 && tensor.token_stride % unit == 0;
-}
 bool all_aligned(const linattn_problem &problem, std::initializer_list<const linattn_tensor *> tensors) {
-  return std::all_of(tensors.begin(), tensors.end(), [&](const linattn_tensor *tensor) { return aligned(*tensor, problem.dtype == LINATTN_FLOAT32 ? 4 : 8); });
+  return std::all_of(tensors.begin(), tensors.end(), [&](const linattn_tensor *tensor) { return linattn::aligned(*tensor, problem.dtype == LINATTN_FLOAT32 ? 4 : 8); });
 }
 
 // The rows, two tensors' tiles of columns and as much again for those on their way; what RowShape adds up.
 bool fits_shared_memory(const linattn_problem &problem) {
-  int device = 0, most = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return false;
-  return (kRows + 4 * kColumns) * problem.head_dim * (problem.dtype == LINATTN_FLOAT32 ? 4 : 2) + 4096 <= most;
+  return (kRows + 4 * kColumns) * problem.head_dim * (problem.dtype == LINATTN_FLOAT32 ? 4 : 2) + 4096 <= linattn::shared_memory();
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // architectures: sm_80 compute_80 sm_90
 // The generic path from the host's side: how a problem is cut, what memory it needs, which steps run.
+#include "card.h"
 #include "generic.cuh"
 #include "paths.h"
 
@@ -20,12 +21,8 @@ int64_t chunk_length(const linattn_problem &p, bool direct_only) {
   return chunk < length ? chunk : length;
 }
 
-// Whether 16-byte loads of the rows are aligned.
-bool aligned(const linattn_tensor &t, int dim) {
-  const int64_t each = 8;  // elements: what the longest read takes
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && dim % each == 0 && t.batch_stride % each == 0 && t.head_stride % each == 0 &&
-         t.token_stride % each == 0;
-}
+// Whether rows may be read 16 bytes at a time.
+bool by_sixteen_bytes(const linattn_tensor &rows, int dim) { return dim % 8 == 0 && aligned(rows); }
 
 // Hands out the workspace; with no memory behind it, only counts.
 class Arena {
@@ -50,7 +47,7 @@ Job plan(const linattn_problem &p, bool backward, Arena &arena) {
   job.group = p.query_heads / p.key_heads;
   job.state_group = p.query_heads / p.state_heads;
   job.features = p.head_dim + 1 + (p.degree == 2 ? p.head_dim * (p.head_dim + 1) / 2 : 0);
-  job.vector = aligned(p.query, p.head_dim) && aligned(p.key, p.head_dim) && aligned(p.value, p.value_dim);
+  job.vector = by_sixteen_bytes(p.query, p.head_dim) && by_sixteen_bytes(p.key, p.head_dim) && by_sixteen_bytes(p.value, p.value_dim);
   // forming all pairs beats the second-degree state up to about D^2 tokens
   const bool direct_only = p.degree == 2 && p.length <= (p.head_dim < 32 ? 1024 : static_cast<int64_t>(p.head_dim) * p.head_dim);
   job.direct = p.causal || direct_only;
@@ -140,8 +137,8 @@ cudaError_t generic_backward(const linattn_problem &problem, const linattn_backw
   Job job = plan(problem, true, arena);
   job.out = data.out;
   job.grad_out = data.grad_out;
-  job.vector = job.vector && aligned(data.grad_out, problem.value_dim);
-  job.vector_out = job.vector && aligned(data.out, problem.value_dim);
+  job.vector = job.vector && by_sixteen_bytes(data.grad_out, problem.value_dim);
+  job.vector_out = job.vector && by_sixteen_bytes(data.out, problem.value_dim);
   job.grad_query = data.grad_query;
   job.grad_key = data.grad_key;
   job.grad_value = data.grad_value;

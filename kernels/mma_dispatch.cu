@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "card.h"
 #include "mma_plan.h"
 #include "paths.h"
 
@@ -21,21 +22,8 @@ int chunk_of(int head_dim) { return head_dim == 32 || head_dim == 128 ? 64 : hea
 
 // Two stages of tiles, the rounded state and small arrays: forward holds q, k, v, backward o and dO too.
 bool fits_shared_memory(const linattn_problem &problem, int tiles) {
-  int device = 0, most = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return false;
   const int d = problem.head_dim;
-  return 2 * tiles * chunk_of(d) * d * 2 + d * d * 2 + 16384 <= most;
-}
-
-int processors() {
-  int device = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) return 108;
-  return count;
-}
-
-// 16-byte rows: what the asynchronous copies ask of every tensor.
-bool aligned(const linattn_tensor &tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.batch_stride % 8 == 0 && tensor.head_stride % 8 == 0 && tensor.token_stride % 8 == 0;
+  return 2 * tiles * chunk_of(d) * d * 2 + d * d * 2 + 16384 <= linattn::shared_memory();
 }
 
 bool takes(const linattn_problem &problem) {
@@ -43,7 +31,7 @@ bool takes(const linattn_problem &problem) {
   const bool dtype = problem.dtype == LINATTN_BFLOAT16 || (problem.dtype == LINATTN_FLOAT16 && problem.normalize_qk);  // unit vectors fit float16's range
   return problem.degree == 1 && dtype && d == problem.value_dim && (d == 32 || d == 64 || d == 80 || d == 96 || d == 128) &&
          problem.length > 0 && problem.batch > 0 && problem.key_heads > 0 && problem.query_heads / problem.key_heads <= 32 &&
-         static_cast<int64_t>(problem.batch) * problem.state_heads < 65536 && aligned(problem.query) && aligned(problem.key) && aligned(problem.value);
+         static_cast<int64_t>(problem.batch) * problem.state_heads < 65536 && linattn::aligned(problem.query) && linattn::aligned(problem.key) && linattn::aligned(problem.value);
 }
 
 }  // namespace
@@ -51,7 +39,7 @@ bool takes(const linattn_problem &problem) {
 Plan make_plan(const linattn_problem &problem) {
   const int d = problem.head_dim, chunk = chunk_of(d);
   const int64_t heads = states_of(problem), chunks = (problem.length + chunk - 1) / chunk;
-  const int64_t slots = static_cast<int64_t>(processors()) * (d == 32 ? 4 : d == 64 ? 2 : 1);  // blocks at work at once
+  const int64_t slots = static_cast<int64_t>(linattn::card(cudaDevAttrMultiProcessorCount, 108)) * (d == 32 ? 4 : d == 64 ? 2 : 1);  // blocks at work at once
   // Cutting costs a second reading of k and v: worth it only where heads alone leave much of the card idle.
   int64_t segments = heads * 10 >= slots * 6 ? 1 : slots / heads;
 #ifdef LINATTN_TUNE

@@ -5,11 +5,13 @@
 //   beta_i = b tau / |q_i|,   gamma_i = c (tau / |q_i|)^2.
 // Norms are applied to the float32 products, so that queries and keys are never rounded again.
 #pragma once
+#include "card.h"
 #include "mma_tile.cuh"
 
 namespace linattn_pairs {
 
 using namespace linattn_mma;
+using linattn::aligned;
 
 constexpr int kRows = 128, kKeys = 64, kStages = 2;
 constexpr int64_t kChunk = 32;  // tokens of a chunk, times the head dim
@@ -70,11 +72,6 @@ template <typename T, int D, int THREADS> struct KeyCopy {
     if (thread < kKeys / 4) copy_async(shared + kStages * 2 * TILE + stage * kKeys * 4 + thread * 16, scales + first + thread * 4, true);
   }
 };
-
-// 16-byte rows: what the asynchronous copies ask of every tensor.
-inline bool aligned(const linattn_tensor &tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.data) % 16 == 0 && tensor.batch_stride % 8 == 0 && tensor.head_stride % 8 == 0 && tensor.token_stride % 8 == 0;
-}
 
 // Whether a problem's pairs can be formed here, and whether they cost less than the generic path's state, which they do up to some multiple of D^2 tokens.
 bool pairs_take(const linattn_problem &problem);

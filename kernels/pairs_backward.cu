@@ -412,9 +412,7 @@ using namespace linattn_pairs;
 
 // float16 would need its factors kept in range: P / g is about 1 / N.
 bool pairs_takes_backward(const linattn_problem &problem) {
-  int device = 0, most = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return false;
-  return problem.dtype == LINATTN_BFLOAT16 && pairs_take(problem) && pairs_cost_less(problem) && shared_bytes(problem.head_dim) <= most;
+  return problem.dtype == LINATTN_BFLOAT16 && pairs_take(problem) && pairs_cost_less(problem) && shared_bytes(problem.head_dim) <= shared_memory();
 }
 
 int64_t pairs_backward_workspace(const linattn_problem &problem) {

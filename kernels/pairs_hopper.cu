@@ -292,10 +292,8 @@ template <typename T> cudaError_t launch_by_dim(const Arguments &args, cudaStrea
 }  // namespace
 
 bool hopper_takes(const linattn_problem &problem) {
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
   const int d = problem.head_dim;
-  return major == 9 && (d == 32 || d == 64 || d == 128);
+  return linattn::card(cudaDevAttrComputeCapabilityMajor) == 9 && (d == 32 || d == 64 || d == 128);
 }
 
 cudaError_t hopper_launch(const Arguments &args, cudaStream_t stream) {
