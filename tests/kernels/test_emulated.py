@@ -90,7 +90,7 @@ def test_the_order_of_warps_does_not_matter(kernels, dtype, kind, head_dim):
     assert_order_of_warps_does_not_matter(dtype, head_dim=head_dim, value_dim=head_dim, **kind)
 
 
-@pytest.mark.parametrize("dtype, head_dim", [(torch.float32, 32), (torch.float32, 64), (torch.float32, 128), (torch.bfloat16, 192)], ids=str)
+@pytest.mark.parametrize("dtype, head_dim", [*((torch.float32, d) for d in (32, 64, 128)), (torch.bfloat16, 192)], ids=str)
 def test_the_order_of_warps_does_not_matter_to_chunks(kernels, dtype, head_dim):
     assert_order_of_warps_does_not_matter(dtype, head_dim=head_dim, value_dim=head_dim, stateful=True, length=270)
 
