@@ -58,12 +58,12 @@ template <typename T, int D> struct RowShape {
 };
 
 template <typename T, int D> struct StateShape {
-  static constexpr int PARTS = Factor<T>::PARTS, STAGES = kSplit<T> ? 1 : 2, LANDINGS = kSplit<T> && D <= 64 ? 2 : kSplit<T> ? 1 : 0;
+  static constexpr int PARTS = Factor<T>::PARTS, STAGES = kSplit<T> ? 1 : 2, LANDINGS = kSplit<T> && D <= 64 ? 2 : 1;  // LANDINGS: tiles on their way
   static constexpr int SHARES = D > 192 ? 2 : 1, FEATURES = D / SHARES;  // blocks to a chunk, features of each
   static constexpr int STRIPES = FEATURES / 16, SPLIT = STRIPES <= 4 ? 2 : 1, WARPS = STRIPES * SPLIT, THREADS = 32 * WARPS;
   static constexpr int TOKENS = 64, BLOCKS = D / 16 / SPLIT;  // blocks of columns a warp has
   static constexpr int PLANE = TOKENS * D * 2, TILE = PLANE * PARTS;
-  static constexpr int LANDING = STAGES * 2 * TILE, LANDED = TOKENS * D * 4, LANDING_BYTES = LANDINGS * 2 * LANDED;
+  static constexpr int LANDING = STAGES * 2 * TILE, LANDED = TOKENS * D * 4, LANDING_BYTES = kSplit<T> ? LANDINGS * 2 * LANDED : 0;
   // Both margins, y's and z's, by threads that have WIDE columns of every TURNS-th run of tokens.
   static constexpr int WIDE = kSplit<T> ? 4 : 8, SETS = 2 * D / WIDE, TURNS = THREADS / SETS;
   static_assert(THREADS % SETS == 0 && TOKENS % TURNS == 0 && TURNS * 2 * D * 4 <= LANDING, "");

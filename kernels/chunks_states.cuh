@@ -22,7 +22,7 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
   const auto start = [&](int iteration) {
     const int64_t token = token_of(iteration);
     const int head = key_head * heads + iteration / tiles, count = count_of(token);
-    const uint32_t tile = base + iteration % S::STAGES * 2 * S::TILE, landing = base + S::LANDING + (kSplit<T> ? iteration % (S::LANDINGS ? S::LANDINGS : 1) * 2 * S::LANDED : 0);
+    const uint32_t tile = base + iteration % S::STAGES * 2 * S::TILE, landing = base + S::LANDING + iteration % S::LANDINGS * 2 * S::LANDED;
     start_rows<T, D, S::TOKENS, S::WARPS>(tile, landing, head_of<const T>(args.y.tensor, batch, head) + token * args.y.tensor.token_stride, args.y.tensor.token_stride, count, thread);
     start_rows<T, D, S::TOKENS, S::WARPS>(tile + S::TILE, landing + S::LANDED, head_of<const T>(args.z.tensor, batch, head) + token * args.z.tensor.token_stride,
                                           args.z.tensor.token_stride, count, thread);
@@ -46,9 +46,9 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
     const int64_t token = token_of(iteration), first_number = (static_cast<int64_t>(batch) * p.query_heads + head) * p.length + token;
     const int count = count_of(token);
     unsigned char *const y_tile = shared + stage * 2 * S::TILE, *const z_tile = y_tile + S::TILE;
-    const float *const y_landed = reinterpret_cast<const float *>(shared + S::LANDING + (kSplit<T> ? iteration % (S::LANDINGS ? S::LANDINGS : 1) * 2 * S::LANDED : 0)), *const z_landed = y_landed + S::TOKENS * D;
+    const float *const y_landed = reinterpret_cast<const float *>(shared + S::LANDING + iteration % S::LANDINGS * 2 * S::LANDED), *const z_landed = y_landed + S::TOKENS * D;
     const float a = QUERIES ? p.coefficients[head] : 1.f, b_tau = QUERIES ? p.coefficients[p.query_heads + head] * p.coefficients[3 * p.query_heads + head] : 1.f;
-    copy_wait<S::LANDINGS == 2 ? 1 : 0>();
+    copy_wait<S::LANDINGS - 1>();
     warpgroup_publish();
     __syncthreads();  // everything has landed, and everyone has left the tile before this one
     if constexpr (!kSplit<T>)
