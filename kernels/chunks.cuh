@@ -128,7 +128,7 @@ __device__ __forceinline__ void weigh(Worth (&worth)[BATCH], const Row (&x)[BATC
   mine.each(first, [&](int i, int row) {
     const float length = of.unit ? inverse_length(measure[i]) : 1.f;
     worth[i].own = row >= count ? 0.f : of.mass ? inverse_or_zero(mass[i]) : length;
-    worth[i].lift = kSplit<T> ? lift_to(kPeak, of.unit ? measure[i] * length : measure[i]) : Lift{1.f, 1.f};
+    worth[i].lift = kSplit<T> ? lift_from(of.unit ? measure[i] * length : measure[i], kPeak) : Lift{1.f, 1.f};
   });
 }
 

@@ -23,6 +23,13 @@ template <typename T> constexpr bool kSplit = Factor<T>::PARTS == 2;
 
 constexpr int kPeak = 14;  // exponent of a row's largest element
 
+// A power of two that brings `peak` to [2^exponent, 2^(exponent + 1)), however small it is: a gradient of a mean over many tokens is no less exact
+// than any other. (Nothing, and what float32 itself hardly holds, is lifted as far as a power of two goes.)
+__device__ __forceinline__ Lift lift_from(float peak, int exponent) {
+  const int own = static_cast<int>(__float_as_uint(peak) >> 23), up = min(max(254 + exponent - own, 1), 253);  // exponents as float32 writes them
+  return {__uint_as_float(up << 23), __uint_as_float((254 - up) << 23)};
+}
+
 // A 16 x 16 block of a tile whose parts lie one behind the other, `plane` bytes apart.
 template <typename T> struct Fragment {
   uint32_t part[Factor<T>::PARTS][4];

@@ -199,7 +199,7 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
       peak = warp_peak(peak);
       if (lane_id == 0) small.peaks[warp] = peak;
       __syncthreads();
-      lift = lift_to(kPeak, peak_of_warps<S::WARPS>(small.peaks));
+      lift = lift_from(peak_of_warps<S::WARPS>(small.peaks), kPeak);
     } else {
       copy_wait<0>();
       __syncthreads();
@@ -392,7 +392,7 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
       for (int half = 0; half < 2; ++half) {
         peak[half] = fmaxf(peak[half], __shfl_xor_sync(0xffffffffu, peak[half], 1));
         peak[half] = fmaxf(peak[half], __shfl_xor_sync(0xffffffffu, peak[half], 2));
-        lift[half] = lift_to(kPeak, peak[half]);
+        lift[half] = lift_from(peak[half], kPeak);
       }
     }
 #pragma unroll

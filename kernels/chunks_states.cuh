@@ -80,7 +80,7 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
     Lift lift{1.f, 1.f};
     if constexpr (kSplit<T>) {  // y times its tokens' factors, as one tile with one lift
       const float peak = fmaxf(small.peak[lane_id], small.peak[lane_id + 32]);
-      lift = lift_to(kPeak - 15, warp_peak(peak));
+      lift = lift_from(warp_peak(peak), kPeak - 15);
       mine.batches([&](int first) {
         Row<D> y[Mine::BATCH];
         mine.each(first, [&](int i, int row) { y[i].read(y_landed + row * D, mine.lanes, true); });

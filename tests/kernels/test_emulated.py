@@ -13,7 +13,7 @@ from accuracy_bar import compare, operator_case, run
 from emulation import build, library
 from filelock import FileLock
 
-from hf_linattn.ops import cuda
+from hf_linattn.ops import chunked, cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -114,6 +114,17 @@ def test_gradients_of_pairs(kernels, kind):
 @pytest.mark.parametrize("length", [1, 140])
 def test_chunks(kernels, dtype, head_dim, length):
     check(dtype, ("chunks", "chunks"), head_dim=head_dim, value_dim=head_dim, length=length)
+
+
+@pytest.mark.parametrize("gradient, value", [(1e-24, 1.0), (1e-12, 1e-12), (1.0, 1e-20), (1e12, 1e12)], ids=str)
+def test_chunks_of_any_size(kernels, gradient, value):
+    """As a mean over many tokens makes gradients: nothing falls below what a part of a factor can hold."""
+    inputs, upstream = operator_case(torch.float32, value_dim=32, length=140, batch=1, heads=2, key_heads=1, device="cpu")
+    inputs[2] = inputs[2] * value
+    upstream = [None if x is None else x * gradient * (1 if i == 0 else value) for i, x in enumerate(upstream)]
+    exact, plain = run(chunked, inputs, upstream, False, torch.float64), run(chunked, inputs, upstream, False)
+    for name, x in run(cuda, inputs, upstream, False).items():
+        accuracy_bar.assert_bar(name, x, plain[name], exact[name], 3 if name.startswith("gradient") else 2, torch.float32)
 
 
 @pytest.mark.parametrize("kind", [
