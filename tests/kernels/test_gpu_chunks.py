@@ -76,12 +76,23 @@ def test_results_are_written_whole_and_repeat(dtype, head_dim):
         assert [name for name, x in results().items() if not torch.equal(x, first[name])] == []
 
 
-@pytest.mark.parametrize("exponent", [-40, -20, -10, 10, 20, 40])
+@pytest.mark.parametrize("exponent", [-20, -10, 10, 20])
 def test_values_and_gradients_of_any_size(exponent):
     """Rows of float32 in float16 parts: powers of two bring them into range, whatever their size, each token's its own."""
     inputs, upstream = operator_case(torch.float32, head_dim=64, value_dim=64, length=400)
     sizes = torch.exp2(torch.linspace(-exponent, exponent, 400, device="cuda"))[:, None]
     inputs[2], upstream = inputs[2] * sizes, (upstream[0] / sizes, *upstream[1:])
+    exact, plain, ours = three(inputs, upstream)
+    for name, x in ours.items():
+        assert_bar(name, x, plain[name], exact[name], 3 if name.startswith("gradient") else 2, torch.float32)
+
+
+@pytest.mark.parametrize("gradient, value", [(1e-24, 1.0), (1e-12, 1e-12), (1.0, 1e-20), (1e12, 1e12)], ids=str)
+def test_small_and_large_gradients(gradient, value):
+    """As a mean over many tokens makes them: nothing falls below what a part of a factor can hold."""
+    inputs, upstream = operator_case(torch.float32, value_dim=32, length=300)
+    inputs[2] = inputs[2] * value
+    upstream = [None if x is None else x * gradient * (1 if i == 0 else value) for i, x in enumerate(upstream)]
     exact, plain, ours = three(inputs, upstream)
     for name, x in ours.items():
         assert_bar(name, x, plain[name], exact[name], 3 if name.startswith("gradient") else 2, torch.float32)
