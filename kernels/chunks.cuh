@@ -29,7 +29,7 @@ struct RowArguments {
   Vectors x, y, z;
   linattn_tensor result;
   linattn_tensor out, grad_of;  // kQuery: o, for e; kQuery and kKey: q or k, whose gradient this is
-  const float *mass, *grad_mass;
+  const float *grad_mass;
   float *mass_out, *error, *partials;
   const float *states;          // before each chunk (behind it: kValue and kKey), or null
   int64_t chunk;                // tokens

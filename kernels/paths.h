@@ -6,7 +6,7 @@
 
 namespace linattn {
 
-// kernels/generic_*.cu: float32 arithmetic on the ordinary cores; takes every problem.
+// kernels/generic_*.cu: products in tf32, three of them for float32; takes every problem.
 int64_t generic_forward_workspace(const linattn_problem &problem);
 int64_t generic_backward_workspace(const linattn_problem &problem);
 cudaError_t generic_forward(const linattn_problem &problem, const linattn_forward_result &result);
