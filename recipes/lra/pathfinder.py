@@ -23,13 +23,15 @@ from __future__ import annotations
 import math
 import random
 from bisect import bisect
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from operator import or_
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+TOUCHED, COVERED = 0.4, 0.9
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,20 @@ def step(point: tuple[int, int], angle: float, distance: float) -> tuple[int, in
     return point[0] + math.ceil(distance * math.sin(angle) - 1e-9), point[1] + math.ceil(distance * math.cos(angle) - 1e-9)
 
 
+class Boards(NamedTuple):
+    """A grey mask, kept as two sets of its pixels: those of at least TOUCHED keep seeds and heads away, those of at least COVERED may
+    belong to one paddle only."""
+
+    touched: int
+    covered: int
+
+    def __or__(self, other: Boards) -> Boards:
+        return Boards(self.touched | other.touched, self.covered | other.covered)
+
+    def __lshift__(self, shift: int) -> Boards:
+        return Boards(self.touched << shift, self.covered << shift)
+
+
 class Stencils:
     """Everything about paddles of one margin that does not depend on where they lie, computed once.
 
@@ -141,15 +157,14 @@ class Stencils:
         self.guard = circle + margin + self.reach
         self.stride = rules.size + 2 * self.guard
         self.window = (1 << (2 * self.reach + 1) * self.stride) - 1
-        inside = range(rules.padding, rules.size - rules.padding)
-        inner = sum(1 << ((row + self.guard) * self.stride + column + self.guard) for row in inside for column in inside)
-        self.empty = ((1 << self.stride * self.stride) - 1) ^ inner
+        outside = self.outside(rules.padding)
+        self.empty = Boards(outside, outside)
         # heads: the whole-pixel points of a circle around a pivot, each with the pixels that must be free there and those the paddle takes
         turns = np.arange(0, 360, 360 / (2 * math.pi * circle)) * math.pi / 180
         self.heads = sorted({(math.floor(circle * math.sin(t)), math.floor(circle * math.cos(t))) for t in turns.tolist()})
         self.angles = [math.atan2(row, column) for row, column in self.heads]
-        self.grid = np.arange(-self.reach, self.reach + 1)
-        discs = [self.stencil(np.hypot(self.grid[:, None] - row, self.grid[None] - column) <= margin) for row, column in self.heads]
+        grid = np.arange(-self.reach, self.reach + 1)
+        discs = [self.stencil(np.hypot(grid[:, None] - row, grid[None] - column) <= margin) for row, column in self.heads]
         self.bodies = [self.surroundings(head, angle + math.pi) for head, angle in zip(self.heads, self.angles, strict=True)]
         self._numbered = list(zip(range(len(discs)), discs, strict=True))
         self._candidates: dict[float, list[tuple[int, int, float]]] = {}
@@ -157,19 +172,26 @@ class Stencils:
     def shift(self, row: int, column: int) -> int:
         return (row + self.guard - self.reach) * self.stride + column + self.guard - self.reach
 
+    def outside(self, border: int) -> int:
+        """The board of the pixels that are not at least `border` from every edge."""
+        inside = range(border, self.rules.size - border)
+        inner = sum(1 << ((row + self.guard) * self.stride + column + self.guard) for row in inside for column in inside)
+        return ((1 << self.stride * self.stride) - 1) ^ inner
+
     def stencil(self, takes: np.ndarray) -> int:
         """The stencil of a (2 reach + 1, 2 reach + 1) picture of booleans."""
         rows = np.zeros((len(takes), self.stride), bool)
         rows[:, : len(takes)] = takes
         return int.from_bytes(np.packbits(rows, bitorder="little").tobytes(), "little")
 
-    def surroundings(self, start: tuple[float, float], angle: float) -> int:
-        """The pixels near a paddle that leaves `start` in the direction `angle`: its line widened by the margin, a pixel counted when
-        mostly covered."""
-        length, near = self.rules.paddle_length, self.margin + self.rules.paddle_thickness / 2 - 0.25
-        y, x = self.grid[:, None] - start[0], self.grid[None] - start[1]
-        along = np.clip(y * math.sin(angle) + x * math.cos(angle), 0, length)
-        return self.stencil(np.hypot(y - along * math.sin(angle), x - along * math.cos(angle)) <= near)
+    def surroundings(self, start: tuple[int, int], angle: float) -> Boards:
+        """The stencils of a paddle that leaves `start` in the direction `angle`."""
+        grey = grey_mask(self.rules, self.margin, angle)
+        far = len(grey) // 2 + self.reach
+        whole = np.zeros((2 * far + 1, 2 * far + 1), np.float32)
+        stamp(whole, grey, far + start[0], far + start[1])
+        cut = whole[far - self.reach : far + self.reach + 1, far - self.reach : far + self.reach + 1]
+        return Boards(self.stencil(cut >= TOUCHED), self.stencil(cut >= COVERED))
 
     def candidates(self, angle: float) -> list[tuple[int, int, float]]:
         """(number, pixels that must be free, weight) of the heads that may follow a paddle of direction `angle`."""
@@ -185,8 +207,38 @@ class Stencils:
         return known
 
     @lru_cache(maxsize=512)  # noqa: B019  (a Stencils lives as long as the process)
-    def seed(self, angle: float) -> int:
+    def seed(self, angle: float) -> Boards:
         return self.surroundings((0, 0), angle)
+
+    @lru_cache(maxsize=512)  # noqa: B019
+    def wanted(self, angle: float) -> list[tuple[int, int]]:
+        """The (rows, columns) from a seed's tail to the pixels that must be free for it: those its paddle takes wholly, one further down
+        and right. Empty where the published search finds no place for any seed: at a corner of the image all of them would lie outside,
+        and there its dilation gives the least number there is, which it takes for a failure."""
+        grey = grey_mask(self.rules, self.margin, angle)
+        pixels = [(int(row) - len(grey) // 2 + 1, int(column) - len(grey) // 2 + 1) for row, column in np.argwhere(grey == 1)]
+        corners = ((down, right) for down in (-1, 1) for right in (-1, 1))
+        found = all(any(down * row <= 0 and right * column <= 0 for row, column in pixels) for down, right in corners)
+        return pixels if found else []
+
+    def tails(self, taken: int, angle: float) -> list[tuple[int, int]]:
+        """Every (row, column) at which a seed of direction `angle` may begin beside the board `taken`."""
+        wanted = self.wanted(angle)
+        if not wanted:
+            return []
+        blocked = taken
+        for row, column in wanted:
+            offset = row * self.stride + column
+            blocked |= taken >> offset if offset > 0 else taken << -offset
+        count = self.stride * self.stride
+        bits = np.frombuffer((blocked & ((1 << count) - 1)).to_bytes(count // 8 + 1, "little"), np.uint8)
+        free = np.flatnonzero(np.unpackbits(bits, count=count, bitorder="little") == 0).tolist()
+        return [(place // self.stride - self.guard, place % self.stride - self.guard) for place in free]
+
+    @lru_cache(maxsize=512)  # noqa: B019
+    def central_tails(self, angle: float) -> list[tuple[int, int]]:
+        """Where the first seed may begin: two seed distances from every edge."""
+        return self.tails(self.outside(2 * self.rules.seed_distance), angle)
 
 
 @lru_cache(maxsize=16)
@@ -196,28 +248,29 @@ def stencils(rules: Rules, margin: int) -> Stencils:
 
 @dataclass
 class Contour:
-    """A path while it grows: its paddles and the board that each takes. A paddle may touch the one before it, and nothing else."""
+    """A path while it grows: its paddles and what each takes. A paddle may touch the one before it, and nothing else."""
 
     paddles: list[Paddle]
-    boards: list[int]
+    boards: list[Boards]
 
     @classmethod
     def seeded(cls, s: Stencils, tail: tuple[int, int], angle: float) -> Contour:
         length = s.rules.paddle_length
-        head = (tail[0] + length * math.sin(angle), tail[1] + length * math.cos(angle))
-        return cls([Paddle(step(tail, angle, -s.margin), tail, head, angle)], [s.seed(angle) << s.shift(*tail)])
+        pivot = step(step(tail, angle, length), angle + math.pi, length + s.margin)
+        down, right = end_of(s.rules, angle)
+        return cls([Paddle(pivot, tail, (tail[0] + down, tail[1] + right), angle)], [s.seed(angle) << s.shift(*tail)])
 
-    def extend(self, s: Stencils, rng: random.Random, board: int) -> bool:
-        """Grow by one paddle that keeps off `board`, which holds all but this contour's own last paddle. False if there is no room."""
-        before, length = self.paddles[-1], s.rules.paddle_length
-        row, column = pivot = step(before.pivot, before.angle, length + 2 * s.margin)
+    def extend(self, s: Stencils, rng: random.Random, boards: Boards) -> bool:
+        """Grow by one paddle that keeps off `boards`, which hold all but this contour's own last paddle. False if there is no room."""
+        before = self.paddles[-1]
+        row, column = pivot = gap_after(s, before)
         if not (0 <= row < s.rules.size and 0 <= column < s.rules.size):
             return False
         shift = s.shift(row, column)
-        around = board >> shift & s.window
+        touched, covered = boards.touched >> shift & s.window, boards.covered >> shift & s.window
         numbers, sums, total = [], [], 0.0
         for number, disc, weight in s.candidates(before.angle):
-            if not around & disc:
+            if not touched & disc:
                 total += weight
                 numbers.append(number)
                 sums.append(total)
@@ -225,11 +278,10 @@ class Contour:
             return False
         for _ in range(s.rules.paddle_trials):
             number = numbers[bisect(sums, rng.random() * total, hi=len(sums) - 1)]
-            if not around & s.bodies[number]:
-                angle, (down, right) = s.angles[number], s.heads[number]
-                head = (row + down, column + right)
-                tail = (head[0] - length * math.sin(angle), head[1] - length * math.cos(angle))
-                self.paddles.append(Paddle(pivot, tail, head, angle))
+            if not covered & s.bodies[number].covered:
+                head = (row + s.heads[number][0], column + s.heads[number][1])
+                down, right = end_of(s.rules, s.angles[number] + math.pi)
+                self.paddles.append(Paddle(pivot, (head[0] + down, head[1] + right), head, s.angles[number]))
                 self.boards.append(s.bodies[number] << shift)
                 return True
         return False
@@ -239,19 +291,17 @@ class Contour:
         del self.paddles[keep:], self.boards[keep:]
 
 
-def union(boards: Iterable[int]) -> int:
-    return reduce(or_, boards, 0)
-
-
-def two_paths(s: Stencils, rng: random.Random) -> tuple[list[Paddle], list[Paddle], int] | None:
+def two_paths(s: Stencils, rng: random.Random) -> tuple[list[Paddle], list[Paddle], Boards] | None:
     """Two paths of full length and the board they take, or None where the attempt ran into itself too often."""
     rules = s.rules
-    low, high = 2 * rules.seed_distance, rules.size - 2 * rules.seed_distance
-    tail = (rng.randrange(low, high), rng.randrange(low, high))
-    around = rng.randrange(360) * math.pi / 180
+    angle, other_angle, around = (random_angle(rng) for _ in range(3))
+    tails = s.central_tails(angle)
+    if not tails:
+        return None
+    tail = rng.choice(tails)
     other = (round(tail[0] + rules.seed_distance * math.sin(around)), round(tail[1] + rules.seed_distance * math.cos(around)))
-    first, second = (Contour.seeded(s, point, rng.randrange(-180, 180) * math.pi / 180) for point in (tail, other))
-    if first.boards[0] & second.boards[0] or (first.boards[0] | second.boards[0]) & s.empty:
+    first, second = Contour.seeded(s, tail, angle), Contour.seeded(s, other, other_angle)
+    if second.boards[0].covered & (s.empty | first.boards[0]).covered:
         return None
     settled = s.empty
     setbacks = 0
@@ -264,23 +314,43 @@ def two_paths(s: Stencils, rng: random.Random) -> tuple[list[Paddle], list[Paddl
         if setbacks > rules.setbacks:
             return None
         shorter.take_back(rules.take_back)
-        settled = s.empty | union(first.boards[:-1]) | union(second.boards[:-1])
+        settled = reduce(or_, first.boards[:-1] + second.boards[:-1], s.empty)
+    if len(gaps(s, first.paddles) | gaps(s, second.paddles)) < 2 * (rules.contour_length + 1):
+        return None
     return first.paddles, second.paddles, settled | first.boards[-1] | second.boards[-1]
 
 
-def distractor(s: Stencils, rng: random.Random, board: int) -> tuple[list[Paddle], int]:
-    """A path of distractor_length paddles and the board with it; an empty path where none found room."""
-    inside = range(s.rules.padding, s.rules.size - s.rules.padding)
+def gaps(s: Stencils, path: list[Paddle]) -> set[tuple[int, int]]:
+    """The middles of the gaps before every paddle and after the last."""
+    return {gap_after(s, path[-1]), *(paddle.pivot for paddle in path)}
+
+
+def gap_after(s: Stencils, paddle: Paddle) -> tuple[int, int]:
+    return step(paddle.pivot, paddle.angle, s.rules.paddle_length + 2 * s.margin)
+
+
+def distractor(s: Stencils, rng: random.Random, boards: Boards, others: set[tuple[int, int]]) -> tuple[list[Paddle], Boards]:
+    """A path of distractor_length paddles, each from a gap of its own, not in `others`, and the boards with it; an empty path where none
+    found room."""
     for _ in range(s.rules.distractor_trials):
-        contour = Contour.seeded(s, (rng.choice(inside), rng.choice(inside)), rng.randrange(-180, 180) * math.pi / 180)
-        if contour.boards[0] & board:
+        angle = random_angle(rng)
+        tails = s.tails(boards.touched, angle)
+        if not tails:
             continue
-        taken = board
+        contour = Contour.seeded(s, rng.choice(tails), angle)
+        if contour.boards[0].covered & boards.covered:
+            continue
+        taken = boards
         while len(contour.paddles) < s.rules.distractor_length and contour.extend(s, rng, taken):
             taken |= contour.boards[-2]
-        if len(contour.paddles) == s.rules.distractor_length:
+        own = gaps(s, contour.paddles)
+        if len(own | others) == s.rules.distractor_length + 1 + len(others):
             return contour.paddles, taken | contour.boards[-1]
-    return [], board
+    return [], boards
+
+
+def random_angle(rng: random.Random) -> float:
+    return rng.randrange(-180, 180) * math.pi / 180
 
 
 def make_scene(rules: Rules, seed: int, number: int, attempt: int = 0) -> Scene:
@@ -294,69 +364,85 @@ def make_scene(rules: Rules, seed: int, number: int, attempt: int = 0) -> Scene:
         grown = two_paths(s, rng)
         if grown is None:
             continue
-        *paths, board = grown
+        *paths, boards = grown
         markers = (paths[origin][0].tail, paths[terminal][-1].head)
         if math.dist(*markers) > 2 * rules.marker_radius + 2:
             break
-    distractors = []
+    distractors: list[list[Paddle]] = []
+    taken = gaps(s, paths[0]) | gaps(s, paths[1])
     for _ in range(rules.distractors):
-        paddles, board = distractor(s, rng, board)
+        paddles, boards = distractor(s, rng, boards, taken)
         if paddles:
             distractors.append(paddles)
+            taken |= gaps(s, paddles)
     return Scene(margin, (paths[0], paths[1]), distractors, markers, label)
-
-
-@lru_cache(maxsize=4096)
-def paddle_sprite(rules: Rules, contrast: float, angle: float, row: float, column: float) -> np.ndarray:
-    """A paddle's picture, float32 in [0, contrast], drawn `antialias` times larger and scaled down; (row, column): its tail's offset from
-    the middle pixel."""
-    reach, scale = _sprite_reach(rules), rules.antialias
-    side = (2 * reach + 1) * scale
-    canvas = Image.new("L", (side, side))
-    middle = (reach + 0.5) * scale - 0.5
-    y, x = middle + row * scale, middle + column * scale
-    length = rules.paddle_length * scale
-    ImageDraw.Draw(canvas).line(
-        [(x, y), (x + length * math.cos(angle), y + length * math.sin(angle))], fill=255, width=round(rules.paddle_thickness * scale)
-    )
-    small = canvas.resize((2 * reach + 1, 2 * reach + 1), Image.Resampling.LANCZOS)
-    return np.asarray(small, np.float32) * (contrast / 255)
-
-
-def _sprite_reach(rules: Rules) -> int:
-    return rules.paddle_length + math.ceil(rules.paddle_thickness) + 2
-
-
-@lru_cache(maxsize=64)
-def marker_sprite(radius: float, scale: int) -> np.ndarray:
-    """A filled disc, float32 in [0, 1]."""
-    reach = math.ceil(radius) + 1
-    grid = (np.arange((2 * reach + 1) * scale) + 0.5) / scale - reach - 0.5
-    disc = np.where(grid[:, None] ** 2 + grid[None] ** 2 <= radius**2, 255, 0).astype(np.uint8)
-    small = Image.fromarray(disc).resize((2 * reach + 1, 2 * reach + 1), Image.Resampling.LANCZOS)
-    return np.asarray(small, np.float32) / 255
 
 
 def render(rules: Rules, scene: Scene) -> np.ndarray:
     """The image, (size, size) uint8."""
-    reach = _sprite_reach(rules)
-    border = reach + math.ceil(rules.marker_radius) + 1
+    border = sprite_reach(rules, scene.margin) + math.ceil(rules.marker_radius) + 1
     canvas = np.zeros((rules.size + 2 * border, rules.size + 2 * border), np.float32)
-    contrasts = [rules.contrast] * 2 + [rules.distractor_contrast] * len(scene.distractors)
-    for path, contrast in zip((*scene.paths, *scene.distractors), contrasts, strict=True):
-        for paddle in path:
-            # sprites are kept per angle and tenth of a pixel: a tail is a whole pixel (seeds) or a head less a fixed vector
-            row, column = round(paddle.tail[0]), round(paddle.tail[1])
-            sprite = paddle_sprite(rules, contrast, paddle.angle, round(paddle.tail[0] - row, 1), round(paddle.tail[1] - column, 1))
-            _stamp(canvas, sprite, row + border, column + border)
-    sprite = marker_sprite(rules.marker_radius, rules.antialias)
-    for marker in scene.markers:
-        _stamp(canvas, sprite, int(marker[0]) + border, int(marker[1]) + border)
+    for paths, contrast in ((scene.paths, rules.contrast), (scene.distractors, rules.distractor_contrast)):
+        for path in paths:
+            for number, paddle in enumerate(path):
+                # a seed is drawn from its tail, every other paddle from its head: these are whole pixels
+                (row, column), angle = (paddle.head, paddle.angle + math.pi) if number else (paddle.tail, paddle.angle)
+                stamp(canvas, paddle_sprite(rules, scene.margin, contrast, angle), int(row) + border, int(column) + border)
+    for row, column in scene.markers:
+        stamp(canvas, marker_sprite(rules.marker_radius, rules.antialias), int(row) + border, int(column) + border)
     image = canvas[border:-border, border:-border]
     return (image * (255 / image.max()) + 0.5).astype(np.uint8)
 
 
-def _stamp(canvas: np.ndarray, sprite: np.ndarray, row: int, column: int) -> None:
+def stamp(canvas: np.ndarray, sprite: np.ndarray, row: int, column: int) -> None:
     reach = sprite.shape[0] // 2
     window = canvas[row - reach : row + reach + 1, column - reach : column + reach + 1]
     np.maximum(window, sprite, out=window)
+
+
+def end_of(rules: Rules, angle: float) -> tuple[float, float]:
+    """Where a paddle drawn from (0, 0) in the direction `angle` ends: a whole pixel of the enlarged drawing."""
+    down, right = step((0, 0), angle, rules.paddle_length * rules.antialias)
+    return down / rules.antialias, right / rules.antialias
+
+
+def sprite_reach(rules: Rules, margin: int) -> int:
+    return rules.paddle_length + math.ceil(rules.paddle_thickness) + margin
+
+
+def enlarged_paddle(rules: Rules, margin: int, angle: float) -> np.ndarray:
+    """The pixels of a paddle that leaves the middle of a picture `antialias` times as fine, of booleans."""
+    middle = sprite_reach(rules, margin) * rules.antialias
+    picture = Image.new("1", (2 * middle + 1, 2 * middle + 1))
+    row, column = step((middle, middle), angle, rules.paddle_length * rules.antialias)
+    ImageDraw.Draw(picture).line([(middle, middle), (column, row)], fill=1, width=round(rules.paddle_thickness * rules.antialias))
+    return np.asarray(picture, bool)
+
+
+def reduced(picture: np.ndarray, side: int) -> np.ndarray:
+    """A picture of booleans at `side` by `side` pixels, (side, side) float32 in [0, 1] by steps of 1/255."""
+    grey = Image.fromarray(np.where(picture, 255, 0).astype(np.uint8)).resize((side, side), Image.Resampling.LANCZOS)
+    return np.asarray(grey, np.float32) / 255
+
+
+@lru_cache(maxsize=4096)
+def paddle_sprite(rules: Rules, margin: int, contrast: float, angle: float) -> np.ndarray:
+    """The picture of a paddle that leaves the middle in the direction `angle`."""
+    return contrast * reduced(enlarged_paddle(rules, margin, angle), 2 * sprite_reach(rules, margin) + 1)
+
+
+def grey_mask(rules: Rules, margin: int, angle: float) -> np.ndarray:
+    """The surroundings of a paddle that leaves the middle in the direction `angle`: its line widened by the margin, in [0, 1]."""
+    line = enlarged_paddle(rules, margin, angle)
+    rows, columns = np.nonzero(line)
+    y, x = np.indices(line.shape)[..., None]
+    near = np.hypot(y - rows, x - columns).min(-1) <= margin * rules.antialias
+    return reduced(near, 2 * sprite_reach(rules, margin) + 1)
+
+
+@lru_cache(maxsize=64)
+def marker_sprite(radius: float, antialias: int) -> np.ndarray:
+    """A filled disc around a whole pixel of the enlarged drawing."""
+    reach = math.ceil(radius) + 1
+    along = np.arange((2 * reach + 1) * antialias) - reach * antialias
+    return reduced(np.hypot(along[:, None], along[None]) <= radius * antialias, 2 * reach + 1)
