@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from recipes.lra.pathfinder import RULES, Paddle, Rules, Scene, grey_mask, make_scene, render, sprite_reach, stamp
+from recipes.lra.pathfinder import RULES, Paddle, Rules, Scene, make_scene, render
+from recipes.lra.pathfinder.picture import grey_mask, sprite_reach, stamp
 
 COUNTS = {32: 120, 64: 16, 128: 8}
 
@@ -143,6 +144,17 @@ def test_distractors_are_brighter_than_paths_by_the_ratio_of_the_release(made):
             dark, bright = (np.mean([[lit(image, x) for x in points(p)] for p in group]) for group in (away, others))
             ratios.append(bright / dark)
     assert np.mean(ratios) == pytest.approx({32: 2 / 1.5, 64: 1, 128: 1}[rules.size], rel=0.1)
+
+
+def test_the_small_pictures_have_the_grey_levels_of_the_published_generator():
+    rules = RULES[32]
+    images = np.stack([render(rules, make_scene(rules, 1, number)) for number in range(400)]).astype(float)
+    # of 10,000 pictures that the published generator made with the release's numbers
+    assert images.mean() == pytest.approx(20.1, abs=0.8)
+    for level, share in {0: 0.340, 60: 0.127, 100: 0.102, 150: 0.059, 200: 0.016}.items():
+        assert (images > level).mean() == pytest.approx(share, rel=0.06), level
+    rows = images.mean((0, 2))
+    assert rows[:2].max() < 4 and rows[2] > 25 and rows[30:].max() < 7
 
 
 def test_an_image_depends_on_seed_and_number_alone():
