@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -58,12 +58,13 @@ def reduced(picture: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(grey, np.float32) / 255
 
 
-@lru_cache(maxsize=4096)
+@cache
 def paddle_sprite(rules: Rules, margin: int, contrast: float, angle: float) -> np.ndarray:
     """The picture of a paddle that leaves the middle in the direction `angle`."""
     return contrast * reduced(enlarged_paddle(rules, margin, angle), 2 * sprite_reach(rules, margin) + 1)
 
 
+@cache
 def grey_mask(rules: Rules, margin: int, angle: float) -> np.ndarray:
     """The surroundings of a paddle that leaves the middle in the direction `angle`: its line widened by the margin, in [0, 1]."""
     line = enlarged_paddle(rules, margin, angle)
@@ -73,7 +74,7 @@ def grey_mask(rules: Rules, margin: int, angle: float) -> np.ndarray:
     return reduced(near, 2 * sprite_reach(rules, margin) + 1)
 
 
-@lru_cache(maxsize=64)
+@cache
 def marker_sprite(radius: float, antialias: int) -> np.ndarray:
     """A filled disc around a whole pixel of the enlarged drawing."""
     reach = math.ceil(radius) + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -92,11 +92,11 @@ class Stencils:
             self._candidates[angle] = known
         return known
 
-    @lru_cache(maxsize=512)  # noqa: B019  (a Stencils lives as long as the process)
+    @cache  # noqa: B019  (a Stencils lives as long as the process, and there are 360 angles)
     def seed(self, angle: float) -> Boards:
         return self.surroundings((0, 0), angle)
 
-    @lru_cache(maxsize=512)  # noqa: B019
+    @cache  # noqa: B019
     def wanted(self, angle: float) -> list[tuple[int, int]]:
         """The (rows, columns) from a seed's tail to the pixels that must be free for it: those its paddle takes wholly, one further down
         and right. Empty where the published search finds no place for any seed: at a corner of the image all of them would lie outside,
@@ -120,7 +120,7 @@ class Stencils:
         bits = np.frombuffer((blocked & ((1 << count) - 1)).to_bytes(count // 8 + 1, "little"), np.uint8)
         return np.flatnonzero(np.unpackbits(bits, count=count, bitorder="little") == 0)
 
-    @lru_cache(maxsize=512)  # noqa: B019
+    @cache  # noqa: B019
     def central_tails(self, angle: float) -> np.ndarray:
         """Where the first seed may begin: two seed distances from every edge."""
         return self.tails(self.outside(2 * self.rules.seed_distance), angle)
@@ -133,6 +133,6 @@ class Stencils:
         return row - self.guard, column - self.guard
 
 
-@lru_cache(maxsize=16)
+@cache
 def stencils(rules: Rules, margin: int) -> Stencils:
     return Stencils(rules, margin)
