@@ -13,16 +13,15 @@ from .rules import Rules, Scene, step
 
 def render(rules: Rules, scene: Scene) -> np.ndarray:
     """The image, (size, size) uint8."""
-    border = sprite_reach(rules, scene.margin) + math.ceil(rules.marker_radius) + 1
-    canvas = np.zeros((rules.size + 2 * border, rules.size + 2 * border), np.float32)
+    border = sprite_reach(rules, scene.margin) + marker_reach(rules.marker_radius)
+    canvas = np.zeros((rules.size + 2 * border, rules.size + 2 * border))
     for paths, contrast in ((scene.paths, rules.contrast), (scene.distractors, rules.distractor_contrast)):
         for path in paths:
-            for number, paddle in enumerate(path):
-                # a seed is drawn from its tail, every other paddle from its head: these are whole pixels
-                (row, column), angle = (paddle.head, paddle.angle + math.pi) if number else (paddle.tail, paddle.angle)
-                stamp(canvas, paddle_sprite(rules, scene.margin, contrast, angle), int(row) + border, int(column) + border)
+            for paddle in path:
+                (row, column), angle = paddle.drawn
+                stamp(canvas, paddle_sprite(rules, scene.margin, contrast, angle), row + border, column + border)
     for row, column in scene.markers:
-        stamp(canvas, marker_sprite(rules.marker_radius, rules.antialias), int(row) + border, int(column) + border)
+        stamp(canvas, marker_sprite(rules.marker_radius, rules.antialias), row + border, column + border)
     image = canvas[border:-border, border:-border]
     return (image * (255 / image.max()) + 0.5).astype(np.uint8)
 
@@ -31,12 +30,6 @@ def stamp(canvas: np.ndarray, sprite: np.ndarray, row: int, column: int) -> None
     reach = sprite.shape[0] // 2
     window = canvas[row - reach : row + reach + 1, column - reach : column + reach + 1]
     np.maximum(window, sprite, out=window)
-
-
-def end_of(rules: Rules, angle: float) -> tuple[float, float]:
-    """Where a paddle drawn from (0, 0) in the direction `angle` ends: a whole pixel of the enlarged drawing."""
-    down, right = step((0, 0), angle, rules.paddle_length * rules.antialias)
-    return down / rules.antialias, right / rules.antialias
 
 
 def sprite_reach(rules: Rules, margin: int) -> int:
@@ -74,9 +67,13 @@ def grey_mask(rules: Rules, margin: int, angle: float) -> np.ndarray:
     return reduced(near, 2 * sprite_reach(rules, margin) + 1)
 
 
+def marker_reach(radius: float) -> int:
+    return math.ceil(radius) + 3  # as far as Lanczos's window sees
+
+
 @cache
 def marker_sprite(radius: float, antialias: int) -> np.ndarray:
     """A filled disc around a whole pixel of the enlarged drawing."""
-    reach = math.ceil(radius) + 1
+    reach = marker_reach(radius)
     along = np.arange((2 * reach + 1) * antialias) - reach * antialias
     return reduced(np.hypot(along[:, None], along[None]) <= radius * antialias, 2 * reach + 1)
