@@ -90,65 +90,66 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
       float last = 0.0f;  // of row tid / LANES, this thread's share
       constexpr int COUNT = TILE * S::SLICE / THREADS;
       float on_its_way[COUNT];  // a slice of up to TILE rows of the state
-      auto fetch = [&](int state_row, int count, int slice) {
-        const int column = slice * S::SLICE + tid % S::SLICE;
-        const float *from = state + static_cast<int64_t>(state_row) * (width + 1) + column;
+      // The state's rows come in blocks: first the linear ones, then, behind the row of ones, those of pairs.
+      const int pairs_count = p.degree == 2 ? dim * (dim + 1) / 2 : 0, linear_blocks = (dim + TILE - 1) / TILE;
+      const int blocks = linear_blocks + (pairs_count + TILE - 1) / TILE;
+      auto row_of_block = [&](int block) { return block < linear_blocks ? block * TILE : dim + 1 + (block - linear_blocks) * TILE; };
+      auto rows_in_block = [&](int block) { return min(TILE, (block < linear_blocks ? dim : dim + 1 + pairs_count) - row_of_block(block)); };
+      auto fetch = [&](int block, int slice) {
+        const int column = slice * S::SLICE + tid % S::SLICE, count = rows_in_block(block);
+        const float *from = state + static_cast<int64_t>(row_of_block(block)) * (width + 1) + column;
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
           const int k = tid / S::SLICE + i * (THREADS / S::SLICE);
           on_its_way[i] = k < count && column < width ? from[k * (width + 1)] : 0.0f;
         }
       };
-      // sum += left . state rows [state_row, state_row + count), count <= TILE; they have been fetched, and the next ones will be
-      auto walk = [&](const float *left, int stride, int state_row, int count, int next_row, int next_count) {
-#pragma unroll
-        for (int slice = 0; slice < S::SLICES; ++slice) {
-          if (slice * S::SLICE >= width) break;
-          if (!AHEAD) fetch(state_row, count, slice);
+      if (AHEAD) fetch(0, 0);
+#pragma unroll 1
+      for (int block = 0; block < blocks; ++block) {
+        const bool linear = block < linear_blocks;
+        const int count = rows_in_block(block);
+        if (!linear) {
+          const int t = tid % TILE, number = (block - linear_blocks) * TILE + t;
+          const int2 pair = pair_of(min(number, pairs_count - 1), dim);
+          const float scale = number >= pairs_count ? 0.0f : !REVERSE && pair.x != pair.y ? 2.0f * f.c : f.c;
+          for (int r = tid / TILE; r < ROWS; r += THREADS / TILE)
+            pairs[r * S::PAIR_STRIDE + t] = kept<PRECISE>(scale * x_rows[r * x_stride + pair.x] * x_rows[r * x_stride + pair.y]);
+        }
+        const float *left = linear ? x_rows + block * TILE : pairs;
+        const int left_stride = linear ? x_stride : S::PAIR_STRIDE;
+#pragma unroll 1
+        for (int slice = 0; slice < S::SLICES && slice * S::SLICE < width; ++slice) {
+          if (!AHEAD) fetch(block, slice);
 #pragma unroll
           for (int i = 0; i < COUNT; ++i)
             right[(tid / S::SLICE + i * (THREADS / S::SLICE)) * (S::SLICE + 4) + tid % S::SLICE] = kept<PRECISE>(on_its_way[i]);
           if (!REVERSE && slice == 0 && tid < TILE)
-            right_last[tid] = tid < count ? state[static_cast<int64_t>(state_row + tid) * (width + 1) + width] : 0.0f;
+            right_last[tid] = tid < count ? state[static_cast<int64_t>(row_of_block(block) + tid) * (width + 1) + width] : 0.0f;
           __syncthreads();
           if (AHEAD) {
-            if ((slice + 1) * S::SLICE < width) fetch(state_row, count, slice + 1);
-            else if (next_count > 0) fetch(next_row, next_count, 0);
+            const bool more = (slice + 1) * S::SLICE < width;
+            if (more || block + 1 < blocks) fetch(more ? block : block + 1, more ? slice + 1 : 0);
           }
-          multiply<PRECISE, true, false, S::SLICE_PARTS>(
-              *reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&sum[slice * S::SLICE_PARTS]), left + at.warp_row * 16 * stride, stride,
-              right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, (count + 7) / 8 * 8);
+          multiply_slice<WIDTH, PRECISE, false>(sum, slice, left + at.warp_row * 16 * left_stride, left_stride,
+                                                right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, (count + 7) / 8 * 8);
           if (!REVERSE && slice == 0) {
-            for (int k = tid % S::LANES; k < count; k += S::LANES) last = fmaf(left[tid / S::LANES * stride + k], right_last[k], last);
+            for (int k = tid % S::LANES; k < count; k += S::LANES) last = fmaf(left[tid / S::LANES * left_stride + k], right_last[k], last);
           }
           __syncthreads();
         }
-      };
-      const int pairs_count = p.degree == 2 ? dim * (dim + 1) / 2 : 0;
-      if (AHEAD) fetch(0, min(TILE, dim), 0);
-      for (int k = 0; k < dim; k += TILE) {
-        const bool more = k + TILE < dim;
-        walk(x_rows + k, x_stride, k, min(TILE, dim - k), more ? k + TILE : dim + 1, min(TILE, more ? dim - k - TILE : pairs_count));
-      }
-      const float *ones = state + static_cast<int64_t>(dim) * (width + 1);
+        if (block + 1 == linear_blocks) {
+          const float *ones = state + static_cast<int64_t>(dim) * (width + 1);
 #pragma unroll
-      for (int part = 0; part < S::PARTS; ++part) {
+          for (int part = 0; part < S::PARTS; ++part) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int m = column_of<WIDTH>(at, part, i % 2);
-          sum[part][i] = fmaf(f.b, sum[part][i], m < width ? f.a * ones[m] : 0.0f);
-        }
-      }
-      last *= f.b;
-      if (tid % S::LANES == 0) last += f.a * ones[width];
-      if (p.degree == 2) {
-        for (int k = 0; k < pairs_count; k += TILE) {
-          const int t = tid % TILE;
-          const int2 pair = pair_of(min(k + t, pairs_count - 1), dim);
-          const float scale = k + t >= pairs_count ? 0.0f : !REVERSE && pair.x != pair.y ? 2.0f * f.c : f.c;
-          for (int r = tid / TILE; r < ROWS; r += THREADS / TILE)
-            pairs[r * S::PAIR_STRIDE + t] = kept<PRECISE>(scale * x_rows[r * x_stride + pair.x] * x_rows[r * x_stride + pair.y]);
-          walk(pairs, S::PAIR_STRIDE, dim + 1 + k, min(TILE, pairs_count - k), dim + 1 + k + TILE, min(TILE, pairs_count - k - TILE));
+            for (int i = 0; i < 4; ++i) {
+              const int m = column_of<WIDTH>(at, part, i % 2);
+              sum[part][i] = fmaf(f.b, sum[part][i], m < width ? f.a * ones[m] : 0.0f);
+            }
+          }
+          last *= f.b;
+          if (tid % S::LANES == 0) last += f.a * ones[width];
         }
       }
 #pragma unroll
@@ -222,9 +223,8 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
             *reinterpret_cast<float2 *>(&pairs[at.row(half) * S::PAIR_STRIDE + pair_column_of<WIDTH>(at, part, 0)]) = weights;
           }
         }
-#pragma unroll
-        for (int slice = 0; slice < S::SLICES; ++slice) {
-          if (slice * S::SLICE >= width) break;
+#pragma unroll 1
+        for (int slice = 0; slice < S::SLICES && slice * S::SLICE < width; ++slice) {
           if (!AHEAD) slice_on_its_way.fetch(z, first_column, slice * S::SLICE);
           slice_on_its_way.put(right, S::SLICE + 4, z, first_column, slice * S::SLICE);
           __syncthreads();
@@ -232,8 +232,8 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
             if ((slice + 1) * S::SLICE < width) slice_on_its_way.fetch(z, first_column, (slice + 1) * S::SLICE);
             else if (after <= last_tile) slice_on_its_way.fetch(y, after * TILE, 0);
           }
-          multiply<PRECISE, true, false, S::SLICE_PARTS>(*reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&acc[slice * S::SLICE_PARTS]), pairs_own,
-                                                         S::PAIR_STRIDE, right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, TILE);
+          multiply_slice<WIDTH, PRECISE, false>(acc, slice, pairs_own, S::PAIR_STRIDE, right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4,
+                                                TILE);
           __syncthreads();
         }
         tile = after;

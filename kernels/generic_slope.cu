@@ -94,35 +94,9 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
     if ((REVERSE ? job.has_reverse : job.has_state) && !nothing_carried) {
       const float *state = job.states + (bs * job.chunks + (p.causal ? chunk : 0)) * job.features * (width + 1);
       const Coefficients f = REVERSE ? Coefficients{1.0f, 1.0f, 1.0f} : coefficients_of(p, row_head);
-      float part_sum[S::PARTS][4];
-      auto row_of_pair = [&](int pair, int j) {  // where (pair, j) lies in the state; pair < 0: the linear rows
-        return state + static_cast<int64_t>(pair < 0 ? j : dim + 1 + pair_start(min(pair, j), dim) + abs(pair - j)) * (width + 1);
-      };
-      // part_sum[row][j] = [u, last] . state row of (pair, j)
-      auto product = [&](int pair) {
-#pragma unroll
-        for (int part = 0; part < S::PARTS; ++part) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int j = column_of<WIDTH>(at, part, i % 2);
-            part_sum[part][i] = j < dim ? row_last[at.row(i / 2)] * row_of_pair(pair, j)[width] : 0.0f;
-          }
-        }
-#pragma unroll
-        for (int slice = 0; slice < S::SLICES; ++slice) {
-          if (slice * S::SLICE >= dim) break;
-          for (int k = 0; k < width; k += TILE) {
-            for (int index = tid; index < S::SLICE * TILE; index += THREADS) {
-              const int j = slice * S::SLICE + index / TILE, m = k + index % TILE;
-              right[index / TILE * (TILE + 8) + index % TILE] = kept<PRECISE>(j < dim && m < width ? row_of_pair(pair, j)[m] : 0.0f);
-            }
-            __syncthreads();
-            multiply<PRECISE, true, true, S::SLICE_PARTS>(*reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&part_sum[slice * S::SLICE_PARTS]),
-                                                          u_own + k, u_stride, right + at.warp_column * (S::SLICE_PARTS * 8) * (TILE + 8),
-                                                          TILE + 8, min(TILE, (width - k + 7) / 8 * 8));
-            __syncthreads();
-          }
-        }
+      // Where (pair, j) lies in the state, behind the linear rows and the row of ones. Pair -1 is the linear rows: as if vectors began with a 1.
+      auto row_of_pair = [&](int pair, int j) {
+        return state + static_cast<int64_t>(dim + (pair < 0 ? 0 : 1) + pair_start(min(pair, j), dim) + abs(pair - j)) * (width + 1);
       };
 
       float ones = 0.0f;
@@ -134,49 +108,56 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
       if (tid % S::LANES == 0) row_ones[own_row] = ones;
       __syncthreads();
 
-      product(-1);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = at.row(half);
-        const float carry = row_carry[row];
-        if (at.warp_column == 0 && at.place == 0) {
-          sum0[half] = fmaf(carry, row_ones[row], sum0[half]);
-          if (REVERSE) total[half] = fmaf(carry, row_ones[row], total[half]);
-        }
+      const int last_pair = p.degree == 2 ? dim - 1 : -1;
+#pragma unroll 1
+      for (int pair = -1; pair <= last_pair; ++pair) {
+        const bool linear = pair < 0;
+        float part_sum[S::PARTS][4];  // [row][j]: [u, last] . state row of (pair, j)
 #pragma unroll
         for (int part = 0; part < S::PARTS; ++part) {
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const int d = column_of<WIDTH>(at, part, i);
-            const float own = d < dim ? x_rows[row * x_stride + d] : 0.0f;
-            const float term = carry * part_sum[part][half * 2 + i];
-            sum1[half] = fmaf(own, term, sum1[half]);
-            if (REVERSE) total[half] = fmaf(own, term, total[half]);
-            acc[part][half * 2 + i] = fmaf(f.b, term, acc[part][half * 2 + i]);
+          for (int i = 0; i < 4; ++i) {
+            const int j = column_of<WIDTH>(at, part, i % 2);
+            part_sum[part][i] = j < dim ? row_last[at.row(i / 2)] * row_of_pair(pair, j)[width] : 0.0f;
           }
         }
-      }
-      if (p.degree == 2) {
-        for (int pair = 0; pair < dim; ++pair) {
-          product(pair);
+#pragma unroll 1
+        for (int slice = 0; slice < S::SLICES && slice * S::SLICE < dim; ++slice) {
+          for (int k = 0; k < width; k += TILE) {
+            for (int index = tid; index < S::SLICE * TILE; index += THREADS) {
+              const int j = slice * S::SLICE + index / TILE, m = k + index % TILE;
+              right[index / TILE * (TILE + 8) + index % TILE] = kept<PRECISE>(j < dim && m < width ? row_of_pair(pair, j)[m] : 0.0f);
+            }
+            __syncthreads();
+            multiply_slice<WIDTH, PRECISE, true>(part_sum, slice, u_own + k, u_stride, right + at.warp_column * (S::SLICE_PARTS * 8) * (TILE + 8),
+                                                 TILE + 8, min(TILE, (width - k + 7) / 8 * 8));
+            __syncthreads();
+          }
+        }
+        // the state holds each pair once; R holds it with both orders in it, and its diagonal counts twice in a derivative
+        const float weight = linear ? f.b : REVERSE ? 1.0f : 2.0f * f.c, share = linear ? 1.0f : 0.5f;
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int row = at.row(half);
-            const float factor = row_carry[row] * x_rows[row * x_stride + pair];
+        for (int half = 0; half < 2; ++half) {
+          const int row = at.row(half);
+          const float carry = row_carry[row], factor = linear ? carry : carry * x_rows[row * x_stride + pair];
+          if (linear && at.warp_column == 0 && at.place == 0) {
+            sum0[half] = fmaf(carry, row_ones[row], sum0[half]);
+            if (REVERSE) total[half] = fmaf(carry, row_ones[row], total[half]);
+          }
+          float sum = linear ? sum1[half] : sum2[half];
 #pragma unroll
-            for (int part = 0; part < S::PARTS; ++part) {
+          for (int part = 0; part < S::PARTS; ++part) {
 #pragma unroll
-              for (int i = 0; i < 2; ++i) {
-                const int d = column_of<WIDTH>(at, part, i);
-                const float own = d < dim ? x_rows[row * x_stride + d] : 0.0f;
-                // the state holds each pair once; R holds it with both orders in it, and its diagonal counts twice in a derivative
-                const float term = factor * part_sum[part][half * 2 + i] * (REVERSE && d == pair ? 2.0f : 1.0f);
-                sum2[half] = fmaf(own, term, sum2[half]);
-                if (REVERSE) total[half] = fmaf(0.5f * own, term, total[half]);
-                acc[part][half * 2 + i] = fmaf(REVERSE ? 1.0f : 2.0f * f.c, term, acc[part][half * 2 + i]);
-              }
+            for (int i = 0; i < 2; ++i) {
+              const int d = column_of<WIDTH>(at, part, i);
+              const float own = d < dim ? x_rows[row * x_stride + d] : 0.0f;
+              const float term = factor * part_sum[part][half * 2 + i] * (REVERSE && d == pair ? 2.0f : 1.0f);
+              sum = fmaf(own, term, sum);
+              if (REVERSE) total[half] = fmaf(share * own, term, total[half]);
+              acc[part][half * 2 + i] = fmaf(weight, term, acc[part][half * 2 + i]);
             }
           }
+          (linear ? sum1 : sum2)[half] = sum;
         }
       }
     }
@@ -257,9 +238,8 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
             *reinterpret_cast<float2 *>(&pairs[at.row(half) * S::PAIR_STRIDE + pair_column_of<WIDTH>(at, part, 0)]) = slopes;
           }
         }
-#pragma unroll
-        for (int slice = 0; slice < S::SLICES; ++slice) {
-          if (slice * S::SLICE >= dim) break;
+#pragma unroll 1
+        for (int slice = 0; slice < S::SLICES && slice * S::SLICE < dim; ++slice) {
           if (!AHEAD && S::SLICES > 1) slice_on_its_way.fetch(y, first_column, slice * S::SLICE);
           slice_on_its_way.put(right, S::SLICE + 4, y, first_column, slice * S::SLICE);
           __syncthreads();
@@ -267,9 +247,8 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
             if ((slice + 1) * S::SLICE < dim) slice_on_its_way.fetch(y, first_column, (slice + 1) * S::SLICE);
             else if (after <= last_tile) slice_on_its_way.fetch(z, after * TILE, 0);
           }
-          multiply<PRECISE, true, false, S::SLICE_PARTS>(*reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&acc[slice * S::SLICE_PARTS]),
-                                                         pairs + at.warp_row * 16 * S::PAIR_STRIDE, S::PAIR_STRIDE,
-                                                         right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, TILE);
+          multiply_slice<WIDTH, PRECISE, false>(acc, slice, pairs + at.warp_row * 16 * S::PAIR_STRIDE, S::PAIR_STRIDE,
+                                                right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, TILE);
           __syncthreads();
         }
         tile = after;

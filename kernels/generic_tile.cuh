@@ -109,6 +109,21 @@ __device__ inline void multiply(float (&acc)[PARTS][4], const float *a, int a_st
   }
 }
 
+// The same for one slice of a tile's columns, out of the sums of all. Registers have no numbers at run time, so each slice has a product of its own
+// in the code; slices are gone through by a loop that is not unrolled, which has what surrounds the product once.
+template <int WIDTH, bool PRECISE, bool B_ROWS>
+__device__ inline void multiply_slice(float (&acc)[Shape<WIDTH>::PARTS][4], int slice, const float *a, int a_stride, const float *b, int b_stride,
+                                      int depth) {
+  using S = Shape<WIDTH>;
+#pragma unroll
+  for (int i = 0; i < S::SLICES; ++i) {
+    if (S::SLICES == 1 || i == slice) {
+      auto &own = *reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&acc[i * S::SLICE_PARTS]);
+      multiply<PRECISE, true, B_ROWS, S::SLICE_PARTS>(own, a, a_stride, b, b_stride, depth);
+    }
+  }
+}
+
 // 16 bytes of a row on their way: what they are once as floats, times `scale`.
 template <bool PRECISE>
 struct Chunk {

@@ -6,8 +6,8 @@ last paddle, the next head lies on a circle, drawn with weight cos^2(continuity 
 
 At 32 pixels the pictures cannot be told from the published generator's by their grey levels or their 3 x 3 patterns. That matters: an
 earlier form drew more and fainter distractors, and no small Transformer left chance on it. So what looks like a slip there is kept: the
-search for a seed's place fails for most directions (`Room.wanted`), which leaves about one distractor of five; distractors are brighter than
-paths (2 to 1.5); straight paths lean near two of the edges (`step`); a path that runs into itself begins a new image.
+search for a seed's place fails for most directions (`Room.wanted`), which leaves about one distractor of five; distractors are brighter
+than paths (2 to 1.5); straight paths lean near two of the edges (`step`); a path that runs into itself begins a new image.
 
 What is ours:
 - Every gap belongs to one path, so that a label is never in doubt, and the markers do not touch each other. Of the published generator's
