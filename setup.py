@@ -37,7 +37,7 @@ def find_nvcc() -> str | None:
 
 
 def architectures_of(source: Path) -> str:
-    """A source may name the targets it is for in a first line, as `// architectures: sm_90a`."""
+    """A source may name the targets it is for in a first line, as `// architectures: sm_90a`; one without kernels names a single one."""
     named = re.match(r"// architectures: (.+)", source.read_text().split("\n", 1)[0])
     return named[1].strip() if named else ARCHITECTURES
 
@@ -92,7 +92,7 @@ def build_library(target: Path) -> None:
         return made
 
     jobs = int(os.environ.get("MAX_JOBS") or min(os.cpu_count() or 1, 16))
-    largest_first = sorted(sources, key=lambda source: -source.stat().st_size)
+    largest_first = sorted(sources, key=lambda source: -len(text_with_headers(source)))
     with ThreadPoolExecutor(jobs) as pool:
         objects = sorted(pool.map(compile_one, largest_first))
     for old in set(OBJECTS.glob("*.o")) - set(objects):

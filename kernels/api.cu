@@ -1,3 +1,4 @@
+// architectures: sm_80
 // The functions of linattn.h: each problem goes to the fastest path that takes it.
 #include "card.h"
 #include "paths.h"

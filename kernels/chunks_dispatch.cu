@@ -1,3 +1,4 @@
+// architectures: sm_80
 // Which problems the chunks take, and the instance that each head dim and dtype goes to.
 #include <cuda_bf16.h>
 

@@ -1,3 +1,4 @@
+// architectures: sm_80
 // Which problems the tensor-core path takes, how it cuts them up, and the instance that each head dim and dtype goes to.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
