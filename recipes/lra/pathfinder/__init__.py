@@ -4,7 +4,7 @@ Two dashed paths of 14 paddles grow from two seeds near the middle; shorter dist
 the other on the head of the same path (label 1) or of the other path (label 0). A path grows paddle by paddle: from the gap after the
 last paddle, the next head lies on a circle, drawn with weight cos^2(continuity * turn), where no other paddle's surroundings lie.
 
-At 32 pixels the pictures cannot be told from the published generator's by their grey levels or their 3 x 3 patterns. That matters: an
+At 32 pixels the pictures can hardly be told from the published generator's by their grey levels or their 3 x 3 patterns. That matters: an
 earlier form drew more and fainter distractors, and no small Transformer left chance on it. So what looks like a slip there is kept: the
 search for a seed's place fails for most directions (`Room.wanted`), which leaves about one distractor of five; distractors are brighter
 than paths (2 to 1.5); straight paths lean near two of the edges (`step`); a path that runs into itself begins a new image.
