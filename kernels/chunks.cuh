@@ -16,6 +16,9 @@
 namespace linattn_chunks {
 
 enum class Role { kOut, kQuery, kValue, kKey };
+template <Role ROLE> constexpr bool kLater = ROLE == Role::kValue || ROLE == Role::kKey;    // rows are keys, columns the queries behind them
+template <Role ROLE> constexpr bool kAcross = ROLE == Role::kQuery || ROLE == Role::kKey;   // the weight is x.y plus an e, not f, and the state is held the other way round
+template <Role ROLE> constexpr bool kTotals = !kLater<ROLE>;                                // sums over a row: masses, or sums of dA
 
 // Where a tensor's rows are, and what divides them: nothing, their length, or the mass of each.
 struct Vectors {

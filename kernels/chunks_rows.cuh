@@ -1,6 +1,7 @@
 // Rows gather what the columns they see hold, and what the state of all columns outside of their chunk does.
 #pragma once
 #include "chunks.cuh"
+#include "chunks_results.cuh"
 
 namespace linattn_chunks {
 
@@ -77,31 +78,77 @@ __device__ __forceinline__ void gather(float (&acc)[D / 8][4], const Blocks<D> &
     }
   }
 }
-// What a lane's two rows (group and group + 8) sum to over the lanes that share them.
-__device__ __forceinline__ void over_row(float (&x)[2]) {
+// The weights of the rows with a tile's columns, as the factor that gathers: s holds the products, of which a lane has two columns of each block of
+// eight; steps of 16 columns outside of [first, last) are seen by no row of the warp.
+template <typename T, int D, Role ROLE>
+__device__ __forceinline__ void weigh_pairs(Fragment<T> (&weights)[RowShape<T, D>::KEYS / 16], float (&worth)[2], float (&total)[2], float (&s)[RowShape<T, D>::KEYS / 8][4],
+                                            const typename RowShape<T, D>::Small &small, float slope, const float (&enter)[2], const float (&own_shift)[2], int gap, int count,
+                                            int first, int last, int group, int place) {
+  constexpr int STEPS = RowShape<T, D>::KEYS / 16;
+  // The columns that a lane's rows see, counted from its own first one.
+  int least[2], most[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    x[half] += __shfl_xor_sync(0xffffffffu, x[half], 1);
-    x[half] += __shfl_xor_sync(0xffffffffu, x[half], 2);
+    const int row = gap + group + 8 * half;
+    least[half] = kLater<ROLE> ? row - 2 * place : 0, most[half] = (kLater<ROLE> ? count - 1 : min(row, count - 1)) - 2 * place;
   }
+  float peak[2] = {0.f, 0.f};
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    if (step < first || step >= last) continue;
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const int at = 16 * step + 8 * t + 2 * place;
+      const float2 y_worth = two_of(small.y_worth + at), z_worth = two_of(small.z_worth + at);
+      float2 shift{0.f, 0.f};
+      if constexpr (ROLE == Role::kKey) shift = two_of(small.shift + at);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int half = i >> 1, column = 16 * step + 8 * t + (i & 1);
+        float weight = fmaf(s[2 * step + t][i] * (i & 1 ? y_worth.y : y_worth.x), enter[half], ROLE == Role::kKey ? i & 1 ? shift.y : shift.x : own_shift[half]);
+        if (column > most[half] || (kLater<ROLE> && column < least[half])) weight = 0.f;
+        if constexpr (ROLE == Role::kKey) weight *= slope;
+        if constexpr (kTotals<ROLE> && (kSplit<T> || ROLE == Role::kQuery)) total[half] += weight;
+        weight *= i & 1 ? z_worth.y : z_worth.x;
+        s[2 * step + t][i] = weight;
+        if constexpr (kSplit<T>) peak[half] = fmaxf(peak[half], fabsf(weight));
+      }
+    }
+  }
+  Lift lift[2] = {{1.f, 1.f}, {1.f, 1.f}};
+  if constexpr (kSplit<T>) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      peak[half] = fmaxf(peak[half], __shfl_xor_sync(0xffffffffu, peak[half], 1));
+      peak[half] = fmaxf(peak[half], __shfl_xor_sync(0xffffffffu, peak[half], 2));
+      lift[half] = lift_from(peak[half], kPeak);
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    if (step < first || step >= last) continue;
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float left = s[2 * step + t][2 * half], right = s[2 * step + t][2 * half + 1];
+        if constexpr (kSplit<T>) {
+          split_two(weights[step].part[0][2 * t + half], weights[step].part[1][2 * t + half], left * lift[half].up, right * lift[half].up);
+        } else {
+          const uint32_t two = Element<T>::pack(left, right);
+          weights[step].part[0][2 * t + half] = two;
+          // The mass is the sum of the rounded weights, so that a constant v comes back as itself.
+          if constexpr (ROLE == Role::kOut) total[half] += Element<T>::low(two) + Element<T>::high(two);
+        }
+      }
+  }
+  worth[0] = lift[0].down, worth[1] = lift[1].down;
 }
-__device__ __forceinline__ float2 two_of(const float *x) { return *reinterpret_cast<const float2 *>(x); }
-__device__ __forceinline__ float2 two_of(const __nv_bfloat16 *x) {
-  using E = Element<__nv_bfloat16>;
-  const uint32_t two = *reinterpret_cast<const uint32_t *>(x);
-  return make_float2(E::low(two), E::high(two));
-}
-__device__ __forceinline__ void put_two(float *to, float x, float y) { *reinterpret_cast<float2 *>(to) = make_float2(x, y); }
-__device__ __forceinline__ void put_two(__nv_bfloat16 *to, float x, float y) { *reinterpret_cast<uint32_t *>(to) = pack_bf16(x, y); }
 
 template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowShape<T, D>::THREADS, RowShape<T, D>::MIN_BLOCKS) rows_kernel(const __grid_constant__ RowArguments args) {
   using S = RowShape<T, D>;
   using Part = typename Factor<T>::Part;
   constexpr int BLOCKS = S::BLOCKS, STEPS = S::KEYS / 16;
-  constexpr bool kLater = ROLE == Role::kValue || ROLE == Role::kKey;           // rows are keys, columns the queries behind them
-  constexpr bool kAcross = ROLE == Role::kQuery || ROLE == Role::kKey;          // their state is held the other way round
-  constexpr bool kTotals = !kLater;                                             // sums over a row: masses, or sums of dA
-  constexpr bool kOfPairs = kAcross;                                            // the weight is x.y plus an e, not f
   constexpr bool kGroups = kWarpgroups<D>;
   // The state comes in slabs of as many rows as a tile has; a thread fetches its part of a slab in pieces of eight fours at most.
   constexpr int kSlabs = (BLOCKS + STEPS - 1) / STEPS, kEach = ((D < S::KEYS ? D : S::KEYS) * D / 4 + S::THREADS - 1) / S::THREADS;
@@ -112,15 +159,15 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
   const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number(), group = lane_id >> 2, place = lane_id & 3;
   const uint32_t base = shared_address(shared);
 
-  const int row_heads = kLater ? p.key_heads : p.query_heads, shares = p.query_heads / p.key_heads;
+  const int row_heads = kLater<ROLE> ? p.key_heads : p.query_heads, shares = p.query_heads / p.key_heads;
   const int pair = blockIdx.x / args.row_tiles, tile_number = blockIdx.x % args.row_tiles;
-  const int batch = pair / row_heads, row_head = pair % row_heads, key_head = kLater ? row_head : row_head / shares;
+  const int batch = pair / row_heads, row_head = pair % row_heads, key_head = kLater<ROLE> ? row_head : row_head / shares;
   const int64_t begin = static_cast<int64_t>(tile_number) * S::ROWS;
   const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(S::ROWS)));
   const int64_t chunk = p.causal ? begin / args.chunk : 0;
-  const int64_t from = kLater ? begin : chunk * args.chunk, to = kLater ? min(p.length, (chunk + 1) * args.chunk) : begin + rows;
-  const int tiles = p.causal ? static_cast<int>((to - from + S::KEYS - 1) / S::KEYS) : 0, iterations = kLater ? tiles * shares : tiles;
-  const auto columns_of = [&](int iteration) { return Columns<T, D>(args, batch, kLater ? key_head * shares + iteration / tiles : key_head, kLater ? key_head * shares + iteration / tiles : row_head); };
+  const int64_t from = kLater<ROLE> ? begin : chunk * args.chunk, to = kLater<ROLE> ? min(p.length, (chunk + 1) * args.chunk) : begin + rows;
+  const int tiles = p.causal ? static_cast<int>((to - from + S::KEYS - 1) / S::KEYS) : 0, iterations = kLater<ROLE> ? tiles * shares : tiles;
+  const auto columns_of = [&](int iteration) { return Columns<T, D>(args, batch, kLater<ROLE> ? key_head * shares + iteration / tiles : key_head, kLater<ROLE> ? key_head * shares + iteration / tiles : row_head); };
   const auto token_of = [&](int iteration) { return from + static_cast<int64_t>(iteration % tiles) * S::KEYS; };
   const auto count_of = [&](int64_t token) { return static_cast<int>(min(p.length - token, static_cast<int64_t>(S::KEYS))); };
   const auto start = [&](int iteration) {
@@ -129,7 +176,7 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
   };
 
   const auto coefficient = [&](int which, int head) { return p.coefficients[which * p.query_heads + head]; };
-  const float a = kLater ? 0.f : coefficient(0, row_head), b_tau = kLater ? 1.f : coefficient(1, row_head) * coefficient(3, row_head);
+  const float a = kLater<ROLE> ? 0.f : coefficient(0, row_head), b_tau = kLater<ROLE> ? 1.f : coefficient(1, row_head) * coefficient(3, row_head);
   const float *const state = args.states ? args.states + ((static_cast<int64_t>(batch) * p.key_heads + key_head) * args.chunks + chunk) * kStateFloats<D> : nullptr;
 
   // ---- the rows themselves
@@ -233,7 +280,7 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
       if constexpr (kGroups) {
         warpgroup_keep(acc);
         warpgroup_begin();
-        if constexpr (kAcross) {
+        if constexpr (kAcross<ROLE>) {
 #pragma unroll
           for (int block = 0; block < BLOCKS; ++block) {
             const uint32_t columns = Tile<D>::columns_at(2 * block);
@@ -253,7 +300,7 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
         warpgroup_commit();
         warpgroup_wait<0>();
         warpgroup_keep(acc);
-      } else if constexpr (!kAcross) {
+      } else if constexpr (!kAcross<ROLE>) {
         gather<T, D, STEPS>(acc, s_down, S::PLANE, 0, blocks, kWhole, [&](Fragment<T> &x, int k) { x.load(x_blocks.at(0, slab + k), S::X_PLANE); });
       } else {
 #pragma unroll
@@ -272,14 +319,14 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
     }
     float enter[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) enter[half] = lift.down * small.x_worth[row0 + 8 * half] * (kOfPairs ? 1.f : b_tau);
+    for (int half = 0; half < 2; ++half) enter[half] = lift.down * small.x_worth[row0 + 8 * half] * (kAcross<ROLE> ? 1.f : b_tau);
     const float shift[2] = {small.row_shift[row0], small.row_shift[row0 + 8]};
-    const float *const column = state + D * D, *const line = column + D, *const gathered = kAcross ? column : line, *const summed = kAcross ? line : column;
+    const float *const column = state + D * D, *const line = column + D, *const gathered = kAcross<ROLE> ? column : line, *const summed = kAcross<ROLE> ? line : column;
     float along[2] = {0.f, 0.f};
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) {
       Fragment<T> x;
-      if constexpr (kTotals) x.load(x_blocks.at(0, block), S::X_PLANE);
+      if constexpr (kTotals<ROLE>) x.load(x_blocks.at(0, block), S::X_PLANE);
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         const int at = 16 * block + 8 * t + 2 * place;
@@ -287,7 +334,7 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
         float(&sum)[4] = acc[2 * block + t];
 #pragma unroll
         for (int half = 0; half < 2; ++half) sum[2 * half] = fmaf(sum[2 * half], enter[half], shift[half] * more.x), sum[2 * half + 1] = fmaf(sum[2 * half + 1], enter[half], shift[half] * more.y);
-        if constexpr (kTotals) {
+        if constexpr (kTotals<ROLE>) {
           const float2 other = two_of(summed + at);
 #pragma unroll
           for (int part = 0; part < S::PARTS; ++part)
@@ -299,17 +346,17 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
         }
       }
     }
-    if constexpr (kTotals) {
+    if constexpr (kTotals<ROLE>) {
       const float count = state[D * D + 2 * D];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) total[half] = along[half] * small.x_worth[row0 + 8 * half] * (kOfPairs ? 1.f : b_tau) + (place == 0 ? shift[half] * count : 0.f);
+      for (int half = 0; half < 2; ++half) total[half] = along[half] * small.x_worth[row0 + 8 * half] * (kAcross<ROLE> ? 1.f : b_tau) + (place == 0 ? shift[half] * count : 0.f);
     }
   }
 
   // ---- the pairs
   const int64_t first_row = begin + 16 * warp;
   for (int iteration = 0; iteration < iterations; ++iteration) {
-    const int stage = iteration % S::STAGES, head = kLater ? key_head * shares + iteration / tiles : row_head;
+    const int stage = iteration % S::STAGES, head = kLater<ROLE> ? key_head * shares + iteration / tiles : row_head;
     const int64_t token = token_of(iteration);
     const int count = count_of(token);
     copy_wait<0>();
@@ -322,8 +369,8 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
 
     // Of the tile's steps of 16 columns, those that some row of the warp sees; all, where some row of the warpgroup sees any.
     const int gap = static_cast<int>(first_row - token), group_gap = gap - warp % 4 * 16;
-    const int first = kGroups ? 0 : kLater ? max(gap, 0) / 16 : 0, last = kGroups ? STEPS : kLater ? (count + 15) / 16 : min((gap + 31) / 16, (count + 15) / 16);
-    if (kGroups ? (kLater ? group_gap >= count : group_gap <= -64) : first >= last) continue;
+    const int first = kGroups ? 0 : kLater<ROLE> ? max(gap, 0) / 16 : 0, last = kGroups ? STEPS : kLater<ROLE> ? (count + 15) / 16 : min((gap + 31) / 16, (count + 15) / 16);
+    if (kGroups ? (kLater<ROLE> ? group_gap >= count : group_gap <= -64) : first >= last) continue;
     const uint32_t tile = base + S::TILES + stage * 2 * S::TILE;
     const Blocks<D> y_blocks(tile, across), z_blocks(tile + S::TILE, down);
     float s[2 * STEPS][4] = {};
@@ -352,141 +399,18 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
         }
       }
     }
-    const float slope = kLater ? coefficient(1, head) * coefficient(3, head) : kOfPairs ? 1.f : b_tau, level = kLater ? coefficient(0, head) : a;
-    const float enter[2] = {small.x_worth[row0] * (kOfPairs ? 1.f : slope), small.x_worth[row0 + 8] * (kOfPairs ? 1.f : slope)};
+    const float slope = kLater<ROLE> ? coefficient(1, head) * coefficient(3, head) : kAcross<ROLE> ? 1.f : b_tau, level = kLater<ROLE> ? coefficient(0, head) : a;
+    const float enter[2] = {small.x_worth[row0] * (kAcross<ROLE> ? 1.f : slope), small.x_worth[row0 + 8] * (kAcross<ROLE> ? 1.f : slope)};
     const float own_shift[2] = {ROLE == Role::kValue ? level : small.row_shift[row0], ROLE == Role::kValue ? level : small.row_shift[row0 + 8]};
-    // The columns that a lane's rows see, counted from its own first one.
-    int least[2], most[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = gap + group + 8 * half;
-      least[half] = kLater ? row - 2 * place : 0, most[half] = (kLater ? count - 1 : min(row, count - 1)) - 2 * place;
-    }
-    float peak[2] = {0.f, 0.f};
+    float worth[2];
     Fragment<T> weights[STEPS];
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      if (step < first || step >= last) continue;
-#pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        const int at = 16 * step + 8 * t + 2 * place;
-        const float2 y_worth = two_of(small.y_worth + at), z_worth = two_of(small.z_worth + at);
-        float2 shift{0.f, 0.f};
-        if constexpr (ROLE == Role::kKey) shift = two_of(small.shift + at);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int half = i >> 1, column = 16 * step + 8 * t + (i & 1);
-          float weight = fmaf(s[2 * step + t][i] * (i & 1 ? y_worth.y : y_worth.x), enter[half], ROLE == Role::kKey ? i & 1 ? shift.y : shift.x : own_shift[half]);
-          if (column > most[half] || (kLater && column < least[half])) weight = 0.f;
-          if constexpr (ROLE == Role::kKey) weight *= slope;
-          if constexpr (kTotals && (kSplit<T> || ROLE == Role::kQuery)) total[half] += weight;
-          weight *= i & 1 ? z_worth.y : z_worth.x;
-          s[2 * step + t][i] = weight;
-          if constexpr (kSplit<T>) peak[half] = fmaxf(peak[half], fabsf(weight));
-        }
-      }
-    }
-    Lift lift[2] = {{1.f, 1.f}, {1.f, 1.f}};
-    if constexpr (kSplit<T>) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        peak[half] = fmaxf(peak[half], __shfl_xor_sync(0xffffffffu, peak[half], 1));
-        peak[half] = fmaxf(peak[half], __shfl_xor_sync(0xffffffffu, peak[half], 2));
-        lift[half] = lift_from(peak[half], kPeak);
-      }
-    }
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      if (step < first || step >= last) continue;
-#pragma unroll
-      for (int t = 0; t < 2; ++t)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float left = s[2 * step + t][2 * half], right = s[2 * step + t][2 * half + 1];
-          if constexpr (kSplit<T>) {
-            split_two(weights[step].part[0][2 * t + half], weights[step].part[1][2 * t + half], left * lift[half].up, right * lift[half].up);
-          } else {
-            const uint32_t two = Element<T>::pack(left, right);
-            weights[step].part[0][2 * t + half] = two;
-            // The mass is the sum of the rounded weights, so that a constant v comes back as itself.
-            if constexpr (ROLE == Role::kOut) total[half] += Element<T>::low(two) + Element<T>::high(two);
-          }
-        }
-    }
-    const float worth[2] = {lift[0].down, lift[1].down};
+    weigh_pairs<T, D, ROLE>(weights, worth, total, s, small, slope, enter, own_shift, gap, count, first, last, group, place);
     if constexpr (kGroups) gather_by_group<T, D, STEPS>(acc, tile + S::TILE, S::PLANE, worth, weights);
     else gather<T, D, STEPS>(acc, z_blocks, S::PLANE, first, last, worth, [&](Fragment<T> &x, int k) { x = weights[k]; });
   }
   if (iterations == 0) copy_wait<0>();
 
-  // ---- the results
-  if constexpr (kTotals) over_row(total);
-  float finish[2] = {1.f, 1.f}, along[2] = {0.f, 0.f};
-  const T *own[2] = {nullptr, nullptr};
-  T *to_rows[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int row = row0 + 8 * half;
-    to_rows[half] = head_of<T>(args.result, batch, row_head) + (begin + row) * args.result.token_stride;
-    if constexpr (ROLE == Role::kOut) {
-      if (place == 0 && row < rows) args.mass_out[first_number + row] = total[half];
-      finish[half] = total[half] == 0.f ? 1.f : 1.f / total[half];
-    }
-    if constexpr (kAcross) own[half] = head_of<const T>(args.grad_of, batch, row_head) + (begin + row) * args.grad_of.token_stride;
-  }
-  if constexpr (kAcross) {
-    float square[2] = {0.f, 0.f};
-#pragma unroll
-    for (int n = 0; n < 2 * BLOCKS; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (row0 + 8 * half < rows) {
-          const float2 x = two_of(own[half] + 8 * n + 2 * place);
-          square[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, square[half]));
-          along[half] = fmaf(x.x, acc[n][2 * half], fmaf(x.y, acc[n][2 * half + 1], along[half]));
-        }
-    over_row(square);
-    over_row(along);
-    float dot[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const float inverse = p.normalize_qk ? inverse_length(square[half]) : 1.f;
-      dot[half] = along[half] * inverse;
-      along[half] *= p.normalize_qk ? inverse * inverse : 0.f;
-      finish[half] = b_tau * inverse;
-    }
-    if constexpr (ROLE == Role::kQuery) {
-      float sums[2] = {0.f, 0.f};
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (row0 + 8 * half < rows) sums[0] += total[half], sums[1] += dot[half];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], step);
-        if (lane_id == 0) small.totals[warp][i] = sums[i];
-      }
-      __syncthreads();
-      if (thread < 2) {
-        float sum = 0.f;
-        for (int w = 0; w < S::WARPS; ++w) sum += small.totals[w][thread];
-        args.partials[2 * static_cast<int64_t>(blockIdx.x) + thread] = sum;
-      }
-    }
-  }
-#pragma unroll
-  for (int n = 0; n < 2 * BLOCKS; ++n)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (row0 + 8 * half < rows) {
-        float left = acc[n][2 * half], right = acc[n][2 * half + 1];
-        const int at = 8 * n + 2 * place;
-        if constexpr (kAcross) {
-          const float2 x = two_of(own[half] + at);
-          left = fmaf(-x.x, along[half], left), right = fmaf(-x.y, along[half], right);
-        }
-        put_two(to_rows[half] + at, left * finish[half], right * finish[half]);
-      }
+  put_results<T, D, ROLE>(args, small, {warp, lane_id, place, row0, rows, batch, row_head, begin, first_number}, b_tau, acc, total);
 }
 
 }  // namespace linattn_chunks
