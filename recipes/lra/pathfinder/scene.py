@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import combinations
 
 import numpy as np
 
@@ -14,9 +15,9 @@ Gaps = set[tuple[int, int]]
 
 
 def two_paths(room: Room, rng: random.Random) -> tuple[list[Paddle], list[Paddle], np.ndarray] | None:
-    """Two paths of full length and the mask with both, or None where the attempt ran into itself too often.
+    """Two paths of full length and the mask with both, or None where the attempt ran into itself too often or leaves a label in doubt.
 
-    They grow in turn. Neither the last paddle of the one nor of the other is in the mask as yet."""
+    They grow in turn; while they do, neither's last paddle is in the mask."""
     rules = room.rules
     angle = random_angle(rng)
     tail = any_of(room.central_tails(angle), rng)
@@ -42,6 +43,9 @@ def two_paths(room: Room, rng: random.Random) -> tuple[list[Paddle], list[Paddle
         for paddle in (*first[:-1], *second[:-1]):
             room.lay(mask, paddle)
     if len(gaps(room, first) | gaps(room, second)) < 2 * (rules.contour_length + 1):
+        return None
+    ends = [paddle.end for path in (first, second) for paddle in (path[0], path[-1])]
+    if min(math.dist(*pair) for pair in combinations(ends, 2)) <= rules.marker_radius:  # a marker would cover two
         return None
     room.lay(mask, first[-1])
     room.lay(mask, second[-1])
