@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .decay_gradient import DecayGradient
 from .features import feature_count, key_features, key_features_backward, query_features, query_features_backward
 from .noise import paper_factor, standard_normal
 from .unit import unit, unit_backward
@@ -199,6 +200,16 @@ class Problem:
         column, keep = self.carry_out(columns)
         return (psi.mT @ scaled(values, column)).add_(scaled(state, keep))
 
+    def state_ahead(self, number: int, states: dict[int, Tensor]) -> Tensor:
+        """The state ahead of a chunk, made from the last that `states` holds before it; those on the way stay in `states`, it goes."""
+        chunks, at = self.chunks(self.key_length), number
+        while at not in states:
+            at -= 1
+        for missing in range(at, number):
+            columns = chunks[missing]
+            states[missing + 1] = self.advance(states[missing], self.psi(columns), self.values(columns), columns)
+        return states.pop(number)
+
     def whole_state(self) -> Tensor:
         """The state of all keys: what every row of bidirectional attention reads."""
         state = self.first_state()
@@ -271,13 +282,18 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
     state = p.first_state() if causal or p.direct else p.whole_state()
     reverse = p.empty_state()  # R: the gradient of the state; gathered here where attention is bidirectional
     has_past = initial_state is not None or not causal
-    for rows in p.chunks(p.length):
+    rate = None if log_decay is None else DecayGradient(query, p.states, p.key_length, len(p.chunks(p.length)))
+    for number, rows in enumerate(p.chunks(p.length)):
+        if rate is not None and not p.direct and number % rate.stride == 0:
+            rate.states[number] = state
         q, w = p.queries(rows), rows_gradient(rows)
         phi = p.phi(q)
         grad_phi, grad_q, grad_c = torch.zeros_like(phi), torch.zeros_like(q), torch.zeros_like(q[..., 0])
         if has_past and not p.direct:
             carried = scaled(w, p.carry_in(rows))
             grad_phi = p.products(carried, state)
+            if rate is not None:
+                rate.rows_carried(rows, phi, grad_phi)
             if not causal:
                 reverse += phi.flatten(2, 3).mT @ carried.flatten(2, 3)
         for columns in p.columns_for(rows):
@@ -303,13 +319,10 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
             has_past = True
 
     # backward through the sequence, beside R: the keys' side
-    grad_total = query.new_zeros(p.batch, p.states, p.key_length, dtype=torch.float64) if log_decay is not None else None
     if grad_state is not None:
         reverse = reverse + grad_state
-        if grad_total is not None:
-            grad_total[..., -1] += (state * grad_state).sum((-1, -2))
     has_future = grad_state is not None or not causal
-    for columns in reversed(p.chunks(p.key_length)):
+    for number, columns in reversed(list(enumerate(p.chunks(p.key_length)))):
         psi, values = p.psi(columns), p.values(columns)
         k = psi[..., : p.head_dim]
         grad_psi, grad_k, grad_values = torch.zeros_like(psi), torch.zeros_like(k), torch.zeros_like(values)
@@ -317,11 +330,16 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
         if has_future and not p.direct:
             grad_values = scaled(psi @ reverse, column)
             grad_psi = scaled(values, column) @ reverse.mT
+        if rate is not None and not p.direct:
+            rate.columns_carry(columns, values, grad_values, p.state_ahead(number, rate.states), scaled(reverse, keep))
         for rows in p.rows_for(columns):
             q, w = p.queries(rows), rows_gradient(rows)
             phi = p.phi(q)
             weights, s = p.weights(q, phi, psi, rows, columns)
-            grad_weights = p.seen_(p.products(w, values), rows, columns)
+            grad_weights = p.products(w, values)
+            if rate is not None:
+                rate.pairs(rows, columns, weights * grad_weights)
+            grad_weights = p.seen_(grad_weights, rows, columns)
             grad_values += weights.flatten(2, 3).mT @ w.flatten(2, 3)
             grad_psi[..., : p.head_dim + 1] += grad_weights.flatten(2, 3).mT @ phi[..., : p.head_dim + 1].flatten(2, 3)
             if s is not None:
@@ -331,8 +349,6 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
                 reverse = scaled(reverse, keep) + phi.flatten(2, 3).mT @ carried.flatten(2, 3)
                 has_future = True
         grad_k += key_features_backward(grad_psi, k, p.state_degree)
-        if grad_total is not None:
-            grad_total[..., columns] -= (values * grad_values).sum(-1)
         if normalize_qk:
             plain = p.real(key[:, :, columns].to(p.dtype), key_segments, columns)
             grad_k = unit_backward(grad_k, p.per_state(plain))
@@ -340,10 +356,7 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
         grad_key[:, :, columns], grad_value[:, :, columns] = per_key_head(grad_k), per_key_head(grad_values[..., :-1])
 
     grad_log_decay = query.new_empty(0, dtype=p.dtype)
-    if log_decay is not None and grad_total is not None:
-        if grad_mass is not None:
-            grad_total += p.fold((grad_mass * mass).double()).sum(2)
-        grad_rate = grad_total.flip(-1).cumsum(-1).flip(-1)
-        grad_log_decay = (grad_rate.sum((0, -1)) if log_decay.dim() == 1 else grad_rate).to(log_decay.dtype)
+    if log_decay is not None and rate is not None:
+        grad_log_decay = (rate.total().sum((0, -1)) if log_decay.dim() == 1 else rate.total()).to(log_decay.dtype)
     grad_initial = reverse if initial_state is not None else query.new_empty(0, dtype=p.dtype)
     return grad_query, grad_key, grad_value, grad_coefficients.flatten(1).to(coefficients.dtype), grad_log_decay, grad_initial

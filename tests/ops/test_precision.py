@@ -41,6 +41,42 @@ def test_error_against_float64(dtype, causal, name):
         assert distance(grad, exact_grads[leaf]) <= 3 * distance(plain_grads[leaf], exact_grads[leaf]) + 1e-6, leaf
 
 
+@pytest.mark.parametrize("heads, key_heads, length, head_dim", [(4, 1, 777, 128), (6, 6, 1000, 48)])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_gradient_of_a_slow_decay(heads, key_heads, length, head_dim, per_token):
+    """Time constants up to 500 tokens: what each token's gradient is left with is small beside what cancels in it."""
+    exact, plain, ours = [], [], []
+    for seed in range(3):  # a head's rate is one number, and its error a matter of luck
+        (query, key, value), _ = make_inputs(1, heads, key_heads, length, head_dim, head_dim, dtype=torch.float32, seed=seed, learned=False)
+        rate = -torch.logspace(-0.2, -2.7, heads)
+        rate = (rate[None, :, None] * torch.rand(1, heads, length, generator=torch.Generator().manual_seed(seed)) if per_token else rate)
+        for results, function, dtype in ((exact, reference, torch.float64), (plain, reference, rate.dtype), (ours, linear_attention, rate.dtype)):
+            leaf = rate.to(dtype).requires_grad_()
+            results.append(gradients(function, [x.to(dtype) for x in (query, key, value)], {"log_decay": leaf})[1]["log_decay"].flatten())
+    exact, plain, ours = map(torch.cat, (exact, plain, ours))
+    assert distance(ours, exact) <= 3 * distance(plain, exact)
+
+
+@pytest.mark.parametrize("quadratic", [False, True])
+def test_a_decay_over_a_long_sequence_in_float32(quadratic):
+    """The running sum of the decay keeps its digits: after 16,000 tokens, all forgotten, the last ones are as near as without them."""
+    tensors, options = make_inputs(1, 2, 2, 16384, 8, 8, dtype=torch.float32, decay="query_token", quadratic=quadratic, learned=False)
+    last = [x.detach()[:, :, -500:] for x in tensors]
+    rate = options.pop("log_decay").detach()
+    weight = torch.zeros(1, 2, 500, 8).index_fill_(2, torch.arange(300, 500), 1) * torch.randn(1, 2, 500, 8)
+
+    def tail(function, tensors, rate, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (*tensors, rate)]
+        out = function(*leaves[:3], **options, log_decay=leaves[3])[:, :, -500:]
+        return [x[..., -200:, :] if x.dim() == 4 else x[..., -200:] for x in (out, *torch.autograd.grad((out * weight).sum(), leaves))]
+
+    exact = tail(reference, last, rate[..., -500:], torch.float64)
+    plain = tail(reference, last, rate[..., -500:], torch.float32)
+    ours = tail(linear_attention, tensors, rate, torch.float32)
+    for of_ours, of_plain, of_exact in zip(ours, plain, exact, strict=True):
+        assert distance(of_ours, of_exact) <= 3 * distance(of_plain, of_exact)
+
+
 def test_long_sequence_in_bfloat16():
     """The state is summed in float32: the error does not grow with N."""
     errors = []
