@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from recipes.common.errors import RecipeError as ConversionError
+from recipes.common.errors import stage
 
-class ConversionError(ValueError):
-    """What was wrong, what was expected and what to do, in one sentence."""
+__all__ = ["ConversionError", "one_line", "stage"]
 
 
 def one_line(error: BaseException, longest: int = 300) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
-import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,23 +14,24 @@ import torch
 import transformers
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 import hf_linattn  # noqa: F401  (registers the attention that the check runs)
 from convert.card import model_card
 from convert.check import check_converted
 from convert.config import converted_config
-from convert.errors import ConversionError
+from convert.errors import ConversionError, stage
 from convert.options import Decay, DType, Kernel, LinearizeOptions
-from convert.output import check_output, written_aside
 from convert.report import conversion_report, summary
 from convert.source import Source, open_source
 from convert.weights import new_parameters, write_weights
 from hf_linattn.models import write_stub
+from recipes.common import cli
+from recipes.common.files import check_target, staged_directory
 
+COMMAND = "convert.linearize"
 REPORT = "conversion.json"
 _COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
-_NOT_COPIED = ("config.json", "*.index.json", "conversion.json", "trainer_state.json", "*_results.json", "requirements.txt")
+_NOT_COPIED = (".*", "config.json", "*.index.json", "conversion.json", "trainer_state.json", "*_results.json", "requirements.txt")
 
 
 def linearize(
@@ -44,7 +44,7 @@ def linearize(
 
     Args:
         source: a local folder or a hub id.
-        output: a folder that does not exist yet.
+        output: a folder that does not exist yet, or with ``options.overwrite`` one that this function wrote.
         options: how to convert; the defaults of :class:`LinearizeOptions` where None.
         on_shard: called with each weight file once it is written.
 
@@ -55,12 +55,13 @@ def linearize(
         ConversionError: the source cannot be converted, an option does not fit it, or the output cannot be written.
     """
     options, output = options or LinearizeOptions(), Path(output).expanduser()
-    check_output(output, Path(source).expanduser(), options.overwrite)
+    check_target(output, COMMAND, overwrite=options.overwrite, inputs=[source])
     opened = open_source(str(source), options.revision)
     config, model_class, dropped = converted_config(opened, options)
-    added = new_parameters(model_class, config)
+    with stage(f"building the model that {opened.folder / 'config.json'} describes"):
+        added = new_parameters(model_class, config)
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    with written_aside(output, options.overwrite) as folder:
+    with staged_directory(output, COMMAND, overwrite=options.overwrite, inputs=[opened.folder]) as folder, stage(f"writing {output}"):
         _require_space(folder, opened.nbytes)
         write_weights(opened, added, folder, dtype, on_shard)
         config.save_pretrained(folder)
@@ -87,9 +88,6 @@ def _copy_companions(source: Source, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
 def _layers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
@@ -97,7 +95,6 @@ def _layers(text: str) -> tuple[int, ...]:
         raise ConversionError(f"--keep-softmax takes layer numbers such as 0,5, not {text!r}") from None
 
 
-@app.command()
 def main(
     source: Annotated[str, typer.Argument(help="Folder of the checkpoint, or a hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder to write, which must not exist.")],
@@ -109,33 +106,30 @@ def main(
     learnable: Annotated[bool, typer.Option(help="Train the new parameters, or keep them as they start.")] = True,
     dtype: Annotated[DType | None, typer.Option(help="Store the weights as this (default: as they are).", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint at OUTPUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what this command wrote to OUTPUT before.")] = False,
     check: Annotated[bool, typer.Option(help="Load and run the result before it takes its place.")] = True,
 ) -> None:
     """Convert the softmax checkpoint SOURCE into a linear-attention checkpoint OUTPUT."""
-    console, errors = Console(), Console(stderr=True)
-    # A polite kill ends as Ctrl-C does, so that the half-written folder goes.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console = Console()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        options = LinearizeOptions(
-            kernel=kernel.value,
-            decay=decay.value,
-            keep_softmax=_layers(keep_softmax),
-            temperature=temperature,
-            dropout=dropout,
-            learnable=learnable,
-            dtype=dtype.value if dtype else None,
-            revision=revision,
-            overwrite=overwrite,
-            check=check,
-        )
-        with console.status("Converting") as status:
-            report = linearize(source, output, options, on_shard=lambda shard: status.update(f"Wrote {shard.name}"))
-    except ConversionError as error:
-        errors.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(2) from None
+    options = LinearizeOptions(
+        kernel=kernel.value,
+        decay=decay.value,
+        keep_softmax=_layers(keep_softmax),
+        temperature=temperature,
+        dropout=dropout,
+        learnable=learnable,
+        dtype=dtype.value if dtype else None,
+        revision=revision,
+        overwrite=overwrite,
+        check=check,
+    )
+    with console.status("Converting") as status:
+        report = linearize(source, output, options, on_shard=lambda shard: status.update(f"Wrote {shard.name}"))
     console.print(summary(output, report))
+
+
+app = cli.app(main)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""What every training script's command line has in common.
+"""What every command line has in common.
 
-`--set a=1 b=2` and `--set a=1 --set b=2` both work: bare `key=value` words are overrides too.
+`--set a=1 b=2` and `--set a=1 --set b=2` both work: bare `key=value` words are overrides too. Every command has `--debug`.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,12 +21,31 @@ ConfigFile = Annotated[Path, typer.Option("--config", help="The YAML file of set
 SetValues = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")]
 MoreValues = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="More settings after --set.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the same run, if there is one.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at the output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what this command wrote to the output before.")]
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def app(command: Callable[..., Any]) -> typer.Typer:
+    """`command` as an application: `--debug` among its arguments, errors in one sentence."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, debug: bool = False, **options: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            # A polite kill ends as Ctrl-C does, so that what is half written goes.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with exit_with_sentence(debug, passing=(typer.Exit, typer.Abort, typer.BadParameter)):
+            command(*args, **options)
+
+    signature = inspect.signature(command, eval_str=True)
+    flag = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+    guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), flag])  # type: ignore[attr-defined]
+    guarded.__annotations__ = {name: parameter.annotation for name, parameter in guarded.__signature__.parameters.items()}  # type: ignore[attr-defined]
+    application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    application.command()(guarded)
+    return application
 
 
 def run(command: Callable[..., Any]) -> None:
-    """Run `command` as a script: arguments from the command line, errors a user can act on as one sentence and exit status 2."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
-    with exit_with_sentence():
-        app()
+    """Run `command` as a script."""
+    app(command)()

@@ -1,42 +1,93 @@
-"""Errors a user can do something about: one sentence on the screen, exit status 2."""
+"""Errors a user can do something about: one sentence on the screen, exit status 2. Errors of ours: one sentence that says so, status 1.
+
+What goes wrong is told by the stage at which it does (`stage`), and never by its type: a full disk alone comes as an OSError, a
+RuntimeError of torch or an error of safetensors, and a config that fits no model as whatever the model's code meets first.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[2]
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class RecipeError(Exception):
+class RecipeError(ValueError):
     """What was wrong, what was expected and what to do, in one sentence."""
 
 
 def sentence(error: BaseException, limit: int = 300) -> str:
     """The first line of `error`'s message, cut to `limit` characters, for quoting a library's error inside one of ours."""
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__)[:limit].rstrip(".")
 
 
 @contextmanager
-def exit_with_sentence() -> Iterator[None]:
-    """Turn a `RecipeError`, or an `OSError` of the file system, into one line on stderr and exit status 2.
+def stage(doing: str, remedy: str = "") -> Iterator[None]:
+    """Whatever fails inside fails as "`doing` failed (why); `remedy`". A RecipeError passes as it is, for it says more.
 
-    Of several processes on one machine only the first prints.
+    Args:
+        doing: what is being done to what, as a user would name it: "reading config.json of MODEL".
+        remedy: what the user can do.
+
+    Raises:
+        RecipeError: in place of any other Exception, which is its cause.
     """
     try:
         yield
-    except RecipeError as error:
-        message = str(error)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        message = f"{error.filename or 'a file of the run'}: {os.strerror(error.errno)}"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message += "; free some space and start again with --resume"
-    else:
-        return
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+    except RecipeError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            remedy = remedy or "free some space and start again"
+        raise RecipeError(f"{doing} failed ({sentence(error)})" + (f"; {remedy}" if remedy else "")) from error
+
+
+@contextmanager
+def exit_with_sentence(debug: bool = False, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn any error into one line on stderr: exit status 2 for what a user can act on, 1 for what can only be a bug of ours.
+
+    Of several processes on one machine only the first prints.
+
+    Args:
+        debug: whether the traceback is shown above the sentence.
+        passing: exceptions that are none of this function's business, such as those of a command line's parser.
+    """
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:
+        message, status = _told(error)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            if debug:
+                traceback.print_exception(error)
+            print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(status) from None
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    if isinstance(error, RecipeError):
+        return str(error), 2
+    if isinstance(error, OSError) and error.errno is not None:
+        remedy = "; free some space and start again, a training with --resume" if error.errno in _FULL else ""
+        return f"{error.filename or 'a file of the run'}: {os.strerror(error.errno)}{remedy}", 2
+    return (
+        f"{type(error).__name__} ({sentence(error)}) in {_place(error)}: a bug of this program and not of what it was given; "
+        "run the command again with --debug to see the traceback, and report it"
+    ), 1
+
+
+def _place(error: Exception) -> str:
+    """The last line of our own that the error passed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_ROOT) and "site-packages" not in frame.filename] or frames
+    return f"{Path(ours[-1].filename).name}, line {ours[-1].lineno}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+from recipes.common.files import staged_file
 
 
 def plot_curves(
@@ -31,9 +32,6 @@ def plot_curves(
 
 def save_figure(figure: plt.Figure, path: str | Path) -> None:
     """Write `figure` to the PNG `path`, whole or not at all, and close it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    figure.savefig(aside, format="png", dpi=120)
+    with staged_file(path) as aside:
+        figure.savefig(aside, format="png", dpi=120)
     plt.close(figure)
-    aside.replace(path)

@@ -6,7 +6,7 @@
     checkpoints/step-N   accelerate's save_state (weights, optimizer, schedule, random states), and progress.json
     tensorboard/
 
-A checkpoint is written aside and renamed, so a kill at any moment leaves the last whole one. What `metrics.jsonl` holds beyond
+A checkpoint is written aside and moved into its place, so a kill at any moment leaves the last whole one. What `metrics.jsonl` holds beyond
 that checkpoint is cut off on resume, because the run will write it again.
 """
 
@@ -15,40 +15,71 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from recipes.common.config import dump
-from recipes.common.errors import RecipeError, sentence
-from recipes.common.files import staged_directory, write_json, write_text
+from recipes.common.errors import RecipeError, stage
+from recipes.common.files import check_target, clear_up, discard, hold, staged_directory, write_json, write_text
+from recipes.common.lock import Lock
+from recipes.common.marks import read_mark, sign
 
 # It warns of tied weights at every checkpoint, which load again as they were.
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
+# What comes into the folder after it was made: files that are ours by name, and folders with marks of their own.
+GROWS = ("metrics.jsonl", "loss.png", "result.json", "tensorboard/*events.out.tfevents.*")
+FOLDERS = ("model", "best", "checkpoints/step-*")
+
+
 class Run:
-    """The folder of one run; made by `Run.open`, the same call in every process."""
+    """The folder of one run, the same in every process; one run at a time writes in it.
 
-    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
-        self.folder = folder
-        self.accelerator = accelerator
+    Args:
+        folder: where it is, or will be.
+        command: who writes it.
+        inputs: what the run reads; none of it may be in the folder, nor the folder in it.
+        resume, overwrite: what to do where the folder is there: go on in it, or start anew.
+    """
 
-    @classmethod
-    def open(
-        cls,
+    def __init__(
+        self,
         folder: str | Path,
-        config: dict[str, Any],
+        command: str,
         accelerator: Accelerator,
         *,
-        facts: dict[str, Any] | None = None,
+        inputs: Sequence[str | Path] = (),
         resume: bool = False,
         overwrite: bool = False,
-    ) -> Run:
-        """Create the folder, or with `resume` go on in it if it is there.
+    ) -> None:
+        self.folder, self.command, self.accelerator = Path(folder), command, accelerator
+        self.inputs, self.resume, self.overwrite = inputs, resume, overwrite
+        self._held: Lock | None = None
+
+    def check(self) -> None:
+        """What `open` refuses without knowing the config: call it before slow preparations.
+
+        Raises:
+            RecipeError: the processes do not see one another; or the folder is there and neither `resume` nor `overwrite` is given, or is
+                no run's of this command, or another process writes in it.
+        """
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.accelerator.num_processes:
+            raise RecipeError(
+                f"{started} processes were started and accelerate sees {self.accelerator.num_processes}, so each would train by itself; "
+                "on CPUs start them with ACCELERATE_USE_CPU=true in the environment"
+            )
+        _by_main(self.accelerator, self._check)
+
+    def open(self, config: dict[str, Any], facts: dict[str, Any] | None = None) -> None:
+        """Create the folder, or with `resume` go on in it if it is there, and hold it until `close`.
 
         Args:
             config: the settings, plain values.
@@ -56,39 +87,42 @@ class Run:
                 with another config or other facts is refused.
 
         Raises:
-            RecipeError: the processes do not see one another, or the folder exists and neither `resume` nor `overwrite` is given, or
-                is no run's folder, or belongs to another run.
+            RecipeError: as in `check`, or the folder belongs to another run.
         """
-        started = int(os.environ.get("WORLD_SIZE", "1"))
-        if started != accelerator.num_processes:
-            raise RecipeError(
-                f"{started} processes were started and accelerate sees {accelerator.num_processes}, so each would train by itself; "
-                "on CPUs start them with ACCELERATE_USE_CPU=true in the environment"
-            )
-        cls.check(folder, resume=resume, overwrite=overwrite)
-        folder = Path(folder)
-        facts = {**(facts or {}), "processes": accelerator.num_processes}
-        going_on = resume and folder.exists()
-        if going_on:
-            _check_same(folder, {**config, **facts})
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not going_on:
-            with staged_directory(folder, overwrite=True) as aside:
+        facts = {**(facts or {}), "processes": self.accelerator.num_processes}
+        _by_main(self.accelerator, lambda: self._open(config, facts))
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._held:
+            self._held.release()
+
+    def _check(self) -> None:
+        clear_up(self.folder.parent, self.folder.name)
+        if self.folder.exists() and not (self.resume or self.overwrite):
+            raise RecipeError(f"{self.folder} exists already; pass --resume to go on, --overwrite to start anew, or choose another output")
+        if not (self.resume and self.folder.exists()):
+            check_target(self.folder, self.command, overwrite=self.overwrite, inputs=self.inputs)
+            return
+        mark = read_mark(self.folder)
+        if mark is None or mark.command != self.command:
+            raise RecipeError(f"{self.folder} is no folder of {self.command}, so there is no run to resume in it; choose another output")
+        hold(self.folder).release()
+
+    def _open(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
+        self._check()
+        if not (self.resume and self.folder.exists()):
+            with staged_directory(
+                self.folder, self.command, overwrite=self.overwrite, inputs=self.inputs, grows=GROWS, folders=FOLDERS
+            ) as aside:
                 write_text(aside / "config.yaml", dump(config))
                 write_json(aside / "facts.json", facts)
-        accelerator.wait_for_everyone()
-        return cls(folder, accelerator)
-
-    @staticmethod
-    def check(folder: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
-        """What `open` refuses without knowing the config: call it before slow preparations."""
-        folder = Path(folder)
-        if not folder.exists() or resume:
-            return
-        if not overwrite:
-            raise RecipeError(f"{folder} exists already; pass --resume to go on, --overwrite to start anew, or choose another output")
-        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.yaml").is_file()):
-            raise RecipeError(f"{folder} holds no config.yaml, so it is not a run's folder and is not overwritten; choose another output")
+        self._held = hold(self.folder)
+        _check_same(self.folder, {**config, **facts})
+        for folder in (self.folder, self.folder / "checkpoints"):
+            clear_up(folder)
+        if mark := read_mark(self.folder):
+            sign(self.folder, mark)
 
     @property
     def metrics_file(self) -> Path:
@@ -114,29 +148,22 @@ class Run:
         Raises:
             RecipeError: it cannot be written; the checkpoints before it stay.
         """
-        main = self.accelerator.is_main_process
-        target = self.folder / "checkpoints" / f"step-{step:08d}"
-        aside = target.with_name(f".partial-{target.name}")
-        self.accelerator.wait_for_everyone()
-        if main:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        try:
-            self.accelerator.save_state(str(aside))
-        except Exception as error:  # a full disk is an OSError, a RuntimeError of torch or an error of safetensors
-            shutil.rmtree(aside, ignore_errors=True)
-            raise RecipeError(
-                f"{target} cannot be written ({sentence(error)}); the one before is whole: free some space and start with --resume"
-            ) from None
-        self.accelerator.wait_for_everyone()
-        if main:
-            write_json(aside / "progress.json", {"step": step, **(progress or {})})
-            shutil.rmtree(target, ignore_errors=True)
-            aside.rename(target)
+        accelerator, target = self.accelerator, self.folder / "checkpoints" / f"step-{step:08d}"
+        accelerator.wait_for_everyone()
+        with (
+            stage(f"writing the checkpoint {target}", "the one before is whole: free some space and start with --resume"),
+            ExitStack() as stack,
+        ):
+            aside = [str(stack.enter_context(staged_directory(target, self.command))) if accelerator.is_main_process else ""]
+            broadcast_object_list(aside)
+            accelerator.save_state(aside[0])
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                write_json(Path(aside[0]) / "progress.json", {"step": step, **(progress or {})})
+        if accelerator.is_main_process:
             for old in self.checkpoints()[:-keep]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+                discard(old)
+        accelerator.wait_for_everyone()
 
     def restore(self) -> dict[str, Any]:
         """Load the newest checkpoint into what `accelerator.prepare` was given and return its progress; {"step": 0} if there is none."""
@@ -163,6 +190,19 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
+
+
+def _by_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Do `work` in the main process; a RecipeError there is raised in every process, so that none waits for the others."""
+    problem: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            work()
+        except RecipeError as error:
+            problem = [str(error)]
+    broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise RecipeError(problem[0])
 
 
 def _check_same(folder: Path, new: dict[str, Any]) -> None:

@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from recipes.common import cli
 from recipes.common.errors import RecipeError
-from recipes.common.files import check_absent, staged_directory, write_json
+from recipes.common.files import check_target, staged_directory, write_json
 
 from . import listops, pathfinder
 from .data import HUB, SPLITS, TASKS, Sequences, Split, Task, encode_listops, read_folder, read_hub, read_prepared, shortened
 from .parallel import ordered_map
 
+COMMAND = "recipes.lra.prepare"
 IMAGES_PER_FOLDER = 1000
 
 
@@ -74,9 +75,10 @@ def prepare(
         raise RecipeError(
             f"{out} holds other data ({changed} is {there.get(changed)!r}, not {request[changed]!r}); choose another folder, or --overwrite"
         )
-    check_absent(out, overwrite)
+    inputs = [source] if source else []
+    check_target(out, COMMAND, overwrite=overwrite, inputs=inputs)
     workers = processes or os.cpu_count() or 1
-    with staged_directory(out, overwrite) as aside:
+    with staged_directory(out, COMMAND, overwrite=overwrite, inputs=inputs) as aside:
         if generated:
             sizes = tuple(published if count is None else count for count, published in zip((train, valid, test), spec.sizes, strict=True))
             splits = GENERATORS[spec.name](spec, aside, sizes, seed, workers, images)

@@ -17,8 +17,9 @@ import typer
 
 from recipes.common import cli
 from recipes.common.errors import RecipeError
-from recipes.common.files import write_json, write_text
+from recipes.common.files import check_target, staged_directory, write_json, write_text
 
+COMMAND = "recipes.lra.report"
 COLUMNS = {"listops": "ListOps", "text": "Text", "retrieval": "Retrieval", "image": "Image", "pathfinder": "Pathfinder", "pathx": "Path-X"}
 
 # Test accuracies in per cent of models with 2 layers, 64 wide, 2 heads: Xiong et al. 2021 (Nystromformer), Chen et al. 2021 (Skyformer).
@@ -32,24 +33,24 @@ ORDER = ["softmax, dropout", "softmax", "linear", "linear, noise"]
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or result.json files.", show_default=False)],
-    out: Annotated[Path, typer.Option("--out", help="Where the table goes; files of that name there are replaced.")] = Path(
-        "out/lra/report"
-    ),
+    out: Annotated[Path, typer.Option("--out", help="Folder of the table.")] = Path("out/lra/report"),
+    overwrite: cli.Overwrite = False,
 ) -> None:
     """Gather finished runs into one table."""
-    table = gather(read_results(runs))
+    files = result_files(runs)
+    check_target(out, COMMAND, overwrite=overwrite, inputs=files)
+    table = gather(read_results(files))
     text = to_markdown(table)
-    write_text(out / "table.md", text)
-    write_json(out / "table.json", table)
-    plot(table, out / "table.png")
+    with staged_directory(out, COMMAND, overwrite=overwrite, inputs=files) as place:
+        write_text(place / "table.md", text)
+        write_json(place / "table.json", table)
+        plot(table, place / "table.png")
     print(text)
     print(f"written to {out}")
 
 
-def read_results(runs: list[Path]) -> list[dict[str, Any]]:
-    """Every result.json at or under `runs`, each once.
-
-    Raises RecipeError where a path is missing or holds none, and where a file is no result."""
+def result_files(runs: list[Path]) -> list[Path]:
+    """Every result.json at or under `runs`, each once. Raises RecipeError where a path is missing or holds none."""
     files: dict[Path, None] = {}
     for path in runs:
         if not path.exists():
@@ -58,7 +59,12 @@ def read_results(runs: list[Path]) -> list[dict[str, Any]]:
         if not found:
             raise RecipeError(f"{path}: no result.json in it, so no run there is finished; go on with recipes.lra.train --resume")
         files.update(dict.fromkeys(file.resolve() for file in found))
-    return [_read(path) for path in files]
+    return list(files)
+
+
+def read_results(files: list[Path]) -> list[dict[str, Any]]:
+    """What `files` hold. Raises RecipeError where one is no result."""
+    return [_read(file) for file in files]
 
 
 def _read(path: Path) -> dict[str, Any]:

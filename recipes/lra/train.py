@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from transformers import PreTrainedModel
 import hf_linattn
 from recipes.common import cli
 from recipes.common.config import load_config, to_dict
-from recipes.common.errors import RecipeError, sentence
+from recipes.common.errors import RecipeError, sentence, stage
 from recipes.common.files import staged_directory, write_json
 from recipes.common.run import Run
 
@@ -36,6 +38,7 @@ from .data import SPLITS, TASKS, Split, load
 from .model import LRAConfig, LRAForSequenceClassification
 from .settings import Settings
 
+COMMAND = "recipes.lra.train"
 STEPS_BETWEEN_CLOCK_READINGS = 20
 
 
@@ -52,7 +55,7 @@ def main(
     splits = load(TASKS[settings.task], settings.data)
     accuracies = []
     for seed in settings.seeds:
-        training = Training(settings, seed, splits, resume, overwrite)
+        training = Training(settings, seed, splits, resume, overwrite, inputs=[config])
         accuracies.append(training.run_all()["test_accuracy"])
         training.accelerator.free_memory()
     spread = f", deviation {np.std(accuracies, ddof=1):.2%}" if len(accuracies) > 1 else ""
@@ -62,14 +65,24 @@ def main(
 class Training:
     """One seed's run: everything is made in __init__, so that bad input is refused before anything is written but the run's folder."""
 
-    def __init__(self, settings: Settings, seed: int, splits: dict[str, Split], resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        seed: int,
+        splits: dict[str, Split],
+        resume: bool = False,
+        overwrite: bool = False,
+        inputs: Sequence[str | Path] = (),
+    ) -> None:
         self.settings, self.seed, self.task = settings, seed, TASKS[settings.task]
         self.accelerator = Accelerator(mixed_precision=settings.mixed_precision, step_scheduler_with_optimizer=False)
         processes = self.accelerator.num_processes
         if settings.batch_size % processes:
             raise RecipeError(f"batch_size {settings.batch_size} is not a multiple of the {processes} processes; change one of them")
         folder = Path(settings.output) / f"seed-{seed}"
-        Run.check(folder, resume=resume, overwrite=overwrite)
+        read = [*inputs, settings.data]
+        self.run = Run(folder, COMMAND, self.accelerator, inputs=read, resume=resume, overwrite=overwrite)
+        self.run.check()
         set_seed(seed)
         model = new_model(settings)
         self.splits = {
@@ -95,11 +108,16 @@ class Training:
         if settings.dropout == "noise":
             self.noise = hf_linattn.DropoutSchedule(settings.noise_schedule, settings.attention_dropout, 1_000_000)
         facts = {"seed": seed, "examples": [len(splits[name]) for name in SPLITS], "parameters": self.bare.num_parameters()}
-        self.run = Run.open(folder, to_dict(settings), self.accelerator, facts=facts, resume=resume, overwrite=overwrite)
+        self.run.open(to_dict(settings), facts)
         self.best, self.best_step, self.seconds = -1.0, 0, 0.0
 
     def run_all(self) -> dict[str, Any]:
-        """Train from where the run stands to its end, test the best checkpoint, and return what result.json says."""
+        """Train from where the run stands to its end, test the best checkpoint, let go of the folder; return what result.json says."""
+        with closing(self.run):
+            return self.train()
+
+    def train(self) -> dict[str, Any]:
+        """The steps that are left, and the test."""
         s, accelerator = self.settings, self.accelerator
         finished = self.run.folder / "result.json"
         if finished.is_file():
@@ -188,7 +206,11 @@ class Training:
         if score >= self.best:
             self.best, self.best_step = score, step
             if self.accelerator.is_main_process:
-                with staged_directory(self.run.folder / "best", overwrite=True) as aside:
+                folder = self.run.folder / "best"
+                with (
+                    stage(f"writing {folder}", "free some space and start with --resume"),
+                    staged_directory(folder, COMMAND, overwrite=True) as aside,
+                ):
                     self.bare.save_pretrained(aside)
             self.accelerator.wait_for_everyone()
 

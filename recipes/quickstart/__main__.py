@@ -28,6 +28,7 @@ from recipes.common.files import staged_directory, write_json, write_text
 from recipes.quickstart.corpus import stories
 
 HERE = Path(__file__).parent
+COMMAND = "recipes.quickstart"
 MARK = "<|endoftext|>"
 
 
@@ -146,7 +147,7 @@ class Quickstart:
             vocab_size=512, special_tokens=[MARK], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
         )
         tokenizer.train_from_iterator(texts, trainer)
-        with staged_directory(self.out / "corpus") as place:
+        with staged_directory(self.out / "corpus", COMMAND) as place:
             write_text(place / "stories.txt", f"\n{MARK}\n".join(texts) + "\n")
             PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=MARK, eos_token=MARK).save_pretrained(place)
 

@@ -20,10 +20,11 @@ from rich.table import Table
 
 from recipes.common import cli
 from recipes.common.errors import RecipeError
-from recipes.common.files import check_absent, staged_directory, write_json, write_text
+from recipes.common.files import check_target, staged_directory, write_json, write_text
 from recipes.common.plots import save_figure
 from recipes.common.run import read_records
 
+COMMAND = "recipes.tinystories.compare"
 TITLES = ["run", "attention", "noise", "steps", "tokens", "cross-entropy, nats a token", "tokens a second", "minutes"]
 
 
@@ -33,10 +34,11 @@ def main(
     overwrite: cli.Overwrite = False,
 ) -> None:
     """Compare training runs by loss, steps and time."""
-    check_absent(out, overwrite)
+    inputs = [named_folder(run)[1] for run in runs]
+    check_target(out, COMMAND, overwrite=overwrite, inputs=inputs)
     read = [read_run(run) for run in runs]
     rows = [[str(run[key]) for key in ("name", "attention", "noise", "steps")] + _figures(run) for run in read]
-    with staged_directory(out, overwrite) as place:
+    with staged_directory(out, COMMAND, overwrite=overwrite, inputs=inputs) as place:
         lines = ["| " + " | ".join(row) + " |" for row in [TITLES, ["---"] * len(TITLES), *rows]]
         write_text(place / "comparison.md", "\n".join(lines) + "\n")
         write_json(place / "comparison.json", read)
@@ -47,10 +49,15 @@ def main(
     Console().print(table)
 
 
+def named_folder(named: str) -> tuple[str, Path]:
+    """NAME and FOLDER of NAME=FOLDER; the name is empty where there is none."""
+    name, _, path = named.rpartition("=") if not Path(named).exists() else ("", "", named)
+    return name, Path(path)
+
+
 def read_run(named: str) -> dict[str, Any]:
     """A run's settings in short, its last figures, and its validation losses as (step, seconds, nats a token)."""
-    name, _, path = named.rpartition("=") if not Path(named).exists() else ("", "", named)
-    folder = Path(path)
+    name, folder = named_folder(named)
     if not (folder / "config.yaml").is_file():
         raise RecipeError(f"{folder} holds no config.yaml, so it is not a run's folder; give the output of a training run")
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))

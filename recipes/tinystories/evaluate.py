@@ -26,12 +26,13 @@ from transformers.utils import logging as transformers_logging
 
 from recipes.common import cli
 from recipes.common.errors import RecipeError
-from recipes.common.files import check_absent, staged_directory, write_json, write_text
+from recipes.common.files import check_target, staged_directory, write_json, write_text
 from recipes.common.plots import save_figure
 from recipes.tinystories.data import Source, all_stories, first_words, load_tokenizer, start_token
 from recipes.tinystories.metrics import Prediction
 from recipes.tinystories.model import go_on, is_linear, load_model
 
+COMMAND = "recipes.tinystories.evaluate"
 STEPS_TIMED = 24
 
 
@@ -53,7 +54,8 @@ def main(
     overwrite: cli.Overwrite = False,
 ) -> None:
     """Score models on stories, and measure what decoding costs them."""
-    check_absent(out, overwrite)
+    inputs = [data, *(named_model(model)[1] for model in models)]
+    check_target(out, COMMAND, overwrite=overwrite, inputs=inputs)
     lengths = _lengths(decode)
     precision = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
     if precision is None:
@@ -63,7 +65,7 @@ def main(
     prompts = prompt or first_words(texts, 2, 8)
     results = []
     for named in models:
-        name, _, path = named.rpartition("=") if not Path(named).exists() else ("", "", named)
+        name, path = named_model(named)
         model = load_model(path, dtype=precision).to(target).eval()  # type: ignore[arg-type]
         tokenizer = load_tokenizer(path)
         results.append(
@@ -84,12 +86,18 @@ def main(
         "device": torch.cuda.get_device_name(target) if target.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "torch": str(torch.__version__),
     }
-    with staged_directory(out, overwrite) as place:
+    with staged_directory(out, COMMAND, overwrite=overwrite, inputs=inputs) as place:
         write_json(place / "evaluation.json", {"conditions": conditions, "models": results})
         write_text(place / "evaluation.md", markdown(conditions, results))
         draw(place / "evaluation.png", results)
     show(conditions, results)
     print(f"written to {out}: evaluation.md, evaluation.json, evaluation.png")
+
+
+def named_model(named: str) -> tuple[str, str]:
+    """NAME and MODEL of NAME=MODEL; the name is empty where there is none."""
+    name, _, path = named.rpartition("=") if not Path(named).exists() else ("", "", named)
+    return name, path
 
 
 @torch.no_grad()

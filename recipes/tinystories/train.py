@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +25,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_sc
 import hf_linattn
 from recipes.common import cli
 from recipes.common.config import load_config, to_dict
-from recipes.common.errors import RecipeError, sentence
+from recipes.common.errors import RecipeError, stage
 from recipes.common.files import staged_directory
 from recipes.common.plots import plot_curves
 from recipes.common.run import Run
 from recipes.tinystories.data import Collator, EpochSampler, Source, digest, first_words, load_tokenizer, pack, split_stories, start_token
 from recipes.tinystories.model import check_length, go_on, is_linear, load_model, new_model
 from recipes.tinystories.settings import Settings
+
+COMMAND = "recipes.tinystories.train"
 
 
 def main(
@@ -40,13 +44,13 @@ def main(
     overwrite: cli.Overwrite = False,
 ) -> None:
     """Train a language model on short stories."""
-    Training(load_config(Settings, config, [*(set_values or []), *(more or [])]), resume, overwrite).run_all()
+    Training(load_config(Settings, config, [*(set_values or []), *(more or [])]), resume, overwrite, inputs=[config]).run_all()
 
 
 class Training:
     """One run: everything is made in __init__, so that bad input is refused before anything is written but the run's folder."""
 
-    def __init__(self, settings: Settings, resume: bool, overwrite: bool) -> None:
+    def __init__(self, settings: Settings, resume: bool, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
         self.settings = s = settings
         self.accelerator = Accelerator(
             gradient_accumulation_steps=s.gradient_accumulation,
@@ -56,7 +60,9 @@ class Training:
             # The schedule is stepped once an optimizer step, however many processes share the batch.
             step_scheduler_with_optimizer=False,
         )
-        Run.check(s.output, resume=resume, overwrite=overwrite)
+        read = [*inputs, *s.train_data, *s.valid_data, *filter(None, (s.model, s.tokenizer, s.teacher))]
+        self.run = Run(s.output, COMMAND, self.accelerator, inputs=read, resume=resume, overwrite=overwrite)
+        self.run.check()
         set_seed(s.seed)
         tokenizer = load_tokenizer(s.tokenizer or str(s.model))
         model = self._model(tokenizer)
@@ -93,17 +99,15 @@ class Training:
         self.model, self.optimizer, self.loader, self.valid_loader, self.schedule = self.accelerator.prepare(
             model, optimizer, loader, valid_loader, schedule
         )
-        self.run = Run.open(
-            s.output,
-            to_dict(s),
-            self.accelerator,
-            facts={"sequences": len(train), "text": digest(train), "parameters": model.num_parameters()},
-            resume=resume,
-            overwrite=overwrite,
-        )
+        self.run.open(to_dict(s), {"sequences": len(train), "text": digest(train), "parameters": model.num_parameters()})
 
     def run_all(self) -> None:
-        """Train from where the run stands to its end and write model/."""
+        """Train from where the run stands to its end and write model/; then let go of the folder."""
+        with closing(self.run):
+            self.train()
+
+    def train(self) -> None:
+        """The steps that are left."""
         s, accelerator = self.settings, self.accelerator
         if (self.run.folder / "model").exists():
             accelerator.print(f"{self.run.folder} is finished; its model is in {self.run.folder / 'model'}")
@@ -237,12 +241,10 @@ class Training:
         if self.accelerator.is_main_process:
             model = self.accelerator.unwrap_model(self.model)
             model.config.use_cache = True
-            try:
-                with staged_directory(self.run.folder / "model") as place:
-                    model.save_pretrained(place, state_dict=state)
-                    self.tokenizer.save_pretrained(place)
-            except Exception as error:  # a full disk is an OSError or an error of safetensors
-                raise RecipeError(f"model/ cannot be written ({sentence(error)}); free some space and start with --resume") from None
+            folder = self.run.folder / "model"
+            with stage(f"writing {folder}", "free some space and start with --resume"), staged_directory(folder, COMMAND) as place:
+                model.save_pretrained(place, state_dict=state)
+                self.tokenizer.save_pretrained(place)
         self.accelerator.wait_for_everyone()
 
     def _model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

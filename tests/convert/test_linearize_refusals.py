@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -18,9 +19,9 @@ from tiny_softmax import softmax_model
 from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
-import convert.output
 import convert.source
 import convert.weights
+import recipes.common.files
 from convert.errors import ConversionError
 from convert.linearize import LinearizeOptions, app, linearize
 
@@ -230,7 +231,7 @@ def test_existing_output(source: Path, output: Path) -> None:
     output.mkdir()
     (output / "thesis.txt").write_text("mine")
     assert "exists already" in refused(source, output)
-    assert "something other than a checkpoint" in refused(source, output, "--overwrite")
+    assert "holds no mark of this program" in refused(source, output, "--overwrite")
     file = output / "thesis.txt"
     assert "is no folder" in refused(source, file, "--overwrite")
 
@@ -248,7 +249,7 @@ def test_parent_that_cannot_be_written(source: Path, tmp_path: Path, monkeypatch
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     # The user who runs the tests may be allowed everything, so a closed folder is played.
-    monkeypatch.setattr(convert.output.tempfile, "mkdtemp", closed)
+    monkeypatch.setattr(Path, "mkdir", closed)
     assert "Permission denied" in refused(source, tmp_path / "out")
 
 
@@ -256,19 +257,22 @@ def full_disk(*args: object, **kwargs: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("where", ["shutil.copyfile", "save_file", "Path.write_text", "Path.rename"])
-@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize(
+    ("where", "existing"),
+    [*itertools.product(["shutil.copyfile", "save_file", "Path.write_text"], [False, True]), ("Path.rename", False), ("exchange", True)],
+)
 def test_a_disk_that_fills_half_way(where: str, existing: bool, source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At any of the writes; an earlier checkpoint at the output stays as it was."""
     if existing:
         linearize(source, output, LinearizeOptions(check=False))
-    owner = {"shutil.copyfile": shutil, "save_file": convert.weights, "Path.write_text": Path, "Path.rename": Path}[where]
+    owners = {"shutil.copyfile": shutil, "save_file": convert.weights, "exchange": recipes.common.files}
+    owner = owners.get(where, Path)
     monkeypatch.setattr(owner, where.rpartition(".")[2], full_disk)
     assert "No space left on device" in refused(source, output, *(["--overwrite"] if existing else []))
 
 
 def test_the_second_rename_fails(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The earlier checkpoint has made room already, and must come back."""
+    """Where names cannot be exchanged the earlier checkpoint has made room already, and must come back."""
     linearize(source, output, LinearizeOptions(check=False))
     rename, calls = Path.rename, []
 
@@ -278,6 +282,7 @@ def test_the_second_rename_fails(source: Path, output: Path, monkeypatch: pytest
             full_disk()
         return rename(self, target)
 
+    monkeypatch.setattr(recipes.common.files, "exchange", lambda *names: False)
     monkeypatch.setattr(Path, "rename", once)
     before = sorted(path.name for path in output.iterdir())
     with pytest.raises(ConversionError, match="No space left"):
@@ -330,7 +335,7 @@ def test_an_output_that_appears_meanwhile_is_left_alone(source: Path, output: Pa
         output.mkdir(exist_ok=True)
         (output / "thesis.txt").write_text("mine")
 
-    with pytest.raises(ConversionError, match="meanwhile"):
+    with pytest.raises(ConversionError, match="exists already"):
         linearize(source, output, LinearizeOptions(check=False), on_shard=appear)
     assert [path.name for path in output.iterdir()] == ["thesis.txt"]
 

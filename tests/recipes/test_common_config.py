@@ -110,22 +110,22 @@ def test_an_error_becomes_one_line_and_status_2(capsys):
 
 def test_a_staged_directory_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(KeyError), staged_directory(target) as aside:
+    with pytest.raises(KeyError), staged_directory(target, "test") as aside:
         write_text(aside / "x", "1")
         raise KeyError
     assert list(tmp_path.iterdir()) == []
-    with staged_directory(target) as aside:
+    with staged_directory(target, "test") as aside:
         write_text(aside / "x", "1")
         assert not target.exists()
     assert (target / "x").read_text() == "1"
-    with pytest.raises(RecipeError, match="exists already"), staged_directory(target):
+    with pytest.raises(RecipeError, match="exists already"), staged_directory(target, "test"):
         pass
-    with pytest.raises(KeyError), staged_directory(target, overwrite=True) as aside:
+    with pytest.raises(KeyError), staged_directory(target, "test", overwrite=True) as aside:
         raise KeyError
     assert (target / "x").read_text() == "1"
-    with staged_directory(target, overwrite=True) as aside:
+    with staged_directory(target, "test", overwrite=True) as aside:
         write_text(aside / "y", "2")
-    assert [path.name for path in tmp_path.rglob("*")] == ["out", "y"]
+    assert {path.name for path in tmp_path.rglob("*")} == {"out", "y", ".hf_linattn.json"}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

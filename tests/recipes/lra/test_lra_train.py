@@ -358,12 +358,12 @@ def test_the_table_stands_beside_the_published_rows():
 
 def test_a_bad_run_to_report(tmp_path):
     with pytest.raises(RecipeError, match="no such file or folder"):
-        report.read_results([tmp_path / "nowhere"])
+        report.result_files([tmp_path / "nowhere"])
     with pytest.raises(RecipeError, match="no result.json in it"):
-        report.read_results([tmp_path])
+        report.read_results(report.result_files([tmp_path]))
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(RecipeError, match="test_accuracy is missing"):
-        report.read_results([tmp_path])
+        report.read_results(report.result_files([tmp_path]))
     (tmp_path / "result.json").write_text("{")
     with pytest.raises(RecipeError, match="not a JSON file"):
-        report.read_results([tmp_path])
+        report.read_results(report.result_files([tmp_path]))

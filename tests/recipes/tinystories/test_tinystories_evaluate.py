@@ -92,7 +92,7 @@ def test_the_report(tiny, converted, tmp_path):
     out = tmp_path / "report"
     done = run(tiny, out, f"teacher={tiny.model}", str(converted))
     assert done.exit_code == 0, done.output
-    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "evaluation.md", "evaluation.png"]
+    assert sorted(path.name for path in out.iterdir()) == [".hf_linattn.json", "evaluation.json", "evaluation.md", "evaluation.png"]
     report = json.loads((out / "evaluation.json").read_text())
     assert [x["name"] for x in report["models"]] == ["teacher", str(converted)]
     assert [x["attention"] for x in report["models"]] == ["softmax", "linear, decay"]
