@@ -69,6 +69,12 @@ int linattn_backward(const linattn_problem *problem, const linattn_backward_data
   return valid(*problem) ? path_of(*problem, &Path::takes_backward).backward(*problem, *data) : cudaErrorInvalidValue;
 }
 
+int64_t linattn_step_workspace(const linattn_problem *problem) { return linattn::step_workspace(*problem); }
+
+int linattn_step(const linattn_problem *problem, const linattn_forward_result *result) {
+  return valid(*problem) && problem->length == 1 && problem->causal && result->state ? linattn::step(*problem, *result) : cudaErrorInvalidValue;
+}
+
 const char *linattn_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
 const char *linattn_forward_path(const linattn_problem *problem) { return name_of(*problem, &Path::takes_forward); }

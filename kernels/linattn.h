@@ -60,6 +60,11 @@ int64_t linattn_backward_workspace(const linattn_problem *problem);
 // 0 or a cudaError_t; linattn_error_string names it.
 int linattn_forward(const linattn_problem *problem, const linattn_forward_result *result);
 int linattn_backward(const linattn_problem *problem, const linattn_backward_data *data);
+
+// One new token a sequence (length 1, causal): result->state is read and replaced, where the problem has initial_state; mass may be null. A
+// sequence whose key_segments are not above 0 has no new token: its state stays and its output is 0.
+int64_t linattn_step_workspace(const linattn_problem *problem);
+int linattn_step(const linattn_problem *problem, const linattn_forward_result *result);
 const char *linattn_error_string(int code);
 
 // Which path a problem takes on the current device, as a word for people: "generic", "mma", "pairs", "chunks", or "none" where it cannot run.

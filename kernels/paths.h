@@ -36,4 +36,8 @@ int64_t chunks_backward_workspace(const linattn_problem &problem);
 cudaError_t chunks_forward(const linattn_problem &problem, const linattn_forward_result &result);
 cudaError_t chunks_backward(const linattn_problem &problem, const linattn_backward_data &data);
 
+// kernels/decode.cu: one new token a sequence, its state read and written in place; takes every problem of length 1.
+int64_t step_workspace(const linattn_problem &problem);
+cudaError_t step(const linattn_problem &problem, const linattn_forward_result &result);
+
 }  // namespace linattn

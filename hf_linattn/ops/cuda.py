@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import chunked
+from . import chunked, one_token
 from .features import feature_count
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_kernels.so"
@@ -74,10 +74,11 @@ def load_library(path: Path = LIBRARY) -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
         library.linattn_struct_bytes.restype = c_int64
         theirs = [library.linattn_struct_bytes(which) for which in range(3)]
-        for name in ("linattn_forward_workspace", "linattn_backward_workspace"):
+        for name in ("linattn_forward_workspace", "linattn_backward_workspace", "linattn_step_workspace"):
             function = getattr(library, name)
             function.argtypes, function.restype = [POINTER(_Problem)], c_int64
-        library.linattn_forward.argtypes = [POINTER(_Problem), POINTER(_ForwardResult)]
+        for name in ("linattn_forward", "linattn_step"):
+            getattr(library, name).argtypes = [POINTER(_Problem), POINTER(_ForwardResult)]
         library.linattn_backward.argtypes = [POINTER(_Problem), POINTER(_BackwardData)]
         for name in ("linattn_forward_path", "linattn_backward_path"):
             function = getattr(library, name)
@@ -285,3 +286,17 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
     data.grad_initial_state = None if initial_state is None else grad_initial.data_ptr()
     call.launch("backward", data)
     return grad_query, grad_key, grad_value, grad_coefficients.to(coefficients.dtype), grad_log_decay, grad_initial
+
+
+def step(query: Tensor, key: Tensor, value: Tensor, state: Tensor, coefficients: Tensor, log_decay: Tensor | None, segments: Tensor | None,
+         degree: int, normalize_qk: bool) -> Tensor:  # fmt: skip
+    """As `one_token.step`, on a CUDA device."""
+    if _falls_back(query, key, value):
+        return one_token.step(query, key, value, state, coefficients, log_decay, segments, degree, normalize_qk)
+    call = _Call(query, key, value, coefficients, log_decay, segments, segments, None, None, None, degree, True, normalize_qk)
+    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    dense = state.contiguous()
+    call.launch("step", _ForwardResult(_describe(out), None, dense.data_ptr()))
+    if dense is not state:
+        state.copy_(dense)
+    return out

@@ -67,8 +67,15 @@ def translated(text: str) -> str:
     return text
 
 
-def compile_library(sources: list[Path], library: Path) -> None:
-    """Raises RuntimeError with what the compiler said."""
+def with_headers(source: Path, seen: frozenset[Path] = frozenset()) -> bytes:
+    """The text of a source and of all headers of ours that it includes."""
+    text, seen = source.read_bytes(), seen | {source}
+    found = [source.parent / name.decode() for name in re.findall(rb'#include "([^"]+)"', text)]
+    return text + b"".join(with_headers(header, seen) for header in found if header not in seen)
+
+
+def compile_library(sources: list[Path], library: Path, kept: Path | None = None) -> None:
+    """Objects stay in the folder `kept`, under a name made of all that went into them. Raises RuntimeError with the compiler's words."""
 
     def run(*command: object) -> None:
         done = subprocess.run([compiler(), *command], capture_output=True, text=True, check=False)
@@ -76,8 +83,11 @@ def compile_library(sources: list[Path], library: Path) -> None:
             raise RuntimeError(done.stderr[-4000:])
 
     def compiled(source: Path) -> Path:
-        run(*FLAGS, f"-I{headers()}", f"-I{source.parent}", "-c", source, "-o", source.with_suffix(".o"))
-        return source.with_suffix(".o")
+        made = (kept or source.parent) / f"{source.stem}-{hashlib.sha256(with_headers(source)).hexdigest()[:16]}.o"
+        if not made.exists():
+            run(*FLAGS, f"-I{headers()}", f"-I{source.parent}", "-c", source, "-o", aside := made.with_suffix(".partial"))
+            aside.replace(made)
+        return made
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(compiled, sources))
@@ -99,7 +109,9 @@ def build(folder: Path) -> Path:
             sources.append(target)
     for name in OURS:
         shutil.copy(HERE / name, folder)
-    compile_library([*sources, folder / "runtime.cpp"], aside := folder / "aside.so")
+    kept = folder.parent / "emulated-objects"
+    kept.mkdir(exist_ok=True)
+    compile_library([*sources, folder / "runtime.cpp"], aside := folder / "aside.so", kept)
     return aside.replace(library)
 
 

@@ -5,6 +5,7 @@ import sys
 
 import torch
 from accuracy_bar import operator_case, run
+from step_cases import step_case
 
 from hf_linattn.ops import cuda
 
@@ -40,4 +41,9 @@ if __name__ == "__main__":
         cuda.forward(*next(case(dtype, head_dim, **long)), True)
         torch.cuda.synchronize()
         print(long, flush=True)
+    for kind in ({"decay": "head"}, {"degree": 2, "padded": True, "heads": 9, "key_heads": 3, "state_heads": 9, "decay": "token"}):
+        made = step_case(dtype, head_dim=head_dim, value_dim=head_dim, **kind)
+        cuda.step(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in made))
+        torch.cuda.synchronize()
+        print("one token", kind, flush=True)
     print("every call ran")

@@ -12,6 +12,7 @@ import torch
 from accuracy_bar import compare, operator_case, run
 from emulation import build, library
 from filelock import FileLock
+from step_cases import KINDS, check_step
 
 from hf_linattn.ops import chunked, cuda
 
@@ -146,6 +147,12 @@ def test_chunks_of_every_kind(kernels, kind):
 ], ids=str)  # fmt: skip
 def test_generic(kernels, dtype, kind):
     check(dtype, **kind)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_one_token(kernels, dtype, kind):
+    check_step(dtype, **kind)
 
 
 # ---- the emulator

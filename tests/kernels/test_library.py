@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FUNCTIONS = [
     "linattn_forward", "linattn_backward", "linattn_forward_workspace", "linattn_backward_workspace", "linattn_error_string",
     "linattn_forward_path", "linattn_backward_path", "linattn_architectures", "linattn_struct_bytes",
+    "linattn_step", "linattn_step_workspace",
 ]  # fmt: skip
 
 needs_library = pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the compiled library is not built here (make kernels)")

@@ -1,0 +1,129 @@
+"""One new token a sequence on a GPU: the step kernel beside the same step in PyTorch, as multiples of its memory traffic.
+
+    python benchmarks/decode.py [--out benchmarks/results]
+
+The floor reads and writes each state once, at the card's copy bandwidth, measured in the same run. Medians of CUDA graph replays, each of
+several steps on states that together outgrow the cache; "eager" is one call from Python after another, host time included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_linattn.ops import cuda, one_token
+from hf_linattn.ops.features import feature_count
+
+# (query heads, key heads, heads of the state, head dim, degree)
+LAYERS = {
+    "32:4, D 64, a decay a key head": (32, 4, 4, 64, 1),
+    "32:4, D 64, a decay a query head": (32, 4, 32, 64, 1),
+    "32, D 64": (32, 32, 32, 64, 1),
+    "16, D 128": (16, 16, 16, 128, 1),
+    "9:3, D 64, second degree, a decay a key head": (9, 3, 3, 64, 2),
+    "9:3, D 64, second degree, a decay a query head": (9, 3, 9, 64, 2),
+    "32:4, D 64, second degree, a decay a key head": (32, 4, 4, 64, 2),
+}
+BATCHES = (1, 16, 64, 256)
+Step = Callable[..., torch.Tensor]
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second of a device-to-device copy, reads and writes counted."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (replayed(lambda: target.copy_(source), 1) / 1e3)
+
+
+def replayed(run: Callable[[], object], steps: int, repeats: int = 30) -> float:
+    """Median milliseconds of a graph replay of `run`, over `steps`."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats):
+        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before.record()
+        graph.replay()
+        after.record()
+        torch.cuda.synchronize()
+        times.append(before.elapsed_time(after))
+    return statistics.median(times) / steps
+
+
+def eager(run: Callable[[], object], steps: int, repeats: int = 20) -> float:
+    """Median milliseconds of a step called from Python."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times) / steps
+
+
+def measure(layer: tuple[int, int, int, int, int], batch: int, bandwidth: float) -> dict[str, float]:
+    heads, key_heads, state_heads, dim, degree = layer
+    size = batch * state_heads * feature_count(dim, degree) * (dim + 1) * 4
+    steps = max(4, min(64, int(2e8 // size)))  # the states together are larger than the L2 cache, or they are many
+    states = [torch.rand(batch, state_heads, feature_count(dim, degree), dim + 1, device="cuda") for _ in range(steps)]
+    tokens = [torch.randn(batch, h, 1, dim, device="cuda", dtype=torch.bfloat16) for h in (heads, key_heads, key_heads)]
+    coefficients = torch.tensor([[1.0], [0.9], [0.5 * (degree - 1)], [1.0]], device="cuda").expand(4, heads).contiguous()
+    rates = -torch.rand(state_heads, device="cuda")
+
+    def run(step: Step) -> None:
+        for state in states:
+            step(*tokens, state, coefficients, rates, None, degree, True)
+
+    return {
+        "state_bytes": size,
+        "floor_ms": 2 * size / bandwidth * 1e3,
+        "kernel_ms": replayed(lambda: run(cuda.step), steps),
+        "eager_ms": eager(lambda: run(cuda.step), steps),
+        "torch_ms": replayed(lambda: run(one_token.step), steps),
+    }
+
+
+def table(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    lines = [
+        f"One new token a sequence and layer, bfloat16 tokens, float32 states: {facts['device']}, torch {facts['torch']}, commit "
+        f"{facts['commit']}, copies at {facts['bandwidth_GB_s']:,.0f} GB/s. Microseconds; in brackets multiples of the floor.",
+        "",
+        "| layer | sequences | state, MB | kernel | PyTorch form | kernel, called from Python |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        kernel, plain = (f"{1e3 * row[name]:.1f} ({row[name] / row['floor_ms']:.1f})" for name in ("kernel_ms", "torch_ms"))
+        size, eager_us = row["state_bytes"] / 1e6, 1e3 * row["eager_ms"]
+        lines.append(f"| {row['layer']} | {row['batch']} | {size:.1f} | {kernel} | {plain} | {eager_us:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for decode.json and decode.md; printed only without it")
+    out = parser.parse_args().out
+    bandwidth = copy_bandwidth()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit, "bandwidth_GB_s": bandwidth / 1e9}
+    rows = [{"layer": name, "batch": batch, **measure(layer, batch, bandwidth)} for name, layer in LAYERS.items() for batch in BATCHES]
+    print(table(facts, rows))
+    if out:
+        (out / "decode.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+        (out / "decode.md").write_text(table(facts, rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+// architectures: sm_80 compute_80 sm_90
+// One new token a sequence. The state S (F, Dv + 1) of each head is read once, takes the token in and is written once, in place:
+//   S <- exp(log_decay) S + psi(k) [v, 1]^T,   num_h = phi_h(q)^T S for each query head h of the state,   out_h = num_h / (its last element).
+// A warp takes rows of S, a lane its columns; the features of a row are made beforehand, a block of rows at a time. Where heads are few and
+// rows many (the second degree), several blocks share a state's rows, and a second kernel adds up what they found, in a fixed order.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+
+#include "card.h"
+#include "paths.h"
+
+namespace linattn {
+namespace {
+
+constexpr int WARPS = 8, THREADS = 32 * WARPS, MAX_DIM = 256, HEADS_AT_ONCE = 8;
+constexpr int ROWS = THREADS;                 // whose features are made at once, one a thread
+constexpr float SMALLEST_SQUARE = 1e-24f;     // |x| <= 1e-12 has no direction: its unit vector is zero
+constexpr int FEWEST_ROWS = 64;               // that are worth a block of their own
+
+struct StepArguments {
+  linattn_problem problem;
+  linattn_tensor out;
+  float *state, *mass, *partials;  // partials: (batch, query_heads, splits, value_dim + 1), with several blocks a state
+  int32_t features, splits, rows_each;
+};
+
+int feature_count(const linattn_problem &p) { return p.head_dim + 1 + (p.degree == 2 ? p.head_dim * (p.head_dim + 1) / 2 : 0); }
+
+int splits_of(const linattn_problem &p) {
+  const int64_t heads = static_cast<int64_t>(p.batch) * p.state_heads, blocks = 4 * static_cast<int64_t>(card(cudaDevAttrMultiProcessorCount, 108));
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(blocks / heads, feature_count(p) / FEWEST_ROWS)));
+}
+
+__device__ float load(const linattn_problem &p, const linattn_tensor &x, int batch, int head, int i) {
+  const int64_t at = batch * x.batch_stride + head * x.head_stride + i;
+  if (p.dtype == LINATTN_FLOAT32) return static_cast<const float *>(x.data)[at];
+  if (p.dtype == LINATTN_BFLOAT16) return __bfloat162float(static_cast<const __nv_bfloat16 *>(x.data)[at]);
+  return __half2float(static_cast<const __half *>(x.data)[at]);
+}
+
+__device__ void store(const linattn_problem &p, const linattn_tensor &x, int batch, int head, int i, float value) {
+  const int64_t at = batch * x.batch_stride + head * x.head_stride + i;
+  if (p.dtype == LINATTN_FLOAT32) static_cast<float *>(x.data)[at] = value;
+  else if (p.dtype == LINATTN_BFLOAT16) static_cast<__nv_bfloat16 *>(x.data)[at] = __float2bfloat16(value);
+  else static_cast<__half *>(x.data)[at] = __float2half(value);
+}
+
+__device__ float warp_sum(float x) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+__device__ bool is_padding(const linattn_problem &p, int batch) { return p.key_segments && p.key_segments[batch * p.key_segments_stride] <= 0; }
+
+// A vector times `scale`, of unit length first where that is asked for, into shared memory by one warp.
+__device__ void fetch(float *to, const linattn_problem &p, const linattn_tensor &x, int batch, int head, float scale) {
+  const int lane = threadIdx.x % 32;
+  float square = 0;
+  for (int i = lane; i < p.head_dim; i += 32) {
+    const float element = load(p, x, batch, head, i);
+    to[i] = element, square += element * element;
+  }
+  square = warp_sum(square);
+  if (p.normalize_qk) scale *= square > SMALLEST_SQUARE ? 1.f / sqrtf(square) : 0.f;
+  for (int i = lane; i < p.head_dim; i += 32) to[i] *= scale;
+}
+
+// The pair i <= j that a row of the second degree's features stands for: rows are numbered along the upper triangle.
+__device__ void pair_of(int row, int dim, int &i, int &j) {
+  const float edge = 2 * dim + 1;
+  i = static_cast<int>((edge - sqrtf(fmaxf(edge * edge - 8.f * row, 0.f))) / 2);
+  const auto first = [dim](int i) { return i * dim - i * (i - 1) / 2; };
+  while (i > 0 && first(i) > row) --i;
+  while (first(i + 1) <= row) ++i;
+  j = i + row - first(i);
+}
+
+// HEADS query heads at once, and the SLICES of 32 columns that hold Dv; the last column of S, that of ones, is apart.
+template <int HEADS, int SLICES> struct Step {
+  struct Shared {
+    float key[MAX_DIM], queries[HEADS][MAX_DIM];
+    float psi[ROWS], phi[HEADS][ROWS];
+    float sums[WARPS][MAX_DIM + 1];
+  };
+
+  const StepArguments &args;
+  const linattn_problem &p;
+  Shared &shared;
+  const int thread, warp, lane;
+  const int split, head, batch, width;
+  float *const state;
+  int first_query, heads;            // of this round
+  float keep, take;                  // exp(log_decay) and 1, and in later rounds 1 and 0
+  float num[HEADS][SLICES], mass[HEADS];
+
+  __device__ __forceinline__ Step(const StepArguments &args, Shared &shared)
+      : args(args), p(args.problem), shared(shared), thread(threadIdx.x), warp(thread / 32), lane(thread % 32), split(blockIdx.x % args.splits),
+        head(blockIdx.x / args.splits % p.state_heads), batch(blockIdx.x / args.splits / p.state_heads), width(p.value_dim + 1),
+        state(args.state + (static_cast<int64_t>(batch) * p.state_heads + head) * args.features * width) {}
+
+  __device__ __forceinline__ int group() const { return p.query_heads / p.state_heads; }
+  __device__ __forceinline__ int key_head() const { return head / (p.state_heads / p.key_heads); }
+  __device__ __forceinline__ bool is_column(int slice) const { return lane + 32 * slice < p.value_dim; }
+  __device__ __forceinline__ float &element(int row, int column) const { return state[static_cast<int64_t>(row) * width + column]; }
+
+  // No new token: the state stays. With several blocks a state the second kernel writes.
+  __device__ __forceinline__ void write_padding() const {
+    if (args.splits > 1) return;
+    const int first = head * group();
+    for (int i = thread; i < group() * p.value_dim; i += THREADS) store(p, args.out, batch, first + i / p.value_dim, i % p.value_dim, 0.f);
+    for (int i = thread; args.mass && i < group(); i += THREADS) args.mass[batch * p.query_heads + first + i] = 0.f;
+  }
+
+  // The first round takes the token in, the others only read.
+  __device__ __forceinline__ void begin_round(int base) {
+    first_query = head * group() + base, heads = min(HEADS, group() - base);
+    keep = base || !p.log_decay ? 1.f : expf(p.log_decay[p.log_decay_per_token ? batch * p.state_heads + head : head]), take = base ? 0.f : 1.f;
+    __syncthreads();
+    for (int i = warp; i <= heads; i += WARPS) {
+      if (i == heads) fetch(shared.key, p, p.key, batch, key_head(), 1.f);
+      else fetch(shared.queries[i], p, p.query, batch, first_query + i, p.coefficients[3 * p.query_heads + first_query + i]);
+    }
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+      mass[h] = 0.f;
+#pragma unroll
+      for (int t = 0; t < SLICES; ++t) num[h][t] = 0.f;
+    }
+  }
+
+  // psi(k) and phi(q) of a row, [k, 1, k_i k_j] and [b q, a, c m_ij q_i q_j]: m_ij is 2 off the diagonal.
+  __device__ __forceinline__ void make_features(int row) const {
+    const int dim = p.head_dim;
+    int i = row, j = 0;
+    if (row > dim) pair_of(row - dim - 1, dim, i, j);
+    shared.psi[thread] = row < dim ? shared.key[row] : row == dim ? 1.f : shared.key[i] * shared.key[j];
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h) {
+      if (h >= heads) continue;
+      const float *const a = p.coefficients + first_query + h, *const b = a + p.query_heads, *const c = b + p.query_heads, *const q = shared.queries[h];
+      shared.phi[h][thread] = row < dim ? *b * q[row] : row == dim ? *a : *c * (i == j ? 1.f : 2.f) * q[i] * q[j];
+    }
+  }
+
+  // Rows `begin` to begin + count, a warp a row and several of them on their way.
+  __device__ __forceinline__ void walk(int begin, int count, const float (&value)[SLICES]) {
+    constexpr int AT_ONCE = SLICES >= 8 ? 2 : 4;
+    for (int first = warp; first < count; first += WARPS * AT_ONCE) {
+      float row[AT_ONCE][SLICES];
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; ++u)
+#pragma unroll
+        for (int t = 0; t < SLICES; ++t) row[u][t] = first + u * WARPS < count && is_column(t) ? element(begin + first + u * WARPS, lane + 32 * t) : 0.f;
+#pragma unroll
+      for (int u = 0; u < AT_ONCE; ++u) {
+        const int at = first + u * WARPS;
+        if (at >= count) break;
+        const float of_key = take * shared.psi[at];
+#pragma unroll
+        for (int t = 0; t < SLICES; ++t) {
+          row[u][t] = row[u][t] * keep + of_key * value[t];
+          if (take != 0.f && is_column(t)) element(begin + at, lane + 32 * t) = row[u][t];
+        }
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h)
+#pragma unroll
+          for (int t = 0; t < SLICES; ++t)
+            if (h < heads) num[h][t] += shared.phi[h][at] * row[u][t];
+      }
+    }
+  }
+
+  // The same of the column of ones, a lane a row.
+  __device__ __forceinline__ void walk_ones(int begin, int count) {
+    for (int at = thread; at < count; at += THREADS) {
+      float &one = element(begin + at, p.value_dim);
+      const float now = one * keep + take * shared.psi[at];
+      if (take != 0.f) one = now;
+#pragma unroll
+      for (int h = 0; h < HEADS; ++h)
+        if (h < heads) mass[h] += shared.phi[h][at] * now;
+    }
+  }
+
+  // Adds up the warps, in a fixed order, and divides; or leaves the sums to the second kernel.
+  __device__ __forceinline__ void finish(int h) {
+    const int query_head = first_query + h;
+    const float of_warp = warp_sum(mass[h]);
+    __syncthreads();
+#pragma unroll
+    for (int t = 0; t < SLICES; ++t)
+      if (is_column(t)) shared.sums[warp][lane + 32 * t] = num[h][t];
+    if (lane == 0) shared.sums[warp][p.value_dim] = of_warp;
+    __syncthreads();
+    for (int i = thread; i < width; i += THREADS) {
+      float sum = 0.f;
+      for (int w = 0; w < WARPS; ++w) sum += shared.sums[w][i];
+      if (args.splits > 1) args.partials[((static_cast<int64_t>(batch) * p.query_heads + query_head) * args.splits + split) * width + i] = sum;
+      shared.sums[0][i] = sum;  // read by nobody else
+    }
+    if (args.splits > 1) return;
+    __syncthreads();
+    const float total = shared.sums[0][p.value_dim];
+    for (int i = thread; i < p.value_dim; i += THREADS) store(p, args.out, batch, query_head, i, shared.sums[0][i] / (total == 0.f ? 1.f : total));
+    if (thread == 0 && args.mass) args.mass[batch * p.query_heads + query_head] = total;
+  }
+};
+
+template <int HEADS, int SLICES> __global__ void __launch_bounds__(THREADS) step_kernel(const StepArguments args) {
+  __shared__ typename Step<HEADS, SLICES>::Shared shared;
+  Step<HEADS, SLICES> step(args, shared);
+  if (is_padding(args.problem, step.batch)) return step.write_padding();
+  float value[SLICES];
+#pragma unroll
+  for (int t = 0; t < SLICES; ++t) value[t] = step.is_column(t) ? load(args.problem, args.problem.value, step.batch, step.key_head(), step.lane + 32 * t) : 0.f;
+  const int begin = step.split * args.rows_each, end = min(args.features, begin + args.rows_each);
+  for (int base = 0; base < step.group(); base += HEADS) {
+    step.begin_round(base);
+    for (int rows = begin; rows < end; rows += ROWS) {
+      const int count = min(ROWS, end - rows);
+      __syncthreads();
+      if (step.thread < count) step.make_features(rows + step.thread);
+      __syncthreads();
+      step.walk(rows, count, value);
+      step.walk_ones(rows, count);
+    }
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h)
+      if (h < step.heads) step.finish(h);
+  }
+}
+
+__global__ void __launch_bounds__(THREADS) join_kernel(const StepArguments args) {
+  const linattn_problem &p = args.problem;
+  __shared__ float total;
+  const int head = blockIdx.x % p.query_heads, batch = blockIdx.x / p.query_heads, width = p.value_dim + 1;
+  const bool padding = is_padding(p, batch);
+  const float *const parts = args.partials + static_cast<int64_t>(blockIdx.x) * args.splits * width;
+  const auto sum = [&](int i) {
+    float all = 0;
+    for (int split = 0; split < args.splits; ++split) all += parts[split * width + i];
+    return all;
+  };
+  if (threadIdx.x == 0) {
+    total = padding ? 0.f : sum(p.value_dim);
+    if (args.mass) args.mass[blockIdx.x] = total;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < p.value_dim; i += THREADS) store(p, args.out, batch, head, i, padding ? 0.f : sum(i) / (total == 0.f ? 1.f : total));
+}
+
+template <int HEADS> void launch(const StepArguments &args, int blocks, cudaStream_t stream) {
+  const int dim = args.problem.value_dim;
+  if (dim <= 32) step_kernel<HEADS, 1><<<blocks, THREADS, 0, stream>>>(args);
+  else if (dim <= 64) step_kernel<HEADS, 2><<<blocks, THREADS, 0, stream>>>(args);
+  else if (dim <= 128) step_kernel<HEADS, 4><<<blocks, THREADS, 0, stream>>>(args);
+  else step_kernel<HEADS, 8><<<blocks, THREADS, 0, stream>>>(args);
+}
+
+}  // namespace
+
+int64_t step_workspace(const linattn_problem &problem) {
+  const int splits = splits_of(problem);
+  return splits == 1 ? 0 : 4 * static_cast<int64_t>(problem.batch) * problem.query_heads * splits * (problem.value_dim + 1);
+}
+
+cudaError_t step(const linattn_problem &problem, const linattn_forward_result &result) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
+  StepArguments args{problem, result.out, result.state, result.mass, static_cast<float *>(problem.workspace), feature_count(problem), splits_of(problem), 0};
+  args.rows_each = (args.features + args.splits - 1) / args.splits;
+  const int blocks = problem.batch * problem.state_heads * args.splits, group = problem.query_heads / problem.state_heads;
+  if (group == 1) launch<1>(args, blocks, stream);
+  else if (group == 2) launch<2>(args, blocks, stream);
+  else if (group <= 4) launch<4>(args, blocks, stream);
+  else launch<HEADS_AT_ONCE>(args, blocks, stream);
+  if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
+  if (args.splits > 1) join_kernel<<<problem.batch * problem.query_heads, THREADS, 0, stream>>>(args);
+  return cudaPeekAtLastError();
+}
+
+}  // namespace linattn

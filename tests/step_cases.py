@@ -1,0 +1,54 @@
+"""One new token on a state: inputs of every kind, and the compiled kernel held against float64 at the accuracy bar."""
+
+import accuracy_bar
+import torch
+
+from hf_linattn.ops import cuda, one_token
+from hf_linattn.ops.features import feature_count
+
+
+def step_case(dtype, *, degree=1, decay=None, padded=False, batch=2, heads=4, key_heads=2, state_heads=None, head_dim=64, value_dim=64,
+              normalize_qk=True, seed=0, device="cpu"):  # fmt: skip
+    """The operator's arguments; the state is what some tokens left. decay: None, "head" or "token"."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
+    state_heads = state_heads or key_heads
+    query, key, value = normal(batch, heads, 1, head_dim), normal(batch, key_heads, 1, head_dim), normal(batch, key_heads, 1, value_dim)
+    uniform = torch.rand(4, heads, generator=generator).to(device)
+    coefficients = torch.stack([1.2 + uniform[0], 0.2 + 0.5 * uniform[1], (0.5 + uniform[2]) * (degree == 2), 0.5 + 0.5 * uniform[3]])
+    if not normalize_qk:
+        coefficients[3] *= head_dim**-0.5
+    rate = None
+    if decay:
+        rate = -torch.rand(*((batch, state_heads, 1) if decay == "token" else (state_heads,)), generator=generator).to(device)
+    segments = torch.tensor([[1], [0]] * batch, dtype=torch.int32, device=device)[:batch] if padded else None
+    if padded and decay:
+        rate = rate * segments[:, None]  # as the operator is given it: padding takes no time
+    past_key, past_value = normal(batch, state_heads, 40, head_dim), normal(batch, state_heads, 40, value_dim)
+    state = torch.zeros(batch, state_heads, feature_count(head_dim, degree), value_dim + 1, device=device)
+    for t in range(40):
+        token = past_key[:, :, t : t + 1], past_key[:, :, t : t + 1], past_value[:, :, t : t + 1]
+        one_token.step(*token, state, coefficients[:, :state_heads].contiguous(), None, None, degree, True)
+    return [query.to(dtype), key.to(dtype), value.to(dtype), state, coefficients, rate, segments, degree, normalize_qk]
+
+
+def check_step(dtype, **kind):
+    """Output and state: at most twice the error of the PyTorch form in the same dtypes."""
+    arguments = step_case(dtype, **kind)
+    double = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
+    plain = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
+    exact_out, plain_out, out = one_token.step(*double), one_token.step(*plain), cuda.step(*arguments)
+    accuracy_bar.assert_bar("out", out, plain_out, exact_out, 2, dtype)
+    accuracy_bar.assert_bar("state", arguments[3], plain[3], double[3], 2, torch.float32)
+    if arguments[6] is not None:
+        padding = arguments[6][:, 0] <= 0
+        assert torch.equal(out[padding], torch.zeros_like(out[padding])) and torch.equal(arguments[3][padding], plain[3][padding])
+
+
+KINDS = [
+    {}, {"decay": "head"}, {"decay": "token", "padded": True}, {"degree": 2, "decay": "head"}, {"degree": 2, "padded": True, "batch": 1},
+    {"heads": 9, "key_heads": 3, "decay": "head", "state_heads": 9},
+    {"heads": 9, "key_heads": 3, "decay": "head", "degree": 2, "head_dim": 32, "value_dim": 32},
+    {"heads": 12, "key_heads": 1, "head_dim": 24, "value_dim": 40}, {"head_dim": 256, "value_dim": 256, "heads": 2, "key_heads": 1},
+    {"head_dim": 7, "value_dim": 3, "degree": 2}, {"head_dim": 80, "value_dim": 80, "normalize_qk": False, "degree": 2, "batch": 1},
+]  # fmt: skip
