@@ -44,7 +44,7 @@ def check_converted(folder: Path, model_class: Any, source: Source, dtype: torch
         ConversionError: a weight that is missing or differs, a result that is not finite, cached steps that differ from the full pass.
     """
     try:
-        model, info = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model, info = model_class.from_pretrained(folder, dtype="auto", trust_remote_code=False, output_loading_info=True)
     except Exception as error:
         raise ConversionError(f"the converted checkpoint does not load ({one_line(error)}); nothing was kept") from error
     missing = sorted(info["missing_keys"])

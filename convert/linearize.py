@@ -26,11 +26,11 @@ from convert.source import Source, open_source
 from convert.weights import new_parameters, write_weights
 from hf_linattn.models import write_stub
 from recipes.common import cli
+from recipes.common.checkpoint import companions
 from recipes.common.files import check_target, staged_directory
 
 COMMAND = "convert.linearize"
 REPORT = "conversion.json"
-_COPIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
 _NOT_COPIED = (".*", "config.json", "*.index.json", "conversion.json", "trainer_state.json", "*_results.json", "requirements.txt")
 
 
@@ -58,8 +58,7 @@ def linearize(
     check_target(output, COMMAND, overwrite=options.overwrite, inputs=[source])
     opened = open_source(str(source), options.revision)
     config, model_class, dropped = converted_config(opened, options)
-    with stage(f"building the model that {opened.folder / 'config.json'} describes"):
-        added = new_parameters(model_class, config)
+    added = new_parameters(opened, model_class, config)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with staged_directory(output, COMMAND, overwrite=options.overwrite, inputs=[opened.folder]) as folder, stage(f"writing {output}"):
         _require_space(folder, opened.nbytes)
@@ -82,9 +81,8 @@ def _require_space(folder: Path, needed: int) -> None:
 
 
 def _copy_companions(source: Source, folder: Path) -> None:
-    for path in sorted(source.folder.iterdir()):
-        wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in _COPIED)
-        if wanted and path.is_file() and not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
+    for path in companions(source.folder):
+        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
             shutil.copyfile(path, folder / path.name)
 
 

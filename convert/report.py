@@ -47,7 +47,7 @@ def conversion_report(
         "linear_layers": [layer for layer in range(config.num_hidden_layers) if layer not in kept],
         "starting_values": _starting_values(config, added),
         "dropped": dropped,
-        "parameters": {"source": source.parameters(), "added": sum(tensor.numel() for tensor in added.values())},
+        "parameters": {"source": source.numbers, "added": sum(tensor.numel() for tensor in added.values())},
         "check": asdict(checked) if checked else None,
         "versions": {package: _version(package) for package in _PACKAGES} | {"python": platform.python_version()},
     }

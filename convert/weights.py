@@ -15,15 +15,24 @@ from torch import Tensor
 
 from convert.source import INDEX, Source
 from hf_linattn.layers import LinAttnParams
+from recipes.common.checkpoint import check_fits, without_memory
 
 
-def new_parameters(model_class: Any, config: Any) -> dict[str, Tensor]:
+def new_parameters(source: Source, model_class: Any, config: Any) -> dict[str, Tensor]:
     """The parameters that conversion adds to a model of ``model_class``, by name, float32 (H,) each, at their starting values.
 
     The model itself is built on the meta device and takes no memory.
+
+    Raises:
+        RecipeError: no model can be made of ``config``, or one of more numbers than the source's weight files hold.
     """
-    with torch.device("meta"):
-        model = model_class(config)
+
+    def build() -> Any:
+        config.validate()
+        return model_class(config)
+
+    model = without_memory(build, source.folder / "config.json")
+    check_fits(source, model)
     added = {}
     for name, module in model.named_modules():
         if isinstance(module, LinAttnParams):

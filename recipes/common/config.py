@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from recipes.common.errors import RecipeError, sentence
+from recipes.common.errors import RecipeError
+from recipes.common.reading import parse_yaml, read_yaml
 
 C = TypeVar("C")
 
@@ -66,17 +68,16 @@ def dump(config: Any) -> str:
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise RecipeError(f"{path}: its 'base' leads back to itself; name another file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: the config file cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a YAML file ({' '.join(str(error).split())[:200]})") from None
+    values = read_yaml(path)
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: expected lines of 'key: value', got a {type(values).__name__}")
     base = values.pop("base", None)
-    return values if base is None else _merge(_read(path.parent / str(base), (*seen, path.resolve())), values)
+    if base is None:
+        return values
+    if not isinstance(base, str) or "\0" in base:
+        raise RecipeError(f"{path}: base: expected the path of another YAML file, got {base!r:.200}")
+    return _merge(_read(path.parent / base, (*seen, path.resolve())), values)
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,10 +92,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"--set {override!r}: expected key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override!r}: the value is not YAML ({sentence(error)})") from None
+    value = parse_yaml(text, f"--set {override!r:.200}")
     *parents, last = key.strip().split(".")
     target = values
     for parent in parents:
@@ -119,12 +117,12 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             except RecipeError:
                 if len(options) == 1:
                     raise
-        raise RecipeError(f"{where}: expected {_name(hint)}, got {value!r}")
+        raise RecipeError(f"{where}: expected {_name(hint)}, got {value!r:.200}")
     if origin is Literal:
         if value is False and "no" in arguments:
             return "no"  # YAML 1.1 reads the word no as false
         if value not in arguments:
-            raise RecipeError(f"{where}: expected one of {', '.join(map(str, arguments))}, got {value!r}")
+            raise RecipeError(f"{where}: expected one of {', '.join(map(str, arguments))}, got {value!r:.200}")
         return value
     if origin is list and isinstance(value, list):
         return [_typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value)]
@@ -132,17 +130,17 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         return {_typed(k, arguments[0], where): _typed(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return build(hint, value, where)
-    if hint is float and isinstance(value, str):
+    if hint is float and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         # YAML 1.1 reads 1e-3, without a dot, as text.
         try:
-            return float(value)
-        except ValueError:
-            pass
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
     if hint in (bool, int, float, str) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise RecipeError(f"{where}: expected {_name(hint)}, got {value!r}")
+    raise RecipeError(f"{where}: expected {_name(hint)}, got {value!r:.200}")
 
 
 def _name(hint: Any) -> str:

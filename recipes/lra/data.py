@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from recipes.common.errors import RecipeError, sentence
+from recipes.common.reading import inside, read_json
 
 from .listops import OPERATORS
 
@@ -144,12 +145,10 @@ def load(task: Task, folder: str | Path) -> dict[str, Split]:
 
 
 def read_prepared(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads((folder / "prepared.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"{folder / 'prepared.json'}: cannot be read ({sentence(error)}); run recipes.lra.prepare again with --overwrite"
-        ) from None
+    prepared = read_json(folder / "prepared.json")
+    if not isinstance(prepared, dict) or "task" not in prepared:
+        raise RecipeError(f"{folder / 'prepared.json'} names no task; run recipes.lra.prepare again with --overwrite")
+    return prepared
 
 
 def check(task: Task, split: Split, where: str) -> None:
@@ -421,7 +420,7 @@ class _PathfinderReader:
             where = f"{metadata}, line {number}"
             if len(fields) < 4:
                 raise RecipeError(f"{where}: {len(fields)} columns, expected at least 4 (folder, file, number, label)")
-            path = self.root / fields[0] / fields[1]
+            path = inside(self.root, f"{fields[0]}/{fields[1]}", where)
             try:
                 label = parse_label(fields[3], self.task.classes)
                 if not path.is_file():
@@ -459,7 +458,7 @@ def read_hub(task: Task, name: str, seed: int = 0) -> dict[str, Split]:
     import datasets
 
     try:
-        found = datasets.load_dataset(name)
+        found = datasets.load_dataset(name, trust_remote_code=False)
     except Exception as error:  # what load_dataset raises depends on the hub, the network and the data set's own files
         raise RecipeError(
             f"{name}: load_dataset failed ({sentence(error)}); check the name and the network, or give local files by --source"

@@ -68,12 +68,14 @@ def prepare(
             request["images"] = images
     if out.exists() and not overwrite and (out / "prepared.json").is_file():
         there = read_prepared(out)
-        if all(there.get(key) == value for key, value in request.items()):
-            print(f"{out} is ready: {', '.join(f'{count} {split}' for split, count in there['examples'].items())}")
+        examples = there.get("examples")
+        if all(there.get(key) == value for key, value in request.items()) and isinstance(examples, dict):
+            print(f"{out} is ready: {', '.join(f'{count} {split}' for split, count in examples.items())}")
             return
-        changed = next(key for key, value in request.items() if there.get(key) != value)
+        changed = next(key for key, value in (request | {"examples": "whole"}).items() if there.get(key) != value)
         raise RecipeError(
-            f"{out} holds other data ({changed} is {there.get(changed)!r}, not {request[changed]!r}); choose another folder, or --overwrite"
+            f"{out} holds other data ({changed} is {there.get(changed)!r:.50}, not {request.get(changed)!r}); choose another folder, "
+            "or --overwrite"
         )
     inputs = [source] if source else []
     check_target(out, COMMAND, overwrite=overwrite, inputs=inputs)

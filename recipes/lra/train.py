@@ -237,7 +237,7 @@ class Training:
     def finish(self, step: int) -> dict[str, Any]:
         """Test best/ and write result.json."""
         s, accelerator = self.settings, self.accelerator
-        best = LRAForSequenceClassification.from_pretrained(self.run.folder / "best")
+        best = LRAForSequenceClassification.from_pretrained(self.run.folder / "best", trust_remote_code=False, use_safetensors=True)
         self.bare.load_state_dict(best.state_dict())
         score, loss = self.evaluate("test")
         device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else accelerator.device.type

@@ -20,11 +20,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from recipes.common import cli
-from recipes.common.errors import RecipeError, sentence
+from recipes.common.checkpoint import read_config
+from recipes.common.errors import RecipeError
 from recipes.common.files import staged_directory, write_json, write_text
+from recipes.common.reading import read_json
 from recipes.quickstart.corpus import stories
 
 HERE = Path(__file__).parent
@@ -60,7 +62,9 @@ class Quickstart:
         asked = {"model": str(model and model.resolve()), "data": str(data and data.resolve()), "scale": scale}
         state = out / "quickstart.json"
         if state.is_file():
-            if (old := json.loads(state.read_text(encoding="utf-8"))) != asked:
+            if (old := read_json(state)) != asked:
+                if not isinstance(old, dict):
+                    raise RecipeError(f"{state} is damaged; choose another place with --out, or remove the folder")
                 different = next(key for key in asked if old.get(key) != asked[key])
                 raise RecipeError(
                     f"{out} holds a quickstart with another {different} ({old.get(different)}, now {asked[different]}); "
@@ -121,11 +125,9 @@ class Quickstart:
 
     def length(self) -> int:
         """Tokens a sequence: 512, or what the given model has positions for."""
-        try:
-            config = AutoConfig.from_pretrained(self.teacher)
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"{self.teacher}: its config.json cannot be read ({sentence(error)})") from None
-        return min(512, int(getattr(config, "max_position_embeddings", None) or 512))
+        config = read_config(self.teacher, str(self.teacher))
+        positions = config.get("max_position_embeddings", config.get("n_positions"))
+        return min(512, positions) if isinstance(positions, int) and positions > 0 else 512
 
     def call(self, module: str, *arguments: str) -> None:
         """Run a script of the project as a user would."""

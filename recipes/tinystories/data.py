@@ -20,6 +20,7 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from recipes.common.checkpoint import open_tokenizer
 from recipes.common.errors import RecipeError, sentence
 
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -119,13 +120,15 @@ def all_stories(sources: Sequence[Source]) -> list[str]:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder or hub id, or a bare tokenizer.json."""
+    bare = Path(name).is_file()
+    folder = Path(name) if bare else open_tokenizer(name)
     try:
-        if Path(name).is_file():
+        if bare:
             tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_file=name)
             if "<|endoftext|>" in tokenizer.get_vocab():
                 tokenizer.add_special_tokens({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise RecipeError(
             f"{name}: no tokenizer can be loaded from it ({sentence(error)}); give a checkpoint or a tokenizer.json"
@@ -249,9 +252,9 @@ def _rows(source: Source) -> Iterator[str]:
     path = Path(source.name)
     try:
         if path.exists():
-            data = datasets.load_dataset(_TABLES[path.suffix], data_files=str(path), split="train")
+            data = datasets.load_dataset(_TABLES[path.suffix], data_files=str(path), split="train", trust_remote_code=False)
         else:
-            data = datasets.load_dataset(source.name, split=source.split)
+            data = datasets.load_dataset(source.name, split=source.split, trust_remote_code=False)
     except Exception as error:  # datasets, huggingface_hub, pyarrow and the network each raise their own
         raise RecipeError(f"{source.name}: the data set cannot be loaded ({sentence(error)})") from None
     if source.column not in data.column_names:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_linattn
+from recipes.common.checkpoint import check_fits, check_size, open_checkpoint, without_memory
 from recipes.common.errors import RecipeError, sentence
 from recipes.tinystories.data import start_token
 
@@ -28,16 +29,29 @@ def load_model(
         linattn: values laid over the checkpoint's `config.linattn`.
         overrides: values of other config keys.
     """
+    checkpoint = open_checkpoint(name)
+    folder = str(checkpoint.folder)
     try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{name}: no checkpoint can be loaded from it ({sentence(error)}); give a folder or a hub id") from None
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # strict configs raise their own
+        raise RecipeError(f"{name}: no model can be made of its config.json ({sentence(error)}); give a folder or a hub id") from None
     _change(config, overrides or {}, linattn or {}, name)
+
+    def build() -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, trust_remote_code=False)
+
+    check_fits(checkpoint, without_memory(build, checkpoint.folder / "config.json"))
     model: PreTrainedModel
     info: dict[str, Any]
     try:
         model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            name, config=config, attn_implementation=attn_implementation, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder,
+            config=config,
+            attn_implementation=attn_implementation,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:  # transformers, safetensors and the hub client each raise their own
         raise RecipeError(f"{name}: its weights cannot be loaded ({sentence(error)}); give a whole checkpoint in safetensors") from None
@@ -63,11 +77,17 @@ def new_model(
     _change(config, {**known, **settings}, linattn, "model_config")
     if config.vocab_size < len(tokenizer):
         raise RecipeError(f"model_config: vocab_size {config.vocab_size} is less than the tokenizer's {len(tokenizer)}; leave it out")
-    try:
-        # The config is built anew so that what follows from a setting (such as head_dim from hidden_size) follows.
+    # The config is built anew so that what follows from a setting (such as head_dim from hidden_size) follows.
+    def build() -> PreTrainedModel:
         fresh = AutoConfig.for_model(model_type, **{**known, **settings}, **({"linattn": linattn} if linattn else {}))
-        return AutoModelForCausalLM.from_config(fresh, attn_implementation=attn_implementation, dtype=torch.float32)
-    except Exception as error:  # strict configs, missing backends and shape errors come in many types
+        return AutoModelForCausalLM.from_config(
+            fresh, attn_implementation=attn_implementation, dtype=torch.float32, trust_remote_code=False
+        )
+
+    check_size(getattr(config, "num_hidden_layers", None), build, f"model_config: a {model_type} model")
+    try:
+        return build()
+    except Exception as error:  # missing backends and memory
         raise RecipeError(f"model_config: no {model_type} model can be made of it ({sentence(error)})") from None
 
 
@@ -95,6 +115,8 @@ def go_on(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: st
         attention_mask=torch.ones_like(ids),
         max_new_tokens=tokens,
         do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
         use_cache=True,
         eos_token_id=ends,
         pad_token_id=start,
