@@ -19,8 +19,8 @@ from shared_data import require_shared_data
 from tiny_softmax import LAYERS, softmax_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
-import convert.source
 import convert.weights
+import recipes.common.checkpoint
 from convert.linearize import LinearizeOptions, linearize
 from hf_linattn import LinAttnParams
 from hf_linattn.models import BASE_MODEL_TYPES
@@ -272,7 +272,7 @@ def test_hub_id(softmax_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pyt
         asked.update(name=name, revision=revision, patterns=allow_patterns)
         return str(snapshot)
 
-    monkeypatch.setattr(convert.source, "snapshot_download", download)
+    monkeypatch.setattr(recipes.common.checkpoint, "snapshot_download", download)
     report = linearize("some-people/tiny-llama", tmp_path / "out", LinearizeOptions(revision="main"))
     assert asked["name"] == "some-people/tiny-llama" and asked["revision"] == "main"
     assert not any("bin" in pattern for pattern in asked["patterns"])
