@@ -262,10 +262,11 @@ def test_any_stored_dtype_is_kept(stored: str, tmp_path: Path) -> None:
 
 def test_hub_id(softmax_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
-    snapshot = tmp_path / "abc123"
-    snapshot.mkdir()
-    for path in softmax_checkpoint().iterdir():
-        (snapshot / path.name).symlink_to(path)
+    blobs = Path(shutil.copytree(softmax_checkpoint(), tmp_path / "models--some-people--tiny-llama" / "blobs"))
+    snapshot = blobs.parent / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
     (snapshot / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\nA model.\n")
 
     def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
