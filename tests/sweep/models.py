@@ -1,0 +1,106 @@
+"""The classes that are swept, and one tiny model of each under any attention implementation, always with the same weights."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from sweep import tiny
+
+CAUSAL, MASKED, BASE = "causal", "masked", "base"
+AUTO: dict[str, Any] = {CAUSAL: AutoModelForCausalLM, MASKED: AutoModelForMaskedLM, BASE: AutoModel}
+BATCH, LENGTH = 3, 23
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture: its model type, and the Auto class that makes its model."""
+
+    model_type: str
+    kind: str
+
+
+def all_cases() -> list[Case]:
+    """Every causal class, then every other class: with a masked-LM head where there is one, else the base model."""
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    others = [name for name in {**masked, **modeling_auto.MODEL_MAPPING_NAMES} if name not in causal]
+    both = [name for name in masked if name in causal]  # BERT and its kin are encoders first
+    return [Case(name, CAUSAL) for name in causal] + [Case(name, MASKED if name in masked else BASE) for name in sorted(others + both)]
+
+
+class Family:
+    """Models of one case under different attention implementations, with the same random weights."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.config = tiny.tiny_config(case.model_type)
+        if case.kind == CAUSAL:
+            _as_decoder(self.config)
+        self.weights: dict[str, Tensor] = {}
+        softmax = self._make("eager")
+        randomize(softmax)
+        self.weights = {name: tensor.clone() for name, tensor in softmax.state_dict().items()}
+        self.class_name = type(softmax).__name__
+        self.parameters = set(inspect.signature(softmax.forward).parameters)
+        self.main_input = softmax.main_input_name
+        self._models: dict[str, PreTrainedModel] = {}
+
+    def model(self, implementation: str) -> PreTrainedModel:
+        """The model under an attention implementation, in evaluation mode."""
+        if implementation not in self._models:
+            made = self._make(implementation)
+            made.load_state_dict(self.weights)
+            self._models[implementation] = made
+        return self._models[implementation]
+
+    def softmax(self) -> PreTrainedModel:
+        """The softmax form: SDPA, or eager where the architecture has no other."""
+        try:
+            return self.model("sdpa")
+        except ValueError:
+            return self.model("eager")
+
+    def _make(self, implementation: str) -> PreTrainedModel:
+        torch.manual_seed(0)
+        return AUTO[self.case.kind].from_config(copy.deepcopy(self.config), attn_implementation=implementation).eval()
+
+    def takes(self, name: str) -> bool:
+        return name in self.parameters
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The least that the model wants: text (BATCH, LENGTH), or what its encoder hears or sees."""
+        torch.manual_seed(1)
+        text = self.config.get_text_config()
+        if self.main_input == "input_ids":
+            low, high = tiny.TEXT_TOKENS
+            return {"input_ids": torch.randint(low, min(high, getattr(text, "vocab_size", high) or high), (BATCH, LENGTH))}
+        return tiny.other_inputs(self.config, self.main_input, BATCH)
+
+
+def _as_decoder(config: PreTrainedConfig) -> None:
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "is_decoder"):
+            part.is_decoder = True
+
+
+def randomize(model: PreTrainedModel) -> None:
+    """Weights that make every part matter: unit gain, and nothing left at 0 or 1."""
+    generator = torch.Generator().manual_seed(2)
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if id(parameter) in embeddings:
+                parameter.copy_(noise)
+            elif parameter.dim() > 1:
+                parameter.copy_(noise * max(parameter.shape[1:]) ** -0.5)
+            else:
+                parameter.add_(0.1 * noise)

@@ -1,0 +1,112 @@
+"""A tiny configuration of any architecture, made from the names of its fields, with a small table of exceptions."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+VOCABULARY = 99
+TEXT_TOKENS = (5, 80)  # what texts are drawn from; special tokens lie outside
+LONGEST = 64
+WINDOW = 8
+
+# The first pattern that matches a field's whole name says what its whole number becomes.
+SIZES: tuple[tuple[str, int], ...] = (
+    (r"pad_token_id|pad_index|padding_idx", 0),
+    (r"bos_token_id|bos_index", 1),
+    (r"eos_token_id|eos_index", 2),
+    (r".*(_token_id|_token_index|_token)|mask_index|unk_index", 90),
+    (r"type_vocab_size|.*segment_types|prompt_types|n_langs|task_type_vocab_size", 2),
+    (r".*vocab_size.*|num_classes_per_layer|ngram_vocab_size_base|encoder_hash_byte_group_vocab", VOCABULARY),
+    (r"(max_|num_)?(position_embeddings|positions?)|max_(source|target)_positions|n_positions|n_ctx|max_seq_len|context_length|.*max_length|seq_length", LONGEST),
+    (r"max_position_embeddings|original_max_position_embeddings", LONGEST),
+    (r"index_topk|index_topk_blocks", 64),
+    (r"(num_|n_)?(kv|key_value|query)_?heads|num_key_value_heads|.*num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups", 2),
+    (r"mamba_(n_heads|num_heads)|n_mamba_heads", 8),
+    (r"linear_num_key_heads", 2),
+    (r".*(num_|n_)heads?|.*attention_heads|n_head|num_heads|.*_heads|linear_num_value_heads", 4),
+    (r"qk_rope_head_dim|rotary_dim", 8),
+    (r"qk_head_dim", 24),
+    (r".*head_?dim|.*_d_head|d_kv|d_head|dim_head|kv_channels|attention_head_size|mamba_headdim|head_size", 16),
+    (r"(num_|n_)(hidden_)?layers?|.*_layers|.*num_layers|.*num_hidden_layers|depth|num_blocks|n_layer", 2),
+    (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|.*num_experts|zero_expert_num", 4),
+    (r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|.*experts_per_tok.*", 2),
+    (r"n_group|topk_group|num_expert_group|.*shared_experts|first_k_dense_replace|num_dense_layers", 1),
+    (r"intermediate_size|.*ffn_dim|.*intermediate_size|d_ff|dff|n_inner|.*ffn_hidden_size|mlp_dim|d_inner|feed_forward_size|dim_ff|.*intermediate_dim", 96),
+    (r".*sliding_window(_size)?|local_attention|.*attention_window(_size)?|attention_chunk_size|local_attention_window_len|keep_window_size|attention_window", WINDOW),
+    (r"q_lora_rank|kv_lora_rank|.*_rank|.*lora_dim|d_rel|hc_lowrank", 16),
+    (r"(mamba_|ssm_)?(d_state|state_size)", 8),
+    (r"hidden_size|d_model|n_embd|embed_dim|emb_dim|dim|model_dim|word_embed_proj_dim|.*hidden_size|.*embedding_size|.*embed_dim|.*embedding_dim|lru_width|.*hidden_dim", 64),
+    (r"image_size|crop_size|img_size|input_size", 16),
+    (r"patch_size", 4),
+    (r"num_mel_bins|feature_size|num_channels|in_channels|.*conv.*kernel.*|kernel_size|.*chunk_size.*|.*conv.*|.*mel.*", -1),
+)  # fmt: skip
+KEEP = -1
+
+# What names cannot tell: fields of a model type, or of a part ("gemma3n.audio_config"), set after the rules.
+EXCEPTIONS: dict[str, dict[str, Any]] = {}
+
+
+def tiny_config(model_type: str) -> PreTrainedConfig:
+    """The configuration class of a model type with every size shrunk: a few layers, 64 wide, four heads."""
+    return _shrink(CONFIG_MAPPING[model_type], model_type)
+
+
+def _shrink(config_class: Any, path: str) -> PreTrainedConfig:
+    exceptions = EXCEPTIONS.get(path, {})
+    default = config_class()
+    fields = _fields(config_class)
+    changed: dict[str, Any] = {}
+    for name, value in fields.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            changed[name] = _size(name, value, default)
+    layers = _layer_lists(default, fields)
+    changed.update(layers)
+    for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers"):
+        if layers and name in changed:
+            changed[name] = len(next(iter(layers.values())))
+    for name in config_class.sub_configs:
+        part = getattr(default, name, None)
+        if isinstance(part, PreTrainedConfig):
+            changed[name] = _shrink(type(part), f"{path}.{name}").to_dict()
+    return config_class(**{**changed, **exceptions})
+
+
+def _fields(config_class: Any) -> dict[str, Any]:
+    """Names and defaults of what a configuration class takes."""
+    if dataclasses.is_dataclass(config_class):
+        common = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"pad_token_id", "bos_token_id", "eos_token_id"} \
+            if dataclasses.is_dataclass(PreTrainedConfig) else set()
+        return {
+            field.name: field.default if field.default is not dataclasses.MISSING else field.default_factory()
+            for field in dataclasses.fields(config_class)
+            if field.name not in common and not (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING)
+        }
+    parameters = inspect.signature(config_class.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _size(name: str, value: int, default: PreTrainedConfig) -> int:
+    for pattern, size in SIZES:
+        if re.fullmatch(pattern, name):
+            return value if size == KEEP or (value <= 1 and size > 1 and "token" not in name) else size
+    return min(value, 64)
+
+
+def _layer_lists(default: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, list]:
+    """Lists with an entry a layer, such as `layer_types`: every kind of entry in turn."""
+    layers = getattr(default, "num_hidden_layers", None)
+    found = {name: list(getattr(default, name)) for name in fields if isinstance(getattr(default, name, None), (list, tuple))}
+    found = {name: entries for name, entries in found.items() if layers and len(entries) == layers and layers > 4}
+    kinds = {name: _distinct(entries) for name, entries in found.items()}
+    count = max([2, *(len(k) for k in kinds.values() if len(k) <= 4)])
+    count = 4 if count > 2 or any(len(k) == 2 for k in kinds.values()) else count
+    return {name: [k[i % len(k)] for i in range(count)] if len(k) <= 4 else found[name][:count] for name, k in kinds.items()}
+
+
+def _distinct(entries: list) -> list:
+    return [entry for i, entry in enumerate(entries) if entry not in entries[:i]]
