@@ -13,10 +13,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 from transformers.models.auto import modeling_auto
 
 from sweep import tiny
+from sweep.inputs import candidates
 
 CAUSAL, MASKED, BASE = "causal", "masked", "base"
 AUTO: dict[str, Any] = {CAUSAL: AutoModelForCausalLM, MASKED: AutoModelForMaskedLM, BASE: AutoModel}
-BATCH, LENGTH = 3, 23
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Family:
         randomize(softmax)
         self.weights = {name: tensor.clone() for name, tensor in softmax.state_dict().items()}
         self.class_name = type(softmax).__name__
-        self.parameters = set(inspect.signature(softmax.forward).parameters)
+        self.parameters = list(inspect.signature(softmax.forward).parameters)
         self.main_input = softmax.main_input_name
+        self._no_sdpa = False
         self._models: dict[str, PreTrainedModel] = {}
 
     def model(self, implementation: str) -> PreTrainedModel:
@@ -63,10 +64,12 @@ class Family:
 
     def softmax(self) -> PreTrainedModel:
         """The softmax form: SDPA, or eager where the architecture has no other."""
-        try:
-            return self.model("sdpa")
-        except ValueError:
-            return self.model("eager")
+        if not self._no_sdpa:
+            try:
+                return self.model("sdpa")
+            except ValueError:
+                self._no_sdpa = True
+        return self.model("eager")
 
     def _make(self, implementation: str) -> PreTrainedModel:
         torch.manual_seed(0)
@@ -75,14 +78,29 @@ class Family:
     def takes(self, name: str) -> bool:
         return name in self.parameters
 
-    def inputs(self) -> dict[str, Tensor]:
-        """The least that the model wants: text (BATCH, LENGTH), or what its encoder hears or sees."""
+    @property
+    def decodes(self) -> bool:
+        """Whether the model reads a text from left to right and keeps a cache of it."""
+        if self.case.kind == MASKED or self.config.is_encoder_decoder or self.main_input != "input_ids":
+            return False
+        return self.case.kind == CAUSAL or (self.takes("past_key_values") and self.takes("use_cache"))
+
+    def inputs(self) -> dict[str, Any]:
+        """Random inputs that the softmax form takes.
+
+        Raises:
+            ValueError: it takes none of those that were made; the last error is the cause.
+        """
         torch.manual_seed(1)
-        text = self.config.get_text_config()
-        if self.main_input == "input_ids":
-            low, high = tiny.TEXT_TOKENS
-            return {"input_ids": torch.randint(low, min(high, getattr(text, "vocab_size", high) or high), (BATCH, LENGTH))}
-        return tiny.other_inputs(self.config, self.main_input, BATCH)
+        last: Exception | None = None
+        for made in candidates(self.config, self.main_input, self.parameters):
+            try:
+                with torch.no_grad():
+                    self.softmax()(**made)
+                return made
+            except Exception as error:
+                last = last or error
+        raise ValueError(f"no input was found that it takes ({self.main_input}: {last})") from last
 
 
 def _as_decoder(config: PreTrainedConfig) -> None:

@@ -48,7 +48,39 @@ SIZES: tuple[tuple[str, int], ...] = (
 KEEP = -1
 
 # What names cannot tell: fields of a model type, or of a part ("gemma3n.audio_config"), set after the rules.
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+DOTS3 = {
+    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 24,
+    "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+}  # fmt: skip
+QWEN4 = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": LONGEST, "indexer_compress_ratio": 4}
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "cpmant": {"prompt_types": 32, "segment_types": 32},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "nemotron": {"num_key_value_heads": 2},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "dbrx.attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0},
+    "dots3_note": DOTS3,
+    "dots3_note_text": DOTS3,
+    "gemma4_text": {"global_head_dim": 32},
+    "gemma4.text_config": {"global_head_dim": 32},
+    "gemma4_unified_text": {"global_head_dim": 32},
+    "gemma4_unified.text_config": {"global_head_dim": 32},
+    "longcat_flash": {"head_dim": 8},
+    "qwen4_exp_text": QWEN4,
+    "qwen4_exp.text_config": QWEN4,
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 8]},
+}
+# Fields that some classes leave open, and then cannot do without.
+OPEN = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 16}
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
@@ -63,7 +95,11 @@ def _shrink(config_class: Any, path: str) -> PreTrainedConfig:
     changed: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, int) and not isinstance(value, bool):
-            changed[name] = _size(name, value, default)
+            changed[name] = _size(name, value)
+        elif value is None and name in OPEN:
+            changed[name] = OPEN[name]
+    if "kv_lora_rank" in fields:  # latent attention: as many heads of keys as of queries
+        changed["num_key_value_heads"] = 4
     layers = _layer_lists(default, fields)
     changed.update(layers)
     for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers"):
@@ -90,7 +126,7 @@ def _fields(config_class: Any) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-def _size(name: str, value: int, default: PreTrainedConfig) -> int:
+def _size(name: str, value: int) -> int:
     for pattern, size in SIZES:
         if re.fullmatch(pattern, name):
             return value if size == KEEP or (value <= 1 and size > 1 and "token" not in name) else size
@@ -99,13 +135,14 @@ def _size(name: str, value: int, default: PreTrainedConfig) -> int:
 
 def _layer_lists(default: PreTrainedConfig, fields: dict[str, Any]) -> dict[str, list]:
     """Lists with an entry a layer, such as `layer_types`: every kind of entry in turn."""
-    layers = getattr(default, "num_hidden_layers", None)
-    found = {name: list(getattr(default, name)) for name in fields if isinstance(getattr(default, name, None), (list, tuple))}
+    layers = default.__dict__.get("num_hidden_layers")
+    found = {name: list(default.__dict__[name]) for name in fields if isinstance(default.__dict__.get(name), (list, tuple))}
     found = {name: entries for name, entries in found.items() if layers and len(entries) == layers and layers > 4}
     kinds = {name: _distinct(entries) for name, entries in found.items()}
     count = max([2, *(len(k) for k in kinds.values() if len(k) <= 4)])
     count = 4 if count > 2 or any(len(k) == 2 for k in kinds.values()) else count
-    return {name: [k[i % len(k)] for i in range(count)] if len(k) <= 4 else found[name][:count] for name, k in kinds.items()}
+    lists = {name: [k[i % len(k)] for i in range(count)] if len(k) <= 4 else found[name][:count] for name, k in kinds.items()}
+    return {name: [_size(name, x) if type(x) is int else x for x in entries] for name, entries in lists.items()}
 
 
 def _distinct(entries: list) -> list:

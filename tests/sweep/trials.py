@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 import hf_linattn
 from sweep import reference
-from sweep.models import CAUSAL, LENGTH, Case, Family
+from sweep.inputs import LENGTH
+from sweep.models import Case, Family
 
 TOLERANCE = 1e-4
 RIGHT, SOFTMAX, REFUSED, WRONG, ERROR, NONE = "right", "as its softmax form", "refused", "wrong", "error", "-"
@@ -83,8 +84,6 @@ def try_case(case: Case) -> Row:
         family = Family(case)
         row.class_name = family.class_name
         inputs = family.inputs()
-        with torch.no_grad():
-            output_of(family.softmax()(**inputs))
     except Exception as error:
         row.reason = _first_line(error)
         return row
@@ -104,11 +103,11 @@ class _Ended(Exception):
 
 def _tried(family: Family, inputs: dict[str, Tensor]) -> dict[str, Outcome]:
     trials = {"forward": _forward(family, inputs)}
-    if trials["forward"].status != RIGHT or family.main_input != "input_ids":
+    if trials["forward"].status != RIGHT or list(inputs) != ["input_ids"] or family.config.is_encoder_decoder:
         return trials
     tokens = inputs["input_ids"]
     for name, trial in TRIALS.items():
-        if family.case.kind == CAUSAL or name in ENCODERS_TOO:
+        if family.decodes or name in ENCODERS_TOO:
             trials[name] = trial(family, tokens)
     return trials
 
@@ -162,12 +161,12 @@ def _padded(left: bool) -> Callable[[Family, Tensor], Outcome]:
             return Outcome(NONE, "takes no mask")
         real = _real(left)
         call = {"input_ids": torch.where(real, tokens, 0), "attention_mask": real.long()}
-        if family.case.kind == CAUSAL and left and family.takes("position_ids"):
+        if family.takes("position_ids"):
             call["position_ids"] = (real.long().cumsum(-1) - 1).clamp_min(0)
         return judged(
             family,
             lambda implementation: run(family, implementation, **call)[real],
-            lambda implementation: torch.cat([run(family, implementation, input_ids=tokens[i : i + 1, real[i]])[0] for i in range(len(real))]),
+            lambda implementation: torch.cat([alone(family, implementation, tokens[i : i + 1, real[i]])[0] for i in range(len(real))]),
         )
 
     return trial
@@ -188,14 +187,14 @@ def _packing(family: Family, tokens: Tensor) -> Outcome:
     return judged(
         family,
         lambda implementation: run(family, implementation, input_ids=tokens, position_ids=positions),
-        lambda implementation: torch.cat([run(family, implementation, input_ids=part) for part in parts], 1),
+        lambda implementation: torch.cat([alone(family, implementation, part) for part in parts], 1),
     )
 
 
 def _generation(family: Family, tokens: Tensor) -> Outcome:
     """Greedy generation of a batch padded on the left: the logits of every new token."""
-    if not family.takes("attention_mask"):
-        return Outcome(NONE, "takes no mask")
+    if not family.takes("attention_mask") or not family.model("linattn").can_generate():
+        return Outcome(NONE, "does not generate")
     real = _real(left=True)
     return judged(
         family,
@@ -241,10 +240,16 @@ def judged(family: Family, call: Callable[[str], Tensor], right: Callable[[str],
 
 def run(family: Family, implementation: str, **inputs: Any) -> Tensor:
     """The model's answer to one call, without cache."""
-    if family.case.kind == CAUSAL and family.takes("use_cache"):
+    if family.decodes and family.takes("use_cache"):
         inputs["use_cache"] = False
     with computing(family, implementation) as model:
         return output_of(model(**inputs))
+
+
+def alone(family: Family, implementation: str, text: Tensor) -> Tensor:
+    """The answer to a text (B, N) with nothing beside it, at positions from 0."""
+    positions = {"position_ids": torch.arange(text.shape[1]).expand(text.shape)} if family.takes("position_ids") else {}
+    return run(family, implementation, input_ids=text, **positions)
 
 
 @contextmanager
