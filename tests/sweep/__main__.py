@@ -1,52 +1,62 @@
-"""`make sweep`: tries every architecture of the installed Transformers and writes docs/architectures.md."""
+"""`make sweep`: tries every architecture of the installed Transformers and writes docs/architectures.md and .json."""
 
 from __future__ import annotations
 
 import argparse
-import collections
-import json
 import os
 import sys
 import time
 import warnings
-from pathlib import Path
+from collections import Counter
+from typing import Any
 
 import torch
 import transformers
 
-from sweep.models import Case, all_cases
+from sweep import table
+from sweep.models import BASE, CAUSAL, MASKED, Case, all_cases
 from sweep.pool import forked
-from sweep.trials import try_case
+from sweep.trials import ERROR, NONE, RIGHT, WRONG, Row, try_case
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m sweep", description=__doc__)
-    parser.add_argument("--only", action="append", metavar="TYPE", help="model types to try, all if not given")
-    parser.add_argument("--kind", choices=("causal", "masked", "base"))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seconds", type=float, default=120.0, help="time for one architecture")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    """0 where every row is right, as its softmax form, refused or not tried for a reason; else 1."""
+    options = _options()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_num_threads(1)
-    cases = [c for c in all_cases() if (not options.only or c.model_type in options.only) and options.kind in (None, c.kind)]
+    cases = [case for case in all_cases() if _wanted(case, options)]
     rows, begun = [], time.monotonic()
     for case, row in forked(cases, _work, options.jobs, options.seconds):
-        if isinstance(row, str):
-            row = {"model_type": case.model_type, "kind": case.kind, "class_name": "", "trials": {}, "reason": row, "verdict": "error"}
-        rows.append(row)
-        notes = row["reason"] or "; ".join(f"{n}: {o['status']} ({o['note']})" for n, o in row["trials"].items() if o["status"] not in ("right", "-"))
-        print(f"{len(rows)}/{len(cases)} {time.monotonic() - begun:.0f}s {row['model_type']} {row['kind']}: {row['verdict']} | {notes}", flush=True)
-    counts = collections.Counter(row["verdict"] for row in rows)
-    print(dict(counts))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-    return int(any(row["verdict"] in ("wrong", "error") for row in rows))
+        rows.append(row if isinstance(row, dict) else Row(case.model_type, case.kind, died=row).to_dict())
+        print(f"{len(rows)}/{len(cases)} {time.monotonic() - begun:.0f}s {_line(rows[-1])}", flush=True)
+    print(", ".join(f"{count} {verdict if verdict != NONE else 'not tried'}" for verdict, count in Counter(r["verdict"] for r in rows).items()))
+    if not options.dry:
+        table.store(rows, {"transformers": transformers.__version__, "torch": torch.__version__}, whole=len(cases) == len(all_cases()))
+    return int(any(row["verdict"] in (WRONG, ERROR) for row in rows))
 
 
-def _work(case: Case) -> dict:
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m sweep", description=__doc__)
+    parser.add_argument("--only", action="append", metavar="TYPE", help="a model type to try; all if none is given")
+    parser.add_argument("--kind", choices=(CAUSAL, MASKED, BASE), help="try only causal classes, those with a masked-LM head, or the others")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seconds", type=float, default=180.0, help="for one architecture")
+    parser.add_argument("--dry", action="store_true", help="write nothing")
+    return parser.parse_args()
+
+
+def _wanted(case: Case, options: argparse.Namespace) -> bool:
+    return (not options.only or case.model_type in options.only) and options.kind in (None, case.kind)
+
+
+def _work(case: Case) -> dict[str, Any]:
     return try_case(case).to_dict()
+
+
+def _line(row: dict[str, Any]) -> str:
+    told = [f"{name}: {trial['status']} ({trial['note']})" for name, trial in row["trials"].items() if trial["status"] not in (RIGHT, NONE)]
+    return f"{row['kind']} {row['model_type']}: {row['verdict']} | {row['reason'] or '; '.join(told)}"
 
 
 if __name__ == "__main__":

@@ -20,8 +20,11 @@ def candidates(config: PreTrainedConfig, main_input: str, parameters: list[str])
     """Inputs to try one after the other until the model takes them."""
     if "grid_thw" in parameters or "image_grid_thw" in parameters:
         yield from _packed_pictures(config, parameters)
-    if main_input == "input_ids":
-        yield from _texts(config, parameters)
+    if not isinstance(main_input, str):
+        return
+    if main_input in ("input_ids", "inputs"):
+        for made in _texts(config, parameters):
+            yield {main_input if name == "input_ids" else name: tensor for name, tensor in made.items()}
     elif main_input in ("input_features", "audio_mel"):
         yield from _spectra(config, main_input)
     elif main_input == "input_values":

@@ -36,23 +36,31 @@ def all_cases() -> list[Case]:
     return [Case(name, CAUSAL) for name in causal] + [Case(name, MASKED if name in masked else BASE) for name in sorted(others + both)]
 
 
+NOT_ALONE = "a drafter: it reads the keys and values of its main model"
+REASONS = {"gemma4_assistant": NOT_ALONE, "gemma4_unified_assistant": NOT_ALONE, "muse_glimmer_assistant": NOT_ALONE}
+"""Model types that cannot be tried, and why."""
+
+
 class Family:
     """Models of one case under different attention implementations, with the same random weights."""
 
     def __init__(self, case: Case) -> None:
         self.case = case
+        if case.model_type in REASONS:
+            raise ValueError(REASONS[case.model_type])
         self.config = tiny.tiny_config(case.model_type)
+        self._auto = AUTO[case.kind]
         if case.kind == CAUSAL:
             _as_decoder(self.config)
         self.weights: dict[str, Tensor] = {}
         softmax = self._make("eager")
         randomize(softmax)
-        self.weights = {name: tensor.clone() for name, tensor in softmax.state_dict().items()}
+        self.weights = softmax.state_dict()
         self.class_name = type(softmax).__name__
         self.parameters = list(inspect.signature(softmax.forward).parameters)
         self.main_input = softmax.main_input_name
         self._no_sdpa = False
-        self._models: dict[str, PreTrainedModel] = {}
+        self._models = {"eager": softmax}
 
     def model(self, implementation: str) -> PreTrainedModel:
         """The model under an attention implementation, in evaluation mode."""
@@ -71,9 +79,13 @@ class Family:
                 self._no_sdpa = True
         return self.model("eager")
 
+    @property
+    def has_attention(self) -> bool:
+        return any("attention" in type(m).__name__.lower() or "attn" in type(m).__name__.lower() for m in self.model("eager").modules())
+
     def _make(self, implementation: str) -> PreTrainedModel:
         torch.manual_seed(0)
-        return AUTO[self.case.kind].from_config(copy.deepcopy(self.config), attn_implementation=implementation).eval()
+        return self._auto.from_config(copy.deepcopy(self.config), attn_implementation=implementation).eval()
 
     def takes(self, name: str) -> bool:
         return name in self.parameters

@@ -24,7 +24,9 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r".*vocab_size.*|num_classes_per_layer|ngram_vocab_size_base|encoder_hash_byte_group_vocab", VOCABULARY),
     (r"(max_|num_)?(position_embeddings|positions?)|max_(source|target)_positions|n_positions|n_ctx|max_seq_len|context_length|.*max_length|seq_length", LONGEST),
     (r"max_position_embeddings|original_max_position_embeddings", LONGEST),
-    (r"index_topk|index_topk_blocks", 64),
+    (r"index_topk|.*_budget", WINDOW),
+    (r"index_topk_blocks", 2),
+    (r"index_block_size", 4),
     (r"(num_|n_)?(kv|key_value|query)_?heads|num_key_value_heads|.*num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups", 2),
     (r"mamba_(n_heads|num_heads)|n_mamba_heads", 8),
     (r"linear_num_key_heads", 2),
@@ -47,38 +49,54 @@ SIZES: tuple[tuple[str, int], ...] = (
 )  # fmt: skip
 KEEP = -1
 
-# What names cannot tell: fields of a model type, or of a part ("gemma3n.audio_config"), set after the rules.
+# What names cannot tell: fields of a model type, or of a nameless part ("dbrx.attn_config"), set after the rules.
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-DOTS3 = {
-    "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 24,
-    "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
-}  # fmt: skip
-QWEN4 = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": LONGEST, "indexer_compress_ratio": 4}
+SECTIONS = {**ROPE, "mrope_section": [2, 3, 3]}
+HALF_SECTIONS = {**ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+SWIN = {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "image_size": 32}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 4},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "cosmos3_edge_text": {"rope_parameters": SECTIONS},
     "cpmant": {"prompt_types": 32, "segment_types": 32},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "mamba2": {"num_heads": 8},
-    "nemotron": {"num_key_value_heads": 2},
-    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "dbrx.attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0},
-    "dots3_note": DOTS3,
-    "dots3_note_text": DOTS3,
+    "donut-swin": SWIN,
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+    },
+    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 90},
     "gemma4_text": {"global_head_dim": 32},
-    "gemma4.text_config": {"global_head_dim": 32},
     "gemma4_unified_text": {"global_head_dim": 32},
-    "gemma4_unified.text_config": {"global_head_dim": 32},
+    "glm4v_moe_text": {"rope_parameters": HALF_SECTIONS},
+    "glm4v_text": {"rope_parameters": SECTIONS},
+    "glm_image_text": {"rope_parameters": SECTIONS},
+    "glm_ocr_text": {"rope_parameters": SECTIONS},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "hunyuan_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 2, 2, 2]}},
+    "informer": {"prediction_length": 4},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "layoutlmv3": {"coordinate_size": 12, "shape_size": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 96, "channel_shrink_ratio": 2},
     "longcat_flash": {"head_dim": 8},
-    "qwen4_exp_text": QWEN4,
-    "qwen4_exp.text_config": QWEN4,
+    "mamba2": {"num_heads": 8},
+    "maskformer-swin": SWIN,
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": WINDOW, "indexer_compress_ratio": 4,
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 8]},
+    "swin": SWIN,
+    "swin2sr": SWIN,
+    "swinv2": SWIN,
+    "time_series_transformer": {"prediction_length": 4},
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
-    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [8, 8]},
-}
+}  # fmt: skip
 # Fields that some classes leave open, and then cannot do without.
 OPEN = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 16}
 
@@ -89,7 +107,7 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 
 def _shrink(config_class: Any, path: str) -> PreTrainedConfig:
-    exceptions = EXCEPTIONS.get(path, {})
+    exceptions = EXCEPTIONS.get(config_class.model_type, EXCEPTIONS.get(path, {}))
     default = config_class()
     fields = _fields(config_class)
     changed: dict[str, Any] = {}

@@ -6,6 +6,7 @@ without cache), then, where that differs, against the same call of the quadratic
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -49,22 +50,30 @@ class Row:
     trials: dict[str, Outcome] = field(default_factory=dict)
     reason: str = ""
     """Why it could not be tried."""
+    died: str = ""
+    """How its process ended, if it did not end by itself."""
 
     @property
     def verdict(self) -> str:
         if self.reason:
             return NONE
+        if self.died:
+            return ERROR
         statuses = [outcome.status for outcome in self.trials.values()]
         if statuses and all(status in (REFUSED, NONE) for status in statuses):
             return REFUSED
         return next((s for s in (ERROR, WRONG, SOFTMAX) if s in statuses), RIGHT)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "verdict": self.verdict}
+        trials = {name: asdict(outcome) for name, outcome in self.trials.items()} or {"all": asdict(Outcome(ERROR, self.died))}
+        return {
+            "model_type": self.model_type, "kind": self.kind, "class_name": self.class_name, "verdict": self.verdict,
+            "reason": self.reason, "trials": trials if not self.reason else {},
+        }  # fmt: skip
 
 
 class OwnSoftmax(TorchFunctionMode):
-    """Counts softmax over the text, which a model computes past the attention interface."""
+    """Counts softmax of a text with itself, which a model computes past the attention interface."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,8 +81,10 @@ class OwnSoftmax(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name == "scaled_dot_product_attention" or (name == "softmax" and args[0].dim() >= 3 and args[0].shape[-1] == LENGTH):
-            self.count += 1
+        if name == "softmax":
+            self.count += args[0].dim() >= 3 and args[0].shape[-1] == args[0].shape[-2] > 4
+        elif name == "scaled_dot_product_attention":
+            self.count += args[0].shape[-2] == args[1].shape[-2] > 4
         return func(*args, **(kwargs or {}))
 
 
@@ -83,22 +94,20 @@ def try_case(case: Case) -> Row:
     try:
         family = Family(case)
         row.class_name = family.class_name
+        if not family.has_attention:
+            row.reason = "has no attention"
+            return row
+        refusal = attempt(lambda: family.model("linattn"))
+        if isinstance(refusal, Outcome):
+            row.trials = {"forward": refusal}
+            return row
         inputs = family.inputs()
     except Exception as error:
-        row.reason = _first_line(error)
+        row.reason = reason_of(error)
         return row
-    try:
-        with torch.no_grad():
-            row.trials = _tried(family, inputs)
-    except _Ended as ended:
-        row.trials = {"forward": ended.outcome}
+    with torch.no_grad():
+        row.trials = _tried(family, inputs)
     return row
-
-
-class _Ended(Exception):
-    def __init__(self, outcome: Outcome) -> None:
-        super().__init__(outcome.note)
-        self.outcome = outcome
 
 
 def _tried(family: Family, inputs: dict[str, Tensor]) -> dict[str, Outcome]:
@@ -283,7 +292,16 @@ def output_of(out: Any) -> Tensor:
     for name in ("logits", "last_hidden_state", "prediction_logits"):
         if getattr(out, name, None) is not None:
             return getattr(out, name)
-    return next(x for x in out.to_tuple() if isinstance(x, Tensor) and x.is_floating_point())
+    return next(x for x in _tensors(out if isinstance(out, tuple) else out.to_tuple()) if x.is_floating_point())
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
 
 
 def attempt(call: Callable[[], Tensor]) -> Tensor | Outcome:
@@ -294,6 +312,13 @@ def attempt(call: Callable[[], Tensor]) -> Tensor | Outcome:
         where = traceback.extract_tb(error.__traceback__)
         ours = isinstance(error, ValueError) and any(frame.filename.startswith(PLUGIN) for frame in where[-2:])
         return Outcome(REFUSED if ours else ERROR, _first_line(error) if ours else f"{type(error).__name__}: {_first_line(error)}")
+
+
+def reason_of(error: Exception) -> str:
+    """Why a model could not be made or fed, in words."""
+    said = _first_line(error)
+    package = re.search(r"requires the (\w+) library", said)
+    return f"needs the package {package[1]}" if package else said
 
 
 def distance(a: Tensor, b: Tensor) -> float:
