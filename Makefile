@@ -6,7 +6,7 @@ OUT ?= out
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test pytest lint kernels test-gpu test-oldest benchmark clean
+.PHONY: quickstart test pytest lint kernels test-gpu test-oldest sweep sweep-oldest benchmark clean
 
 # MODEL=DIR and DATA=FILE run it from a checkpoint and a text of your own
 quickstart: $(VENV)/.quickstart
@@ -34,6 +34,13 @@ test-gpu:
 # the oldest versions that the package declares
 test-oldest:
 	$(MAKE) pytest VENV=.venv-oldest TORCH="torch==2.11.0 transformers==5.17.0"
+
+# tries every architecture of the installed Transformers and writes docs/architectures.md; ARGS="--only llama" tries one
+sweep: $(VENV)/.test
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m sweep $(ARGS)
+
+sweep-oldest:
+	$(MAKE) sweep VENV=.venv-oldest TORCH="torch==2.11.0 transformers==5.17.0"
 
 benchmark: $(VENV)/.test
 	$(BIN)/python benchmarks/attention.py --device cpu

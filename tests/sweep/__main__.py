@@ -7,12 +7,10 @@ import os
 import sys
 import time
 import warnings
-from collections import Counter
 from typing import Any
 
 import torch
 import transformers
-
 from sweep import table
 from sweep.models import BASE, CAUSAL, MASKED, Case, all_cases
 from sweep.pool import forked
@@ -30,7 +28,7 @@ def main() -> int:
     for case, row in forked(cases, _work, options.jobs, options.seconds):
         rows.append(row if isinstance(row, dict) else Row(case.model_type, case.kind, died=row).to_dict())
         print(f"{len(rows)}/{len(cases)} {time.monotonic() - begun:.0f}s {_line(rows[-1])}", flush=True)
-    print(", ".join(f"{count} {verdict if verdict != NONE else 'not tried'}" for verdict, count in Counter(r["verdict"] for r in rows).items()))
+    print(table.count([row["verdict"] for row in rows]))
     if not options.dry:
         table.store(rows, {"transformers": transformers.__version__, "torch": torch.__version__}, whole=len(cases) == len(all_cases()))
     return int(any(row["verdict"] in (WRONG, ERROR) for row in rows))
@@ -39,7 +37,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sweep", description=__doc__)
     parser.add_argument("--only", action="append", metavar="TYPE", help="a model type to try; all if none is given")
-    parser.add_argument("--kind", choices=(CAUSAL, MASKED, BASE), help="try only causal classes, those with a masked-LM head, or the others")
+    parser.add_argument("--kind", choices=(CAUSAL, MASKED, BASE), help="causal classes, those with a masked-LM head, or the others")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=180.0, help="for one architecture")
     parser.add_argument("--dry", action="store_true", help="write nothing")

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from sweep.tiny import TEXT_TOKENS
 from torch import Tensor
 from transformers import PreTrainedConfig
-
-from sweep.tiny import TEXT_TOKENS
 
 BATCH, LENGTH = 3, 23
 GRID = torch.tensor([[1, 4, 4], [1, 8, 4]])  # frames, rows, columns of patches: two pictures in one row of patches
@@ -54,9 +53,8 @@ def _texts(config: PreTrainedConfig, parameters: list[str]) -> Iterator[dict[str
 
 def _spectra(config: PreTrainedConfig, name: str) -> Iterator[dict[str, Tensor]]:
     """Frames in either order, and as many as the model was made for."""
-    bands = {_number(config, field, 0) for field in ("num_mel_bins", "feature_size", "input_feat_size", "input_size", "n_mels", "feature_projection_input_dim")}
-    for part in config.sub_configs:
-        bands |= {_number(getattr(config, part, None), field, 0) for field in ("num_mel_bins", "feature_size", "input_feat_size")}
+    fields = ("num_mel_bins", "feature_size", "input_feat_size", "input_size", "n_mels", "feature_projection_input_dim")
+    bands = {_number(part, field, 0) for part in _parts(config) for field in fields}
     frames = [2 * _number(config, "max_source_positions", 64), 64, 256]
     for mel, length in itertools.product(sorted(bands - {0}) or [80], frames):
         yield {name: torch.randn(BATCH, mel, length)}
@@ -76,10 +74,10 @@ def _sounds(config: PreTrainedConfig) -> Iterator[dict[str, Tensor]]:
 
 def _pictures(config: PreTrainedConfig) -> Iterator[Tensor]:
     """Squares of the size that the configuration or one of its parts names, else of usual sizes; then films of them."""
-    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    parts = _parts(config)
     sizes = [size for part in parts for size in [getattr(part, "image_size", None), getattr(part, "img_size", None)] if size]
     sides = [(s, s) if isinstance(s, int) else (*s, s[-1])[:2] for s in sizes] + [(32, 32), (64, 64), (224, 224)]
-    channels = next((c for part in parts for c in [getattr(part, "num_channels", None) or getattr(part, "in_channels", None)] if isinstance(c, int)), 3)
+    channels = next((n for part in parts for n in [_number(part, "num_channels", 0) or _number(part, "in_channels", 0)] if n), 3)
     frames = _number(config, "num_frames", 0) or _number(config, "frames_per_clip", 4)
     for height, width in dict.fromkeys(sides):
         yield torch.randn(BATCH, channels, height, width)
@@ -89,15 +87,18 @@ def _pictures(config: PreTrainedConfig) -> Iterator[Tensor]:
 
 def _packed_pictures(config: PreTrainedConfig, parameters: list[str]) -> Iterator[dict[str, Tensor]]:
     """Patches of several pictures in one row, told apart by a grid."""
-    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
     grid = "grid_thw" if "grid_thw" in parameters else "image_grid_thw"
     first = next((name for name in ("hidden_states", "pixel_values") if name in parameters), parameters[0])
     patches = int(GRID.prod(-1).sum())
-    for part in parts:
+    for part in _parts(config):
         patch, channels = _number(part, "patch_size", 0), _number(part, "in_channels", 0) or _number(part, "num_channels", 3)
         for times in (_number(part, "temporal_patch_size", 1), 1):
             if patch:
                 yield {first: torch.randn(patches, channels * times * patch * patch), grid: GRID}
+
+
+def _parts(config: PreTrainedConfig) -> list[Any]:
+    return [config, *(getattr(config, name, None) for name in config.sub_configs)]
 
 
 def _number(config: Any, name: str, default: int) -> int:

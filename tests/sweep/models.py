@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sweep import tiny
+from sweep.inputs import candidates
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-
-from sweep import tiny
-from sweep.inputs import candidates
 
 CAUSAL, MASKED, BASE = "causal", "masked", "base"
 AUTO: dict[str, Any] = {CAUSAL: AutoModelForCausalLM, MASKED: AutoModelForMaskedLM, BASE: AutoModel}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,25 +31,23 @@ class NotAMask(ValueError):
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_causal: bool | None = None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    is_causal: bool | None = None,
+    slope: float = 1.0,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    return _attend(module, query, key, value, _visible(module, query, key, attention_mask, is_causal, kwargs), slope=1.0)
-
-
-def attend_uniformly(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_causal: bool | None = None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    return _attend(module, query, key, value, _visible(module, query, key, attention_mask, is_causal, kwargs), slope=0.0)
-
-
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, visible: Tensor, slope: float) -> tuple[Tensor, None]:
+    """Weights 1 + slope cos(q, k) of the keys that each query sees, normalised."""
     global calls
     calls += 1
     q, k, v = (x.double() for x in (query, key, value))
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     cosine = nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).transpose(-1, -2)
-    weights = (1 + slope * cosine) * visible
+    weights = (1 + slope * cosine) * _visible(module, query, key, attention_mask, is_causal, kwargs)
     out = weights @ v / weights.sum(-1, keepdim=True).clamp_min(1e-12)  # a row that sees nothing gets 0
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
@@ -102,7 +101,7 @@ def _keep_everything(config: PreTrainedConfig) -> tuple[list[str], Any]:
     return [LOCAL.get(kind, kind) for kind in types], kwargs
 
 
-for _name, _function in ((NAME, attend), (UNIFORM, attend_uniformly)):
+for _name, _function in ((NAME, attend), (UNIFORM, partial(attend, slope=0.0))):
     AttentionInterface.register(_name, _function)
     AttentionMaskInterface.register(_name, sdpa_mask)
 cache_utils.get_layer_types_and_kwargs = _keep_everything

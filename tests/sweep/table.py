@@ -1,4 +1,4 @@
-"""The results as data, docs/architectures.json, and as a table to read, docs/architectures.md: one column for each version of Transformers."""
+"""The results as data, docs/architectures.json, and as a page to read, docs/architectures.md: a column for each version of Transformers."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ DATA, PAGE = DOCS / "architectures.json", DOCS / "architectures.md"
 
 INTRODUCTION = f"""# Which architectures
 
-What `attn_implementation="linattn"` does for every model type of Transformers, found by `make sweep`: each is built tiny from its configuration,
-with random weights, in float32 on a CPU, and held against a quadratic form of linear attention that shares nothing with the plugin but the
-formula: float64 weights 1 + cos(q, k) under the mask that the model itself makes for SDPA, over a cache that keeps every key and value.
-Sliding windows and chunks are left out of that mask, for linear layers drop them. Tolerance: 1e-4 of the largest logit (or of 1).
+What `attn_implementation="linattn"` does for every model type of Transformers, found by `make sweep`: each is built tiny from its
+configuration, with random weights, in float32 on a CPU, and held against a quadratic form of linear attention that shares nothing with the
+plugin but the formula: float64 weights 1 + cos(q, k) under the mask that the model itself makes for SDPA, over a cache that keeps every key
+and value. Sliding windows and chunks are left out of that mask, for linear layers drop them. Tolerance: 1e-4 of the largest logit, or of 1.
 
 - **{RIGHT}**: a forward pass; a cache filled by a prompt and continued token by token, and in chunks; padding on the left and on the right;
   packed texts (`position_ids` that begin anew); generation of a padded batch. Each padded, packed or cached token gets what it gets alone.
-- **{SOFTMAX}**: the same as the quadratic form under the same call, but the architecture itself does not answer there as it does for a text
-  alone, with softmax no more than with linear attention, or its softmax form cannot make the call. The calls are named.
+- **{SOFTMAX}**: right but for the calls named, where softmax attention does no better: the architecture itself answers them otherwise than
+  a text alone, or not at all. Linear attention gives there what the quadratic form gives for the same call.
 - **{REFUSED}**: with the sentence given. Where a model is right and only some calls are refused, they are named.
 
-Encoders have no cache, and most ignore `position_ids` that begin anew; what sees pictures or hears sounds got a forward pass. Models made of
-several parts (text beside pictures or sounds) were tried with text alone; their parts have rows of their own.
+Encoders have no cache, and most ignore `position_ids` that begin anew; what sees pictures or hears sounds got a forward pass. Models made
+of several parts (text beside pictures or sounds) were tried with text alone; their parts have rows of their own.
 """
 HEADINGS = {
     CAUSAL: "Causal language models",
@@ -85,10 +85,16 @@ def _counts(found: dict[str, Any]) -> str:
     versions = [f"Transformers {version}, torch {column['torch']}" for version, column in found.items()]
     lines = [f"| | {' | '.join(versions)} |", f"|---|{'---|' * len(found)}"]
     for kind, heading in HEADINGS.items():
-        counts = [Counter(row["verdict"] for name, row in c["rows"].items() if name.startswith(f"{kind}/")) for c in found.values()]
-        cells = [", ".join(f"{count[v]} {v}" for v in (RIGHT, SOFTMAX, REFUSED, WRONG, ERROR) if count[v]) + f"; {count[NONE]} not tried" for count in counts]
+        cells = [count([row["verdict"] for name, row in c["rows"].items() if name.startswith(f"{kind}/")]) for c in found.values()]
         lines.append(f"| {heading.split(',')[0].split(' with')[0]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def count(verdicts: list[str]) -> str:
+    """How often each verdict, in words."""
+    counts = Counter(verdicts)
+    told = [f"{counts[verdict]} {verdict}" for verdict in (RIGHT, SOFTMAX, REFUSED, WRONG, ERROR) if counts[verdict]]
+    return ", ".join([*told, f"{counts[NONE]} not tried"])
 
 
 def _names(found: dict[str, Any], kind: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+from dataclasses import MISSING
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -14,40 +15,41 @@ TEXT_TOKENS = (5, 80)  # what texts are drawn from; special tokens lie outside
 LONGEST = 64
 WINDOW = 8
 
-# The first pattern that matches a field's whole name says what its whole number becomes.
-SIZES: tuple[tuple[str, int], ...] = (
-    (r"pad_token_id|pad_index|padding_idx", 0),
-    (r"bos_token_id|bos_index", 1),
-    (r"eos_token_id|eos_index", 2),
-    (r".*(_token_id|_token_index|_token)|mask_index|unk_index", 90),
-    (r"type_vocab_size|.*segment_types|prompt_types|n_langs|task_type_vocab_size", 2),
-    (r".*vocab_size.*|num_classes_per_layer|ngram_vocab_size_base|encoder_hash_byte_group_vocab", VOCABULARY),
-    (r"(max_|num_)?(position_embeddings|positions?)|max_(source|target)_positions|n_positions|n_ctx|max_seq_len|context_length|.*max_length|seq_length", LONGEST),
-    (r"max_position_embeddings|original_max_position_embeddings", LONGEST),
-    (r"index_topk|.*_budget", WINDOW),
-    (r"index_topk_blocks", 2),
-    (r"index_block_size", 4),
-    (r"(num_|n_)?(kv|key_value|query)_?heads|num_key_value_heads|.*num_key_value_heads|num_kv_heads|kv_n_heads|num_query_groups", 2),
-    (r"mamba_(n_heads|num_heads)|n_mamba_heads", 8),
-    (r"linear_num_key_heads", 2),
-    (r".*(num_|n_)heads?|.*attention_heads|n_head|num_heads|.*_heads|linear_num_value_heads", 4),
-    (r"qk_rope_head_dim|rotary_dim", 8),
-    (r"qk_head_dim", 24),
-    (r".*head_?dim|.*_d_head|d_kv|d_head|dim_head|kv_channels|attention_head_size|mamba_headdim|head_size", 16),
-    (r"(num_|n_)(hidden_)?layers?|.*_layers|.*num_layers|.*num_hidden_layers|depth|num_blocks|n_layer", 2),
-    (r"num_experts|n_routed_experts|num_local_experts|moe_num_experts|.*num_experts|zero_expert_num", 4),
-    (r"num_experts_per_tok(en)?|moe_topk|moe_top_k|moe_k|top_k_experts|.*experts_per_tok.*", 2),
-    (r"n_group|topk_group|num_expert_group|.*shared_experts|first_k_dense_replace|num_dense_layers", 1),
-    (r"intermediate_size|.*ffn_dim|.*intermediate_size|d_ff|dff|n_inner|.*ffn_hidden_size|mlp_dim|d_inner|feed_forward_size|dim_ff|.*intermediate_dim", 96),
-    (r".*sliding_window(_size)?|local_attention|.*attention_window(_size)?|attention_chunk_size|local_attention_window_len|keep_window_size|attention_window", WINDOW),
-    (r"q_lora_rank|kv_lora_rank|.*_rank|.*lora_dim|d_rel|hc_lowrank", 16),
-    (r"(mamba_|ssm_)?(d_state|state_size)", 8),
-    (r"hidden_size|d_model|n_embd|embed_dim|emb_dim|dim|model_dim|word_embed_proj_dim|.*hidden_size|.*embedding_size|.*embed_dim|.*embedding_dim|lru_width|.*hidden_dim", 64),
-    (r"image_size|crop_size|img_size|input_size", 16),
-    (r"patch_size", 4),
-    (r"num_mel_bins|feature_size|num_channels|in_channels|.*conv.*kernel.*|kernel_size|.*chunk_size.*|.*conv.*|.*mel.*", -1),
-)  # fmt: skip
 KEEP = -1
+# What a field's whole number becomes: the first line that has a pattern for its whole name says.
+SIZES: tuple[tuple[int, str], ...] = (
+    (0, "pad_token_id pad_index padding_idx"),
+    (1, "bos_token_id bos_index"),
+    (2, "eos_token_id eos_index"),
+    (90, ".*(_token_id|_token_index|_token) mask_index unk_index"),
+    (2, "type_vocab_size task_type_vocab_size segment_types prompt_types n_langs"),
+    (VOCABULARY, ".*vocab_size.* ngram_vocab_size_base encoder_hash_byte_group_vocab"),
+    (LONGEST, "(max_|num_)?position_embeddings original_max_position_embeddings max_(source|target)_positions n_positions n_ctx"),
+    (LONGEST, "max_seq_len context_length seq_length .*max_length"),
+    (WINDOW, "index_topk .*_budget"),
+    (2, "index_topk_blocks"),
+    (4, "index_block_size"),
+    (2, ".*num_key_value_heads (num_|n_)kv_heads kv_n_heads num_query_groups linear_num_key_heads"),
+    (8, "mamba_(n|num)_heads n_mamba_heads"),
+    (4, ".*(num_|n_)heads? .*_heads n_head"),
+    (8, "qk_rope_head_dim rotary_dim"),
+    (24, "qk_head_dim"),
+    (16, ".*head_?dim .*_d_head d_kv d_head dim_head kv_channels attention_head_size head_size"),
+    (2, "(num_|n_)(hidden_)?layers? .*_layers depth num_blocks"),
+    (4, ".*num_experts n_routed_experts num_local_experts zero_expert_num"),
+    (2, ".*experts_per_tok.* moe_topk moe_top_k moe_k top_k_experts"),
+    (1, "n_group topk_group num_expert_group .*shared_experts first_k_dense_replace num_dense_layers"),
+    (96, ".*intermediate_size .*ffn_dim .*ffn_hidden_size .*intermediate_dim d_ff dff dim_ff n_inner d_inner mlp_dim feed_forward_size"),
+    (WINDOW, ".*sliding_window(_size)? .*attention_window(_size)? local_attention local_attention_window_len attention_chunk_size"),
+    (WINDOW, "keep_window_size"),
+    (16, ".*_rank .*lora_dim d_rel hc_lowrank"),
+    (8, "(mamba_|ssm_)?(d_state|state_size)"),
+    (64, ".*hidden_size d_model model_dim dim n_embd .*embed_dim emb_dim word_embed_proj_dim .*embedding_size .*embedding_dim"),
+    (64, "lru_width .*hidden_dim"),
+    (16, "image_size img_size crop_size input_size"),
+    (4, "patch_size"),
+    (KEEP, ".*mel.* feature_size num_channels in_channels kernel_size .*chunk_size.* .*conv.*"),
+)
 
 # What names cannot tell: fields of a model type, or of a nameless part ("dbrx.attn_config"), set after the rules.
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -84,6 +86,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 8},
     "mamba2": {"num_heads": 8},
     "maskformer-swin": SWIN,
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": 2},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": WINDOW, "indexer_compress_ratio": 4,
@@ -133,20 +136,17 @@ def _shrink(config_class: Any, path: str) -> PreTrainedConfig:
 def _fields(config_class: Any) -> dict[str, Any]:
     """Names and defaults of what a configuration class takes."""
     if dataclasses.is_dataclass(config_class):
-        common = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"pad_token_id", "bos_token_id", "eos_token_id"} \
-            if dataclasses.is_dataclass(PreTrainedConfig) else set()
-        return {
-            field.name: field.default if field.default is not dataclasses.MISSING else field.default_factory()
-            for field in dataclasses.fields(config_class)
-            if field.name not in common and not (field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING)
-        }
+        common = {field.name for field in dataclasses.fields(PreTrainedConfig)}  # type: ignore[arg-type]
+        fields = [field for field in dataclasses.fields(config_class) if field.name not in common]
+        made = {field.name: field.default_factory() for field in fields if field.default_factory is not MISSING}
+        return {**{field.name: field.default for field in fields if field.default is not MISSING}, **made}
     parameters = inspect.signature(config_class.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
 def _size(name: str, value: int) -> int:
-    for pattern, size in SIZES:
-        if re.fullmatch(pattern, name):
+    for size, patterns in SIZES:
+        if re.fullmatch("|".join(patterns.split()), name):
             return value if size == KEEP or (value <= 1 and size > 1 and "token" not in name) else size
     return min(value, 64)
 

@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sweep import reference
+from sweep.inputs import LENGTH
+from sweep.models import Case, Family
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 import hf_linattn
-from sweep import reference
-from sweep.inputs import LENGTH
-from sweep.models import Case, Family
 
 TOLERANCE = 1e-4
 RIGHT, SOFTMAX, REFUSED, WRONG, ERROR, NONE = "right", "as its softmax form", "refused", "wrong", "error", "-"
 PLUGIN = str(Path(hf_linattn.__file__).parent)
+OPERATOR = str(Path(PLUGIN, "ops"))
 PREFILL, NEW = 12, 6
 LENGTHS = (LENGTH, 17, 9)  # of the texts of a padded batch
 PACKED = (5, 11, 7)
@@ -243,8 +244,8 @@ def judged(family: Family, call: Callable[[str], Tensor], right: Callable[[str],
     if isinstance(same, Tensor) and not differs(got, same):
         apart = "cannot be told" if isinstance(right_of_softmax, Outcome) else f"{distance(of_softmax, right_of_softmax):.1e}"
         return Outcome(SOFTMAX, f"softmax differs from what is right by {apart}") if no_better else Outcome(RIGHT)
-    known = [x for x in (truth, same) if isinstance(x, Tensor)]
-    return Outcome(WRONG, "differs by " + " or ".join(f"{distance(got, x):.1e}" for x in known) + f" (softmax {'no better' if no_better else 'right'})")
+    gaps = " or ".join(f"{distance(got, x):.1e}" for x in (truth, same) if isinstance(x, Tensor))
+    return Outcome(WRONG, f"differs by {gaps} ({'softmax is no better' if no_better else 'softmax is right'})")
 
 
 def run(family: Family, implementation: str, **inputs: Any) -> Tensor:
@@ -310,7 +311,7 @@ def attempt(call: Callable[[], Tensor]) -> Tensor | Outcome:
         return call()
     except Exception as error:
         where = traceback.extract_tb(error.__traceback__)
-        ours = isinstance(error, ValueError) and any(frame.filename.startswith(PLUGIN) for frame in where[-2:])
+        ours = isinstance(error, ValueError) and where[-1].filename.startswith(PLUGIN) and not where[-1].filename.startswith(OPERATOR)
         return Outcome(REFUSED if ours else ERROR, _first_line(error) if ours else f"{type(error).__name__}: {_first_line(error)}")
 
 
