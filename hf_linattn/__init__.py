@@ -6,9 +6,9 @@ and the Auto classes of converted checkpoints.
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from . import models  # noqa: F401
+from . import cache, choice, models  # noqa: F401  (models registers the Auto classes)
 from .attention import linattn_attention
-from .cache import LinearStateLayer, StaticLinearStateLayer, install
+from .cache import LinearStateLayer, StaticLinearStateLayer
 from .config import NAME, LinAttnConfig
 from .dropout import DropoutCallback, DropoutSchedule, set_dropout
 from .layers import LinAttnParams
@@ -18,7 +18,8 @@ from .support import require_attention_interface
 
 AttentionInterface.register(NAME, linattn_attention)
 AttentionMaskInterface.register(NAME, linattn_mask)
-install()
+cache.install()
+choice.install()
 
 __all__ = [
     "DropoutCallback",

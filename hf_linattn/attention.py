@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_torchdynamo_compiling, logging
 
+from .architectures import missing_parameters
 from .cache import LinearStateLayer, take_layer
 from .config import NAME, LinAttnConfig
 from .mask import padding_of, refuse_other_patterns, segment_ids, sequence_starts
@@ -136,6 +137,8 @@ def coefficients(module: nn.Module, options: LinAttnConfig, query: Tensor, scali
         numbers["log_decay"] = starting_log_decay(query.shape[1], query.device)
     if hasattr(module, NAME):
         numbers.update(getattr(module, NAME)())
+    elif options.learnable:
+        raise ValueError(missing_parameters(type(module).__name__))
     if not options.normalize_qk:
         numbers["temperature"] = numbers["temperature"] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     numbers["normalize_qk"] = options.normalize_qk

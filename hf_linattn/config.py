@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 NAME = "linattn"
+PREFIX = "linattn_"  # of the model types of converted checkpoints
 KERNELS = ("linear", "quadratic")
 DECAYS = ("none", "head")
 DROPOUT_KINDS = ("paper", "moment")

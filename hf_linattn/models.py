@@ -16,10 +16,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import tokenization_auto
 
-from hf_linattn.config import LinAttnConfig
+from hf_linattn.config import PREFIX, LinAttnConfig
 from hf_linattn.layers import LinAttnParams
 
-PREFIX = "linattn_"
 BASE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "gpt_neox")
 STUB_NAME = "modeling_hf_linattn.py"
 LONGEST_TIME_CONSTANT = 2048

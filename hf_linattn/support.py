@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .architectures import refuse_class
+
 
 def require_attention_interface(model: PreTrainedModel | type[PreTrainedModel] | PreTrainedConfig) -> None:
     """Refuses an architecture that computes its attention itself, past any `attn_implementation`.
@@ -22,11 +24,7 @@ def require_attention_interface(model: PreTrainedModel | type[PreTrainedModel] |
     else:
         classes = (type(model),) if isinstance(model, PreTrainedModel) else (model,)
     for cls in classes:
-        if not cls._can_set_attn_implementation():
-            raise ValueError(
-                f"{cls.__name__} does not use Transformers' attention interface, so attn_implementation=\"linattn\" cannot "
-                "replace its attention; use an architecture that does, such as Llama or GPT-NeoX."
-            )
+        refuse_class(cls)
 
 
 def model_classes(config_class: type[PreTrainedConfig]) -> tuple[Any, ...]:

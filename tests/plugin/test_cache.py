@@ -109,12 +109,12 @@ def test_batch_operations_follow_the_sequences():
 @pytest.mark.parametrize("kernel", ["linear", "quadratic"])
 def test_parameters_of_each_head_reach_every_step(kernel):
     """Learned numbers that differ by head, a decay among them, through prefill, chunk and single step."""
-    model, ids = tiny_model("llama", kernel=kernel, decay="head", learnable=True), tiny_tokens()
+    model, ids = tiny_model("llama", kernel=kernel, decay="head"), tiny_tokens()
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits
         for number, module in enumerate(m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")):
             torch.manual_seed(number)
-            module.linattn = LinAttnParams(4, LinAttnConfig.of(model.config), longest=64.0)
+            module.linattn = LinAttnParams(4, LinAttnConfig(kernel=kernel, decay="head", learnable=True), longest=64.0)
             for parameter in module.linattn.parameters():
                 parameter.add_(torch.randn_like(parameter))
         full = model(ids, use_cache=False).logits

@@ -109,6 +109,9 @@ def test_the_kept_layer_is_softmax():
 
 
 def test_a_layer_that_is_not_there():
-    model = tiny_model("llama", softmax_layers=[3])
+    with pytest.raises(ValueError, match="names layer 3, but the model has layers 0 to 2"):
+        tiny_model("llama", softmax_layers=[3])
+    model = tiny_model("llama")
+    model.config.linattn = {"softmax_layers": [3]}
     with pytest.raises(ValueError, match="names layer 3, but the model has layers 0 to 2"):
         model(tiny_tokens())

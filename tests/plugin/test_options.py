@@ -118,7 +118,10 @@ def check_refusal(options, sentence, error):
     with pytest.raises(error) as caught:
         LinAttnConfig.of(config)
     assert sentence in str(caught.value) and str(caught.value).count("\n") == 0
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="linattn")
+    with pytest.raises(error):  # where the implementation is chosen
+        AutoModelForCausalLM.from_config(config, attn_implementation="linattn")
+    model = tiny_model("llama", layers=1)
+    model.config.linattn = options
     with pytest.raises(error):
         model(tiny_tokens())
 

@@ -1,0 +1,168 @@
+"""Whether a model's attention is one that linear attention can stand for: read off the code of its modules, once a class.
+
+Transformers' own test, `_can_set_attn_implementation`, searches the text of a source file. That says nothing of a class that has two
+kinds of attention, or takes its attention from a table by the implementation's name. A function's compiled code lists the names it uses.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .config import NAME, PREFIX, LinAttnConfig, softmax_layers
+
+INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention"}
+POSITION_BIAS = {"position_bias", "relative_position_bias"}
+
+
+def refuse_class(cls: Any) -> None:
+    """Refuses a class of models, before one is built, whose own code shows that it computes its attention itself.
+
+    Raises:
+        ValueError: no attention in its source file calls Transformers' interface, or it picks its attention from a table that does not
+            have "linattn".
+    """
+    if not cls._can_set_attn_implementation() or _picks_from_a_table(cls):
+        raise ValueError(_past_the_interface(cls.__name__))
+
+
+def refuse_model(model: PreTrainedModel) -> None:
+    """Refuses a built model with attention that "linattn" was chosen for and cannot serve. What another implementation serves may stay.
+
+    Raises:
+        ValueError: the sentence says which class it is, why, and what to do; or options of `config.linattn` are out of bounds.
+        TypeError: options of the wrong type.
+    """
+    chosen = [(module, config) for module, config in _governed(model, model.config) if config._attn_implementation == NAME]
+    if not chosen:
+        return
+    name = type(model).__name__
+    for config in {id(config): config for _, config in chosen}.values():
+        _refuse_config(name, config)
+    classes: list[Any] = [type(module) for module, _ in chosen]
+    kinds = [_kind(cls) for cls in classes]
+    for (module, _), kind in zip(chosen, kinds, strict=True):
+        if kind == "own":
+            raise ValueError(_past_the_interface(f"{type(module).__name__} of {name}"))
+        if kind == "interface":
+            _refuse_attention(f"{type(module).__name__} of {name}", module)
+    if "interface" not in kinds and not _is_being_built_inside_another(model):
+        raise ValueError(_past_the_interface(name))
+
+
+def _governed(module: nn.Module, config: PreTrainedConfig) -> Iterator[tuple[nn.Module, PreTrainedConfig]]:
+    """Every module with the config that chooses its attention: its own, else that of what it belongs to."""
+    own = getattr(module, "config", None)
+    config = own if isinstance(own, PreTrainedConfig) else config
+    yield module, config
+    for child in module.children():
+        yield from _governed(child, config)
+
+
+def _refuse_config(name: str, config: PreTrainedConfig) -> None:
+    options = LinAttnConfig.of(config)
+    softmax_layers(config)
+    if options.learnable and not type(config).model_type.startswith(PREFIX):
+        raise ValueError(missing_parameters(name))
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ValueError(f"{name} has cross-attention, which linear attention does not serve; {_cure()}")
+
+
+def _refuse_attention(name: str, attention: nn.Module) -> None:
+    cls: Any = type(attention)
+    if getattr(attention, "is_cross_attention", False) is True or "CrossAttention" in cls.__name__:
+        raise ValueError(f"{name} is cross-attention, which linear attention does not serve; {_cure()}")
+    if _names(cls) & POSITION_BIAS:
+        raise ValueError(f"{name} adds a position bias to softmax scores, which linear attention has not; {_cure()}")
+    if getattr(attention, "indexer", None) is not None:
+        raise ValueError(f"{name} attends to the few keys that an indexer selects, which linear attention cannot; {_cure()}")
+
+
+def missing_parameters(name: str) -> str:
+    """What to say of `learnable=True` where there is nothing to learn."""
+    return (
+        f"config.linattn of {name} asks for learnable parameters, which only the classes of converted checkpoints have; convert the "
+        'checkpoint (python -m convert.linearize) and load the result, or set learnable to false.'
+    )
+
+
+def _past_the_interface(name: str) -> str:
+    return (
+        f"{name} does not use Transformers' attention interface, as architectures such as Llama or GPT-NeoX do, so "
+        f'attn_implementation="linattn" cannot replace its attention; {_cure()}'
+    )
+
+
+def _cure() -> str:
+    return (
+        'leave attn_implementation="linattn" out, or, in a model of several parts, give it to those it can serve: '
+        'attn_implementation={"text_config": "linattn"}.'
+    )
+
+
+@functools.cache
+def _kind(cls: Any) -> str | None:
+    """How modules of a class attend: "interface", "own" (a softmax past the interface), None where they do not."""
+    if issubclass(cls, PreTrainedModel):
+        return None
+    names = _names(cls)
+    if INTERFACE in names:
+        return "interface"
+    return "own" if cls.__name__.endswith("Attention") and names & SOFTMAX else None
+
+
+@functools.cache
+def _names(cls: Any) -> frozenset[str]:
+    """The names that the methods of a class use, its local ones included."""
+    found: set[str] = set()
+    for base in cls.__mro__[: cls.__mro__.index(nn.Module) if nn.Module in cls.__mro__ else None]:
+        if base.__module__.startswith("torch."):
+            continue
+        for member in vars(base).values():
+            function = inspect.unwrap(getattr(member, "__func__", member)) if callable(member) else None
+            if isinstance(function, FunctionType):
+                found.update(_names_in(function.__code__))
+    return frozenset(found)
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    yield from code.co_varnames
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names_in(constant)
+
+
+@functools.cache
+def _picks_from_a_table(cls: Any) -> bool:
+    """Whether a class builds its attention from a table of implementations, which is a KeyError for every name but a few."""
+    scope = vars(sys.modules[cls.__module__])
+    seen, waiting = {cls}, [cls]
+    while waiting:
+        part: Any = waiting.pop()
+        for value in [scope.get(name) for name in _names(part)]:
+            if isinstance(value, dict) and "eager" in value and NAME not in value and all(isinstance(x, type) for x in value.values()):
+                return True
+            if isinstance(value, type) and issubclass(value, nn.Module) and not issubclass(value, PreTrainedModel) and value not in seen:
+                seen.add(value)
+                waiting.append(value)
+    return False
+
+
+def _is_being_built_inside_another(model: PreTrainedModel) -> bool:
+    """A part without attention, such as a convolutional backbone, is judged with the whole; nothing but the call stack tells it yet."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        builder = frame.f_locals.get("self")
+        if frame.f_code.co_name == "__init__" and isinstance(builder, PreTrainedModel) and builder is not model:
+            return True
+        frame = frame.f_back
+    return False

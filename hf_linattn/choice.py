@@ -1,0 +1,119 @@
+"""Where an attention implementation is chosen: what "linattn" cannot serve is refused there, and the choice is saved with the model.
+
+Every way of choosing (`from_pretrained`, `from_config`, `Model(config)`, `set_attn_implementation`, a dictionary for each part) ends in
+three methods of `PreTrainedModel`, which `install` wraps. Each calls Transformers' own first and changes nothing for other names.
+
+- `get_correct_attn_implementation` turns what was asked for into what is used, for each model and each model inside it, before their
+  modules exist;
+- `post_init` is the last line of every model's `__init__`: now the modules can be looked at;
+- `set_attn_implementation` changes a built model, and only logs a warning where a class cannot follow.
+
+Transformers never writes the implementation in use into config.json, but honours the key `attn_implementation` that it finds there. So
+`PreTrainedConfig.to_dict` is wrapped as well, to write it where it is ours: what was saved comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .architectures import refuse_class, refuse_model
+from .config import NAME, LinAttnConfig
+
+UNASKED = "_linattn_unasked"  # a model that was given no implementation, and took Transformers' default
+
+_resolve, _post_init = PreTrainedModel.get_correct_attn_implementation, PreTrainedModel.post_init
+_set, _to_dict = PreTrainedModel.set_attn_implementation, PreTrainedConfig.to_dict
+
+
+def get_correct_attn_implementation(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+    """Transformers' own answer. A config with options of linear attention asks for it, unless something else was asked for aloud."""
+    if requested_attention is None:
+        if getattr(self.config, NAME, None) is not None:
+            requested_attention = NAME
+        else:
+            setattr(self, UNASKED, True)
+    chosen: str = _resolve(self, requested_attention, *args, **kwargs)
+    if chosen == NAME:
+        refuse_class(type(self))
+    return chosen
+
+
+def post_init(self: PreTrainedModel) -> None:
+    """Transformers' own; then the model is looked through, if it or a part of it is to use linear attention."""
+    _post_init(self)
+    refuse_model(self)
+
+
+def set_attn_implementation(self: PreTrainedModel, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+    """Transformers' own, all or nothing: where linear attention is refused, every part keeps what it had.
+
+    Raises:
+        ValueError: linear attention cannot serve this model, or a part that was to have it.
+    """
+    models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
+    before = {id(config): (config, config._attn_implementation) for model in models for config in _tree(model.config)}
+    try:
+        wanted = {id(config) for config in _asked(self.config, attn_implementation)}
+        for model in models:
+            if id(model.config) in wanted:
+                refuse_class(type(model))
+        _set(self, attn_implementation, *args, **kwargs)
+        refuse_model(self)
+    except Exception:
+        for config, implementation in before.values():
+            config._attn_implementation_internal = implementation
+        raise
+    self.__dict__.pop(UNASKED, None)
+
+
+def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
+    """Transformers' own, with "attn_implementation", and the options it ran with, where linear attention was chosen."""
+    output: dict[str, Any] = _to_dict(self)
+    chosen = implementation_to_save(self)
+    if chosen is not None:
+        output["attn_implementation"] = chosen
+    if self._attn_implementation == NAME and all(getattr(config, NAME, None) is None for config in (self, self.get_text_config())):
+        output[NAME] = LinAttnConfig().to_dict()
+    return output
+
+
+def implementation_to_save(config: PreTrainedConfig) -> str | dict | None:
+    """ "linattn" where a config and all its parts have it, a dictionary of those that do, None where none does."""
+    parts = {key: implementation_to_save(part) for key, part in _parts(config)}
+    own = {"": NAME} if config._attn_implementation == NAME else {}
+    if own and all(part == NAME for part in parts.values()):
+        return NAME
+    return {**own, **{key: part for key, part in parts.items() if part is not None}} or None
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
+    for key in config.sub_configs:
+        part = getattr(config, key, None)
+        if isinstance(part, PreTrainedConfig):
+            yield key, part
+
+
+def _tree(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for _, part in _parts(config):
+        yield from _tree(part)
+
+
+def _asked(config: PreTrainedConfig, implementation: Any) -> Iterator[PreTrainedConfig]:
+    """The configs, of a model and its parts, that an implementation or a dictionary of them gives linear attention."""
+    by_part = isinstance(implementation, dict)
+    if (implementation.get("") if by_part else implementation) == NAME:
+        yield config
+    for key, part in _parts(config):
+        yield from _asked(part, implementation.get(key) if by_part else implementation)
+
+
+def install() -> None:
+    """Wraps the four methods."""
+    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation  # type: ignore[method-assign]
+    PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
+    PreTrainedModel.set_attn_implementation = set_attn_implementation  # type: ignore[method-assign]
+    PreTrainedConfig.to_dict = to_dict  # type: ignore[method-assign]

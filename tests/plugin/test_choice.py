@@ -1,0 +1,167 @@
+"""Linear attention is refused where it is chosen, whatever the way, by what the class at hand really computes."""
+
+import pytest
+import torch
+import transformers
+from tiny_models import SIZES, TEXT, tiny_config, tiny_model, tiny_tokens
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from hf_linattn import LinAttnConfig
+
+INTERFACE = "does not use Transformers' attention interface"
+SMALL_T5 = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+SMALL_BART = {"vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+              "decoder_attention_heads": 2}  # fmt: skip
+VISION = {**SIZES, "image_size": 16, "patch_size": 4}
+
+# class, its config, and what the sentence says
+REFUSED = {
+    # a softmax of its own, past the interface
+    "DebertaV2Model": (TEXT, f"DebertaV2Model {INTERFACE}"),
+    "BloomForCausalLM": ({"vocab_size": 97, "hidden_size": 32, "n_head": 4, "n_layer": 1}, INTERFACE),
+    "MPNetForMaskedLM": (TEXT, INTERFACE),
+    # attention by a table of implementations, a KeyError else; Sam's and Git's source files mention the interface too
+    "GPTJForCausalLM": ({"vocab_size": 97, "n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}, INTERFACE),
+    "SamVisionModel": ({**SIZES, "mlp_dim": 32, "image_size": 32, "patch_size": 8}, INTERFACE),
+    "GitForCausalLM": ({**TEXT, "vision_config": VISION}, f"GitModel {INTERFACE}"),
+    # no attention at all
+    "MambaForCausalLM": ({"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1}, INTERFACE),
+    "FNetForMaskedLM": (TEXT, INTERFACE),
+    "ResNetModel": ({"hidden_sizes": [32, 32, 32, 32], "embedding_size": 16, "depths": [1, 1, 1, 1]}, INTERFACE),
+    # one part that does and one that does not
+    "ClapModel": ({"text_config": TEXT, "audio_config": {"depths": [1], "num_attention_heads": [4], "patch_embeds_hidden_size": 32}},
+                  "ClapAudioSelfAttention of Clap"),
+    # cross-attention
+    "BartModel": (SMALL_BART, "has cross-attention"),
+    "T5Model": (SMALL_T5, "has cross-attention"),
+    "BertModel": ({**TEXT, "is_decoder": True, "add_cross_attention": True}, "BertModel has cross-attention"),
+    # position biases
+    "T5EncoderModel": (SMALL_T5, "adds a position bias"),
+    "SwinModel": ({"image_size": 32, "patch_size": 4, "embed_dim": 32, "depths": [1], "num_heads": [4], "window_size": 4}, "position bias"),
+    "Wav2Vec2BertModel": ({**SIZES, "position_embeddings_type": "relative_key"}, "position bias"),
+    # attention to a few keys
+    "DeepseekV32ForCausalLM": ({**TEXT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+                                "moe_intermediate_size": 32}, "an indexer selects"),
+}  # fmt: skip
+
+
+def config_of(name: str):
+    return getattr(transformers, name).config_class(**REFUSED[name][0])
+
+
+def by_from_config(cls, config):
+    cls._from_config(config, attn_implementation="linattn")
+
+
+def by_construction(cls, config):
+    config._attn_implementation = "linattn"
+    cls(config)
+
+
+def by_setting(cls, config):
+    cls(config).set_attn_implementation("linattn")
+
+
+def by_a_dictionary(cls, config):
+    cls._from_config(config, attn_implementation={"": "linattn", **dict.fromkeys(config.sub_configs, "linattn")})
+
+
+@pytest.mark.parametrize("way", [by_from_config, by_construction, by_setting, by_a_dictionary])
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_in_a_sentence(name, way):
+    with torch.device("meta"), pytest.raises(ValueError) as caught:
+        way(getattr(transformers, name), config_of(name))
+    sentence = str(caught.value)
+    assert REFUSED[name][1] in sentence and "\n" not in sentence
+    assert 'leave attn_implementation="linattn" out' in sentence
+
+
+@pytest.mark.parametrize("name", ["DebertaV2Model", "GPTJForCausalLM", "T5EncoderModel"])
+def test_refused_by_from_pretrained(name, tmp_path):
+    cls = getattr(transformers, name)
+    cls(config_of(name)).save_pretrained(tmp_path)
+    for load in (cls, AutoModelForCausalLM if "Causal" in name else AutoModel):
+        with pytest.raises(ValueError, match=REFUSED[name][1]):
+            load.from_pretrained(tmp_path, attn_implementation="linattn")
+    assert cls.from_pretrained(tmp_path).config._attn_implementation != "linattn"
+
+
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "T5EncoderModel", "ClapModel"])
+def test_a_model_whose_setting_was_refused_is_as_it_was(name):
+    with torch.device("meta"):
+        model = getattr(transformers, name)(config_of(name))
+    before = implementations(model)
+    with pytest.raises(ValueError):
+        model.set_attn_implementation("linattn")
+    assert implementations(model) == before and "linattn" not in before
+
+
+def implementations(model):
+    return [module.config._attn_implementation for module in model.modules() if isinstance(module, PreTrainedModel)]
+
+
+def llava():
+    text = {**TEXT, "model_type": "llama", "vocab_size": 120}
+    return transformers.LlavaConfig(text_config=text, vision_config={**VISION, "model_type": "clip_vision_model"}, image_token_id=98)
+
+
+# a model of parts, and what the dictionary that the sentence advises leaves of linear attention
+PARTS = {
+    "ClapModel": (lambda: config_of("ClapModel"), "text_model"),
+    "LlavaForConditionalGeneration": (llava, "model.language_model"),
+    "Blip2ForConditionalGeneration": (
+        lambda: transformers.Blip2Config(
+            text_config={**TEXT, "model_type": "llama"}, vision_config=VISION, qformer_config={**TEXT, "encoder_hidden_size": 64}
+        ),
+        "language_model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("late", [False, True])
+def test_the_advice_for_a_part_holds(name, late):
+    cls, (config, part) = getattr(transformers, name), PARTS[name]
+    with torch.device("meta"):
+        model = cls(config()) if late else cls._from_config(config(), attn_implementation={"text_config": "linattn"})
+    if late:
+        model.set_attn_implementation({"text_config": "linattn"})
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "linattn"
+    }
+    assert part in linear and all(name.startswith(part) for name in linear)
+
+
+@pytest.mark.parametrize("options", [{"learnable": True}, {"learnable": True, "decay": "head"}, {"learnable": True, "kernel": "quadratic"}])
+def test_learnable_numbers_need_a_converted_checkpoint(options):
+    with pytest.raises(ValueError, match=r"learnable parameters.*convert the checkpoint"):
+        AutoModelForCausalLM.from_config(tiny_config("llama", **options), attn_implementation="linattn")
+    model = tiny_model("llama", layers=1)
+    model.config.linattn = LinAttnConfig(**options).to_dict()
+    with pytest.raises(ValueError, match=r"learnable parameters.*convert the checkpoint"):
+        model(tiny_tokens())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "bert", "vit"])
+def test_each_attention_of_a_model_that_is_served_is_linear(name, monkeypatch):
+    """As many calls as there are layers, none of them softmax."""
+    model, calls = tiny_model(name), []
+    registered = transformers.AttentionInterface._global_mapping
+    serve = registered["linattn"]
+    monkeypatch.setitem(registered, "linattn", lambda module, *args, **more: (calls.append(module), serve(module, *args, **more))[1])
+    model(torch.randn(2, 3, 16, 16) if name == "vit" else tiny_tokens())
+    assert len(set(map(id, calls))) == model.config.num_hidden_layers
+
+
+def test_other_implementations_are_left_alone(tmp_path):
+    for implementation in ("eager", "sdpa"):
+        model = AutoModel.from_config(tiny_config("bert"), attn_implementation=implementation)
+        assert model.config._attn_implementation == implementation
+        model.save_pretrained(tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+        assert "attn_implementation" not in config.to_dict() and "linattn" not in config.to_dict()
+    with pytest.raises(ValueError, match="not supported"):
+        model.set_attn_implementation("no such attention")
