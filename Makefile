@@ -6,7 +6,7 @@ OUT ?= out
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test pytest lint kernels test-gpu test-oldest sweep sweep-oldest benchmark clean
+.PHONY: quickstart test pytest lint kills kernels test-gpu test-oldest sweep sweep-oldest benchmark clean
 
 # MODEL=DIR and DATA=FILE run it from a checkpoint and a text of your own
 quickstart: $(VENV)/.quickstart
@@ -21,6 +21,10 @@ pytest: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# kills conversion and training a hundred times each, at random moments
+kills: $(VENV)/.test
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/kills.py 100
 
 # compiles the CUDA kernels into the checkout; needs nvcc
 kernels: $(VENV)/.test

@@ -37,10 +37,11 @@ def app(command: Callable[..., Any]) -> typer.Typer:
         with exit_with_sentence(debug, passing=(typer.Exit, typer.Abort, typer.BadParameter)):
             command(*args, **options)
 
-    signature = inspect.signature(command, eval_str=True)
     flag = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
-    guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), flag])  # type: ignore[attr-defined]
-    guarded.__annotations__ = {name: parameter.annotation for name, parameter in guarded.__signature__.parameters.items()}  # type: ignore[attr-defined]
+    signature = inspect.signature(command, eval_str=True)
+    signature = signature.replace(parameters=[*signature.parameters.values(), flag])
+    guarded.__signature__ = signature  # type: ignore[attr-defined]
+    guarded.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     application.command()(guarded)
     return application

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,8 +66,9 @@ def dump(config: Any) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in seen:
+def _read(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    place = os.path.realpath(path)
+    if place in seen:
         raise RecipeError(f"{path}: its 'base' leads back to itself; name another file")
     values = read_yaml(path)
     values = {} if values is None else values
@@ -77,7 +79,7 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or "\0" in base:
         raise RecipeError(f"{path}: base: expected the path of another YAML file, got {base!r:.200}")
-    return _merge(_read(path.parent / base, (*seen, path.resolve())), values)
+    return _merge(_read(path.parent / base, (*seen, place)), values)
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

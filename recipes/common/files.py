@@ -65,9 +65,7 @@ def check_target(target: str | Path, command: str, *, overwrite: bool = False, i
     """
     target = Path(target)
     with stage(f"looking at the output {target}", "choose another place"):
-        for name in inputs:
-            if _overlap(target, Path(name).expanduser()):
-                raise RecipeError(f"the output {target} overlaps the input {name}; choose another place")
+        check_apart(target, inputs)
         above = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             raise RecipeError(f"{target} cannot be written, since {above} is no folder that can be; choose another place")
@@ -77,6 +75,13 @@ def check_target(target: str | Path, command: str, *, overwrite: bool = False, i
         if not overwrite:
             raise RecipeError(f"{target} exists already; choose another place, or pass --overwrite to replace it")
         _check_ours(target, command)
+
+
+def check_apart(target: Path, inputs: Iterable[str | Path]) -> None:
+    """Raise RecipeError where `target` is, holds or lies in one of `inputs`, through links."""
+    for name in inputs:
+        if _overlap(target, Path(name).expanduser()):
+            raise RecipeError(f"the output {target} overlaps the input {name}; choose another place")
 
 
 @contextmanager

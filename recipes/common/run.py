@@ -28,7 +28,7 @@ from recipes.common.config import dump
 from recipes.common.errors import RecipeError, stage
 from recipes.common.files import check_target, clear_up, discard, hold, staged_directory, write_json, write_text
 from recipes.common.lock import Lock
-from recipes.common.marks import read_mark, sign
+from recipes.common.marks import MARK, read_mark, sign
 
 # It warns of tied weights at every checkpoint, which load again as they were.
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
@@ -106,7 +106,10 @@ class Run:
             return
         mark = read_mark(self.folder)
         if mark is None or mark.command != self.command:
-            raise RecipeError(f"{self.folder} is no folder of {self.command}, so there is no run to resume in it; choose another output")
+            raise RecipeError(
+                f"{self.folder} holds no mark of {self.command} ({MARK}), so there is no run of this version to resume in it; "
+                "choose another output"
+            )
         hold(self.folder).release()
 
     def _open(self, config: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from recipes.common import cli
 from recipes.common.errors import RecipeError
-from recipes.common.files import check_target, staged_directory, write_json
+from recipes.common.files import check_target, clear_up, staged_directory, write_json
 
 from . import listops, pathfinder
 from .data import HUB, SPLITS, TASKS, Sequences, Split, Task, encode_listops, read_folder, read_hub, read_prepared, shortened
@@ -66,6 +66,7 @@ def prepare(
         request["rules"] = GENERATORS[spec.name].rules
         if spec.side:
             request["images"] = images
+    clear_up(out.parent, out.name)
     if out.exists() and not overwrite and (out / "prepared.json").is_file():
         there = read_prepared(out)
         examples = there.get("examples")
@@ -93,6 +94,8 @@ def prepare(
             else:
                 raise RecipeError(f"--source {source}: no such folder; give a folder, hub, or hub:NAME")
             splits = {name: shortened(splits[name], count, seed) for name, count in zip(SPLITS, (train, valid, test), strict=True)}
+        if empty := [name for name, split in splits.items() if not len(split)]:
+            raise RecipeError(f"{source}: no examples to {', '.join(empty)} on; give the files that hold them")
         for name, split in tqdm(splits.items(), desc="writing", leave=False):
             split.save(aside / f"{name}.npz")
         examples = {name: len(split) for name, split in splits.items()}

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from recipes.common import cli
 from recipes.common.checkpoint import read_config
 from recipes.common.errors import RecipeError
-from recipes.common.files import staged_directory, write_json, write_text
+from recipes.common.files import check_apart, staged_directory, write_json, write_text
 from recipes.common.reading import read_json
 from recipes.quickstart.corpus import stories
 
@@ -57,6 +57,7 @@ class Quickstart:
         self.out, self.scale, self.own = out, scale, model is None
         self.teacher = model or out / "teacher" / "model"
         self.text = data or out / "corpus" / "stories.txt"
+        check_apart(out, [path for path in (model, data) if path])
         self.console = Console()
         self.minutes: dict[str, float] = {}
         asked = {"model": str(model and model.resolve()), "data": str(data and data.resolve()), "scale": scale}

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recipes.common import cli
-from recipes.common.errors import RecipeError
+from recipes.common.errors import RecipeError, stage
 from recipes.common.files import check_target, staged_directory, write_json, write_text
 from recipes.common.plots import save_figure
 from recipes.common.run import read_records
@@ -60,6 +60,11 @@ def read_run(named: str) -> dict[str, Any]:
     name, folder = named_folder(named)
     if not (folder / "config.yaml").is_file():
         raise RecipeError(f"{folder} holds no config.yaml, so it is not a run's folder; give the output of a training run")
+    with stage(f"reading config.yaml and metrics.jsonl of {folder}", "give the output of a training run"):
+        return {"name": name or folder.name, **_last_figures(folder)}
+
+
+def _last_figures(folder: Path) -> dict[str, Any]:
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     records = read_records(folder / "metrics.jsonl")
     valid = [[r["step"], r["seconds"], r["valid_loss"]] for r in records if "valid_loss" in r]
@@ -67,7 +72,6 @@ def read_run(named: str) -> dict[str, Any]:
     if not valid or not trained:
         raise RecipeError(f"{folder} has no validation loss yet; let the run reach its first evaluation")
     return {
-        "name": name or folder.name,
         "attention": settings.get("attn_implementation") or "as the checkpoint says",
         "noise": settings.get("noise"),
         "steps": trained[-1]["step"],

@@ -21,7 +21,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recipes.common.checkpoint import open_tokenizer
-from recipes.common.errors import RecipeError, sentence
+from recipes.common.errors import RecipeError, sentence, stage
 
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 _CACHE_VERSION = 1
@@ -269,12 +269,11 @@ def _is_hub_id(name: str) -> bool:
 def _cached(generate: Any, key: list[Any], features: datasets.Features | None = None, **arguments: Any) -> datasets.Dataset:
     """`datasets`' on-disk copy of a generator's rows, made once for each `key`."""
     name = hashlib.blake2b(json.dumps([_CACHE_VERSION, *key]).encode(), digest_size=16).hexdigest()
-    try:
-        return datasets.Dataset.from_generator(generate, features=features, gen_kwargs=arguments, fingerprint=name)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, RecipeError):
-            raise error.__cause__ from None
-        raise
+    with stage(f"keeping the text in {datasets.config.HF_DATASETS_CACHE}", "free some space, or set HF_DATASETS_CACHE"):
+        try:
+            return datasets.Dataset.from_generator(generate, features=features, gen_kwargs=arguments, fingerprint=name)
+        except DatasetGenerationError as error:
+            raise (error.__cause__ or error) from None
 
 
 def first_words(stories: Sequence[str], number: int, words: int) -> list[str]:

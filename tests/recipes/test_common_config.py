@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from recipes.common import cli
 from recipes.common.config import dump, load_config
-from recipes.common.errors import RecipeError, exit_with_sentence
+from recipes.common.errors import RecipeError, exit_with_sentence, stage
 from recipes.common.files import staged_directory, write_json, write_text
 
 
@@ -106,6 +109,26 @@ def test_an_error_becomes_one_line_and_status_2(capsys):
         raise OSError(28, "No space left on device", "out/file")
     assert exit_.value.code == 2
     assert "out/file: No space left on device; free some space" in capsys.readouterr().err
+
+
+def test_a_bug_of_ours_says_so_and_shows_its_traceback_only_when_asked():
+    def broken(how: str = "bug") -> None:
+        """Fails."""
+        with stage("reading that file", "give another") if how == "stage" else nullcontext():
+            {}["absent"]
+
+    def run(*arguments):
+        return CliRunner().invoke(cli.app(broken), arguments)
+
+    assert run().exit_code == 1
+    assert run().stderr.startswith("error: KeyError ('absent') in test_common_config.py, line ") and "a bug of this program" in run().stderr
+    assert len(run().stderr.splitlines()) == 1
+    debugged = run("--debug")
+    assert debugged.exit_code == 1 and "Traceback" in debugged.stderr and debugged.stderr.endswith(run().stderr)
+    staged = run("--how", "stage")
+    assert (staged.exit_code, staged.stderr) == (2, "error: reading that file failed ('absent'); give another\n")
+    assert "KeyError: 'absent'" in run("--how", "stage", "--debug").stderr
+    assert run("--no-such-option").exit_code == 2
 
 
 def test_a_staged_directory_appears_whole_or_not_at_all(tmp_path):

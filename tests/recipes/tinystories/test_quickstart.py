@@ -66,6 +66,8 @@ def test_what_does_not_go_together_is_refused(tiny, tmp_path):
         main(model=tmp_path, data=tiny.text, out=tmp_path / "out")
     with pytest.raises(RecipeError, match="no such file"):
         main(model=tiny.model, data=tmp_path / "absent.txt", out=tmp_path / "out")
+    with pytest.raises(RecipeError, match="overlaps the input"):
+        main(model=tiny.model, data=tiny.text, out=tiny.model / "out")
     assert not (tmp_path / "out").exists()
 
 

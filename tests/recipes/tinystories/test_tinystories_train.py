@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -147,6 +148,10 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_losses(settings, config_fil
     command = [sys.executable, "-m", "recipes.tinystories.train", "--config", str(config_file(**KILLED, output=str(folder)))]
     process = start(command)
     wait_for_step(folder, 5, process)
+    process.send_signal(signal.SIGSTOP)
+    for how in ({"resume": True}, {"overwrite": True}):
+        with pytest.raises(RecipeError, match=f"is being written by process {process.pid} on "):
+            train(settings(**KILLED, output=str(folder)), **how)
     process.kill()
     process.wait()
     assert not (folder / "model").exists()
@@ -167,7 +172,12 @@ def test_two_processes_learn_what_one_does_and_go_on_after_a_kill(settings, conf
     command = [*launch, "-m", "recipes.tinystories.train", "--config", str(config_file(**shared))]
     process = start(command)
     wait_for_step(folder, 5, process)
-    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for each in family:
+        each.suspend()
+    with pytest.raises(RecipeError, match="is being written by process (" + "|".join(str(each.pid) for each in family) + ") on "):
+        train(settings(**changes, output=str(folder)), resume=True)
+    for each in family:
         each.kill()
     process.wait()
     assert not (folder / "model").exists()
@@ -209,7 +219,7 @@ def test_a_finished_run_is_left_alone_and_another_runs_folder_refused(settings, 
     assert len(train(settings(steps=1), overwrite=True)) < len(records)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
-    for how, why in (({"resume": True}, "no run to resume"), ({"overwrite": True}, "holds no mark")):
+    for how, why in (({"resume": True}, "no run of this version to resume"), ({"overwrite": True}, "holds no mark")):
         with pytest.raises(RecipeError, match=why):
             train(settings(steps=2, output=str(tmp_path / "mine")), **how)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "x"

@@ -1,0 +1,343 @@
+"""A folder is ours only if we wrote it: every command that writes one, run by its command line, against what a user may have there.
+
+Each command writes its output once (`written`); each case starts from a copy of that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+from kills import make_user
+from typer.testing import CliRunner
+
+from convert import linearize
+from recipes.common import cli, files
+from recipes.common.marks import MARK, begin, digest, foreign, read_mark, seal
+from recipes.lra import prepare, report
+from recipes.lra import train as lra_train
+from recipes.tinystories import compare, evaluate, train
+
+# By name: the command, and its arguments for an output, the user's things being in the working directory.
+COMMANDS: dict[str, tuple[Callable[..., Any], Callable[[str], list[str]]]] = {
+    "linearize": (linearize.main, lambda out: ["model", out, "--no-check"]),
+    "train": (train.main, lambda out: ["--config", "config.yaml", "--set", f"output={out}"]),
+    "evaluate": (evaluate.main, lambda out: ["model", "--data", "stories.txt", "--out", out, *SHORT]),
+    "compare": (compare.main, lambda out: ["run", "--out", out]),
+    "prepare": (prepare.prepare, lambda out: ["listops", "--out", out, "--source", "listops"]),
+    "lra train": (lra_train.main, lambda out: ["--config", "lra.yaml", "--set", f"output={out}"]),
+    "report": (report.report, lambda out: ["results/one.json", "--out", out]),
+}
+SHORT = ["--stories", "2", "--length", "16", "--decode", "8", "--tokens", "1", "--device", "cpu"]
+INPUTS = {
+    "linearize": ["model"],
+    "train": ["model", "config.yaml", "stories.txt"],
+    "evaluate": ["model", "stories.txt"],
+    "compare": ["run"],
+    "prepare": ["listops"],
+    "lra train": ["lra", "lra.yaml"],
+    "report": ["results/one.json"],
+}
+ALL = pytest.mark.parametrize("name", COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with the user's things, and what each command has written into out-NAME."""
+    home = tmp_path_factory.mktemp("written")
+    make_user(home)
+    config = yaml.safe_load((home / "config.yaml").read_text())
+    (home / "config.yaml").write_text(yaml.safe_dump({**config, "model": "model", "train_data": ["stories.txt"], "steps": 1}))
+    (home / "run").mkdir()
+    (home / "run" / "config.yaml").write_text("attn_implementation: linattn\n")
+    lines = [{"step": 1, "seconds": 1.0, "valid_loss": 1.0}, {"step": 1, "seconds": 1.0, "tokens": 9, "tokens_per_second": 9.0}]
+    (home / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (home / "results").mkdir()
+    result = {"task": "listops", "attn_implementation": "linattn", "dropout": "none", "seed": 0, "test_accuracy": 0.5}
+    (home / "results" / "one.json").write_text(json.dumps(result))
+    (home / "listops").mkdir()
+    for split in ("train", "val", "test"):
+        (home / "listops" / f"basic_{split}.tsv").write_text("Source\tTarget\n" + "( ( ( ( [MAX 1 ) 2 ) 3 ) ] )\t3\n" * 500)
+    settings = {"task": "listops", "data": "lra", "steps": 1, "batch_size": 2, "eval_every": 1, "log_every": 1, "save_every": 1}
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    (home / "lra.yaml").write_text(yaml.safe_dump({**settings, "model": sizes}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", home.parent / "cache")
+        assert invoke("prepare", "lra").exit_code == 0
+        for name in COMMANDS:
+            done = invoke(name, f"out-{name}")
+            assert done.exit_code == 0, done.output
+    return home
+
+
+@pytest.fixture
+def home(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of it, as the working directory."""
+    place = Path(shutil.copytree(written, tmp_path / "home", symlinks=True))
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", written.parent / "cache")
+    yield place
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def invoke(name: str, out: str | Path, *more: str) -> Any:
+    """Run a command by its command line."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    command, arguments = COMMANDS[name]
+    return CliRunner().invoke(cli.app(command), [*arguments(str(out)), *more])
+
+
+def target(name: str, out: str | Path) -> Path:
+    """The folder that a command replaces: of Long Range Arena's training that of its seed."""
+    return Path(out) / "seed-0" if name == "lra train" else Path(out)
+
+
+def tree(home: Path) -> dict[str, str]:
+    """Everything below `home`, links as what they say."""
+    found = {}
+    for path in home.rglob("*"):
+        kind = f"-> {os.readlink(path)}" if path.is_symlink() else "folder" if path.is_dir() else digest(path)
+        found[str(path.relative_to(home))] = kind
+    return found
+
+
+def refused(name: str, out: str | Path, home: Path, *more: str) -> str:
+    """The command must end with status 2 and one sentence, and change nothing; gives the sentence."""
+    before = tree(home)
+    done = invoke(name, out, *more)
+    assert done.exit_code == 2, done.output
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert tree(home) == before
+    return sentences[0]
+
+
+@ALL
+def test_our_own_output_is_replaced_only_when_asked(name: str, home: Path) -> None:
+    out = f"out-{name}"
+    if name == "prepare":
+        assert "is ready" in invoke(name, out).output  # the same data: nothing to do
+        assert "holds other data" in refused(name, out, home, "--seed", "1")
+    else:
+        assert "exists already" in refused(name, out, home)
+    old = target(name, out).stat().st_ino
+    done = invoke(name, out, "--overwrite")
+    assert done.exit_code == 0, done.output
+    mark = read_mark(target(name, out))
+    assert mark and mark.command.startswith(("convert.", "recipes.")) and mark.files
+    assert target(name, out).stat().st_ino != old
+    assert not [path for path in home.rglob(".*.partial-*") if read_mark(path)]
+
+
+def a_thesis(place: Path) -> str:
+    shutil.rmtree(place)
+    place.mkdir()
+    (place / "thesis.txt").write_text("years of work")
+    return "holds no mark"
+
+
+def an_earlier_version(place: Path) -> str:
+    (place / MARK).unlink()
+    return "holds no mark"
+
+
+def a_file_added(place: Path) -> str:
+    (place / "thesis.txt").write_text("years of work")
+    return "holds thesis.txt"
+
+
+def a_file_added_deep_inside(place: Path) -> str:
+    (place / "notes" / "of").mkdir(parents=True)
+    (place / "notes" / "of" / "mine.txt").write_text("years of work")
+    return "holds notes/of/mine.txt"
+
+
+def a_link_added(place: Path) -> str:
+    (place / "data").symlink_to("/")
+    return "holds data"
+
+
+def a_file_changed(place: Path) -> str:
+    path = place / min(read_mark(place).files)  # type: ignore[arg-type, union-attr]
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    return f"holds {path.name}"
+
+
+def another_commands_output(place: Path) -> str:
+    shutil.rmtree(place)
+    place.mkdir()
+    begin(place, "another.command")
+    seal(place, "another.command")
+    return "was written by another.command"
+
+
+def a_mark_that_never_was_finished(place: Path) -> str:
+    begin(place, "recipes.tinystories.evaluate")
+    return "holds no mark"
+
+
+def a_link_to_our_output(place: Path) -> str:
+    place.rename(place.with_name("moved"))
+    place.symlink_to("moved")
+    return "is no folder"
+
+
+def a_file_in_its_place(place: Path) -> str:
+    shutil.rmtree(place)
+    place.write_text("years of work")
+    return "is no folder"
+
+
+SPOILT = [
+    a_thesis, an_earlier_version, a_file_added, a_file_added_deep_inside, a_link_added, a_file_changed, another_commands_output,
+    a_mark_that_never_was_finished, a_link_to_our_output, a_file_in_its_place,
+]  # fmt: skip
+
+
+@ALL
+@pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
+def test_what_we_did_not_write_is_left_alone(name: str, spoil: Callable[[Path], str], home: Path) -> None:
+    message = spoil(target(name, f"out-{name}"))
+    assert message in refused(name, f"out-{name}", home, "--overwrite")
+
+
+@ALL
+def test_an_output_never_reaches_an_input(name: str, home: Path) -> None:
+    for source in INPUTS[name]:
+        shutil.copy(home / f"out-{name}" / MARK if name != "lra train" else home / f"out-{name}/seed-0/{MARK}", home)
+        (home / "link").unlink(missing_ok=True)
+        (home / "link").symlink_to(home)
+        (home / "out").mkdir(exist_ok=True)
+        places = {"itself": source, "above": home, "by a link": f"link/{source}", "by dots": f"out/../{source}"}
+        if (home / source).is_dir():
+            places |= {"below": f"{source}/new", "below, by a link": f"link/{source}/new/er"}
+        for how, place in places.items():
+            if name == "lra train" and how != "above":  # its folder is seed-0 in the output
+                place = f"{place}/seed-0/.." if how in ("itself", "by a link", "by dots") and (home / source).is_file() else place
+            if name == "lra train" and how == "above":
+                continue
+            message = refused(name, place, home, "--overwrite")
+            assert "overlaps" in message or (name == "lra train" and "cannot be written" in message), (how, message)
+
+
+@ALL
+def test_what_killed_commands_left_is_cleared_up_by_the_next(name: str, home: Path) -> None:
+    place = target(name, f"out-{name}")
+    unfinished, old = (place.with_name(f".{place.name}.{state}-999999") for state in ("partial", "old"))
+    unfinished.mkdir()
+    begin(unfinished, "a.command")
+    (unfinished / "half").write_text("a half")
+    place.rename(old)
+    theirs = place.with_name(f".{place.name}.partial-7")
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("years of work")
+    before = tree(old)
+    done = invoke(name, f"out-{name}")
+    # What had stepped aside is back, so there is something to refuse to replace, or to be content with.
+    assert done.exit_code == (0 if name == "prepare" else 2) and tree(place) == before
+    assert f"{unfinished} was removed" in done.stderr and f"{place} was put back" in done.stderr
+    assert not unfinished.exists() and not old.exists() and (theirs / "thesis.txt").read_text() == "years of work"
+
+
+@ALL
+def test_what_another_process_is_writing_is_left_to_it(name: str, home: Path) -> None:
+    place = target(name, f"out-{name}")
+    with files.staged_directory(home / "elsewhere", "a.command") as aside:
+        live = place.with_name(f".{place.name}.partial-999999")
+        aside.rename(live)
+        (live / "half").write_text("a half")
+        held = files.hold(place)
+        assert "is being written by process" in refused(name, f"out-{name}", home, "--overwrite")
+        held.release()
+        live.rename(aside)
+
+
+@ALL
+def test_a_traceback_is_shown_where_it_is_asked_for(name: str, home: Path) -> None:
+    out = f"{INPUTS[name][0]}/new"
+    assert "Traceback" not in invoke(name, out).stderr
+    done = invoke(name, out, "--debug")
+    assert done.exit_code == 2 and "Traceback" in done.stderr and done.stderr.splitlines()[-1].startswith("error: ")
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """The system fails every write beyond `size` bytes of a file, as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@ALL
+@pytest.mark.parametrize("size", [0, 120, 400, 700])
+def test_a_write_that_fails_leaves_the_old_or_a_run_to_go_on_with(name: str, size: int, home: Path) -> None:
+    more = {"prepare": ["--seed", "1"], "linearize": ["--dtype", "bfloat16"]}.get(name, [])
+    with files_of_at_most(size):
+        if "train" not in name:
+            assert "File too large" in refused(name, f"out-{name}", home, "--overwrite", *more)
+            return
+        done = invoke(name, f"out-{name}", "--overwrite")
+    assert done.exit_code == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr, done.output
+    place = target(name, f"out-{name}")
+    mark = read_mark(place)
+    assert mark and not foreign(place, mark) and not [path for path in home.rglob(".*.partial-*") if read_mark(path)]
+    assert invoke(name, f"out-{name}", "--resume").exit_code == 0
+
+
+READ = {
+    "linearize": ["model/config.json", "model/model.safetensors"],
+    "train": ["config.yaml", "model/config.json", "model/model.safetensors", "model/tokenizer.json", "stories.txt"],
+    "evaluate": ["model/config.json", "model/model.safetensors", "model/tokenizer.json", "stories.txt"],
+    "compare": ["run/config.yaml", "run/metrics.jsonl"],
+    "prepare": ["listops/basic_train.tsv", "listops/basic_test.tsv"],
+    "lra train": ["lra.yaml", "lra/train.npz", "lra/prepared.json"],
+    "report": ["results/one.json"],
+}
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+def a_circle_of_links(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def noise(path: Path) -> None:
+    path.write_bytes(bytes(range(256)) * 4)
+
+
+def nothing(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(("name", "path"), [(name, path) for name, paths in READ.items() for path in paths])
+def test_what_cannot_be_read_is_named_in_a_sentence(name: str, path: str, written: Path, home: Path) -> None:
+    for spoil in (gone, a_circle_of_links, a_folder, noise, nothing):
+        spoil(home / path)
+        message = refused(name, "new", home)
+        assert Path(path).name in message or Path(path).parts[0] in message, message
+        if (home / path).is_dir():
+            (home / path).rmdir()
+        (home / path).unlink(missing_ok=True)
+        shutil.copy(written / path, home / path)
