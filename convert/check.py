@@ -2,109 +2,153 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from convert.errors import ConversionError, one_line
+from convert.errors import ConversionError, stage
+from convert.forcing import teacher_forced
+from convert.options import LinearizeOptions
 from convert.source import Source
+from convert.truth import LayerTruth, layer_truths, precisions
+from hf_linattn.models import attention_modules
 
 PROBE_TOKENS = 24
-_PROMPT_TOKENS = 16
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}
-_HALF_TOLERANCE = 5e-2
+_CACHED_PIECES = (16, 4, *[1] * 4)  # a prompt, several tokens after it, single ones
+_STORED_BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "attn.bias", "attn.masked_bias")
+# The project's bar: twice the error of the same formula in the same dtype in plain PyTorch, and what that one may have by luck.
+_BAR = 2
+_FLOOR = {torch.float32: 2e-6, torch.float64: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+_NUMBERS_BAR = 5e-6
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What the check found.
+    """What the check found. Errors are distances over the length of the exact result, the largest of all layers.
 
     Attributes:
         tensors: how many source tensors were compared, all equal.
-        ignored: source tensors that the model has no use for, such as stored rotary frequencies.
+        ignored: stored buffers that the model computes itself, such as rotary frequencies.
         tokens: length of the probe.
-        step_error: largest difference between cached steps and the full forward pass, over the largest magnitude; None for a model
-            that does not generate.
+        layers: how many attention layers were held against the source's own in float64.
+        error: that of a forward pass.
+        step_error: that of cached pieces.
+        plain_error: that of the same formula in the same dtype in plain PyTorch.
+        bar: the largest error as a share of what it may be in its layer; 1 would be refused.
     """
 
     tensors: int
     ignored: list[str]
     tokens: int
-    step_error: float | None
-
-
-def check_converted(folder: Path, model_class: Any, source: Source, dtype: torch.dtype | None) -> CheckReport:
-    """Loads ``folder`` and holds it against ``source``; ``dtype`` is what the source's tensors were cast to, None for no cast.
-
-    Raises:
-        ConversionError: a weight that is missing or differs, a result that is not finite, cached steps that differ from the full pass.
-    """
-    try:
-        model, info = model_class.from_pretrained(folder, dtype="auto", trust_remote_code=False, output_loading_info=True)
-    except Exception as error:
-        raise ConversionError(f"the converted checkpoint does not load ({one_line(error)}); nothing was kept") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        count, name = len(missing), model_class.__name__
-        raise ConversionError(f"{source.name} lacks {count} weights of {name}, such as {missing[0]}; nothing was kept")
-    compared, ignored = _compare_weights(model, source, dtype, set(info["unexpected_keys"]))
-    return CheckReport(compared, ignored, PROBE_TOKENS, _probe(model.eval()))
-
-
-def _compare_weights(model: Any, source: Source, dtype: torch.dtype | None, unexpected: set[str]) -> tuple[int, list[str]]:
-    loaded = model.state_dict()
-    unclaimed = {key: value for key, value in loaded.items() if not any(key in keys for keys in source.keys)}
-    compared, ignored = 0, []
-    for shard, keys in zip(source.shards, source.keys, strict=True):
-        with safe_open(shard, framework="pt") as tensors:
-            for key in keys:
-                tensor = tensors.get_tensor(key)
-                if dtype is not None and tensor.is_floating_point():
-                    tensor = tensor.to(dtype)
-                # Transformers renames some weights on loading (embed_out to lm_head): such a one is found by what it holds.
-                candidates = [loaded[key]] if key in loaded else list(unclaimed.values())
-                if any(_same(tensor, candidate) for candidate in candidates):
-                    compared += 1
-                elif key not in loaded and (key in unexpected or _is_buffer(key)):
-                    ignored.append(key)
-                else:
-                    raise ConversionError(f"the weight {key} is not what it is in {source.name} after loading; nothing was kept")
-    return compared, ignored
-
-
-def _is_buffer(key: str) -> bool:
-    return key.endswith(("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"))
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    return left.shape == right.shape and torch.equal(left.to(right.dtype), right)
+    layers: int
+    error: float
+    step_error: float
+    plain_error: float
+    bar: float
 
 
 @torch.no_grad()
-def _probe(model: Any) -> float | None:
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.get_text_config().vocab_size, (1, PROBE_TOKENS), generator=generator)
-    if not model.can_generate():
-        _require_finite(model(tokens)[0])
-        return None
-    full = model(tokens).logits
-    _require_finite(full)
-    cache, steps, at = None, [], 0
-    for length in (_PROMPT_TOKENS, *[1] * (PROBE_TOKENS - _PROMPT_TOKENS)):
-        out = model(tokens[:, at : at + length], past_key_values=cache, use_cache=True)
-        cache, at = out.past_key_values, at + length
-        steps.append(out.logits)
-    error = ((torch.cat(steps, 1) - full).abs().max() / full.abs().max().clamp(min=1)).item()
-    tolerance = _TOLERANCE.get(model.dtype, _HALF_TOLERANCE)
-    if not error <= tolerance:
-        raise ConversionError(f"cached steps differ from the full forward pass by {error:.1e}, more than {tolerance:.0e}; nothing was kept")
-    return error
+def check_converted(folder: Path, model_class: Any, source: Source, options: LinearizeOptions) -> CheckReport:
+    """Loads ``folder`` and holds its weights and every attention layer against ``source``. One of the two is in memory at a time.
+
+    Raises:
+        ConversionError: a weight that is missing, differs or has no place in the model, a result that is not finite, a layer
+            that is further from the truth than rounding explains.
+    """
+    dtype = getattr(torch, options.dtype) if options.dtype else "auto"
+    original = _load_source(model_class, source, dtype)
+    generator = torch.Generator().manual_seed(options.seed)
+    tokens = torch.randint(original.config.get_text_config().vocab_size, (1, PROBE_TOKENS), generator=generator)
+    digests, tensors = _digests(original), len({value.data_ptr() for value in original.state_dict().values()})
+    truths = layer_truths(original, tokens, options)
+    del original
+    model = _load_converted(model_class, folder)
+    _compare_weights(digests, _digests(model), source)
+    _compare_numbers(model, truths)
+    found = [_compare_layers(model, truths, tokens, precision) for precision in precisions(model.dtype)]
+    worst = found[0] | {"bar": max(errors["bar"] for errors in found)}
+    ignored = [key for keys in source.keys for key in keys if key.endswith(_STORED_BUFFERS) and key not in digests]
+    return CheckReport(tensors, ignored, PROBE_TOKENS, len(truths), **worst)
 
 
-def _require_finite(values: Tensor) -> None:
-    if not torch.isfinite(values).all():
-        raise ConversionError("the converted model gives results that are not finite numbers; nothing was kept")
+def _load_source(model_class: Any, source: Source, dtype: Any) -> Any:
+    base = model_class.__bases__[-1]
+    with stage(f"loading {source.name} as {base.__name__}", "nothing was kept"):
+        model, info = base.from_pretrained(source.folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConversionError(f"{source.name} lacks {len(missing)} weights of {base.__name__}, such as {missing[0]}; nothing was kept")
+    lost = sorted(key for key in info["unexpected_keys"] if not key.endswith(_STORED_BUFFERS))
+    if lost:
+        raise ConversionError(
+            f"{source.name} holds {len(lost)} weights that a {base.__name__} of its config.json has no place for, such as {lost[0]}: "
+            "they would be lost, so mend config.json; nothing was kept"
+        )
+    return model.eval()
+
+
+def _load_converted(model_class: Any, folder: Path) -> Any:
+    with stage("loading the converted checkpoint", "nothing was kept"):
+        return model_class.from_pretrained(folder, dtype="auto", trust_remote_code=False).eval()
+
+
+def _digests(model: PreTrainedModel) -> dict[str, str]:
+    """A digest of the dtype, the shape and the bytes of every stored tensor, by name."""
+    found = {}
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise ConversionError(f"the weight {name} holds numbers that are not finite; nothing was kept")
+        content = hashlib.blake2b(value.contiguous().reshape(-1).view(torch.uint8).numpy(), digest_size=16)
+        found[name] = f"{value.dtype} {tuple(value.shape)} {content.hexdigest()}"
+    return found
+
+
+def _compare_weights(wanted: dict[str, str], found: dict[str, str], source: Source) -> None:
+    for name, digest in wanted.items():
+        if found.get(name) != digest:
+            raise ConversionError(f"the weight {name} is not what it is in {source.name} after loading; nothing was kept")
+    strange = [name for name in found if name not in wanted and ".linattn." not in name]
+    if strange:
+        raise ConversionError(f"the converted model has a weight that {source.name} has not, {strange[0]}; nothing was kept")
+
+
+def _compare_numbers(model: Any, truths: dict[str, LayerTruth]) -> None:
+    for name, module in attention_modules(model):
+        wanted = truths[name].numbers if name in truths else None
+        for key, number in (wanted or {}).items() if hasattr(module, "linattn") else ():
+            exact = torch.as_tensor(number, dtype=torch.float64)
+            stored = torch.as_tensor(module.linattn().get(key, 0.0), dtype=torch.float64)
+            if not (stored - exact).abs().max() <= _NUMBERS_BAR * exact.abs().max():
+                raise ConversionError(f"{name} starts with another {key} than it was to; nothing was kept")
+
+
+def _compare_layers(model: Any, truths: dict[str, LayerTruth], tokens: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """The errors of :class:`CheckReport` in ``dtype``; those of cached pieces without the first, which is a forward pass."""
+    found = dict.fromkeys(("error", "step_error", "plain_error", "bar"), 0.0)
+    for kind, pieces, rows in (
+        ("error", (PROBE_TOKENS,), slice(None)),
+        ("step_error", _CACHED_PIECES, slice(_CACHED_PIECES[0], None)),
+    ):
+        given = teacher_forced(model, {name: truth.hidden for name, truth in truths.items()}, tokens, pieces, dtype)
+        for name, truth in truths.items():
+            exact = truth.exact[:, rows]
+            error, plain = _distance(given[name][:, rows], exact), _distance(truth.plain[dtype][:, rows], exact)
+            allowed = _BAR * plain + _FLOOR[dtype]
+            if not error <= allowed:
+                how = "in cached steps" if kind == "step_error" else "in a forward pass"
+                raise ConversionError(
+                    f"{name} in {str(dtype).removeprefix('torch.')}, {how}, is {error:.1e} away from the source's layer with the same "
+                    f"numbers in float64, and rounding explains {allowed:.1e}: the converter or the plugin is at fault; nothing was kept"
+                )
+            found[kind], found["plain_error"] = max(found[kind], error), max(found["plain_error"], plain)
+            found["bar"] = max(found["bar"], error / allowed)
+    return found
+
+
+def _distance(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()

@@ -6,14 +6,11 @@ from typing import Any
 
 from convert.errors import ConversionError, one_line
 from convert.losses import dropped_features
-from convert.options import DType, LinearizeOptions
+from convert.options import LinearizeOptions
 from convert.source import Source
 from convert.weights import floating_dtype
 from hf_linattn.config import LinAttnConfig
-from hf_linattn.layers import LARGEST_START
 from hf_linattn.models import auto_map, config_class_for, model_class_for
-
-_QUADRATIC_TEMPERATURE = 2.0
 
 
 def converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, Any, list[dict[str, Any]]]:
@@ -37,11 +34,10 @@ def converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, An
         raise ConversionError(f"--keep-softmax names every layer of {source.name}: nothing is left to convert")
     dropped = dropped_features(config, [layer not in kept for layer in range(count)])
     try:
-        default = LARGEST_START if options.kernel == "linear" else _QUADRATIC_TEMPERATURE
         config.linattn = LinAttnConfig(
             kernel=options.kernel,
             decay=options.decay,
-            temperature=default if options.temperature is None else options.temperature,
+            temperature=options.starting_temperature,
             softmax_layers=kept,
             dropout=options.dropout,
             learnable=options.learnable,
@@ -52,8 +48,6 @@ def converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, An
     config.auto_map = auto_map(config_class)
     config.architectures = [model_class.__name__]
     if options.dtype:
-        if options.dtype not in list(DType):
-            raise ConversionError(f"the dtype {options.dtype!r} is unknown; give one of {', '.join(DType)}")
         config.dtype = options.dtype
     elif getattr(config, "dtype", None) is None:
         config.dtype = str(floating_dtype(source)).removeprefix("torch.")

@@ -20,7 +20,7 @@ from convert.card import model_card
 from convert.check import check_converted
 from convert.config import converted_config
 from convert.errors import ConversionError, stage
-from convert.options import Decay, DType, Kernel, LinearizeOptions
+from convert.options import Decay, DType, Kernel, LinearizeOptions, layer_numbers
 from convert.report import conversion_report, summary
 from convert.source import Source, open_source
 from convert.weights import new_parameters, write_weights
@@ -66,7 +66,7 @@ def linearize(
         config.save_pretrained(folder)
         write_stub(type(config), folder)
         _copy_companions(opened, folder)
-        checked = check_converted(folder, model_class, opened, dtype) if options.check else None
+        checked = check_converted(folder, model_class, opened, options) if options.check else None
         given = asdict(options) | {"keep_softmax": list(options.keep_softmax)}
         report = conversion_report(opened, config, given, dropped, added, checked)
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -86,19 +86,12 @@ def _copy_companions(source: Source, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ConversionError(f"--keep-softmax takes layer numbers such as 0,5, not {text!r}") from None
-
-
 def main(
     source: Annotated[str, typer.Argument(help="Folder of the checkpoint, or a hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder to write, which must not exist.")],
     kernel: Annotated[Kernel, typer.Option(help="Attention weight: a + b s, or a + b s + c s^2.")] = Kernel.linear,
     decay: Annotated[Decay, typer.Option(help="A learned decay per query head, or none.")] = Decay.head,
-    keep_softmax: Annotated[str, typer.Option(help="Layers that stay softmax, such as 0,5.")] = "",
+    keep_softmax: Annotated[str, typer.Option(help="Layers that stay softmax, such as 0-5,8.")] = "",
     temperature: Annotated[float | None, typer.Option(help="Its start (default 0.98 linear, 2 quadratic).", show_default=False)] = None,
     dropout: Annotated[float | None, typer.Option(help="Noise dropout in training (default: the model's own).", show_default=False)] = None,
     learnable: Annotated[bool, typer.Option(help="Train the new parameters, or keep them as they start.")] = True,
@@ -106,6 +99,7 @@ def main(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what this command wrote to OUTPUT before.")] = False,
     check: Annotated[bool, typer.Option(help="Load and run the result before it takes its place.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the random tokens that the check runs it on.")] = 0,
 ) -> None:
     """Convert the softmax checkpoint SOURCE into a linear-attention checkpoint OUTPUT."""
     console = Console()
@@ -113,7 +107,7 @@ def main(
     options = LinearizeOptions(
         kernel=kernel.value,
         decay=decay.value,
-        keep_softmax=_layers(keep_softmax),
+        keep_softmax=layer_numbers(keep_softmax),
         temperature=temperature,
         dropout=dropout,
         learnable=learnable,
@@ -121,6 +115,7 @@ def main(
         revision=revision,
         overwrite=overwrite,
         check=check,
+        seed=seed,
     )
     with console.status("Converting") as status:
         report = linearize(source, output, options, on_shard=lambda shard: status.update(f"Wrote {shard.name}"))

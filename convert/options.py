@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
 from enum import Enum
+
+from convert.errors import ConversionError
+
+STARTING_TEMPERATURE = {"linear": 0.98, "quadratic": 2.0}
+"""For the linear kernel, the largest that a trained temperature may start at: 0.98 of its bound."""
+
+MOST_LAYERS = 9999
+"""The highest layer number that a range may name."""
 
 
 class Kernel(str, Enum):
@@ -43,6 +53,7 @@ class LinearizeOptions:
         revision: branch, tag or commit of a hub id.
         overwrite: whether an existing checkpoint at the output is replaced.
         check: whether the result is loaded and run before it takes its place.
+        seed: of the random tokens that the check runs it on.
     """
 
     kernel: str = "linear"
@@ -55,3 +66,40 @@ class LinearizeOptions:
     revision: str | None = None
     overwrite: bool = False
     check: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses what no checkpoint could make right; whether the layers and the temperature fit is seen with the source at hand.
+
+        Raises:
+            ConversionError: an unknown choice, or a number out of its bounds.
+        """
+        for name, choices in (("kernel", Kernel), ("decay", Decay), ("dtype", DType)):
+            given = getattr(self, name)
+            if given is not None and given not in list(choices):
+                raise ConversionError(f"the {name} {given!r} is unknown; give one of {', '.join(choices)}")
+        if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ConversionError(f"the temperature must be a number above 0, not {self.temperature}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ConversionError(f"the dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def starting_temperature(self) -> float:
+        """Where the temperature starts."""
+        return STARTING_TEMPERATURE[self.kernel] if self.temperature is None else self.temperature
+
+
+def layer_numbers(text: str) -> tuple[int, ...]:
+    """The layers of a list such as ``0-5,8``.
+
+    Raises:
+        ConversionError: it is no such list.
+    """
+    layers: list[int] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        found = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not first <= last <= MOST_LAYERS:
+            raise ConversionError(f"--keep-softmax takes layer numbers from 0 and ranges of them, such as 0-5,8, not {part!r}")
+        layers += range(first, last + 1)
+    return tuple(sorted(set(layers)))

@@ -69,8 +69,8 @@ def summary(output: Path, report: dict[str, Any]) -> Table:
     table.add_row("check", f"{checked['tensors']} weights equal the source's; logits are finite")
     if checked["ignored"]:
         table.add_row("", f"{len(checked['ignored'])} weights that the model has no use for, such as {checked['ignored'][0]}")
-    if checked["step_error"] is not None:
-        table.add_row("", f"cached steps against the full forward pass: {checked['step_error']:.1e} of the largest logit")
+    error = f"{checked['error']:.1e} in one pass, {checked['step_error']:.1e} in cached steps"
+    table.add_row("", f"{checked['layers']} attention layers against float64: {error} (plain PyTorch {checked['plain_error']:.1e})")
     return table
 
 

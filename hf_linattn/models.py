@@ -7,6 +7,7 @@ made here at import, one factory for all architectures, and registered with Tran
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,19 @@ def _attach_parameters(model: PreTrainedModel) -> None:
     options = LinAttnConfig.of(config)
     if options.learnable or options.decay == "head":
         longest = min(getattr(config, "max_position_embeddings", None) or LONGEST_TIME_CONSTANT, LONGEST_TIME_CONSTANT)
-        for module in list(model.modules()):
-            layer = getattr(module, "layer_idx", None)
-            if isinstance(layer, int) and hasattr(module, "is_causal") and layer not in options.softmax_layers:
+        for _, module in list(attention_modules(model)):
+            if module.layer_idx not in options.softmax_layers:
                 module.linattn = LinAttnParams(config.num_attention_heads, options, longest)
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and not isinstance(inner, LinAttnModelMixin):
             inner._init_weights = _InnerInitWeights(inner)  # type: ignore[method-assign]
+
+
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The attention modules of a model's layers, with their names."""
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal"):
+            yield name, module
 
 
 def config_class_for(model_type: str) -> type:

@@ -44,7 +44,7 @@ def test_every_source_weight_is_there_bit_for_bit(model_type: str, softmax_check
     added = after.keys() - before.keys()
     assert added and all(".linattn." in name for name in added)
     assert report["check"]["tensors"] == len(before)
-    assert report["check"]["step_error"] <= 1e-4
+    assert report["check"]["layers"] == LAYERS and report["check"]["bar"] < 0.3
     assert report["parameters"] == {
         "source": sum(value.numel() for value in before.values()),
         "added": sum(after[name].numel() for name in added),
@@ -246,7 +246,7 @@ def test_the_tokenizer_is_the_sources(model_type: str, named: str | None, softma
 def test_other_heads(auto: Any, tmp_path: Path, softmax_checkpoint: Checkpoint, tokens: torch.Tensor) -> None:
     auto.from_pretrained(softmax_checkpoint()).save_pretrained(tmp_path / "source")
     report = linearize(tmp_path / "source", tmp_path / "out")
-    assert report["check"]["step_error"] is None
+    assert report["check"]["layers"] == LAYERS
     model, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and type(model).__name__.startswith("LinAttnLlama")
 

@@ -1,0 +1,129 @@
+"""What the attention layers of a converted checkpoint must give: the source's own modules, run with the quadratic form in float64.
+
+Layers are looked at one by one, each on the hidden states that enter it in the source. So nothing here knows the converted model, and
+no layer amplifies the rounding of another.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from convert.errors import ConversionError
+from convert.options import LinearizeOptions
+from hf_linattn.config import LinAttnConfig
+from hf_linattn.models import attention_modules
+from hf_linattn.ops import reference
+
+_QUADRATIC_FORM = "linattn_quadratic_form"
+_SHORTEST, _LONGEST = 1.5, 2048  # tokens: the time constants of the first and, at most, of the last head
+
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerTruth:
+    """One attention layer of the source.
+
+    Attributes:
+        hidden: what enters it (1, N, width), in the checkpoint's dtype.
+        exact: what must leave it (1, N, width), by the formula in float64.
+        plain: the same formula in plain PyTorch, by dtype: the checkpoint's, and float32 where that is less.
+        numbers: a, b, c, temperature and, with a decay, log_decay: a number or float64 (H,) each; None for a layer that keeps softmax.
+    """
+
+    hidden: Tensor
+    exact: Tensor
+    plain: dict[torch.dtype, Tensor]
+    numbers: Numbers | None
+
+
+@torch.no_grad()
+def layer_truths(model: PreTrainedModel, tokens: Tensor, options: LinearizeOptions) -> dict[str, LayerTruth]:
+    """The truth of every attention layer by its name; ``model`` is the source's, with ``attn_implementation="eager"``.
+
+    Raises:
+        ConversionError: an attention module that does not call Transformers' attention interface.
+    """
+    calls: dict[str, tuple[Any, Any]] = {}
+    modules = dict(attention_modules(model))
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: calls.update({name: (args, kwargs)})
+
+    hooks = [module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, module in modules.items()]
+    model(tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    config: Any = model.config.get_text_config(decoder=True)
+    longest = min(getattr(config, "max_position_embeddings", None) or _LONGEST, _LONGEST)
+    return {name: _layer_truth(name, modules[name], call, options, longest) for name, call in calls.items()}
+
+
+def starting_numbers(options: LinearizeOptions, longest: int, heads: int) -> Numbers:
+    """The numbers that README.md promises for the start, computed apart from the parameters that hold them."""
+    coefficients = LinAttnConfig(kernel=options.kernel)
+    a, b, c = coefficients.a, coefficients.b, coefficients.c or 0.0
+    numbers: Numbers = {"a": a, "b": b, "c": c, "temperature": options.starting_temperature}
+    if options.learnable or options.decay == "head":
+        name, bound = ("temperature", a / b) if options.kernel == "linear" else ("b", 2 * (a * c) ** 0.5)
+        numbers[name] = min(numbers[name], 0.98 * bound)
+    if options.decay == "head":
+        numbers["log_decay"] = -1 / (_SHORTEST * (longest / _SHORTEST) ** torch.linspace(0, 1, heads, dtype=torch.float64))
+    return numbers
+
+
+def precisions(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What layers stored in ``dtype`` are run in: half precision hides small slips, so it is not enough."""
+    return (dtype, torch.float32) if dtype.itemsize < 4 else (dtype,)
+
+
+def hidden_states(args: Any, kwargs: Any) -> Tensor:
+    """The hidden states among the arguments of an attention module."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def attention_output(output: Any) -> Tensor:
+    """What an attention module gives, without the attention weights that may stand beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """A copy of nested arguments with their floating-point tensors in ``dtype``."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(cast(item, dtype) for item in value)
+    return {key: cast(item, dtype) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _layer_truth(name: str, module: nn.Module, call: tuple[Any, Any], options: LinearizeOptions, longest: int) -> LayerTruth:
+    hidden = hidden_states(*call)
+    copied: Any = copy.deepcopy(module)
+    linear = module.layer_idx not in options.keep_softmax
+    if linear:
+        copied.config._attn_implementation = _QUADRATIC_FORM
+        copied.numbers_for = lambda heads: starting_numbers(options, longest, heads)
+    plain = {dtype: _run(copied, call, dtype) for dtype in precisions(hidden.dtype)}
+    if linear and not hasattr(copied, "numbers"):
+        raise ConversionError(f"{name} ({type(module).__name__}) does not call Transformers' attention interface; nothing was kept")
+    return LayerTruth(hidden, _run(copied, call, torch.float64), plain, copied.numbers if linear else None)
+
+
+def _run(module: nn.Module, call: tuple[Any, Any], dtype: torch.dtype) -> Tensor:
+    args, kwargs = cast(call, dtype)
+    return attention_output(module.to(dtype)(*args, **kwargs))
+
+
+def _quadratic_form(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    module.numbers = module.numbers_for(query.shape[1])
+    return reference(query, key, value, **module.numbers).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_QUADRATIC_FORM, _quadratic_form)
