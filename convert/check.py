@@ -79,7 +79,9 @@ def check_converted(folder: Path, model_class: Any, source: Source, options: Lin
 def _load_source(model_class: Any, source: Source, dtype: Any) -> Any:
     base = model_class.__bases__[-1]
     with stage(f"loading {source.name} as {base.__name__}", "nothing was kept"):
-        model, info = base.from_pretrained(source.folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False, output_loading_info=True)
+        model, info = base.from_pretrained(
+            source.folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False, output_loading_info=True
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConversionError(f"{source.name} lacks {len(missing)} weights of {base.__name__}, such as {missing[0]}; nothing was kept")

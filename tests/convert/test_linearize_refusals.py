@@ -203,7 +203,15 @@ def test_other_heads(source: Path, output: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("layers", "message"), [("3", "layers 0 to 2"), ("0-7", "layers 0 to 2"), ("-1", "'-1'"), ("2-1", "'2-1'"), ("one", "'one'"), ("0,1-2", "every layer")]
+    ("layers", "message"),
+    [
+        ("3", "layers 0 to 2"),
+        ("0-7", "layers 0 to 2"),
+        ("-1", "'-1'"),
+        ("2-1", "'2-1'"),
+        ("one", "'one'"),
+        ("0,1-2", "every layer"),
+    ],
 )
 def test_keep_softmax(layers: str, message: str, source: Path, output: Path) -> None:
     assert message in refused(source, output, "--keep-softmax", layers)
