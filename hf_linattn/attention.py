@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_torchdynamo_compiling, logging
 
 from .architectures import missing_parameters
-from .cache import LinearStateLayer, take_layer
+from .cache import LinearStateLayer, take
 from .config import NAME, LinAttnConfig
 from .mask import padding_of, refuse_other_patterns, segment_ids, sequence_starts
 from .ops import linear_attention, linear_attention_step
@@ -50,6 +50,7 @@ def linattn_attention(
             of `config.linattn` out of bounds.
         TypeError: options of the wrong type.
     """
+    key, value, layer = take(query, key, value)
     options = options_of(module)
     if keeps_softmax(module, options):
         starts = sequence_starts(padding_of(attention_mask, query.shape[2]), position_ids, cu_seq_lens_q, query.shape[2])
@@ -58,7 +59,6 @@ def linattn_attention(
     warn_about_softcap(module, kwargs)
     length = query.shape[2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    layer = take_layer(key)
     first = layer is None or layer.is_first(length)
     if not causal and not first:
         raise ValueError("A cache holds what came before; bidirectional linear attention cannot go on from it. Give use_cache=False.")

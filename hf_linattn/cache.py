@@ -2,7 +2,7 @@
 
 Transformers asks one function, `cache_utils.get_layer_types_and_kwargs`, which layer a cache holds for each layer of a model.
 Wrapping it is the only patch. `update()` cannot compute attention, for it has no query: it hands itself to the attention
-function on the key tensor it returns.
+function on the tensors it returns (see `hand_over`).
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, cache_utils
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 from transformers.utils import is_torchdynamo_compiling
 
-from .config import NAME, softmax_layers
+from .config import NAME, LinAttnConfig, softmax_layers
+from .hand_over import NEVER_READ, hand_over, receive
 from .ops import empty_state
 from .rollback import RecentTokens, Recurrence
 from .support import require_attention_interface
 
-HANDED = "_linattn_layer"
-SOFTMAX_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+MIXED = NAME + "_mixed"
+OUR_TYPES = {
+    **dict.fromkeys(("full_attention", "sliding_attention", "chunked_attention"), NAME),
+    **dict.fromkeys(("hybrid", "hybrid_sliding"), MIXED),
+}
 
 
 class LinearStateLayer(CacheLayerMixin):
@@ -30,42 +34,78 @@ class LinearStateLayer(CacheLayerMixin):
 
     Hs, F and the meaning of the state are those of `linear_attention`. The layer reports the masks of full attention
     (every token seen so far), so that softmax layers of a hybrid model get the masks they need.
+
+    Where the attention function reads one update several times, as differential attention and layers that share keys do, each
+    reader has a state of its own: the first one this layer's, the n-th that of the n-th in `_more`.
     """
 
     _layer_type: str | None = NAME
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__()
+    def __init__(self, decaying_heads: int | None = None, quadratic: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.decaying_heads, self.quadratic = decaying_heads, quadratic
         self.cumulative_length: Any = 0
-        self.state: Tensor | None = None
         self.record_past = False
         self._recent: RecentTokens | None = None
-        self._awaited = False
+        self._reads: int | None = None  # how often the last update was read; None before the first
+        self._may_grow = False  # whether the last update was the first, so that there can be new readers
+        self._more: list[LinearStateLayer] = []
+
+    @property
+    def state(self) -> Tensor | None:
+        """Under the name of what Transformers registers as a buffer to export, and moves."""
+        return self.keys
+
+    @state.setter
+    def state(self, state: Tensor | None) -> None:
+        self.keys = state
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         self.is_initialized = True
+        if key_states.shape[-2] == 0:  # ahead of the first token, to export
+            self.allocate(key_states, value_states, self.decaying_heads or key_states.shape[1], self.quadratic)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Counts the new tokens; returns their keys, which carry this layer to the attention function, and their values.
+        """Counts the new tokens; returns their keys and values, which carry this layer to the attention function.
 
         Raises:
-            RuntimeError: what `update` returned last time never reached the attention function.
+            RuntimeError: what was handed over before, by this layer or by one below, was not read as often as it should be.
         """
-        if self._awaited:
-            raise RuntimeError(
-                "A linear attention cache was handed keys that the attention function never read: the model no longer has "
-                'attn_implementation="linattn", or does not use Transformers\' attention interface. Make a new cache for it.'
-            )
+        key_states, value_states = _received_by_update(key_states), _received_by_update(value_states)
+        if self._reads == 0:
+            raise RuntimeError(NEVER_READ)
+        if self._reads is not None and self._reads != 1 + len(self._more):
+            raise RuntimeError(_reads_differ(self._reads, 1 + len(self._more)))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._advance(key_states.shape[-2])
-        self._awaited = True
-        key_states = key_states.view(key_states.shape)  # an object of its own: the caller's tensor is not to be tagged
-        setattr(key_states, HANDED, self)
-        return key_states, value_states
+        self._may_grow, self._reads = self._reads is None, 0
+        return hand_over(key_states, self), hand_over(value_states, self)
+
+    def next_reader(self) -> LinearStateLayer:
+        """The layer with the state of whoever reads the last update now.
+
+        Raises:
+            RuntimeError: the updates before were read less often.
+        """
+        number = self._reads or 0
+        self._reads = number + 1
+        if number == 0:
+            return self
+        if number > len(self._more):
+            if not self._may_grow:
+                raise RuntimeError(_reads_differ(number + 1, number))
+            self._more.append(self._another())
+        reader = self._more[number - 1]
+        reader.cumulative_length = self.cumulative_length
+        reader.record_past = self.record_past
+        return reader
+
+    def _another(self) -> LinearStateLayer:
+        return LinearStateLayer()
 
     def _advance(self, tokens: Any) -> None:
         self.cumulative_length += tokens
@@ -128,16 +168,22 @@ class LinearStateLayer(CacheLayerMixin):
                 f"A linear attention cache cannot take {count} tokens back: it has recorded the last {recorded}. Call "
                 "cache.activate_past_recording() before the tokens that may have to go, or start again from an empty cache."
             )
-        state = self._recent.drop(count)
+        for reader in (self, *self._more):
+            reader._take_back(count)
+        self._advance(-count)
+
+    def _take_back(self, count: int) -> None:
+        state = None if self._recent is None else self._recent.drop(count)
         if self.state is not None:
             self.write(torch.zeros_like(self.state) if state is None else state.clone())
-        self._advance(-count)
 
     def reset(self) -> None:
         self._advance(-self.cumulative_length)
-        if self.state is not None:
-            self.write(torch.zeros_like(self.state))
-        self._recent, self._awaited = None, False
+        for reader in (self, *self._more):
+            if reader.state is not None:
+                reader.write(torch.zeros_like(reader.state))
+            reader._recent = None
+        self._reads = None
 
     def offload(self) -> None:
         """Nothing: the state is small, and stays where it is."""
@@ -151,6 +197,8 @@ class LinearStateLayer(CacheLayerMixin):
             self.batch_size = self.state.shape[0]
         if self._recent is not None:
             self._recent.map_batch(function)
+        for reader in self._more:
+            reader._map_batch(function)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -169,7 +217,7 @@ class StaticLinearStateLayer(LinearStateLayer):
     is_compileable = True
 
     def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
-        super().__init__()
+        super().__init__(**kwargs)
         self.max_cache_len = max_cache_len
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
 
@@ -182,21 +230,32 @@ class StaticLinearStateLayer(LinearStateLayer):
     def _advance(self, tokens: Any) -> None:
         self.cumulative_length.add_(tokens)
 
+    def _another(self) -> LinearStateLayer:
+        return StaticLinearStateLayer(self.max_cache_len)
+
     def is_first(self, tokens: int) -> bool:
         return False  # not known without waiting for the device; a state of zeros says the same
 
     def allocate(self, key: Tensor, value: Tensor, heads: int, quadratic: bool) -> Tensor:
-        is_new = self.state is None
+        is_new, exporting = self.state is None, torch.compiler.is_exporting()
+        if is_new and exporting:
+            raise RuntimeError(
+                "torch.export can carry only a state that is there before it begins (cache.early_initialization makes it): not that of a "
+                "second reader of one update, nor of a layer that holds a recurrence besides."
+            )
         state = super().allocate(key, value, heads, quadratic)
         if is_new and not is_torchdynamo_compiling():
             torch._dynamo.mark_static_address(state)
+        if exporting:  # an exported program has no reset: Transformers begins a new text in it by setting the length to 0
+            state.masked_fill_(self.cumulative_length == key.shape[-2], 0)
         return state
 
     def write(self, state: Tensor) -> None:
-        if self.state is None or (torch.is_grad_enabled() and state.requires_grad):
-            self.state = state.detach()  # the old one may be saved for backward
+        saved_for_backward = torch.is_grad_enabled() and state.requires_grad and not torch.compiler.is_exporting()
+        if self.state is None or saved_for_backward:
+            self.state = state.detach()
         else:
-            self.state.copy_(state)
+            self.state.copy_(state.detach())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0
@@ -208,28 +267,113 @@ class StaticLinearStateLayer(LinearStateLayer):
         return self.max_cache_len
 
 
-def take_layer(key: Tensor) -> LinearStateLayer | None:
-    """The layer that handed this key tensor over, None where the call has no cache of ours."""
-    layer: LinearStateLayer | None = getattr(key, HANDED, None)
-    if layer is not None:
-        layer._awaited = False
-    return layer
+class MixedLayer(LinearStateLayer, LinearAttentionAndFullAttentionLayer):
+    """The state of an attention beside the states of a Mamba, convolution or other recurrence in the same layer of a model."""
+
+    _layer_type = MIXED
+    is_croppable = LinearAttentionLayer.is_croppable  # type: ignore[assignment]
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Positional arguments are our keys and values; keywords belong to the recurrence, as in Transformers' own mixed layers."""
+        if args:
+            super().lazy_initialization(*args)
+        else:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LinearAttentionLayer.crop(self, tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        super().reset()
+
+    def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
+        super()._map_batch(function)
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({index: function(state) for index, state in states.items() if state is not None})
+
+
+class StaticMixedLayer(MixedLayer, StaticLinearStateLayer):
+    """The same for compiled decoding."""
+
+    _layer_type = None
+    is_compileable = True
+
+
+def take(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, LinearStateLayer | None]:
+    """Keys and values as ordinary tensors, and the layer whose state goes before them; None where the call has no cache of ours.
+
+    Raises:
+        ValueError: the model made more or fewer keys of those that the cache returned.
+    """
+    key, layer = receive(key)
+    value, other = receive(value)
+    layer = layer or other
+    if layer is None:
+        return key, value, None
+    if key.shape[-2] != query.shape[-2]:
+        raise ValueError(
+            f"The model puts other keys beside those of its cache, {key.shape[-2]} for {query.shape[-2]} new tokens, and linear attention "
+            'keeps no keys to put them beside; load it with attn_implementation="sdpa".'
+        )
+    return key, value, layer.next_reader()
+
+
+def _received_by_update(tensor: Tensor) -> Tensor:
+    """Raises if the tensor was computed from what another layer handed over, and nobody has read that."""
+    tensor, layer = receive(tensor)
+    if layer is not None and layer._reads == 0:
+        raise RuntimeError(NEVER_READ)
+    return tensor
+
+
+def _reads_differ(now: int, before: int) -> str:
+    return (
+        f"The attention function has read one update of a linear attention cache {now} times, and the one before {before} times, so that "
+        "the states of its readers no longer belong together. Every call of a model with one cache must run the same layers."
+    )
 
 
 _layer_types = cache_utils.get_layer_types_and_kwargs
 
 
 def get_layer_types_and_kwargs(config: PreTrainedConfig) -> tuple[list[str], Any]:
-    """Transformers' own answer, with "linattn" for the linear layers of a model with `attn_implementation="linattn"`."""
+    """Transformers' own answer, with our types for the attention layers of a model with `attn_implementation="linattn"`.
+
+    Raises:
+        ValueError: an architecture without attention interface, with attention that is not over all keys before, or with softmax
+            layers beside layers that share keys.
+    """
     types, kwargs = _layer_types(config)
     if config._attn_implementation == NAME:
         require_attention_interface(config)
         kept = softmax_layers(config)
-        types = [NAME if layer not in kept and kind in SOFTMAX_TYPES else kind for layer, kind in enumerate(types)]
+        if kept and (getattr(config, "num_kv_shared_layers", 0) or "reuse" in (getattr(config, "kv_sharing_modes", None) or ())):
+            raise ValueError(
+                "Layers of this model share keys, and a softmax and a linear layer cannot: leave linattn option softmax_layers empty."
+            )
+        types = [kind if layer in kept else _our_type(kind) for layer, kind in enumerate(types)]
+        options = LinAttnConfig.of(config)
+        heads = getattr(config, "num_attention_heads", None) if options.decay == "head" else None
+        for layer_kwargs in kwargs if isinstance(kwargs, list) else [kwargs]:  # older Transformers have one for all layers
+            layer_kwargs.update(decaying_heads=heads, quadratic=options.kernel == "quadratic")
     return types, kwargs
+
+
+def _our_type(kind: str) -> str:
+    """The type of our layer in place of one of Transformers; the same type where that keeps no keys."""
+    if kind in OUR_TYPES:
+        return OUR_TYPES[kind]
+    if issubclass(cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[kind], CacheLayerMixin):
+        raise ValueError(
+            f"Layers of type {kind!r} choose or compress the keys that they attend to, and linear attention has no keys to choose from; "
+            'load the model with attn_implementation="sdpa".'
+        )
+    return kind
 
 
 def install() -> None:
     """Makes Transformers build caches with our layers."""
-    cache_utils.STATIC_LAYER_TYPE_MAPPING[NAME] = StaticLinearStateLayer
+    cache_utils.STATIC_LAYER_TYPE_MAPPING.update({NAME: StaticLinearStateLayer, MIXED: StaticMixedLayer})
     cache_utils.get_layer_types_and_kwargs = get_layer_types_and_kwargs
