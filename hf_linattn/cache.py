@@ -267,10 +267,10 @@ class StaticLinearStateLayer(LinearStateLayer):
         return self.max_cache_len
 
 
-class MixedLayer(LinearStateLayer, LinearAttentionAndFullAttentionLayer):
+class MixedLayer(LinearStateLayer, LinearAttentionAndFullAttentionLayer):  # type: ignore[misc]
     """The state of an attention beside the states of a Mamba, convolution or other recurrence in the same layer of a model."""
 
-    _layer_type = MIXED
+    _layer_type: str | None = MIXED
     is_croppable = LinearAttentionLayer.is_croppable  # type: ignore[assignment]
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
@@ -294,7 +294,7 @@ class MixedLayer(LinearStateLayer, LinearAttentionAndFullAttentionLayer):
             states.update({index: function(state) for index, state in states.items() if state is not None})
 
 
-class StaticMixedLayer(MixedLayer, StaticLinearStateLayer):
+class StaticMixedLayer(MixedLayer, StaticLinearStateLayer):  # type: ignore[misc]
     """The same for compiled decoding."""
 
     _layer_type = None
@@ -349,7 +349,7 @@ def get_layer_types_and_kwargs(config: PreTrainedConfig) -> tuple[list[str], Any
     if config._attn_implementation == NAME:
         require_attention_interface(config)
         kept = softmax_layers(config)
-        if kept and (getattr(config, "num_kv_shared_layers", 0) or "reuse" in (getattr(config, "kv_sharing_modes", None) or ())):
+        if kept and _shares_keys(config):
             raise ValueError(
                 "Layers of this model share keys, and a softmax and a linear layer cannot: leave linattn option softmax_layers empty."
             )
@@ -359,6 +359,10 @@ def get_layer_types_and_kwargs(config: PreTrainedConfig) -> tuple[list[str], Any
         for layer_kwargs in kwargs if isinstance(kwargs, list) else [kwargs]:  # older Transformers have one for all layers
             layer_kwargs.update(decaying_heads=heads, quadratic=options.kernel == "quadratic")
     return types, kwargs
+
+
+def _shares_keys(config: Any) -> bool:
+    return bool(getattr(config, "num_kv_shared_layers", 0)) or "reuse" in (getattr(config, "kv_sharing_modes", None) or ())
 
 
 def _our_type(kind: str) -> str:
