@@ -15,6 +15,7 @@ from .layers import LinAttnParams
 from .mask import linattn_mask
 from .ops import empty_state, linear_attention, linear_attention_step
 from .support import require_attention_interface
+from .training import parameter_groups
 
 AttentionInterface.register(NAME, linattn_attention)
 AttentionMaskInterface.register(NAME, linattn_mask)
@@ -31,6 +32,7 @@ __all__ = [
     "empty_state",
     "linear_attention",
     "linear_attention_step",
+    "parameter_groups",
     "require_attention_interface",
     "set_dropout",
 ]

@@ -89,17 +89,18 @@ class DropoutCallback(TrainerCallback):
     """Sets the noise probability before every step of a `transformers.Trainer`.
 
     Args:
-        schedule: a `DropoutSchedule`, or a kind of one ("linear", "cosine") that then reaches 0 at the last step of training.
+        schedule: a `DropoutSchedule`, or a kind of one ("linear", "cosine") that then reaches 0 at the last step of each training.
         p: the starting probability where `schedule` is a kind.
     """
 
     def __init__(self, schedule: DropoutSchedule | str, p: float = 0.0) -> None:
-        self.schedule = schedule
+        self.kind = schedule if isinstance(schedule, str) else None
+        self.schedule = schedule  # of the training under way
         self.p = p
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        if isinstance(self.schedule, str):
-            self.schedule = DropoutSchedule(self.schedule, self.p, max(state.max_steps, 1))
+        if self.kind is not None:
+            self.schedule = DropoutSchedule(self.kind, self.p, max(state.max_steps, 1))
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
         assert isinstance(self.schedule, DropoutSchedule) and model is not None

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -90,7 +89,8 @@ class Training:
         self.sampler = EpochSampler(len(train), self.steps_per_epoch * taken, s.seed)
         self.noise = hf_linattn.DropoutSchedule(s.noise_schedule, s.noise, self.steps) if s.noise else None
 
-        optimizer = torch.optim.AdamW(parameter_groups(model, s), betas=(0.9, s.beta2))
+        groups = hf_linattn.parameter_groups(model, s.learning_rate, s.linattn_learning_rate, s.weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, s.beta2))
         schedule = get_cosine_schedule_with_warmup(optimizer, round(s.warmup * self.steps), self.steps)
         collate = Collator(start_token(tokenizer), s.separate_stories)
         # A generator of their own keeps the loaders from drawing on the random numbers that dropout uses, which a resume must repeat.
@@ -260,9 +260,6 @@ class Training:
             raise RecipeError(
                 "noise is dropout for linear attention, and this model's is softmax; set attn_implementation=linattn or noise=0"
             )
-        if is_linear(model):
-            # Transformers keeps this plain attribute in config.json, and forgets which attention it loaded the model with.
-            model.config.attn_implementation = "linattn"
         # A cache would be built in every training step, and stories packed together would then see one another.
         model.config.use_cache = False
         if s.gradient_checkpointing:
@@ -281,26 +278,6 @@ class Training:
         check_length(teacher, self.settings.length)
         teacher.config.use_cache = False
         return teacher.to(self.accelerator.device).eval().requires_grad_(False)
-
-
-def parameter_groups(model: PreTrainedModel, s: Settings) -> list[dict[str, Any]]:
-    """AdamW's groups: matrices with weight decay, vectors without, per-head parameters of converted attention at their own rate."""
-    matrices: list[torch.nn.Parameter] = []
-    vectors: list[torch.nn.Parameter] = []
-    heads: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if ".linattn." in name:
-            heads.append(parameter)
-        else:
-            (matrices if parameter.ndim > 1 else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "lr": s.learning_rate, "weight_decay": s.weight_decay},
-        {"params": vectors, "lr": s.learning_rate, "weight_decay": 0.0},
-        {"params": heads, "lr": s.linattn_learning_rate, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def draw(run: Run) -> None:

@@ -53,11 +53,47 @@ def test_set_dropout_refuses():
         set_dropout(torch.nn.Linear(2, 2), 0.1)
 
 
-def test_callback_lowers_p_to_0_under_a_trainer(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(hf_linattn.dropout, "set_dropout", lambda model, p: (seen.append(p), set_dropout(model, p)))
+def train(folder, callback, steps, resume=False):
     data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
-    arguments = TrainingArguments(str(tmp_path), max_steps=4, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True,
+    arguments = TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_steps=2,
                                   disable_tqdm=True)  # fmt: skip
-    Trainer(tiny_llama(), arguments, train_dataset=data, callbacks=[DropoutCallback("linear", 0.4)]).train()
+    model = tiny_llama()
+    Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train(resume_from_checkpoint=resume)
+    return model
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The probability at each step, as the callback sets it."""
+    values = []
+    monkeypatch.setattr(hf_linattn.dropout, "set_dropout", lambda model, p: (values.append(p), set_dropout(model, p)))
+    return values
+
+
+def test_callback_lowers_p_to_0_under_a_trainer(tmp_path, seen):
+    model = train(tmp_path, DropoutCallback("linear", 0.4), 4)
     assert seen == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert model.model.layers[1].self_attn.linattn_dropout_p == pytest.approx(0.1)
+
+
+def test_each_training_with_one_callback_has_its_own_schedule(tmp_path, seen):
+    callback = DropoutCallback("linear", 0.4)
+    train(tmp_path / "short", callback, 2)
+    train(tmp_path / "longer", callback, 4)
+    train(tmp_path / "shorter", callback, 1)
+    assert seen == pytest.approx([0.4, 0.2, 0.4, 0.3, 0.2, 0.1, 0.4])
+
+
+def test_a_training_taken_up_again_goes_on_where_it_was(tmp_path, seen):
+    callback = DropoutCallback("cosine", 0.4)
+    train(tmp_path, callback, 2)
+    train(tmp_path, callback, 4, resume=True)
+    cosine = DropoutSchedule("cosine", 0.4, 4)
+    assert seen == pytest.approx([0.4, 0.2, cosine(2), cosine(3)])
+
+
+def test_a_schedule_of_ones_own_is_kept(tmp_path, seen):
+    callback = DropoutCallback(DropoutSchedule("linear", 0.4, 4))
+    train(tmp_path / "once", callback, 2)
+    train(tmp_path / "again", callback, 3)
+    assert seen == pytest.approx([0.4, 0.3, 0.4, 0.3, 0.2])

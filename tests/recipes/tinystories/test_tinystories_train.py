@@ -17,12 +17,12 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-import hf_linattn  # noqa: F401
+import hf_linattn
 from convert.linearize import linearize
 from recipes.common.errors import RecipeError
 from recipes.common.run import read_records
 from recipes.tinystories.model import load_model
-from recipes.tinystories.train import Training, parameter_groups
+from recipes.tinystories.train import Training
 
 ROOT = Path(__file__).resolve().parents[3]
 LINEAR = {"attn_implementation": "linattn"}
@@ -122,7 +122,7 @@ def test_a_converted_model_follows_its_teacher(settings, tiny, converted):
 def test_per_head_parameters_have_a_rate_of_their_own(settings, converted):
     s = settings(model=str(converted), linattn_learning_rate=0.5)
     model = load_model(s.model)
-    groups = parameter_groups(model, s)
+    groups = hf_linattn.parameter_groups(model, s.learning_rate, s.linattn_learning_rate, s.weight_decay)
     heads = {id(p) for name, p in model.named_parameters() if ".linattn." in name}
     assert heads
     (own,) = [group for group in groups if group["lr"] == 0.5]
