@@ -12,6 +12,9 @@ from convert.weights import floating_dtype
 from hf_linattn.config import LinAttnConfig
 from hf_linattn.models import auto_map, config_class_for, model_class_for
 
+# The attention that a source names gives way to ours, whether it is installed or not.
+_LEFT_OUT = ("model_type", "auto_map", "transformers_version", "attn_implementation", "_attn_implementation")
+
 
 def converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, Any, list[dict[str, Any]]]:
     """The converted configuration, the model class it belongs to, and what linear layers leave behind.
@@ -19,14 +22,18 @@ def converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, An
     Raises:
         ConversionError: a configuration that cannot be read, or an option that does not fit it.
     """
-    config_class = config_class_for(source.config["model_type"])
+    config_class, named = config_class_for(source.config["model_type"]), source.config.get("architectures") or [None]
+    if not isinstance(named, list) or not isinstance(named[0], str | None):
+        raise ConversionError(f"{source.folder / 'config.json'}: architectures is {named!r:.100}; expected a list of class names")
     try:
-        stored = {key: value for key, value in source.config.items() if key not in ("model_type", "auto_map", "transformers_version")}
+        stored = {key: value for key, value in source.config.items() if key not in _LEFT_OUT}
         config: Any = config_class.from_dict(stored)  # type: ignore[attr-defined]
-        model_class = model_class_for(config_class, (source.config.get("architectures") or [None])[0])
+        model_class = model_class_for(config_class, named[0])
     except Exception as error:
         raise ConversionError(f"{source.name}: {one_line(error)}") from error
     count, kept = config.num_hidden_layers, sorted(set(options.keep_softmax))
+    if count < 1:
+        raise ConversionError(f"{source.folder / 'config.json'}: num_hidden_layers is {count}; expected 1 or more")
     outside = [layer for layer in kept if not 0 <= layer < count]
     if outside:
         raise ConversionError(f"--keep-softmax names layer {outside[0]}, but {source.name} has layers 0 to {count - 1}")

@@ -26,6 +26,7 @@ from convert.source import Source, open_source
 from convert.weights import new_parameters, write_weights
 from hf_linattn.models import write_stub
 from recipes.common import cli
+from recipes.common.blame import naming_the_key
 from recipes.common.checkpoint import companions
 from recipes.common.files import check_target, staged_directory
 
@@ -57,8 +58,9 @@ def linearize(
     options, output = options or LinearizeOptions(), Path(output).expanduser()
     check_target(output, COMMAND, overwrite=options.overwrite, inputs=[source])
     opened = open_source(str(source), options.revision)
-    config, model_class, dropped = converted_config(opened, options)
-    added = new_parameters(opened, model_class, config)
+    with naming_the_key(opened.config, opened.folder / "config.json"):
+        config, model_class, dropped = converted_config(opened, options)
+        added = new_parameters(opened, model_class, config)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with staged_directory(output, COMMAND, overwrite=options.overwrite, inputs=[opened.folder]) as folder, stage(f"writing {output}"):
         _require_space(folder, opened.nbytes)

@@ -99,7 +99,7 @@ def attack(home: Path, run: Callable[[], object], kills: int, chance: random.Ran
     forked(run, None)
     seconds = time.monotonic() - began
     users = {path.name for path in home.iterdir()}
-    while told["kills"] + told["ended first"] < kills:
+    while told["kills"] < kills:
         number = told["kills"] + told["ended first"]
         files.exchange = one_step if number % 2 else lambda one, other: False
         killed = not forked(run, chance.uniform(0, 1.05 * seconds))
@@ -114,7 +114,7 @@ def attack(home: Path, run: Callable[[], object], kills: int, chance: random.Ran
         elif not inside:
             mark = read_mark(out)
             assert mark and mark.files and not foreign(out, mark), "the output is not whole"
-        if number % RUNS_TO_THE_END == RUNS_TO_THE_END - 1 or number == kills - 1:
+        if number % RUNS_TO_THE_END == RUNS_TO_THE_END - 1 or told["kills"] == kills:
             assert forked(run, None)
             assert {path.name for path in home.iterdir()} == users, "something of ours is left beside the output"
             left = [path for path in out.rglob(".*") if not path.name.startswith(".hf_linattn.json")]

@@ -341,3 +341,48 @@ def test_what_cannot_be_read_is_named_in_a_sentence(name: str, path: str, writte
             (home / path).rmdir()
         (home / path).unlink(missing_ok=True)
         shutil.copy(written / path, home / path)
+
+
+@pytest.mark.parametrize("name", ["linearize", "train", "evaluate"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_attention_heads", 0),
+        ("hidden_size", 33),
+        ("hidden_act", "swoosh"),
+        ("intermediate_size", -4),
+        ("rms_norm_eps", "small"),
+        ("rope_parameters", {"rope_type": "unheard of"}),
+    ],
+)
+def test_a_config_of_which_no_model_can_be_made_names_its_key(name: str, key: str, value: Any, home: Path) -> None:
+    config = json.loads((home / "model" / "config.json").read_text())
+    (home / "model" / "config.json").write_text(json.dumps(config | {key: value}))
+    message = refused(name, "new", home)
+    assert "model" in message and f"at fault is {key} = " in message, message
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"attn_implementation": "flash_attention_2"},
+        {"_attn_implementation": "flash_attention_3"},
+        {"attn_implementation": "no such thing"},
+        {"attn_implementation": {"": "flash_attention_2"}},
+    ],
+)
+def test_a_config_that_names_an_attention_not_installed_converts(named: dict[str, Any], home: Path) -> None:
+    config = json.loads((home / "model" / "config.json").read_text())
+    (home / "model" / "config.json").write_text(json.dumps(config | named))
+    done = invoke("linearize", "new")
+    assert done.exit_code == 0, done.output
+    assert json.loads((home / "new" / "config.json").read_text())["attn_implementation"] == "linattn"
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 0}, {"architectures": "LlamaForCausalLM"}, {"architectures": [3]}, {"num_hidden_layers": -1}]
+)
+def test_a_config_that_conversion_cannot_take_names_its_key(changes: dict[str, Any], home: Path) -> None:
+    config = json.loads((home / "model" / "config.json").read_text())
+    (home / "model" / "config.json").write_text(json.dumps(config | changes))
+    assert next(iter(changes)) in refused("linearize", "new", home)

@@ -20,7 +20,8 @@ import torch
 from datasets.exceptions import DatasetGenerationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from recipes.common.checkpoint import open_tokenizer
+from recipes.common.blame import naming_the_key
+from recipes.common.checkpoint import open_tokenizer, read_config
 from recipes.common.errors import RecipeError, sentence, stage
 
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -128,7 +129,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             if "<|endoftext|>" in tokenizer.get_vocab():
                 tokenizer.add_special_tokens({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
         else:
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+            where = folder / "config.json"  # which tells the tokenizer's class
+            with naming_the_key(read_config(folder, name) if where.is_file() else {}, where):
+                tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except RecipeError:
+        raise
     except Exception as error:  # the tokenizers library raises bare Exception
         raise RecipeError(
             f"{name}: no tokenizer can be loaded from it ({sentence(error)}); give a checkpoint or a tokenizer.json"

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_linattn
+from recipes.common.blame import naming_the_key
 from recipes.common.checkpoint import check_fits, check_size, open_checkpoint, without_memory
 from recipes.common.errors import RecipeError, sentence
 from recipes.tinystories.data import start_token
@@ -30,17 +31,15 @@ def load_model(
         overrides: values of other config keys.
     """
     checkpoint = open_checkpoint(name)
-    folder = str(checkpoint.folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # strict configs raise their own
-        raise RecipeError(f"{name}: no model can be made of its config.json ({sentence(error)}); give a folder or a hub id") from None
-    _change(config, overrides or {}, linattn or {}, name)
+    folder, where = str(checkpoint.folder), checkpoint.folder / "config.json"
 
     def build() -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, trust_remote_code=False)
 
-    check_fits(checkpoint, without_memory(build, checkpoint.folder / "config.json"))
+    with naming_the_key(checkpoint.config, where):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _change(config, overrides or {}, linattn or {}, name)
+        check_fits(checkpoint, without_memory(build, where))
     model: PreTrainedModel
     info: dict[str, Any]
     try:
