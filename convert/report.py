@@ -79,7 +79,7 @@ def _starting_values(config: Any, added: dict[str, Tensor]) -> dict[str, Any]:
     if not added:
         return {name: config.linattn[name] for name in ("temperature", "a", "b", "c")}
     layer = LinAttnParams(config.num_attention_heads, LinAttnConfig(**config.linattn))
-    layer.load_state_dict({name.rpartition(".")[2]: value for name, value in added.items()})
+    layer.load_state_dict({name.rpartition(".")[2]: value for name, value in added.items()}, strict=False)
     return {name: [round(number, 6) for number in values.tolist()] for name, values in layer().items()}
 
 

@@ -38,7 +38,7 @@ def new_parameters(source: Source, model_class: Any, config: Any) -> dict[str, T
         if isinstance(module, LinAttnParams):
             started = module.to_empty(device="cpu")
             started.reset_parameters()
-            added.update({f"{name}.{key}": value for key, value in started.state_dict().items()})
+            added.update({f"{name}.{key}": value for key, value in started.named_buffers()})
     return added
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ LARGEST_START = 0.98
 """Largest start of what a bound limits, as a share of that bound: b * temperature / a (linear), b / (2 sqrt(a c)) (quadratic)."""
 SHORTEST_TIME_CONSTANT = 1.5
 """Time constant, in tokens, of the fastest head at the start."""
+OFFSET = "_offset"
+"""Ends the names of what is learned."""
 
 _INSIDE = 0.999
 
@@ -31,9 +34,14 @@ class LinAttnParams(nn.Module):
     Starting values: temperature and b as configured, but at most 0.98 of their bound; T from 1.5 tokens in the first head, growing
     geometrically to ``longest`` in the last.
 
+    Each number is a float32 buffer, where it started, and a parameter ``..._offset`` in the model's dtype, how far it has learned since,
+    at first 0. So a bfloat16 model has parameters of one dtype, which FSDP and DeepSpeed ask for, and loses nothing that it loads: a
+    bfloat16 log rate of -7.6 can only move in steps of 0.03, an offset near 0 in as small ones as it is itself. AdamW in bfloat16, to move
+    it by 0.48 in 300 steps of rates from 0.03 or 0.01 to 0, ends 0.06 or 0.47 away (it never moved), an offset 0.004 away both times.
+
     Args:
         heads: number of query heads H, at least 1.
-        config: ``kernel``, ``a``, ``b``, ``c``, ``temperature``, ``decay``; ``learnable=False`` makes them buffers, which are
+        config: ``kernel``, ``a``, ``b``, ``c``, ``temperature``, ``decay``; with ``learnable=False`` there are buffers alone, which are
             saved and never trained.
         longest: time constant of the slowest head at the start, in tokens, at least 1.5.
 
@@ -60,19 +68,26 @@ class LinAttnParams(nn.Module):
         if config.decay == "head":
             self.names.append("log_rate")
         for name in self.names:
-            # float32 said aloud: Transformers loads a parameter in the dtype it was made in, whatever the rest is loaded in.
-            values = torch.empty(heads, dtype=torch.float32)
-            # Frozen ones are buffers: loading a checkpoint makes every parameter require a gradient again.
+            # A buffer and not a frozen parameter: loading a checkpoint makes every parameter require a gradient again.
+            self.register_buffer(name, torch.empty(heads, dtype=torch.float32))
             if config.learnable:
-                self.register_parameter(name, nn.Parameter(values))
-            else:
-                self.register_buffer(name, values)
+                self.register_parameter(name + OFFSET, nn.Parameter(torch.empty(heads)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets the starting values, except in parameters that Transformers has loaded from disk."""
+        """Sets the starting values, except of what Transformers has loaded from disk."""
         for name in self.names:
             init.copy_(getattr(self, name), self._start(name))
+        for offset in self.parameters():
+            init.zeros_(offset)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinAttnParams:
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != torch.float32:  # model.to(torch.bfloat16) is meant for the weights
+                setattr(self, name, before[name].to(buffer.device))
+        return self
 
     def forward(self) -> dict[str, Tensor]:
         """The numbers to attend with, as new float32 tensors of shape (H,).
@@ -80,7 +95,7 @@ class LinAttnParams(nn.Module):
         Returns:
             ``a``, ``b``, ``temperature``; with the quadratic kernel ``c``; with a decay ``log_decay`` = -1 / T < 0.
         """
-        learned: dict[str, Tensor] = {name: getattr(self, name).float() for name in self.names}
+        learned: dict[str, Tensor] = {name: self._number(name) for name in self.names}
         like = learned[self.names[0]]
         out = {"a": torch.full_like(like, self.a)}
         if self.kernel == "linear":
@@ -96,6 +111,10 @@ class LinAttnParams(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kernel={self.kernel}, {', '.join(self.names)}"
+
+    def _number(self, name: str) -> Tensor:
+        started, offset = getattr(self, name).float(), getattr(self, name + OFFSET, None)
+        return started if offset is None else started + offset.float()
 
     def _limit(self) -> float:
         # A logistic function reaches 1 in float32; the bound itself must stay out of reach.

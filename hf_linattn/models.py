@@ -16,9 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import tokenization_auto
+from transformers.utils import is_peft_available
 
 from hf_linattn.config import PREFIX, LinAttnConfig
-from hf_linattn.layers import LinAttnParams
+from hf_linattn.layers import OFFSET, LinAttnParams
 
 BASE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "gpt_neox")
 STUB_NAME = "modeling_hf_linattn.py"
@@ -52,8 +53,8 @@ class LinAttnModelMixin:
             config._attn_implementation = "linattn"
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         _attach_parameters(self)  # type: ignore[arg-type]
-        # Transformers never saves the implementation in use, but a plain attribute of this name it saves, and honours on load.
-        self.config.attn_implementation = "linattn"
+        # A fresh checkpoint has the starting values alone; what was learned since is then 0.
+        self._keys_to_ignore_on_load_missing = {*(self._keys_to_ignore_on_load_missing or ()), rf"\.linattn\.\w+{OFFSET}$"}  # type: ignore[has-type]
         self.config.auto_map = auto_map(type(self.config))
         self.post_init()  # type: ignore[attr-defined]
 
@@ -192,7 +193,19 @@ def _share_tokenizer(base_type: str) -> None:
         known_wrong.add(PREFIX + base_type)
 
 
+def _share_adapter_targets(base_type: str) -> None:
+    # PEFT knows by model type which layers an adapter goes into where none are named: the same as in the base.
+    if not is_peft_available():
+        return
+    from peft.utils import constants  # an optional package, which Transformers has imported if it is there
+
+    for name, targets in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and base_type in targets:
+            targets[PREFIX + base_type] = targets[base_type]
+
+
 _CONFIGS = {base_type: _make_config_class(base_type) for base_type in BASE_MODEL_TYPES}
 _MODELS = {config_class: _make_model_classes(base_type, config_class) for base_type, config_class in _CONFIGS.items()}
 for _base_type in BASE_MODEL_TYPES:
     _share_tokenizer(_base_type)
+    _share_adapter_targets(_base_type)

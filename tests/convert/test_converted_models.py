@@ -88,12 +88,14 @@ def test_starting_values_survive_a_load_that_lacks_the_parameters(
     model, info = model_class_for(config_class).from_pretrained(
         folder, config=config_class.from_pretrained(folder), output_loading_info=True
     )
-    assert set(info["missing_keys"]) == set(new_parameters(model))
-    for parameter in new_parameters(model).values():
-        torch.testing.assert_close(torch.sigmoid(parameter) * 0.999, torch.full_like(parameter, 0.98))
-    direct = model_class_for(config_class)(model.config)
-    for name, parameter in new_parameters(direct).items():
-        torch.testing.assert_close(parameter, new_parameters(model)[name])
+    starts = {name: buffer for name, buffer in model.named_buffers() if ".linattn." in name}
+    assert set(info["missing_keys"]) == set(starts)
+    for start in starts.values():
+        torch.testing.assert_close(torch.sigmoid(start) * 0.999, torch.full_like(start, 0.98))
+    assert len(new_parameters(model)) == len(starts) and not any(parameter.any() for parameter in new_parameters(model).values())
+    direct = dict(model_class_for(config_class)(model.config).named_buffers())
+    for name, start in starts.items():
+        torch.testing.assert_close(direct[name], start)
 
 
 @pytest.mark.parametrize("model_type", BASE_MODEL_TYPES)
@@ -151,19 +153,23 @@ def test_sharded_save(converted: Converted, tokens: Tensor, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
-def test_bfloat16_load_keeps_the_new_parameters_in_float32(model_type: str, converted: Converted, tokens: Tensor, tmp_path: Path) -> None:
+def test_bfloat16_model_has_one_dtype_and_loses_nothing(model_type: str, converted: Converted, tokens: Tensor, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(converted(model_type), dtype=torch.bfloat16)
     exact = AutoModelForCausalLM.from_pretrained(converted(model_type))
-    assert model.get_output_embeddings().weight.dtype == torch.bfloat16
-    for name, parameter in new_parameters(model).items():
-        assert parameter.dtype == torch.float32
-        assert torch.equal(parameter, new_parameters(exact)[name])
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    starts = {name: buffer for name, buffer in exact.named_buffers() if ".linattn." in name}
+    for name, buffer in model.named_buffers():
+        if name in starts:
+            assert buffer.dtype == torch.float32 and torch.equal(buffer, starts[name])
     difference = (logits(model, tokens).float() - logits(exact, tokens)).abs().max()
     assert difference < 0.05 * logits(exact, tokens).abs().max()
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert again.dtype == torch.bfloat16
-    assert all(parameter.dtype == torch.float32 for parameter in new_parameters(again).values())
+    model.save_pretrained(tmp_path / "once")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "again")
+    once, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("once", "again"))
+    assert once.keys() == again.keys() and all(torch.equal(once[name], again[name]) for name in once)
+    assert all(once[name].dtype == torch.float32 and torch.equal(once[name], start) for name, start in starts.items())
+    for cast in (exact.to(torch.bfloat16), exact.half()):
+        assert all(torch.equal(dict(cast.named_buffers())[name], start) for name, start in starts.items())
 
 
 def test_device_map_auto(converted: Converted, tokens: Tensor) -> None:
