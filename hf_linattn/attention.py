@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import is_torchdynamo_compiling, logging
+from transformers.utils import is_torchdynamo_compiling
 
 from .architectures import missing_parameters
 from .cache import LinearStateLayer, take
+from .calls import refuse_unknown_calls, warn_about_dropped
 from .config import NAME, LinAttnConfig
-from .mask import padding_of, refuse_other_patterns, segment_ids, sequence_starts
 from .ops import linear_attention, linear_attention_step
+from .packing import segment_ids, sequence_starts
+from .pattern import Pattern, is_packed
 from .rollback import Recurrence
-from .support import refuse_unknown_calls
-
-logger = logging.get_logger(__name__)
+from .told import made_pattern, pattern_of, refuse_another_past
 
 Number = float | Tensor
 FASTEST, SLOWEST = 1.5, 512.0  # tokens: the time constants of the first and of the last head
@@ -52,28 +52,42 @@ def linattn_attention(
     """
     key, value, layer = take(query, key, value)
     options = options_of(module)
+    is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    length = query.shape[2]
     if keeps_softmax(module, options):
-        starts = sequence_starts(padding_of(attention_mask, query.shape[2]), position_ids, cu_seq_lens_q, query.shape[2])
+        made = made_pattern(attention_mask, length)
+        starts = None if made is None else sequence_starts(made.real, position_ids, cu_seq_lens_q, length)
+        if made is not None and is_packed(attention_mask):
+            is_causal, attention_mask = is_causal if made.causal is None else made.causal, None
         return softmax_attention(module, query, key, value, attention_mask, starts, scaling, dropout, is_causal, kwargs)
     refuse_unknown_calls(module, query, key, kwargs)
-    warn_about_softcap(module, kwargs)
-    length = query.shape[2]
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    warn_about_dropped(module, kwargs)
     first = layer is None or layer.is_first(length)
+    pattern = pattern_of(attention_mask, length, 0 if layer is None else layer.seen_before(length), module, is_causal)
+    causal = bool(pattern.causal)
     if not causal and not first:
         raise ValueError("A cache holds what came before; bidirectional linear attention cannot go on from it. Give use_cache=False.")
+    if layer is not None and not first:
+        refuse_another_past(layer.left_out, pattern)
 
-    padding = padding_of(attention_mask, length)
-    starts = sequence_starts(padding, position_ids, cu_seq_lens_q, length) if first else None
-    segments = segment_ids(padding, starts, query.shape[0])
-    if not options.softmax_layers:  # else the 4D mask is the one made for the softmax layers, perhaps of a window
-        refuse_other_patterns(attention_mask, segments, causal)
+    segments = segments_of(pattern, position_ids if first else None, cu_seq_lens_q if first else None, length, query.shape[0])
     numbers = coefficients(module, options, query, scaling)
     if layer is None or not causal:
         out: Any = linear_attention(query, key, value, causal=causal, segment_ids=segments, **numbers, **noise(module, options, dropout))
     else:
         out = attend_with_state(layer, first, query, key, value, segments, numbers, noise(module, options, dropout))
+        if pattern.real is not None:
+            layer.leave_out(~pattern.real.expand(query.shape[0], -1))
     return out.transpose(1, 2).contiguous(), None
+
+
+def segments_of(pattern: Pattern, position_ids: Tensor | None, cu_seq_lens: Tensor | None, length: int, batch: int) -> Tensor | None:
+    """What the operator is given: padding, and where sequences begin by the mask, by `cu_seq_lens` or by falling positions."""
+    starts = pattern.starts
+    if not pattern.whole:
+        told = sequence_starts(pattern.real, position_ids, cu_seq_lens, length)
+        starts = told if starts is None else starts if told is None else starts | told
+    return segment_ids(pattern.real, starts, batch)
 
 
 def attend_with_state(
@@ -84,10 +98,12 @@ def attend_with_state(
     recurrence = Recurrence(query.shape[1], not _is_zero(numbers["c"]), numbers["normalize_qk"], log_decay)
     heads = key.shape[1] if log_decay is None else log_decay.shape[0]
     before = None if first else layer.allocate(key, value, heads, recurrence.quadratic)
-    if segments is None or segments.dtype == torch.bool:  # what was packed together is not taken apart again
+    if segments is None or segments.dtype == torch.bool:
         layer.record(recurrence, key, value, segments, before)
+    else:
+        layer.forget_recent()
     if before is not None and query.shape[2] == 1 and not noise and not _needs_grad(query, key, value):
-        return linear_attention_step(query, key, value, before, **numbers)
+        return linear_attention_step(query, key, value, before, segment_ids=segments, **numbers)
     out, after = linear_attention(
         query, key, value, segment_ids=segments, initial_state=before, return_state=True, **numbers, **noise
     )
@@ -161,12 +177,6 @@ def noise(module: nn.Module, options: LinAttnConfig, dropout: Number) -> dict[st
     return {"dropout_p": p, "dropout_kind": options.dropout_kind}
 
 
-def warn_about_softcap(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Says once that a softcap or sinks of softmax attention are gone."""
-    if not is_torchdynamo_compiling() and (kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None):
-        logger.warning_once(f"{type(module).__name__}: softcap and attention sinks shape softmax scores; linear attention drops them.")
-
-
 def softmax_attention(
     module: nn.Module,
     query: Tensor,
@@ -176,12 +186,12 @@ def softmax_attention(
     starts: Tensor | None,
     scaling: float | None,
     dropout: Number,
-    is_causal: bool | None,
+    is_causal: bool,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
     """The softmax of a layer that keeps it: SDPA, or the architecture's own eager form where it has a softcap."""
     if starts is not None and key.shape[2] == query.shape[2]:
-        mask = _same_sequence(mask, starts, causal=is_causal if is_causal is not None else getattr(module, "is_causal", True))
+        mask = _same_sequence(mask, starts, is_causal)
     common = {"scaling": scaling, "dropout": dropout, **kwargs}
     if kwargs.get("softcap") is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, is_causal=is_causal, **common)

@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAtte
 from transformers.utils import is_torchdynamo_compiling
 
 from .config import NAME, LinAttnConfig, softmax_layers
+from .counted import digest, joined
 from .hand_over import NEVER_READ, hand_over, receive
 from .ops import empty_state
 from .rollback import RecentTokens, Recurrence
@@ -62,11 +63,21 @@ class LinearStateLayer(CacheLayerMixin):
     def state(self, state: Tensor | None) -> None:
         self.keys = state
 
+    @property
+    def left_out(self) -> Tensor | None:
+        """The digest of the padding seen, int64 (B,), under the other name that is exported; None: there was none."""
+        return self.values
+
+    @left_out.setter
+    def left_out(self, left_out: Tensor | None) -> None:
+        self.values = left_out
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         self.is_initialized = True
         if key_states.shape[-2] == 0:  # ahead of the first token, to export
             self.allocate(key_states, value_states, self.decaying_heads or key_states.shape[1], self.quadratic)
+            self.left_out = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Counts the new tokens; returns their keys and values, which carry this layer to the attention function.
@@ -114,6 +125,18 @@ class LinearStateLayer(CacheLayerMixin):
         """Whether the `tokens` just counted by `update` are the first ones."""
         return self.cumulative_length == tokens
 
+    def seen_before(self, tokens: int) -> Any:
+        """How many tokens there were before the `tokens` just counted by `update`, an int or a tensor."""
+        return self.cumulative_length - tokens
+
+    def leave_out(self, padding: Tensor) -> None:
+        """Remembers which of the tokens just counted by `update` are padding, bool (B, N)."""
+        new = digest(padding, self.seen_before(padding.shape[-1]))
+        self._remember(new if self.left_out is None else joined(self.left_out, new))
+
+    def _remember(self, left_out: Tensor) -> None:
+        self.left_out = left_out
+
     def allocate(self, key: Tensor, value: Tensor, heads: int, quadratic: bool) -> Tensor:
         """The state for keys (B, Hk, N, D) and values (B, Hk, N, Dv), made of zeros if there is none yet."""
         if self.state is None:
@@ -123,6 +146,10 @@ class LinearStateLayer(CacheLayerMixin):
         elif not is_torchdynamo_compiling() and self.state.is_inference() and not torch.is_inference_mode_enabled():
             self.state = self.state.clone()  # made under torch.inference_mode(), it could not be written outside
         return self.state
+
+    def forget_recent(self) -> None:
+        """No token seen so far can be taken back: what was packed together is not taken apart again."""
+        self._recent = None
 
     def record(self, recurrence: Recurrence, key: Tensor, value: Tensor, real: Tensor | None, before: Tensor | None) -> None:
         """Keeps new tokens for a later `crop`, if `activate_past_recording` asked for it; `before` is the state before them."""
@@ -173,6 +200,9 @@ class LinearStateLayer(CacheLayerMixin):
         self._advance(-count)
 
     def _take_back(self, count: int) -> None:
+        if self.left_out is not None and self._recent is not None and self._recent.real is not None:
+            dropped = digest(~self._recent.real[:, self._recent.count - count :], self.seen_before(count))
+            self._remember(joined(self.left_out, -dropped))
         state = None if self._recent is None else self._recent.drop(count)
         if self.state is not None:
             self.write(torch.zeros_like(self.state) if state is None else state.clone())
@@ -182,6 +212,8 @@ class LinearStateLayer(CacheLayerMixin):
         for reader in (self, *self._more):
             if reader.state is not None:
                 reader.write(torch.zeros_like(reader.state))
+            if reader.left_out is not None:
+                reader._remember(torch.zeros_like(reader.left_out))
             reader._recent = None
         self._reads = None
 
@@ -195,6 +227,8 @@ class LinearStateLayer(CacheLayerMixin):
         if self.state is not None:
             self.state = function(self.state)
             self.batch_size = self.state.shape[0]
+        if self.left_out is not None:
+            self.left_out = function(self.left_out)
         if self._recent is not None:
             self._recent.map_batch(function)
         for reader in self._more:
@@ -256,6 +290,14 @@ class StaticLinearStateLayer(LinearStateLayer):
             self.state = state.detach()
         else:
             self.state.copy_(state.detach())
+
+    def _remember(self, left_out: Tensor) -> None:
+        if self.left_out is not None and (is_torchdynamo_compiling() or not self.left_out.is_inference()):
+            self.left_out.copy_(left_out)
+            return
+        self.left_out = left_out
+        if not is_torchdynamo_compiling():
+            torch._dynamo.mark_static_address(self.left_out)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0

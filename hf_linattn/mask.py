@@ -1,8 +1,9 @@
-"""Which tokens are padding, and which belong to the same packed sequence.
+"""The mask function: what a model asks for, read and packed into the small tensor that every linear layer is given.
 
-Linear layers need no (N, N) mask: the mask function gives them a padding mask (B, N), True at tokens, or None. Packed sequences
-are read from what every attention call receives, `position_ids` that restart or `cu_seq_lens_q`. A model that keeps softmax layers
-gets the mask of "sdpa" for all its layers, and the padding is read back off it.
+Linear layers need no (N, N) mask. Transformers says who sees whom by a function of two columns; asking it about neighbours tells
+causality and where packed sequences begin, and a padding mask tells which tokens are real, those before included. A window has no
+meaning for a running state, and is dropped. A model that keeps softmax layers gets the mask of "sdpa" for all its layers, with the
+tensor attached to it.
 """
 
 from __future__ import annotations
@@ -12,144 +13,170 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from transformers import PreTrainedConfig, masking_utils
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 from transformers.utils.import_utils import is_tracing
 
 from .config import softmax_layers
+from .counted import digest
+from .packing import segment_ids
+from .pattern import Pattern, pack
 from .support import require_attention_interface
 
-PADDING = "_linattn_padding"
-STARTS = "_linattn_starts"
+TOLD = "_linattn_told"
+ROWS_AT_ONCE = 1024
+SEES_AHEAD = (
+    "The model lets some tokens, such as those of an image, see each other ahead in a causal text, which linear attention "
+    'cannot; load it with attn_implementation="sdpa", or its text model alone.'
+)
+
+MaskFunction = Callable[..., Any]
 
 
 def linattn_mask(
-    *, q_length: int, config: PreTrainedConfig, attention_mask: Tensor | None = None, **kwargs: Any
+    *,
+    batch_size: int,
+    q_length: int,
+    config: PreTrainedConfig,
+    mask_function: MaskFunction = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    q_offset: Any = 0,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
 ) -> Tensor | None:
-    """The padding mask of the new tokens, bool (B, q_length), or None where none is padding. Softmax layers: the sdpa mask.
+    """What linear layers are told of the new tokens (`pattern.pack`), None for one token and no mask. Softmax layers: the sdpa mask.
 
     Raises:
-        ValueError: an architecture without attention interface, or a mask that lets some tokens see ahead.
+        ValueError: an architecture without attention interface; a pattern other than causal or bidirectional, padded, packed or
+            windowed; an `attention_mask` that is not 2D or does not reach the last token.
     """
     if not is_tracing(attention_mask):
         require_attention_interface(config)
-        _refuse_overlays(q_length, **kwargs)
-    padding = _last_tokens(attention_mask, q_length)
+    asked = _Asked(mask_function, batch_size, q_length, q_offset, device, kwargs, config)
+    pattern = asked.pattern()
+    pattern.real, pattern.past = read_padding(attention_mask, q_length, q_offset)
+    told = pack(pattern, q_length, device)
+    alone = None if q_length == 1 and attention_mask is None else told  # a compiled step without a mask has no use for it
     if not softmax_layers(config):
-        return padding
-    mask = masking_utils.sdpa_mask(q_length=q_length, attention_mask=attention_mask, **kwargs)
-    if mask is not None:
-        setattr(mask, PADDING, padding)
+        return alone
+    mask = masking_utils.sdpa_mask(
+        batch_size=batch_size, q_length=q_length, mask_function=mask_function, attention_mask=attention_mask, q_offset=q_offset,
+        device=device, config=config, **kwargs,
+    )  # fmt: skip
+    if mask is None:
+        return alone
+    mask = mask.contiguous()  # as generate() asks for: a copy would lose the attribute
+    setattr(mask, TOLD, told)
     return mask
 
 
-def _refuse_overlays(
-    length: int, mask_function: Callable[..., Tensor], batch_size: int, q_offset: int | Tensor, device: torch.device,
-    use_vmap: bool = False, **kwargs: Any,
-) -> None:  # fmt: skip
-    """A model may let the tokens of an image see each other inside a causal text; a running state cannot."""
-    if length < 2 or not (use_vmap or "or_masks" in getattr(mask_function, "__qualname__", "")):
-        return
-    rows = torch.arange(length - 1, device=device) + q_offset
-    batch = torch.arange(batch_size, device=device)[:, None]
-    ahead = mask_function(batch, torch.zeros_like(batch), rows[None], rows[None] + 1)
-    if bool(ahead.any()) and not bool(ahead.all()):
-        raise ValueError(
-            "The model lets some tokens, such as those of an image, see each other ahead in a causal text, which linear attention "
-            'cannot; load it with attn_implementation="sdpa", or its text model alone.'
-        )
-
-
-def _last_tokens(mask: Tensor | None, length: int) -> Tensor | None:
-    """The last `length` columns of a 2D mask; idempotent, for generate's compiled decoding feeds its own result back."""
-    if mask is None or length == 1:  # a decoded token is never padding
-        return None
-    mask = mask[:, -length:].to(torch.bool)
-    if not is_tracing(mask) and bool(mask.all()):
-        return None
-    return mask
-
-
-def padding_of(mask: Tensor | None, length: int) -> Tensor | None:
-    """The padding mask (B, length) behind whatever mask a layer was given: None, 2D, or 4D as for sdpa or eager."""
-    if mask is None or length == 1:
-        return None
-    if mask.dim() == 2:  # the same object for every layer, if it can be
-        return mask if mask.dtype == torch.bool and mask.shape[-1] == length else mask[:, -length:].to(torch.bool)
-    if hasattr(mask, PADDING):
-        return getattr(mask, PADDING)
-    return _last_tokens(_visible(mask)[:, 0].diagonal(mask.shape[-1] - length, -2, -1), length)
-
-
-def _visible(mask: Tensor) -> Tensor:
-    """True where a 4D mask, bool or additive, lets a query see a key."""
-    return mask if mask.dtype == torch.bool else mask == 0
-
-
-def refuse_other_patterns(mask: Tensor | None, segments: Tensor | None, causal: bool) -> None:
-    """Linear attention knows padding, packing and causality; refuses a 4D mask that says anything else.
+def read_padding(mask: Tensor | None, length: int, offset: int | Tensor) -> tuple[Tensor | None, Tensor | int | None]:
+    """Which of the new tokens are real, bool (B, length) or None for all, and the digest of the hidden ones before (`Pattern.past`).
 
     Raises:
-        ValueError: the mask is no such pattern.
+        ValueError: a mask that is not 2D, or has fewer columns than there are tokens.
     """
-    if mask is None or mask.dim() != 4 or is_tracing(mask):
-        return
-    length = mask.shape[-2]
-    runs = torch.ones(1, length, device=mask.device) if segments is None else segments.to(torch.int32)
-    real = runs > 0
-    wanted = (runs[:, :, None] == runs[:, None, :]) & real[:, :, None]
-    wanted = wanted.tril() if causal else wanted
-    given = _visible(mask)[..., -length:] & real[:, None, :, None]  # what padding sees is never read
-    if not bool((given == wanted[:, None]).all()):
-        raise ValueError(
-            "The 4D attention mask is neither causal, padded nor packed, and linear attention knows no other pattern; give a 2D "
-            "padding mask or position_ids that restart at each sequence."
-        )
+    if mask is None:
+        return None, None
+    if mask.dim() != 2:
+        raise ValueError(f"attention_mask has the shape {tuple(mask.shape)}; linear attention takes a 2D padding mask, or a 4D one.")
+    traced = is_tracing(mask)
+    mask = mask.to(torch.bool)
+    if not traced:
+        offset = int(offset)
+        if mask.shape[-1] < offset + length:
+            raise ValueError(
+                f"attention_mask has {mask.shape[-1]} columns, but {offset} tokens were seen before and {length} are new; give one "
+                "column for each of them."
+            )
+        if bool(mask.all()):
+            return None, 0 if offset else None
+    before: Tensor | None
+    if isinstance(offset, int):
+        real, before = mask[:, offset : offset + length], digest(~mask[:, :offset]) if offset else None
+    else:
+        columns = torch.arange(mask.shape[-1], device=mask.device)
+        real = mask.index_select(-1, torch.arange(length, device=mask.device) + offset)
+        before = digest(~mask & (columns < offset))
+    return (None if not traced and bool(real.all()) else real), before
 
 
-def sequence_starts(padding: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None, length: int) -> Tensor | None:
-    """Where a packed sequence begins behind another, bool (B or 1, length); None where nothing is packed.
+class _Asked:
+    """A mask function, asked about pairs of columns."""
 
-    Positions jump at padding inside a text, so that beside a padding mask only position 0 begins a sequence.
-    """
-    if length == 1:
-        return None
-    if cu_seq_lens is not None:
-        return _once_a_forward(cu_seq_lens, None, lambda: _starts_from_bounds(cu_seq_lens, length))
-    if position_ids is None or position_ids.dim() != 2 or position_ids.shape[-1] != length:
-        return None
-    return _once_a_forward(position_ids, padding, lambda: _starts_from_positions(position_ids, padding))
+    def __init__(
+        self, function: MaskFunction, batch: int, length: int, offset: int | Tensor, device: torch.device | str, kwargs: Any, config: Any
+    ) -> None:
+        self.function, self.length, self.device = function, length, device
+        self.custom, self.window = kwargs.get("use_vmap", False), kwargs.get("local_size")
+        self.two_sided = "allow_is_bidirectional_skip" in kwargs
+        self.skippable = kwargs.get("allow_is_bidirectional_skip" if self.two_sided else "allow_is_causal_skip", False)
+        self.chunked = self.window is not None and self.window == getattr(config, "attention_chunk_size", None)
+        self.offset = offset
+        self.batch = torch.arange(batch, device=device)
+        self.rows = torch.arange(length, device=device) + offset
 
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether queries see keys, (n, m) or to be broadcast so; bool (B, n, m)."""
+        head = torch.zeros((), dtype=torch.long, device=self.device)
+        if not self.custom:
+            seen = self.function(self.batch.view(-1, 1, 1, 1), head.view(1, 1, 1, 1), queries[None, None], keys[None, None])
+            return seen.expand(len(self.batch), 1, *torch.broadcast_shapes(queries.shape, keys.shape))[:, 0]
+        queries, keys = torch.broadcast_tensors(queries, keys)  # users' own functions may not broadcast
+        function: Any = torch.vmap(torch.vmap(self.function, (None, None, 0, 0)), (0, None, None, None))
+        with TransformGetItemToIndex():
+            seen = function(self.batch, head, queries.reshape(-1), keys.reshape(-1))
+        return seen.reshape(-1, *queries.shape)
 
-def _starts_from_bounds(bounds: Tensor, length: int) -> Tensor:
-    starts = torch.zeros(length + 1, dtype=torch.bool, device=bounds.device)
-    starts = starts.index_fill(0, bounds.long(), True)
-    return torch.cat([torch.zeros_like(starts[:1]), starts[1:length]])[None]
+    def pattern(self) -> Pattern:
+        """Causality, and where sequences begin.
 
+        Raises:
+            ValueError: some tokens see ahead and others do not, or the rest of the pattern does not follow from its neighbours.
+        """
+        if self.function is causal_mask_function or (self.length == 1 and not self.custom):
+            return Pattern(True)
+        if self.function is bidirectional_mask_function or (self.skippable and self.window is not None):
+            return Pattern(not self.two_sided)  # or a window around one of them
+        if self.window is not None and (self.window < 2 or self.chunked) and self.length > self.window:
+            raise ValueError(
+                f"Sequences packed together into {self.length} tokens cannot be told from chunks of {self.window} tokens; give "
+                'linear attention one sequence a row, padded, or load the model with attn_implementation="sdpa".'
+            )
+        pattern = self.read_neighbours() if self.length > 1 else Pattern(True)
+        if self.custom and not is_tracing(self.rows):
+            self.refuse_other_patterns(pattern)
+        return pattern
 
-def _starts_from_positions(positions: Tensor, padding: Tensor | None) -> Tensor:
-    if padding is not None:
-        return (positions == 0) & padding & (padding.cumsum(-1) > 1)
-    jumps = positions[:, 1:] - positions[:, :-1] != 1
-    return torch.cat([torch.zeros_like(jumps[:, :1]), jumps], -1)
+    def read_neighbours(self) -> Pattern:
+        queries, keys = self.rows[None, 1:], self.rows[None, :-1]
+        behind, ahead = self.sees(queries, keys)[:, 0], self.sees(keys, queries)[:, 0]
+        starts = torch.cat([torch.zeros_like(behind[:, :1]), ~behind], -1)
+        if is_tracing(behind):
+            torch._assert_async(~ahead.any() | (ahead == behind).all(), SEES_AHEAD)
+            return Pattern(None if self.custom else not self.two_sided, starts=starts)
+        sees_ahead, is_even, is_packed = torch.stack([ahead.any(), (ahead == behind).all(), starts.any()]).tolist()
+        if sees_ahead and not is_even:
+            raise ValueError(SEES_AHEAD)
+        return Pattern(not sees_ahead, starts=starts if is_packed else None)
 
-
-def _once_a_forward(source: Tensor, padding: Tensor | None, starts_of: Callable[[], Tensor]) -> Tensor | None:
-    """`starts_of()`, None if there are none; kept on `source` for the next layer, since asking a GPU in each would stall it."""
-    if is_tracing(source):
-        return starts_of()
-    written = None if source.is_inference() else source._version
-    known = getattr(source, STARTS, None)
-    if known is not None and written is not None and known[0] == written and known[1] is padding:
-        return known[2]
-    starts = starts_of()
-    found = starts if bool(starts.any()) else None
-    setattr(source, STARTS, (written, padding, found))
-    return found
-
-
-def segment_ids(padding: Tensor | None, starts: Tensor | None, batch: int) -> Tensor | None:
-    """What `linear_attention` takes: None, the padding mask (B, N), or int32 (B, N), 0 at padding and n in the n-th sequence."""
-    if starts is None:
-        return padding
-    ids = (1 + starts.cumsum(-1, dtype=torch.int32)).expand(batch, -1)
-    return ids if padding is None else ids * padding
+    def refuse_other_patterns(self, pattern: Pattern) -> None:
+        """Holds a user's own mask function, which may say anything of tokens that are not neighbours, against the whole pattern."""
+        offset = int(self.offset)
+        columns = torch.arange(offset + self.length, device=self.device)
+        ids = segment_ids(None, pattern.starts, len(self.batch))
+        ids = torch.ones(1, self.length, device=self.device) if ids is None else ids
+        ids = torch.cat([torch.ones(ids.shape[0], offset, dtype=ids.dtype, device=self.device), ids], -1)
+        for rows in columns[offset:].split(ROWS_AT_ONCE):
+            wanted = ids[:, rows, None] == ids[:, None]
+            if pattern.causal:
+                wanted = wanted & (columns <= rows[:, None])
+            differs = self.sees(rows[:, None], columns) != wanted
+            if self.window is not None:  # what a window hides is seen all the same
+                differs = differs & ((columns - rows[:, None]).abs() < self.window)
+            if bool(differs.any()):
+                raise ValueError(
+                    "The model's mask function is neither causal nor bidirectional, packed or not, and linear attention knows no other "
+                    'pattern; load it with attn_implementation="sdpa".'
+                )

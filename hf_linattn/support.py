@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .architectures import refuse_class
@@ -33,28 +32,3 @@ def model_classes(config_class: type[PreTrainedConfig]) -> tuple[Any, ...]:
 
     found: Any = MODEL_MAPPING.get(config_class, ())
     return tuple(found) if isinstance(found, (list, tuple)) else (found,)
-
-
-def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
-    """Refuses the calls whose meaning linear attention would silently change.
-
-    Raises:
-        ValueError: cross-attention, a growing key/value cache, or a relative position bias.
-    """
-    config = getattr(module, "config", None)
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        raise ValueError(
-            f"{type(module).__name__} belongs to a model with cross-attention, which linear attention does not serve; "
-            'load it with attn_implementation="sdpa".'
-        )
-    if kwargs.get("position_bias") is not None:
-        raise ValueError(
-            f"{type(module).__name__} adds a position bias to softmax scores, which linear attention has not; "
-            'load the model with attn_implementation="sdpa".'
-        )
-    if key.shape[-2] != query.shape[-2]:
-        raise ValueError(
-            f"Linear attention was given {key.shape[-2]} keys for {query.shape[-2]} queries: the cache keeps keys and values. "
-            "Make it from the model's config, DynamicCache(config=model.config), after the model got "
-            'attn_implementation="linattn", and leave quantized caches out.'
-        )

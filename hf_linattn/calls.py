@@ -1,0 +1,71 @@
+"""Calls whose meaning linear attention would silently change are refused in one sentence; what it drops is said once."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import is_torchdynamo_compiling, logging
+
+logger = logging.get_logger(__name__)
+
+OTHER_STATES = {"encoder_hidden_states", "encoder_states", "key_value_states", "cross_attention_states", "context", "key", "value"}
+
+
+def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+    """Refuses what linear attention is not: it attends from new tokens to themselves and to a state of those before.
+
+    Raises:
+        ValueError: cross-attention, a relative position bias, or a cache of keys and values.
+    """
+    name = type(module).__name__
+    if _is_cross_attention(module) or (key.shape[-2] != query.shape[-2] and not getattr(module, "is_causal", True)):
+        raise ValueError(
+            f"{name} is cross-attention, from {query.shape[-2]} tokens to {key.shape[-2]} others, which linear attention does not serve; "
+            'load the model with attn_implementation="sdpa".'
+        )
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(
+            f"{name} adds a position bias to softmax scores, which linear attention has not; "
+            'load the model with attn_implementation="sdpa".'
+        )
+    if key.shape[-2] != query.shape[-2]:
+        raise ValueError(
+            f"Linear attention was given {key.shape[-2]} keys for {query.shape[-2]} queries: the cache keeps keys and values. "
+            "Make it from the model's config, DynamicCache(config=model.config), after the model got "
+            'attn_implementation="linattn", and leave quantized caches out. Prefix tuning of PEFT fills such a cache with learned keys, '
+            "and linear attention has no place for them: train with LoRA or prompt tuning instead."
+        )
+
+
+def _is_cross_attention(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        return True  # there is some in the model, and one class may serve for both
+    return getattr(module, "is_cross_attention", False) or _takes_other_states(type(module))
+
+
+@torch.compiler.assume_constant_result
+def _takes_other_states(module_class: Any) -> bool:
+    """Whether a class attends to something else than its own hidden states: it says so by its name, or cannot be called without."""
+    return "cross" in module_class.__name__.lower() or bool(_required_arguments(module_class) & OTHER_STATES)
+
+
+@functools.cache
+def _required_arguments(module_class: Any) -> set[str]:
+    parameters = inspect.signature(module_class.forward).parameters.values()
+    return {parameter.name for parameter in parameters if parameter.default is parameter.empty}
+
+
+def warn_about_dropped(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Says once what of the softmax model there is not: softcaps, sinks, attention weights."""
+    if is_torchdynamo_compiling():
+        return
+    name = type(module).__name__
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        logger.warning_once(f"{name}: softcap and attention sinks shape softmax scores; linear attention drops them.")
+    if kwargs.get("output_attentions"):
+        logger.warning_once(f"{name}: linear attention computes no attention weights, so output_attentions=True returns none.")

@@ -1,0 +1,496 @@
+"""Masks are read: who sees whom, who is padding and what came before, against a quadratic form under the mask itself."""
+
+import pytest
+import torch
+from tiny_models import SIZES, TEXT, tiny_model, tiny_tokens
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    BeitConfig,
+    BeitModel,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+    masking_utils,
+)
+from transformers.models.auto import modeling_auto
+
+LEAST = torch.finfo(torch.float32).min
+
+
+def by_the_mask(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs):
+    """The weights 1 + cos(q, k) of the default options, every pair of them, where the mask lets a query see a key."""
+    key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], 1) for x in (key, value))
+    weights = 1 + nn.functional.normalize(query, dim=-1) @ nn.functional.normalize(key, dim=-1).mT
+    if attention_mask is None and kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        attention_mask = torch.ones(weights.shape[-2:], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+    if attention_mask is not None:
+        weights = weights * (attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0)
+    return (weights @ value / weights.sum(-1, keepdim=True).clamp(min=1e-6)).transpose(1, 2), None
+
+
+AttentionInterface.register("by_the_mask", by_the_mask)
+AttentionMaskInterface.register(
+    "by_the_mask",
+    lambda **kwargs: masking_utils.sdpa_mask(**kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}),
+)
+
+
+def quadratic(model: PreTrainedModel, *args, **kwargs) -> Tensor:
+    """What the model gives when every pair of tokens is weighed under its own (N, N) mask."""
+    model.set_attn_implementation("by_the_mask")
+    try:
+        return model(*args, **kwargs)[0]
+    finally:
+        model.set_attn_implementation("linattn")
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=0)
+
+
+def twins(config, auto):
+    """A random model of a configuration, its weights large enough for attention to matter."""
+    torch.manual_seed(0)
+    make = auto.from_config if hasattr(auto, "from_config") else auto._from_config
+    model = make(config, attn_implementation="linattn").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def hybrid():
+    return tiny_model("llama", softmax_layers=[1])
+
+
+def visible(length=16, causal=True):
+    seen = torch.ones(1, 1, length, length, dtype=torch.bool)
+    return seen.tril() if causal else seen
+
+
+def packed(length=16, at=7, causal=True):
+    seen = visible(length, causal)
+    seen[:, :, at:, :at] = False
+    seen[:, :, :at, at:] = False
+    return seen
+
+
+def additive(seen, least=LEAST):
+    return torch.zeros(seen.shape).masked_fill(~seen, least)
+
+
+# Causality
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["LayoutLM", "Roberta", "Esm", "XLMRoberta"])
+def test_an_encoder_is_bidirectional(name):
+    import transformers
+
+    model = twins(getattr(transformers, name + "Config")(**TEXT | {"mask_token_id": 4}), getattr(transformers, name + "Model"))
+    ids = tiny_tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, 6:] = 0
+    close(model(ids)[0], quadratic(model, ids))
+    close(model(ids, attention_mask=mask)[0][mask > 0], quadratic(model, ids, attention_mask=mask)[mask > 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_mask_function_decides_whatever_the_module_says(name, asked):
+    """A module's is_causal is what an author may have forgotten; the mask is what eager attention honours."""
+    model, ids = tiny_model(name), tiny_tokens(2, 9)
+    model.config.is_causal = asked
+    model.config.is_decoder = asked
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = not asked
+    out = model(ids, use_cache=False)[0]
+    other = ids.clone()
+    other[:, -1] += 1
+    assert bool((out - model(other, use_cache=False)[0])[:, 0].abs().max() > 1e-6) is not asked
+    if name != "mistral":  # whose window the quadratic form keeps
+        close(out, quadratic(model, ids, use_cache=False))
+
+
+@torch.no_grad()
+def test_every_token_seeing_every_other_by_an_overlay_is_bidirectional(llama):
+    ids = tiny_tokens(2, 9)
+    mask = masking_utils.create_causal_mask(
+        config=llama.config, inputs_embeds=torch.zeros(2, 9, 64), attention_mask=None, past_key_values=None,
+        or_mask_function=lambda *args: torch.tensor(True),
+    )  # fmt: skip
+    seen = visible(9, causal=False)
+    close(llama(ids, attention_mask=mask, use_cache=False)[0], quadratic(llama, ids, attention_mask=seen, use_cache=False))
+
+
+@pytest.mark.parametrize("overlay", ["prefix", "image", "strided", "hidden"])
+def test_other_overlays_are_refused(llama, overlay):
+    functions = {
+        "prefix": {"or_mask_function": lambda batch, head, row, column: column < 4},
+        "image": {"or_mask_function": lambda batch, head, row, column: (row // 3 == 2) & (column // 3 == 2)},
+        "strided": {"and_mask_function": lambda batch, head, row, column: (row - column) % 3 < 2},
+        "hidden": {"and_mask_function": lambda batch, head, row, column: (column != 3) | (row < 5)},
+    }
+    with pytest.raises(ValueError, match="see each other ahead|knows no other pattern"):
+        masking_utils.create_causal_mask(
+            config=llama.config, inputs_embeds=torch.zeros(2, 9, 64), attention_mask=None, past_key_values=None, **functions[overlay]
+        )
+
+
+# Packed sequences
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["Llama4Text", "Cohere2", "Starcoder2"])
+def test_boundaries_come_from_the_mask_function(name, compiled):
+    import transformers
+
+    sizes = {"num_key_value_heads": 4, "head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 96, "sliding_window": 64}
+    config = getattr(transformers, name + "Config")(**TEXT | sizes | {"num_hidden_layers": 1})
+    model, ids = twins(config, modeling_auto.AutoModelForCausalLM), tiny_tokens(1, 16)
+    positions = torch.cat([torch.arange(7), torch.arange(9)])[None]
+    wanted = quadratic(model, ids, position_ids=positions, use_cache=False)
+    alone = model(ids[:, 7:], use_cache=False)[0]
+    call = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
+    out = call(ids, position_ids=positions, use_cache=False)[0]
+    close(out, wanted)
+    close(out[:, 7:], alone)
+
+
+@torch.no_grad()
+def test_documents_of_a_users_own_mask_function(llama):
+    ids, documents = tiny_tokens(2, 16), torch.tensor([[0] * 5 + [1] * 11, [0] * 12 + [1] * 4])
+    mask = masking_utils.create_causal_mask(
+        config=llama.config, inputs_embeds=torch.zeros(2, 16, 64), attention_mask=None, past_key_values=None,
+        and_mask_function=lambda batch, head, row, column: documents[batch, row] == documents[batch, column],
+    )  # fmt: skip
+    seen = visible() & (documents[:, None, :, None] == documents[:, None, None])
+    close(llama(ids, attention_mask=mask)[0], quadratic(llama, ids, attention_mask=seen, use_cache=False))
+
+
+POSITIONS = {  # and where the sequences begin
+    "a gap": (torch.cat([torch.arange(8), torch.arange(20, 28)]), []),
+    "two gaps, one of a step": (torch.cat([torch.arange(5), torch.arange(6, 10), torch.arange(30, 37)]), []),
+    "groups": (torch.arange(16) // 2, []),
+    "groups behind a window": (torch.cat([torch.arange(12) // 4, torch.arange(3, 7)]), []),
+    "a fall to 0": (torch.cat([torch.arange(8), torch.arange(8)]), [8]),
+    "a fall to 3": (torch.cat([torch.arange(8), torch.arange(3, 11)]), [8]),
+    "a sequence of one token": (torch.cat([torch.arange(7), torch.arange(1), torch.arange(8)]), [7, 8]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["none", "left", "between"])
+@pytest.mark.parametrize("case", POSITIONS)
+def test_a_fall_in_position_begins_a_sequence_and_nothing_else_does(llama, case, padding):
+    positions, starts = POSITIONS[case]
+    ids, mask, columns = tiny_tokens(1, 16), torch.ones(1, 16, dtype=torch.long), torch.arange(16)
+    mask[:, {"none": slice(0, 0), "left": slice(0, 2), "between": slice(9, 11)}[padding]] = 0
+    runs = sum((columns >= start).long() for start in starts) if starts else torch.zeros(16)
+    seen = visible() & (runs[:, None] == runs) & (mask[:, None, None] > 0)
+    out = llama(ids, position_ids=positions[None], attention_mask=mask)[0]
+    wanted = quadratic(llama, ids, position_ids=positions[None], attention_mask=seen, use_cache=False)
+    close(out[mask > 0], wanted[mask > 0])
+
+
+# Masks of the caller's own
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["bool", "least", "infinite", "half's least"])
+@pytest.mark.parametrize("pattern", ["padded", "right-padded", "packed", "both ways", "both ways, packed and padded", "keys"])
+@pytest.mark.parametrize("which", ["llama", "hybrid"])
+def test_4d_masks_are_read_and_broadcast(request, which, pattern, form):
+    if which == "hybrid" and form != "bool":
+        pytest.skip("the same reader")
+    model, ids = request.getfixturevalue(which), tiny_tokens(2, 16)
+    columns = torch.arange(16)
+    seen = {
+        "padded": visible() & (columns > 3),
+        "right-padded": visible() & (columns < 13),
+        "packed": packed(),
+        "both ways": visible(causal=False),
+        "both ways, packed and padded": packed(causal=False) & (columns > 3),
+        "keys": (columns < 13)[None, None, None],
+    }[pattern]
+    real = seen[0, 0].expand(16, 16).diagonal()
+    mask = seen if form == "bool" else additive(seen, {"least": LEAST, "infinite": -torch.inf, "half's least": -65504.0}[form])
+    out = model(ids, attention_mask=mask, use_cache=False)[0]
+    if which == "llama":
+        close(out[:, real], quadratic(model, ids, attention_mask=seen, use_cache=False)[:, real])
+    else:
+        alone = seen.expand(1, 1, 16, 16)[..., real, :][..., real]
+        close(out[:, real], model(ids[:, real], attention_mask=alone, position_ids=columns[real][None], use_cache=False)[0])
+
+
+BIASES = {
+    "everywhere": lambda seen: additive(seen) - 0.1 * seen,
+    "by distance": lambda seen: additive(seen) - 0.01 * (torch.arange(16)[:, None] - torch.arange(16)).abs() * seen,
+    "at one pair": lambda seen: additive(seen) + torch.nn.functional.pad(torch.ones(1, 1, 1, 1), (3, 12, 9, 6)),
+    "of one head": lambda seen: torch.cat([additive(seen)] * 3 + [additive(seen) + 0.5 * seen], 1),
+}
+
+
+@pytest.mark.parametrize("which", ["llama", "hybrid"])
+@pytest.mark.parametrize("bias", BIASES)
+def test_a_bias_is_refused(request, which, bias):
+    with pytest.raises(ValueError, match="a bias on softmax scores"):
+        request.getfixturevalue(which)(tiny_tokens(2, 16), attention_mask=BIASES[bias](visible()))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_relative_position_bias_is_refused(shared):
+    """BEiT adds it to the mask; while its table is zeros, there is none."""
+    option = "use_shared_relative_position_bias" if shared else "use_relative_position_bias"
+    config = BeitConfig(**SIZES | {"num_hidden_layers": 1}, image_size=16, patch_size=4, **{option: True})
+    model, images = twins(config, BeitModel), torch.randn(1, 3, 16, 16)
+    model(pixel_values=images)
+    for name, parameter in model.named_parameters():
+        if "bias_table" in name:
+            nn.init.normal_(parameter)
+    with pytest.raises(ValueError, match="a bias on softmax scores"):
+        model(pixel_values=images)
+
+
+PATTERNS = {
+    "a prefix that sees itself": lambda seen: seen | (torch.arange(16) < 5),
+    "a hidden column": lambda seen: seen & ~((torch.arange(16) == 4) & (torch.arange(16)[:, None] > 6)),
+    "a window": lambda seen: seen.triu(-4),
+    "heads that differ": lambda seen: torch.cat([seen] * 3 + [packed()], 1),
+    "a first row of batch that sees ahead": lambda seen: torch.cat([visible(causal=False), seen]),
+    "documents that come back": lambda seen: seen & ((torch.arange(16)[:, None] // 4 % 2) == (torch.arange(16) // 4 % 2)),
+}
+
+
+@pytest.mark.parametrize("which", ["llama", "hybrid"])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_other_patterns_are_refused(request, which, pattern):
+    mask = PATTERNS[pattern](visible())
+    for given in (mask, additive(mask)):
+        with pytest.raises(ValueError, match="no other pattern"):
+            request.getfixturevalue(which)(tiny_tokens(2, 16), attention_mask=given)
+
+
+@torch.no_grad()
+def test_the_models_own_window_in_a_4d_mask_is_dropped():
+    model, ids = tiny_model("mistral"), tiny_tokens(2, 16)  # its window is 8
+    close(model(ids, attention_mask=visible().triu(-7))[0], model(ids)[0])
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 16, 16), torch.ones(2, 1, 16, 16, dtype=torch.long), torch.ones(2, 1, 16, 9).bool()])
+def test_masks_of_other_shapes_and_types_are_refused(llama, mask):
+    with pytest.raises(ValueError, match="mask"):
+        llama(tiny_tokens(2, 16), attention_mask=mask)
+
+
+# Longer masks, and one token
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["llama", "hybrid"])
+@pytest.mark.parametrize("lengths", [[10], [4, 6], [4, 1, 1, 4]])
+def test_a_mask_as_long_as_the_static_cache(request, which, lengths):
+    model, ids = request.getfixturevalue(which), tiny_tokens(2, 10)
+    mask = torch.zeros(2, 32, dtype=torch.long)
+    mask[0, :10], mask[1, 3:10] = 1, 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, :10]
+    wanted = model(ids, attention_mask=mask[:, :10], position_ids=positions, use_cache=False)[0]
+    cache, out, start = StaticCache(config=model.config, max_cache_len=32), [], 0
+    for n in lengths:
+        part = slice(start, start + n)
+        out.append(model(ids[:, part], attention_mask=mask, position_ids=positions[:, part], past_key_values=cache)[0])
+        start += n
+    close(torch.cat(out, 1)[mask[:, :10] > 0], wanted[mask[:, :10] > 0])
+
+
+@torch.no_grad()
+def test_a_4d_mask_as_long_as_the_static_cache(llama):
+    ids, seen = tiny_tokens(2, 10), torch.zeros(1, 1, 10, 32, dtype=torch.bool)
+    seen[..., :10] = visible(10) & (torch.arange(10) > 2)
+    wanted = llama(ids[:, 3:])[0]
+    for lengths in ([10], [6, 4], [6, 1, 3]):
+        cache = StaticCache(config=llama.config, max_cache_len=32)
+        parts = zip(ids.split(lengths, 1), seen.split(lengths, 2), torch.arange(-3, 7)[None].split(lengths, 1), strict=True)
+        out = [llama(part, attention_mask=mask, position_ids=at.clamp(min=0), past_key_values=cache)[0] for part, mask, at in parts]
+        close(torch.cat(out, 1)[:, 3:], wanted)
+
+
+def test_a_mask_that_ends_before_the_text_is_refused(llama):
+    ids, cache = tiny_tokens(2, 10), DynamicCache(config=llama.config)
+    llama(ids[:, :6], past_key_values=cache)
+    with pytest.raises(ValueError, match="4 columns, but 6 tokens were seen before and 4 are new"):
+        llama(ids[:, 6:], attention_mask=torch.ones(2, 4), past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [[], [1]])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "compiled"])
+def test_one_new_token_may_be_padding(kept, kind):
+    model, ids = tiny_model("llama", layers=2, softmax_layers=kept), tiny_tokens(3, 8)
+    mask = torch.tensor([[1] * 8, [0, 0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1, 0, 1]])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    wanted = model(ids, attention_mask=mask, position_ids=positions, use_cache=False)[0]
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=8)
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="eager", fullgraph=True, dynamic=False) if kind == "compiled" else model
+    out = []
+    for i in range(8):  # a compiled call gets the whole of the mask, one shape for all steps
+        told = mask if kind == "compiled" else mask[:, : i + 1]
+        out.append(call(ids[:, i : i + 1], attention_mask=told, position_ids=positions[:, i : i + 1], past_key_values=cache)[0])
+    close(torch.cat(out, 1)[mask > 0], wanted[mask > 0])
+
+
+# The past
+
+
+def two_turns(model, first, second, lengths=(5, 2), cache=None):
+    ids = tiny_tokens(len(first), sum(lengths))
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    first, second = torch.tensor(first), None if second is None else torch.tensor(second)
+    model(ids[:, : lengths[0]], attention_mask=first, past_key_values=cache)
+    return model(ids[:, lengths[0] :], attention_mask=second, past_key_values=cache)[0]
+
+
+OTHER_PASTS = {
+    "a pad that was counted": ([[1, 1, 1, 1, 1]], [[1, 1, 1, 0, 0, 1, 1]]),
+    "a pad that moved": ([[0, 1, 1, 1, 1]], [[1, 0, 1, 1, 1, 1, 1]]),
+    "two pads that moved to the same sum": ([[1, 0, 1, 1, 0]], [[1, 1, 0, 0, 1, 1, 1]]),
+    "a pad no more": ([[0, 1, 1, 1, 1]], [[1, 1, 1, 1, 1, 1, 1]]),
+    "the other row's": ([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]], [[1, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1]]),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("which", ["llama", "hybrid"])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("lengths", [(5, 2), (5, 1)])
+@pytest.mark.parametrize("case", OTHER_PASTS)
+def test_a_mask_that_says_otherwise_about_the_past_is_refused(request, case, lengths, static, which):
+    model = request.getfixturevalue(which)
+    first, second = OTHER_PASTS[case]
+    second = [row[: sum(lengths)] for row in second]
+    cache = StaticCache(config=model.config, max_cache_len=8) if static else None
+    with pytest.raises(ValueError, match="hides other tokens of the past"):
+        two_turns(model, first, second, lengths, cache)
+
+
+@torch.no_grad()
+def test_a_mask_that_agrees_goes_on(llama):
+    for first, _ in OTHER_PASTS.values():
+        second = [row + [1, 1] for row in first]
+        ids, mask = tiny_tokens(len(first), 7), torch.tensor(second)
+        seen = visible(7) & (mask[:, None, None] > 0)
+        wanted = quadratic(llama, ids, attention_mask=seen, use_cache=False)[:, 5:]
+        close(two_turns(llama, first, second), wanted)
+        close(two_turns(llama, first, None), wanted)  # no mask says nothing
+
+
+@torch.no_grad()
+def test_a_4d_mask_and_the_past(llama):
+    ids, mask = tiny_tokens(1, 7), visible(7)
+    mask = mask & (torch.arange(7) != 1)
+    wanted = llama(ids, attention_mask=mask)[0][:, 5:]
+    cache = llama(ids[:, :5], attention_mask=mask[..., :5, :5]).past_key_values
+    close(llama(ids[:, 5:], attention_mask=mask[..., 5:, :], past_key_values=cache)[0], wanted)
+    cache = llama(ids[:, :5], attention_mask=mask[..., :5, :5]).past_key_values
+    with pytest.raises(ValueError, match="hides other tokens of the past"):
+        llama(ids[:, 5:], attention_mask=visible(7)[..., 5:, :], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_what_was_left_out_follows_the_sequences(llama):
+    """Beams, crops and resets move what a state remembers with the state."""
+    ids, mask = tiny_tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :2], mask[1, 4] = 0, 0
+    for static in (False, True):
+        cache = StaticCache(config=llama.config, max_cache_len=12) if static else DynamicCache(config=llama.config)
+        llama(ids[:, :2], attention_mask=mask[:, :2], past_key_values=cache)
+        cache.activate_past_recording() if hasattr(cache, "activate_past_recording") else None
+        for layer in cache.layers:
+            layer.activate_past_recording()
+        llama(ids[:, 2:5], attention_mask=mask[:, :5], past_key_values=cache)
+        for layer in cache.layers:
+            layer.crop(-2)  # the second row's padding goes, and comes back as a token
+        mask[1, 4] = 1
+        llama(ids[:, 3:6], attention_mask=mask[:, :6], past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        llama(ids[:, 6:7].flip(0), attention_mask=mask[:, :7].flip(0), past_key_values=cache)
+        with pytest.raises(ValueError, match="hides other tokens of the past"):
+            llama(ids[:, 7:], attention_mask=mask, past_key_values=cache)
+        cache.reset()
+        llama(ids[:, :2], attention_mask=torch.ones(2, 2), past_key_values=cache)
+        llama(ids[:, 2:4], attention_mask=torch.ones(2, 4), past_key_values=cache)
+        mask[1, 4] = 0
+
+
+@torch.no_grad()
+def test_compiled_steps_refuse_another_past_too():
+    llama = tiny_model("llama", layers=1)
+    ids, mask = tiny_tokens(2, 8), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :2] = 0
+    cache = StaticCache(config=llama.config, max_cache_len=12)
+    llama(ids[:, :6], attention_mask=mask, past_key_values=cache)
+    torch._dynamo.reset()
+    call = torch.compile(llama, backend="eager", fullgraph=True)
+    call(ids[:, 6:7], attention_mask=mask, past_key_values=cache)
+    mask[0, 1] = 1
+    with pytest.raises(RuntimeError, match="hides other tokens of the past"):
+        call(ids[:, 7:8], attention_mask=mask, past_key_values=cache)
+
+
+# What is no mask's business
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [16, 9])
+def test_cross_attention_of_any_length(length):
+    from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration, T5GemmaModuleConfig
+
+    sizes = T5GemmaModuleConfig(**TEXT | {"num_hidden_layers": 1}, num_key_value_heads=2, head_dim=16, sliding_window=64)
+    model = T5GemmaForConditionalGeneration._from_config(T5GemmaConfig(encoder=sizes, decoder=sizes), attn_implementation="linattn").eval()
+    ids = tiny_tokens(1, 16)
+    with pytest.raises(ValueError, match="cross-attention"):
+        model(input_ids=ids, decoder_input_ids=ids[:, :length])
+
+
+def test_prefix_tuning_gets_a_sentence():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model("llama"), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises((ValueError, RuntimeError), match="[Pp]refix tuning"):
+        model(tiny_tokens())
+
+
+def test_attention_weights_are_said_to_be_none(llama, caplog):
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    logging.get_logger("transformers")
+    llama(tiny_tokens(1, 4), output_attentions=True)
+    assert "no attention weights" in caplog.text or "output_attentions" in caplog.text
+
+
+def test_all_ones_cost_nothing(llama, monkeypatch):
+    """Neither a mask of ones nor none gives the operator anything to read."""
+    from hf_linattn import attention
+
+    given = []
+    real = attention.linear_attention
+    monkeypatch.setattr(attention, "linear_attention", lambda *args, **kw: given.append(kw["segment_ids"]) or real(*args, **kw))
+    cache = DynamicCache(config=llama.config)
+    llama(tiny_tokens(2, 6), attention_mask=torch.ones(2, 6), past_key_values=cache)
+    llama(tiny_tokens(2, 3), attention_mask=torch.ones(2, 9), past_key_values=cache)
+    llama(tiny_tokens(2, 6), position_ids=torch.arange(6)[None], use_cache=False)
+    assert given == [None] * 9 and cache.layers[0].left_out is None
+
