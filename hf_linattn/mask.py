@@ -23,6 +23,7 @@ from .counted import digest
 from .packing import segment_ids
 from .pattern import Pattern, pack
 from .support import require_attention_interface
+from .values import require
 
 TOLD = "_linattn_told"
 ROWS_AT_ONCE = 1024
@@ -154,7 +155,7 @@ class _Asked:
         behind, ahead = self.sees(queries, keys)[:, 0], self.sees(keys, queries)[:, 0]
         starts = torch.cat([torch.zeros_like(behind[:, :1]), ~behind], -1)
         if is_tracing(behind):
-            torch._assert_async(~ahead.any() | (ahead == behind).all(), SEES_AHEAD)
+            require(~ahead.any() | (ahead == behind).all(), SEES_AHEAD)
             return Pattern(None if self.custom else not self.two_sided, starts=starts)
         sees_ahead, is_even, is_packed = torch.stack([ahead.any(), (ahead == behind).all(), starts.any()]).tolist()
         if sees_ahead and not is_even:

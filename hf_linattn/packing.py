@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .remember import remember
+from .values import remember
 
 
 def sequence_starts(real: Tensor | None, position_ids: Tensor | None, cu_seq_lens: Tensor | None, length: int) -> Tensor | None:

@@ -13,7 +13,7 @@ from .counted import SAYS_NOTHING, digest
 from .mask import TOLD, read_padding
 from .packing import previous_token, segment_ids
 from .pattern import Pattern, is_packed, unpack
-from .remember import remember
+from .values import remember, require
 
 READ = "_linattn_read"
 NEVER_SEEN = -1e4
@@ -76,7 +76,7 @@ def pattern_of(mask: Tensor | None, length: int, offset: int | Tensor, module: n
 
 def _of_2d(mask: Tensor, length: int, offset: int | Tensor, causal: bool) -> Pattern:
     if mask.is_floating_point():
-        _require((mask >= 0).all(), "A 2D attention mask holds 1 at tokens and 0 at padding; the one given has numbers below 0.")
+        require((mask >= 0).all(), "A 2D attention mask holds 1 at tokens and 0 at padding; the one given has numbers below 0.")
     if mask.shape[-1] == length:  # of the new tokens alone
         return Pattern(causal, read_padding(mask, length, 0)[0])
     real, past = read_padding(mask, length, offset)
@@ -111,7 +111,7 @@ def _of_4d(mask: Tensor, length: int, offset: int | Tensor, causal: bool, window
         follows_in_window = (given == wanted & (distance < window if causal else distance <= window)).all()
         past = torch.where(follows, past, SAYS_NOTHING)
         follows = follows | follows_in_window
-    _require(follows & (visible == visible[:, :1]).all(), OTHER_PATTERN)
+    require(follows & (visible == visible[:, :1]).all(), OTHER_PATTERN)
     pattern = Pattern(causal, real, starts, past if isinstance(offset, Tensor) or offset > 0 else None, whole=True)
     if not is_tracing(mask):
         all_real, is_packed = torch.stack([real.all(), starts.any()]).tolist()
@@ -136,16 +136,8 @@ def _visible(mask: Tensor) -> Tensor:
     if mask.dtype == torch.bool:
         return mask
     visible = mask == 0
-    _require((visible | (mask <= NEVER_SEEN)).all(), BIAS)
+    require((visible | (mask <= NEVER_SEEN)).all(), BIAS)
     return visible
-
-
-def _require(condition: Tensor, sentence: str) -> None:
-    """Raises ValueError unless the one value holds; a traced graph raises RuntimeError when it runs."""
-    if is_tracing(condition):
-        torch._assert_async(condition, sentence)
-    elif not bool(condition):
-        raise ValueError(sentence)
 
 
 def refuse_another_past(left_out: Tensor | None, pattern: Pattern) -> None:
@@ -160,5 +152,5 @@ def refuse_another_past(left_out: Tensor | None, pattern: Pattern) -> None:
     if told is None or pattern.agreed or (isinstance(told, int) and isinstance(counted, int)):
         return
     same: Any = (counted == told) | (told == SAYS_NOTHING)
-    _require(same.all(), OTHER_PAST)
+    require(same.all(), OTHER_PAST)
     pattern.agreed = True

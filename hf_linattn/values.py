@@ -1,10 +1,11 @@
-"""What was read off a tensor is kept on it for the layers that follow, since asking a GPU in each of them would stall it."""
+"""Values of tensors, which a GPU stalls for: asked once a forward pass, or asserted by the graph while it is traced."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
@@ -29,3 +30,15 @@ def remember(source: Tensor, name: str, beside: tuple[Any, ...], read: Callable[
 
 def _same(known: tuple[Any, ...], beside: tuple[Any, ...]) -> bool:
     return all(x is y or (isinstance(x, int) and x == y) for x, y in zip(known, beside, strict=True))
+
+
+def require(condition: Tensor, sentence: str) -> None:
+    """Raises ValueError with `sentence` unless the one value holds; a traced graph raises RuntimeError when it runs.
+
+    Raises:
+        ValueError: it does not hold.
+    """
+    if is_tracing(condition):
+        torch._assert_async(condition, sentence.replace('"', "'"))  # Inductor pastes the sentence into C++ as it is
+    elif not bool(condition):
+        raise ValueError(sentence)
