@@ -51,7 +51,7 @@ def _is_cross_attention(module: nn.Module) -> bool:
 @torch.compiler.assume_constant_result
 def _takes_other_states(module_class: Any) -> bool:
     """Whether a class attends to something else than its own hidden states: it says so by its name, or cannot be called without."""
-    return "cross" in module_class.__name__.lower() or bool(_required_arguments(module_class) & OTHER_STATES)
+    return "CrossAttention" in module_class.__name__ or bool(_required_arguments(module_class) & OTHER_STATES)
 
 
 @functools.cache

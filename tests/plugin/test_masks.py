@@ -10,11 +10,14 @@ from transformers import (
     BeitConfig,
     BeitModel,
     DynamicCache,
+    LlamaConfig,
     PreTrainedModel,
     StaticCache,
     masking_utils,
 )
 from transformers.models.auto import modeling_auto
+
+from hf_linattn.attention import linattn_attention
 
 LEAST = torch.finfo(torch.float32).min
 
@@ -453,16 +456,31 @@ def test_compiled_steps_refuse_another_past_too():
 # What is no mask's business
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("length", [16, 9])
-def test_cross_attention_of_any_length(length):
-    from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration, T5GemmaModuleConfig
+class CrossAttention(nn.Module):
+    config = LlamaConfig()
 
-    sizes = T5GemmaModuleConfig(**TEXT | {"num_hidden_layers": 1}, num_key_value_heads=2, head_dim=16, sliding_window=64)
-    model = T5GemmaForConditionalGeneration._from_config(T5GemmaConfig(encoder=sizes, decoder=sizes), attn_implementation="linattn").eval()
-    ids = tiny_tokens(1, 16)
-    with pytest.raises(ValueError, match="cross-attention"):
-        model(input_ids=ids, decoder_input_ids=ids[:, :length])
+
+class Resampler(nn.Module):
+    config = CrossAttention.config
+
+    def forward(self, hidden_states, context): ...
+
+
+class Encoder(nn.Module):
+    config, is_causal = CrossAttention.config, False
+
+
+@pytest.mark.parametrize("length", [16, 9])
+@pytest.mark.parametrize("kind", [CrossAttention, Resampler, Encoder, "flag"])
+def test_cross_attention_that_was_not_refused_before_is_at_the_call(kind, length):
+    module = Encoder() if kind == "flag" else kind()
+    module.is_cross_attention = kind == "flag"
+    query, key = torch.randn(1, 4, 16, 8), torch.randn(1, 4, length, 8)
+    if kind is Encoder and length == 16:
+        assert linattn_attention(module, query, key, key, None)[0].shape == (1, 16, 4, 8)
+        return
+    with pytest.raises(ValueError, match=f"is cross-attention, from 16 tokens to {length} others"):
+        linattn_attention(module, query, key, key, None)
 
 
 def test_prefix_tuning_gets_a_sentence():
