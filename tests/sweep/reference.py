@@ -88,7 +88,9 @@ def windows_dropped() -> Iterator[None]:
 
 
 def sdpa_mask(**kwargs: Any) -> Tensor | None:
-    return masking_utils.sdpa_mask(**{**kwargs, "local_size": None})
+    """The whole mask, where Transformers would leave it out and trust the module's `is_causal` instead (BigBird-Pegasus's is wrong)."""
+    whole = {"local_size": None, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return masking_utils.sdpa_mask(**kwargs | whole)
 
 
 _layer_types = cache_utils.get_layer_types_and_kwargs
