@@ -18,7 +18,7 @@ from transformers.utils import is_torchdynamo_compiling
 
 from .config import NAME, LinAttnConfig, softmax_layers
 from .counted import digest, joined
-from .hand_over import NEVER_READ, hand_over, receive
+from .hand_over import FILLED, NEVER_READ, hand_over, receive
 from .ops import empty_state
 from .rollback import RecentTokens, Recurrence
 from .support import require_attention_interface
@@ -87,7 +87,7 @@ class LinearStateLayer(CacheLayerMixin):
         """
         key_states, value_states = _received_by_update(key_states), _received_by_update(value_states)
         if self._reads == 0:
-            raise RuntimeError(NEVER_READ)
+            raise RuntimeError(FILLED if self._may_grow else NEVER_READ)
         if self._reads is not None and self._reads != 1 + len(self._more):
             raise RuntimeError(_reads_differ(self._reads, 1 + len(self._more)))
         if not self.is_initialized:

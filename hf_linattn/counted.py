@@ -20,9 +20,8 @@ def digest(left_out: Tensor, first: int | Tensor = 0) -> Tensor:
     `first` is the index in the whole text of the first of the n columns; digests of two parts of a text add up, modulo PRIME.
     """
     numbers = (torch.arange(1, left_out.shape[-1] + 1, device=left_out.device) + first) * 48271 % PRIME
-    numbers = (numbers ^ (numbers >> 15)) % PRIME
-    numbers = numbers * numbers % PRIME  # from here on, no sum of columns is another one's by arithmetic alone
-    numbers = (numbers ^ (numbers >> 13)) * 40692 % PRIME
+    numbers = (numbers ^ (numbers >> 15)) * 40692 % PRIME
+    numbers = numbers * numbers % PRIME  # else sums of neighbours would often be equal
     return torch.where(left_out, numbers, 0).sum(-1) % PRIME
 
 

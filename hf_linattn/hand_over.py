@@ -24,6 +24,11 @@ NEVER_READ = (
     'attn_implementation="linattn", or does not use Transformers\' attention interface. Make a new cache for it.'
 )
 
+FILLED = (
+    "A linear attention cache was filled with keys that the attention function never read: a prefix of PEFT's prefix tuning, for which a "
+    "state has no place (use LoRA or prompt tuning instead), or those of a model that does not use Transformers' attention interface."
+)
+
 
 class Handed(Tensor):
     """A tensor that carries the cache layer it came through."""

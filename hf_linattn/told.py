@@ -85,6 +85,9 @@ def _of_2d(mask: Tensor, length: int, offset: int | Tensor, causal: bool) -> Pat
 
 def _of_4d(mask: Tensor, length: int, offset: int | Tensor, causal: bool, window: int | None) -> Pattern:
     """Padding, packing and causality, each where the mask shows it; then the whole mask has to follow from them."""
+    is_narrow = window is not None and isinstance(offset, int) and length <= mask.shape[-1] < offset + length
+    if is_narrow:  # made for a softmax layer whose cache keeps a window of keys only
+        offset = mask.shape[-1] - length
     if mask.shape[-2] not in (1, length) or (isinstance(offset, int) and mask.shape[-1] < offset + length):
         raise ValueError(
             f"The 4D attention mask has the shape {tuple(mask.shape)}, but {offset} tokens were seen before and {length} are new; it "
@@ -112,7 +115,7 @@ def _of_4d(mask: Tensor, length: int, offset: int | Tensor, causal: bool, window
         past = torch.where(follows, past, SAYS_NOTHING)
         follows = follows | follows_in_window
     require(follows & (visible == visible[:, :1]).all(), OTHER_PATTERN)
-    pattern = Pattern(causal, real, starts, past if isinstance(offset, Tensor) or offset > 0 else None, whole=True)
+    pattern = Pattern(causal, real, starts, None if is_narrow or (isinstance(offset, int) and offset == 0) else past, whole=True)
     if not is_tracing(mask):
         all_real, is_packed = torch.stack([real.all(), starts.any()]).tolist()
         pattern.real, pattern.starts = None if all_real else real, starts if is_packed else None

@@ -17,7 +17,9 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from hf_linattn import calls
 from hf_linattn.attention import linattn_attention
+from hf_linattn.counted import digest, joined
 
 LEAST = torch.finfo(torch.float32).min
 
@@ -298,6 +300,28 @@ def test_masks_of_other_shapes_and_types_are_refused(llama, mask):
         llama(tiny_tokens(2, 16), attention_mask=mask)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name, kept", [("llama", []), ("llama", [1]), ("mistral", [1]), ("gemma3", [0, 2])])
+def test_copies_of_the_mask_say_the_same(name, kept):
+    """As between the devices of a device_map."""
+
+    def copy(module, args, kwargs):
+        mask = kwargs["attention_mask"]
+        return args, kwargs | {"attention_mask": None if mask is None else mask.clone()}
+
+    model, ids = tiny_model(name, softmax_layers=kept), tiny_tokens(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    told = []
+    for _ in range(2):
+        cache = DynamicCache(config=model.config)
+        parts = zip(ids.split([14, 5, 1], 1), (14, 19, 20), strict=True)
+        told.append(torch.cat([model(part, attention_mask=mask[:, :end], past_key_values=cache)[0] for part, end in parts], 1))
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(copy, with_kwargs=True)
+    close(told[1][mask > 0], told[0][mask > 0])
+
+
 # Longer masks, and one token
 
 
@@ -356,6 +380,15 @@ def test_one_new_token_may_be_padding(kept, kind):
 
 
 # The past
+
+
+@pytest.mark.parametrize("columns, pads", [(300, 2), (40, 3), (24, 5)])
+def test_patterns_of_padding_have_digests_of_their_own(columns, pads):
+    chosen = torch.combinations(torch.arange(columns), pads)
+    left_out = torch.zeros(len(chosen), columns, dtype=torch.bool).scatter_(1, chosen, True)
+    whole = digest(left_out)
+    assert whole.unique().numel() == len(chosen) and int(whole.min()) >= 0 and int(whole.max()) < 2**31
+    assert torch.equal(joined(digest(left_out[:, :17]), digest(left_out[:, 17:], 17)), whole)
 
 
 def two_turns(model, first, second, lengths=(5, 2), cache=None):
@@ -483,20 +516,21 @@ def test_cross_attention_that_was_not_refused_before_is_at_the_call(kind, length
         linattn_attention(module, query, key, key, None)
 
 
-def test_prefix_tuning_gets_a_sentence():
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox"])
+def test_prefix_tuning_gets_a_sentence(name):
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny_model("llama"), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    model = peft.get_peft_model(tiny_model(name), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     with pytest.raises((ValueError, RuntimeError), match="[Pp]refix tuning"):
         model(tiny_tokens())
 
 
-def test_attention_weights_are_said_to_be_none(llama, caplog):
-    from transformers.utils import logging
-
-    logging.enable_propagation()
-    logging.get_logger("transformers")
-    llama(tiny_tokens(1, 4), output_attentions=True)
-    assert "no attention weights" in caplog.text or "output_attentions" in caplog.text
+def test_attention_weights_are_said_to_be_none(llama, monkeypatch):
+    said = []
+    monkeypatch.setattr(calls.logger, "warning_once", said.append)
+    llama(tiny_tokens(1, 4))
+    assert not said
+    out = llama(tiny_tokens(1, 4), output_attentions=True)
+    assert not out.attentions and "no attention weights" in said[0]
 
 
 def test_all_ones_cost_nothing(llama, monkeypatch):
