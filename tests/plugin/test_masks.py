@@ -446,6 +446,18 @@ def test_a_4d_mask_and_the_past(llama):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "seen", [[[1, 0, 1, 1, 0], [1, 1, 1, 1, 1]], [[0, 0, 0, 1, 0], [1, 1, 1, 0, 1]], [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]]
+)
+def test_rows_of_a_4d_mask_that_disagree_about_the_past_are_refused(llama, seen):
+    """The second sequence of a packed row sees nothing of the past, and all rows of the first one see the same."""
+    ids, cache = tiny_tokens(1, 5), DynamicCache(config=llama.config)
+    llama(ids[:, :3], past_key_values=cache)
+    with pytest.raises(ValueError, match="no other pattern"):
+        llama(ids[:, 3:], attention_mask=torch.tensor(seen, dtype=torch.bool)[None, None], past_key_values=cache)
+
+
+@torch.no_grad()
 def test_what_was_left_out_follows_the_sequences(llama):
     """Beams, crops and resets move what a state remembers with the state."""
     ids, mask = tiny_tokens(2, 8), torch.ones(2, 8, dtype=torch.long)
