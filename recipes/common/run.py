@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,11 +26,14 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from recipes.common import state
 from recipes.common.config import dump
 from recipes.common.errors import RecipeError, stage
 from recipes.common.files import check_target, clear_up, discard, hold, staged_directory, write_json, write_text
 from recipes.common.lock import Lock
 from recipes.common.marks import MARK, read_mark, sign
+from recipes.common.reading import read_json, read_yaml
+from recipes.common.state import checkpoints, read_progress
 
 # It warns of tied weights at every checkpoint, which load again as they were.
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
@@ -36,6 +41,8 @@ logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 # What comes into the folder after it was made: files that are ours by name, and folders with marks of their own.
 GROWS = ("metrics.jsonl", "loss.png", "result.json", "tensorboard/*events.out.tfevents.*")
+ID = "run"
+"""In facts.json, and in the progress of each checkpoint: what tells a run from others with the same settings."""
 FOLDERS = ("model", "best", "checkpoints/step-*")
 
 
@@ -119,7 +126,7 @@ class Run:
                 self.folder, self.command, overwrite=self.overwrite, inputs=self.inputs, grows=GROWS, folders=FOLDERS
             ) as aside:
                 write_text(aside / "config.yaml", dump(config))
-                write_json(aside / "facts.json", facts)
+                write_json(aside / "facts.json", {**facts, ID: secrets.token_hex(8)})
         self._held = hold(self.folder)
         _check_same(self.folder, {**config, **facts})
         for folder in (self.folder, self.folder / "checkpoints"):
@@ -132,10 +139,11 @@ class Run:
         return self.folder / "metrics.jsonl"
 
     def log(self, step: int, **values: Any) -> None:
-        """Append one line to metrics.jsonl, from the main process."""
+        """Append one line to metrics.jsonl, from the main process; numbers that are not finite as null."""
         if self.accelerator.is_main_process:
+            finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
             with self.metrics_file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+                file.write(json.dumps({"step": step, **finite}, ensure_ascii=False) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
@@ -143,7 +151,7 @@ class Run:
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted((self.folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        return checkpoints(self.folder / "checkpoints")
 
     def save(self, step: int, progress: dict[str, Any] | None = None, keep: int = 1) -> None:
         """Checkpoint everything `accelerator.prepare` was given, and `progress` (plain values); keep the newest `keep`.
@@ -162,37 +170,44 @@ class Run:
             accelerator.save_state(aside[0])
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
-                write_json(Path(aside[0]) / "progress.json", {"step": step, **(progress or {})})
+                write_json(Path(aside[0]) / "progress.json", {"step": step, ID: self._id(), **(progress or {})})
         if accelerator.is_main_process:
             for old in self.checkpoints()[:-keep]:
                 discard(old)
         accelerator.wait_for_everyone()
 
-    def restore(self) -> dict[str, Any]:
-        """Load the newest checkpoint into what `accelerator.prepare` was given and return its progress; {"step": 0} if there is none."""
+    def restore(self, steps: int | None = None) -> dict[str, Any]:
+        """Load the newest checkpoint into what `accelerator.prepare` was given and return its progress; {"step": 0} if there is none.
+
+        Args:
+            steps: how many the run has; None: not known.
+
+        Raises:
+            RecipeError: it is not whole, not this run's, or cannot be loaded. Nothing is changed then, and no older one taken in its place.
+        """
         newest = self.checkpoints()[-1:]
         progress: dict[str, Any] = {"step": 0}
         if newest:
-            self.accelerator.load_state(str(newest[0]))
-            progress = json.loads((newest[0] / "progress.json").read_text(encoding="utf-8"))
+            _by_main(self.accelerator, lambda: progress.update(read_progress(newest[0], self._id(), steps)))
+            with stage(f"loading the checkpoint {newest[0]}", "start anew, or go on in the environment that wrote it"):
+                self.accelerator.load_state(str(newest[0]))
+            progress = read_json(newest[0] / "progress.json")
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process and self.metrics_file.exists():
-            kept = [record for record in self.records() if record["step"] <= progress["step"]]
-            write_text(self.metrics_file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
-        self.accelerator.wait_for_everyone()
+        _by_main(self.accelerator, lambda: self._cut_metrics(progress["step"]))
         return progress
+
+    def _cut_metrics(self, step: int) -> None:
+        if self.metrics_file.exists():
+            kept = [record for record in self.records() if record["step"] <= step]
+            write_text(self.metrics_file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept))
+
+    def _id(self) -> Any:
+        return read_json(self.folder / "facts.json").get(ID)
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; lines that are not whole are left out."""
-    path = Path(path)
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    """The objects of a metrics.jsonl, as `recipes.common.state` reads them."""
+    return list(state.read_records(Path(path)))
 
 
 def _by_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
@@ -211,15 +226,14 @@ def _by_main(accelerator: Accelerator, work: Callable[[], None]) -> None:
 def _check_same(folder: Path, new: dict[str, Any]) -> None:
     if not (folder / "config.yaml").is_file():
         raise RecipeError(f"{folder} holds no config.yaml, so there is no run to resume in it; name the folder of a run, or another output")
-    try:
-        old = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        old |= json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    except (OSError, TypeError, ValueError, yaml.YAMLError):
-        raise RecipeError(f"{folder}: config.yaml or facts.json is damaged, so the run cannot be resumed; start anew elsewhere") from None
+    old, facts = read_yaml(folder / "config.yaml"), read_json(folder / "facts.json")
+    if not isinstance(old, dict) or not isinstance(facts, dict):
+        raise RecipeError(f"{folder}: config.yaml or facts.json is damaged, so the run cannot be resumed; start anew elsewhere")
+    old |= {key: value for key, value in facts.items() if key != ID}
     new = yaml.safe_load(dump(new))
     for key in [*new, *old]:
         if old.get(key) != new.get(key):
             raise RecipeError(
-                f"{folder} belongs to another run: {key} was {old.get(key)!r} and is now {new.get(key)!r}; "
+                f"{folder} belongs to another run: {key} was {old.get(key)!r:.200} and is now {new.get(key)!r:.200}; "
                 "resume with the same settings, or choose another output"
             )

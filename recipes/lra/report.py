@@ -7,7 +7,6 @@ table.png.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +17,8 @@ import typer
 from recipes.common import cli
 from recipes.common.errors import RecipeError
 from recipes.common.files import check_target, staged_directory, write_json, write_text
+from recipes.common.reading import read_json
+from recipes.common.state import number
 
 COMMAND = "recipes.lra.report"
 COLUMNS = {"listops": "ListOps", "text": "Text", "retrieval": "Retrieval", "image": "Image", "pathfinder": "Pathfinder", "pathx": "Path-X"}
@@ -64,17 +65,19 @@ def result_files(runs: list[Path]) -> list[Path]:
 
 def read_results(files: list[Path]) -> list[dict[str, Any]]:
     """What `files` hold. Raises RecipeError where one is no result."""
-    return [_read(file) for file in files]
+    return [read_result(file) for file in files]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        missing = [key for key in ("task", "attn_implementation", "dropout", "seed", "test_accuracy") if key not in result]
-    except (OSError, ValueError, TypeError):
-        raise RecipeError(f"{path}: not a JSON file; expected a result.json of recipes.lra.train") from None
+def read_result(path: Path) -> dict[str, Any]:
+    """A result.json of recipes.lra.train.
+
+    Raises RecipeError where it is none."""
+    result = read_json(path)
+    wanted = ("task", "attn_implementation", "dropout", "seed", "test_accuracy")
+    missing = [key for key in wanted if not (isinstance(result, dict) and key in result)]
     if missing:
         raise RecipeError(f"{path}: {', '.join(missing)} is missing; expected a result.json of recipes.lra.train")
+    number(result, "test_accuracy", path)
     return result
 
 
@@ -161,9 +164,9 @@ def plot(table: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         for x, cell in zip(at, here, strict=True):
             if cell["deviation"] is not None:
                 axes.errorbar(x, cell["mean"], cell["deviation"], fmt="none", ecolor="black", capsize=2)
-    for number, task in enumerate(tasks):
+    for place, task in enumerate(tasks):
         if task in PUBLISHED["softmax"]:
-            label = "published softmax" if number == 0 else ""
+            label = "published softmax" if place == 0 else ""
             axes.hlines(PUBLISHED["softmax"][task], number - 0.42, number + 0.42, colors="black", linestyles="dashed", label=label)
     axes.set_xticks(range(len(tasks)), [COLUMNS[task] for task in tasks])
     axes.set_ylabel("test accuracy, %")

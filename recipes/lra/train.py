@@ -9,7 +9,6 @@ as they are.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -31,11 +30,13 @@ from recipes.common.config import load_config, to_dict
 from recipes.common.errors import RecipeError, sentence, stage
 from recipes.common.files import staged_directory, write_json
 from recipes.common.run import Run
+from recipes.common.state import check_written
 
 from .accuracy import accuracy
 from .batches import DeviceSplit, drawn_positions, evaluation_order, training_order
 from .data import SPLITS, TASKS, Split, load
 from .model import LRAConfig, LRAForSequenceClassification
+from .report import read_result
 from .settings import Settings
 
 COMMAND = "recipes.lra.train"
@@ -122,8 +123,8 @@ class Training:
         finished = self.run.folder / "result.json"
         if finished.is_file():
             accelerator.print(f"{self.run.folder} is finished")
-            return json.loads(finished.read_text(encoding="utf-8"))
-        progress = self.run.restore()
+            return read_result(finished)
+        progress = self.run.restore(s.steps)
         step = int(progress["step"])
         self.best, self.best_step = float(progress.get("best", -1.0)), int(progress.get("best_step", 0))
         self.seconds = before = float(progress.get("seconds", 0.0))
@@ -237,6 +238,7 @@ class Training:
     def finish(self, step: int) -> dict[str, Any]:
         """Test best/ and write result.json."""
         s, accelerator = self.settings, self.accelerator
+        check_written(self.run.folder / "best", "start anew, for the weights of the best validation are lost")
         best = LRAForSequenceClassification.from_pretrained(self.run.folder / "best", trust_remote_code=False, use_safetensors=True)
         self.bare.load_state_dict(best.state_dict())
         score, loss = self.evaluate("test")

@@ -27,6 +27,7 @@ from recipes.common.checkpoint import read_config
 from recipes.common.errors import RecipeError
 from recipes.common.files import check_apart, staged_directory, write_json, write_text
 from recipes.common.reading import read_json
+from recipes.common.state import check_written
 from recipes.quickstart.corpus import stories
 
 HERE = Path(__file__).parent
@@ -114,6 +115,7 @@ class Quickstart:
         """Do `work`, which leaves `result`, unless that is there already."""
         self.console.rule(title, align="left")
         if result is not None and result.exists():
+            check_written(result, "remove that folder to have it made again", compare=False)
             self.console.print(f"{result} is there already")
             return
         began = time.perf_counter()

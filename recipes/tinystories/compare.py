@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +21,9 @@ from recipes.common import cli
 from recipes.common.errors import RecipeError, stage
 from recipes.common.files import check_target, staged_directory, write_json, write_text
 from recipes.common.plots import save_figure
+from recipes.common.reading import read_yaml
 from recipes.common.run import read_records
+from recipes.common.state import number
 
 COMMAND = "recipes.tinystories.compare"
 TITLES = ["run", "attention", "noise", "steps", "tokens", "cross-entropy, nats a token", "tokens a second", "minutes"]
@@ -65,9 +66,11 @@ def read_run(named: str) -> dict[str, Any]:
 
 
 def _last_figures(folder: Path) -> dict[str, Any]:
-    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    records = read_records(folder / "metrics.jsonl")
-    valid = [[r["step"], r["seconds"], r["valid_loss"]] for r in records if "valid_loss" in r]
+    settings, metrics = read_yaml(folder / "config.yaml"), folder / "metrics.jsonl"
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{folder / 'config.yaml'} holds no settings; give the output of a training run")
+    records = read_records(metrics)
+    valid = [[number(r, key, metrics) for key in ("step", "seconds", "valid_loss")] for r in records if r.get("valid_loss") is not None]
     trained = [r for r in records if "tokens" in r]
     if not valid or not trained:
         raise RecipeError(f"{folder} has no validation loss yet; let the run reach its first evaluation")
@@ -75,10 +78,10 @@ def _last_figures(folder: Path) -> dict[str, Any]:
         "attention": settings.get("attn_implementation") or "as the checkpoint says",
         "noise": settings.get("noise"),
         "steps": trained[-1]["step"],
-        "tokens": trained[-1]["tokens"],
+        "tokens": number(trained[-1], "tokens", metrics),
         "cross_entropy": valid[-1][2],
-        "tokens_per_second": trained[-1]["tokens_per_second"],
-        "minutes": trained[-1]["seconds"] / 60,
+        "tokens_per_second": number(trained[-1], "tokens_per_second", metrics),
+        "minutes": number(trained[-1], "seconds", metrics) / 60,
         "validation": valid,
     }
 

@@ -28,6 +28,7 @@ from recipes.common.errors import RecipeError, stage
 from recipes.common.files import staged_directory
 from recipes.common.plots import plot_curves
 from recipes.common.run import Run
+from recipes.common.state import check_written
 from recipes.tinystories.data import Collator, EpochSampler, Source, digest, first_words, load_tokenizer, pack, split_stories, start_token
 from recipes.tinystories.model import check_length, go_on, is_linear, load_model, new_model
 from recipes.tinystories.settings import Settings
@@ -109,10 +110,11 @@ class Training:
     def train(self) -> None:
         """The steps that are left."""
         s, accelerator = self.settings, self.accelerator
-        if (self.run.folder / "model").exists():
-            accelerator.print(f"{self.run.folder} is finished; its model is in {self.run.folder / 'model'}")
+        if (model := self.run.folder / "model").exists():
+            check_written(model, "remove that folder to have it written again with --resume", compare=False)
+            accelerator.print(f"{self.run.folder} is finished; its model is in {model}")
             return
-        progress = self.run.restore()
+        progress = self.run.restore(self.steps)
         step, seconds = int(progress["step"]), float(progress.get("seconds", 0.0))
         if step:
             accelerator.print(f"going on after step {step} of {self.steps}")
@@ -284,8 +286,8 @@ def draw(run: Run) -> None:
     """Draw loss.png of the run's metrics."""
     records = run.records()
     curves = {
-        "training": [(r["step"], r["cross_entropy"]) for r in records if "cross_entropy" in r],
-        "validation": [(r["step"], r["valid_loss"]) for r in records if "valid_loss" in r],
+        "training": [(r["step"], r["cross_entropy"]) for r in records if r.get("cross_entropy") is not None],
+        "validation": [(r["step"], r["valid_loss"]) for r in records if r.get("valid_loss") is not None],
     }
     plot_curves(run.folder / "loss.png", curves, x="step", y="cross-entropy, nats a token", title=run.folder.name)
 
