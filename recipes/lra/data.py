@@ -24,6 +24,8 @@ from recipes.common.reading import inside, read_json
 from .listops import OPERATORS
 
 SPLITS = ("train", "valid", "test")
+LONGEST_LINE = 2**22
+"""Characters of one example; of those the tasks read 4,000."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,9 @@ def _rows(path: Path, read: Callable[[str, int], Example]) -> Iterator[Example]:
     number = 0
     try:
         with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), ""), 1):
+                if len(line) > LONGEST_LINE:
+                    raise ValueError(f"the line has more than {LONGEST_LINE:,} characters, expected one example")
                 if line.strip():
                     yield read(line.rstrip("\r\n"), number)
     except ValueError as error:

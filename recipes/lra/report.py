@@ -14,11 +14,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from recipes.common import cli
+from recipes.common import cli, state
 from recipes.common.errors import RecipeError
 from recipes.common.files import check_target, staged_directory, write_json, write_text
 from recipes.common.reading import read_json
-from recipes.common.state import number
 
 COMMAND = "recipes.lra.report"
 COLUMNS = {"listops": "ListOps", "text": "Text", "retrieval": "Retrieval", "image": "Image", "pathfinder": "Pathfinder", "pathx": "Path-X"}
@@ -77,7 +76,7 @@ def read_result(path: Path) -> dict[str, Any]:
     missing = [key for key in wanted if not (isinstance(result, dict) and key in result)]
     if missing:
         raise RecipeError(f"{path}: {', '.join(missing)} is missing; expected a result.json of recipes.lra.train")
-    number(result, "test_accuracy", path)
+    state.number(result, "test_accuracy", path)
     return result
 
 
@@ -164,9 +163,9 @@ def plot(table: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
         for x, cell in zip(at, here, strict=True):
             if cell["deviation"] is not None:
                 axes.errorbar(x, cell["mean"], cell["deviation"], fmt="none", ecolor="black", capsize=2)
-    for place, task in enumerate(tasks):
+    for number, task in enumerate(tasks):
         if task in PUBLISHED["softmax"]:
-            label = "published softmax" if place == 0 else ""
+            label = "published softmax" if number == 0 else ""
             axes.hlines(PUBLISHED["softmax"][task], number - 0.42, number + 0.42, colors="black", linestyles="dashed", label=label)
     axes.set_xticks(range(len(tasks)), [COLUMNS[task] for task in tasks])
     axes.set_ylabel("test accuracy, %")

@@ -2,6 +2,8 @@
 
 A story is tokenized as it stands behind one start token (the tokenizer's bos, or its eos where there is no bos). Stories follow one
 another in a stream that is cut every `length` tokens; what is left at the end is dropped.
+
+Text is read as a stream: memory holds stories, and of those a few at a time. One longer than `LONGEST_STORY` is cut into several.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -25,7 +28,12 @@ from recipes.common.checkpoint import open_tokenizer, read_config
 from recipes.common.errors import RecipeError, sentence, stage
 
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-_CACHE_VERSION = 1
+LONGEST_STORY = 2**18
+"""Characters, about 65,000 tokens. What goes on longer is cut here, at a blank, and goes on as a story of its own."""
+_TOGETHER = 2**20
+"""Characters that are tokenized at once, which takes a hundred times as many bytes."""
+_ROWS = 100
+_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -99,24 +107,41 @@ def split_stories(train: Sequence[Source], valid: Sequence[Source], held_out: in
                 pass
             yield from ({"text": text} for text in unique(chain.from_iterable(map(read_stories, train)), seen))
             return
-        last: list[str] = []
+        last: deque[str] = deque()
+        whole = False
         for text in unique(chain.from_iterable(map(read_stories, train)), seen):
             last.append(text)
-            if len(last) > 2 * held_out:
-                yield from ({"text": text} for text in last[:held_out] if part == "train")
-                del last[:held_out]
-        if len(last) <= held_out:
+            if len(last) > held_out:
+                first, whole = last.popleft(), True
+                if part == "train":
+                    yield {"text": first}
+        if not whole:
             raise RecipeError(
                 f"{len(last)} stories are too few to hold {held_out} out for validation; lower valid_stories or give valid_data"
             )
-        yield from ({"text": text} for text in (last[:-held_out] if part == "train" else last[-held_out:]))
+        if part == "valid":
+            yield from ({"text": text} for text in last)
 
     return _cached(generate, [*key, "train"], part="train"), _cached(generate, [*key, "valid"], part="valid")
 
 
-def all_stories(sources: Sequence[Source]) -> list[str]:
-    """The distinct stories of `sources`, in memory."""
-    return list(unique(chain.from_iterable(map(read_stories, sources)), set()))
+def last_stories(sources: Sequence[Source], number: int) -> list[str]:
+    """The last `number` distinct stories of `sources`."""
+    return list(deque(unique(chain.from_iterable(map(read_stories, sources)), set()), maxlen=number))
+
+
+def by_size(texts: Iterable[str], most: int = _TOGETHER) -> Iterator[list[str]]:
+    """`texts` in lists of at most `most` characters each, or of one text."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > most:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -164,8 +189,9 @@ def pack(stories: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, length: 
     def generate() -> Iterator[dict[str, list[int]]]:
         stream: list[int] = []
         found = False
-        for batch in stories.iter(batch_size=1000):
-            for ids in tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]:
+        texts = (text for batch in stories.iter(batch_size=_ROWS) for text in batch["text"])
+        for together in by_size(texts):
+            for ids in tokenizer(together, add_special_tokens=False, verbose=False)["input_ids"]:
                 stream += [start, *ids]
             whole = len(stream) - len(stream) % length
             for begin in range(0, whole, length):
@@ -247,10 +273,31 @@ def _split_file(path: Path, separator: str, chunk: int = 1 << 20) -> Iterator[st
                 ) from None
             offset += len(data)
             *whole, rest = rest.split(separator)
-            yield from whole
+            for story in whole:
+                yield from _parts(story)
+            # The last characters may be the first of a separator.
+            while len(rest) > LONGEST_STORY + len(separator):
+                at = _cut(rest)
+                yield rest[:at]
+                rest = rest[at:]
     if decoder.getstate()[0]:
         raise RecipeError(f"{path} is not UTF-8 text (its last character is cut off); convert it to UTF-8")
-    yield rest
+    yield from _parts(rest)
+
+
+def _parts(story: str) -> Iterator[str]:
+    """`story` in parts of at most LONGEST_STORY characters."""
+    while len(story) > LONGEST_STORY:
+        at = _cut(story)
+        yield story[:at]
+        story = story[at:]
+    yield story
+
+
+def _cut(text: str) -> int:
+    """Where a text that is too long is cut: at the last blank of what may stand, if there is one in its second half."""
+    at = max(text.rfind(blank, LONGEST_STORY // 2, LONGEST_STORY) for blank in " \n")
+    return at if at > 0 else LONGEST_STORY
 
 
 def _rows(source: Source) -> Iterator[str]:
@@ -264,7 +311,7 @@ def _rows(source: Source) -> Iterator[str]:
         raise RecipeError(f"{source.name}: the data set cannot be loaded ({sentence(error)})") from None
     if source.column not in data.column_names:
         raise RecipeError(f"{source.name} has no column {source.column!r}; set text_column to one of {', '.join(data.column_names)}")
-    return (str(row) for batch in data.iter(1000) for row in batch[source.column])
+    return (part for batch in data.iter(_ROWS) for row in batch[source.column] for part in _parts(str(row)))
 
 
 def _is_hub_id(name: str) -> bool:
@@ -276,7 +323,9 @@ def _cached(generate: Any, key: list[Any], features: datasets.Features | None = 
     name = hashlib.blake2b(json.dumps([_CACHE_VERSION, *key]).encode(), digest_size=16).hexdigest()
     with stage(f"keeping the text in {datasets.config.HF_DATASETS_CACHE}", "free some space, or set HF_DATASETS_CACHE"):
         try:
-            return datasets.Dataset.from_generator(generate, features=features, gen_kwargs=arguments, fingerprint=name)
+            return datasets.Dataset.from_generator(
+                generate, features=features, gen_kwargs=arguments, fingerprint=name, writer_batch_size=_ROWS
+            )
         except DatasetGenerationError as error:
             raise (error.__cause__ or error) from None
 

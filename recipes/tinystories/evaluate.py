@@ -28,7 +28,7 @@ from recipes.common import cli
 from recipes.common.errors import RecipeError
 from recipes.common.files import check_target, staged_directory, write_json, write_text
 from recipes.common.plots import save_figure
-from recipes.tinystories.data import Source, all_stories, first_words, load_tokenizer, start_token
+from recipes.tinystories.data import Source, by_size, first_words, last_stories, load_tokenizer, start_token
 from recipes.tinystories.metrics import Prediction
 from recipes.tinystories.model import go_on, is_linear, load_model
 
@@ -61,7 +61,7 @@ def main(
     if precision is None:
         raise RecipeError(f"--dtype {dtype}: expected float32, bfloat16 or float16")
     target = _device(device)
-    texts = all_stories([Source(data, split, column, separator)])[-stories:]
+    texts = last_stories([Source(data, split, column, separator)], stories)
     prompts = prompt or first_words(texts, 2, 8)
     results = []
     for named in models:
@@ -107,7 +107,8 @@ def score(
     """Nats a token, bits a byte (`metrics.Prediction`), and loss by position: how many tokens stand before the one predicted."""
     start = start_token(tokenizer)
     rows: list[tuple[list[int], int]] = []
-    for text, ids in zip(texts, tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"], strict=True):
+    tokenized = (ids for together in by_size(texts) for ids in tokenizer(together, add_special_tokens=False, verbose=False)["input_ids"])
+    for text, ids in zip(texts, tokenized, strict=True):
         kept = ids[: length - 1]
         if kept:
             whole = len(kept) == len(ids)

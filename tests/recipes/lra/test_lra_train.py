@@ -365,5 +365,5 @@ def test_a_bad_run_to_report(tmp_path):
     with pytest.raises(RecipeError, match="test_accuracy is missing"):
         report.read_results(report.result_files([tmp_path]))
     (tmp_path / "result.json").write_text("{")
-    with pytest.raises(RecipeError, match="not a JSON file"):
+    with pytest.raises(RecipeError, match="not readable as JSON"):
         report.read_results(report.result_files([tmp_path]))
