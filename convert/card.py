@@ -6,16 +6,19 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from convert.costs import Costs
 from convert.source import Source
+from recipes.common.reading import not_outside
 
 
-def model_card(source: Source, config: Any, report: dict[str, Any]) -> str:
+def model_card(source: Source, config: Any, report: dict[str, Any], costs: Costs) -> str:
     """README.md of the converted checkpoint, with its metadata.
 
     Args:
         source: what was converted.
         config: the converted configuration.
         report: the content of conversion.json.
+        costs: what generating takes.
     """
     inherited = _source_metadata(source)
     data = ModelCardData(
@@ -26,28 +29,31 @@ def model_card(source: Source, config: Any, report: dict[str, Any]) -> str:
         language=inherited.get("language"),
         tags=["linear-attention", "linattn"],
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{_body(source, config, report)}"
+    return f"---\n{data.to_yaml()}\n---\n\n{_body(source, config, report, costs)}"
 
 
-def _body(source: Source, config: Any, report: dict[str, Any]) -> str:
+def _body(source: Source, config: Any, report: dict[str, Any], costs: Costs) -> str:
     options, parameters = config.linattn, report["parameters"]
     kept, name = options["softmax_layers"], source.hub_id or source.folder.name
     layers = f"{config.num_hidden_layers - len(kept)} of {config.num_hidden_layers} layers are linear"
-    kept_text = f" (layers {', '.join(map(str, kept))} keep softmax attention)" if kept else ""
+    kept_text = f"; layers {_ranges(kept)} keep softmax attention and a growing key-value cache" if kept else ""
     formula = "a + b s" if options["kernel"] == "linear" else "a + b s + c s^2"
-    decay = ", with a decay learned per query head" if options["decay"] == "head" and options["learnable"] else ""
+    learned = "learned" if options["learnable"] else "fixed"
+    decay = f", with a {learned} decay per query head" if options["decay"] == "head" else ""
+    cast = report["options"].get("dtype")
+    weights = f"Its weights are the source's, cast to {cast}," if cast else "Its weights are the source's,"
     lost = "".join(
         f"- `{item['what']}` ({item['value']}) is dropped from layers {_ranges(item['layers'])}: {item['note']}.\n"
         for item in report["dropped"]
     )
     return f"""# {name}, with linear attention
 
-This checkpoint was converted from `{name}` with `hf_linattn` and **has not been trained since**. Its weights are the source's, and
-its attention is another function, so it predicts far worse than the source until it is fine-tuned. Quality has not been measured.
+This checkpoint was converted from `{name}` with `hf_linattn` and **has not been trained since**. {weights} and its attention is another
+function: it has to be fine-tuned before it predicts well. How well it predicts now has not been measured.
 
 - Attention weights are f(s) = {formula}, normalised, of s = temperature times the cosine of query and key{decay}; {layers}{kept_text}.
 - {parameters["added"]:,} parameters were added to {parameters["source"]:,}. `conversion.json` holds all options and starting values.
-- Generation keeps a state of constant size in each linear layer instead of a growing key-value cache.
+- Generating takes {costs.sentence()}
 {lost}
 ## Use
 
@@ -64,7 +70,7 @@ For licence, training data, intended use and limits, see the source's own card.
 
 
 def _source_metadata(source: Source) -> dict[str, Any]:
-    path = source.folder / "README.md"
+    path = not_outside(source.folder, source.folder / "README.md")
     if not path.is_file():
         return {}
     try:

@@ -19,6 +19,7 @@ import hf_linattn  # noqa: F401  (registers the attention that the check runs)
 from convert.card import model_card
 from convert.check import check_converted
 from convert.config import converted_config
+from convert.costs import Costs, generating_costs
 from convert.errors import ConversionError, stage
 from convert.options import Decay, DType, Kernel, LinearizeOptions, layer_numbers
 from convert.report import conversion_report, summary
@@ -40,6 +41,7 @@ def linearize(
     output: str | Path,
     options: LinearizeOptions | None = None,
     on_shard: Callable[[Path], None] = lambda shard: None,
+    on_costs: Callable[[Costs], None] = lambda costs: None,
 ) -> dict[str, Any]:
     """Converts the checkpoint ``source`` into the folder ``output``, which appears whole or not at all.
 
@@ -48,6 +50,7 @@ def linearize(
         output: a folder that does not exist yet, or with ``options.overwrite`` one that this function wrote.
         options: how to convert; the defaults of :class:`LinearizeOptions` where None.
         on_shard: called with each weight file once it is written.
+        on_costs: called with what generating will cost, before anything is written.
 
     Returns:
         The content of ``output``/conversion.json.
@@ -61,6 +64,8 @@ def linearize(
     with naming_the_key(opened.config, opened.folder / "config.json"):
         config, model_class, dropped = converted_config(opened, options)
         added = new_parameters(opened, model_class, config)
+    costs = generating_costs(config, options.large_state)
+    on_costs(costs)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     with staged_directory(output, COMMAND, overwrite=options.overwrite, inputs=[opened.folder]) as folder, stage(f"writing {output}"):
         _require_space(folder, opened.nbytes)
@@ -70,9 +75,9 @@ def linearize(
         _copy_companions(opened, folder)
         checked = check_converted(folder, model_class, opened, options) if options.check else None
         given = asdict(options) | {"keep_softmax": list(options.keep_softmax)}
-        report = conversion_report(opened, config, given, dropped, added, checked)
+        report = conversion_report(opened, config, given, dropped, added, costs, checked)
         (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(opened, config, report), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(opened, config, report, costs), encoding="utf-8")
     return report
 
 
@@ -100,6 +105,7 @@ def main(
     dtype: Annotated[DType | None, typer.Option(help="Store the weights as this (default: as they are).", show_default=False)] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what this command wrote to OUTPUT before.")] = False,
+    large_state: Annotated[bool, typer.Option("--large-state", help="Allow more than 1 GiB of state a sequence.")] = False,
     check: Annotated[bool, typer.Option(help="Load and run the result before it takes its place.")] = True,
     seed: Annotated[int, typer.Option(help="Of the random tokens that the check runs it on.")] = 0,
 ) -> None:
@@ -116,11 +122,16 @@ def main(
         dtype=dtype.value if dtype else None,
         revision=revision,
         overwrite=overwrite,
+        large_state=large_state,
         check=check,
         seed=seed,
     )
+
+    def tell(costs: Costs) -> None:
+        console.print(f"Generating will take {costs.sentence()} In bytes, by form: {costs.other_forms()}.", soft_wrap=True, highlight=False)
+
     with console.status("Converting") as status:
-        report = linearize(source, output, options, on_shard=lambda shard: status.update(f"Wrote {shard.name}"))
+        report = linearize(source, output, options, on_shard=lambda shard: status.update(f"Wrote {shard.name}"), on_costs=tell)
     console.print(summary(output, report))
 
 

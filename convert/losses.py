@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from hf_linattn.config import sliding_windows
+
 
 def dropped_features(config: Any, linear: list[bool]) -> list[dict[str, Any]]:
     """What linear layers leave behind of the source's attention.
@@ -16,12 +18,11 @@ def dropped_features(config: Any, linear: list[bool]) -> list[dict[str, Any]]:
         One entry a feature: ``what``, its ``value`` in the source, the ``layers`` it is dropped from, and ``note``.
     """
     dropped = []
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(linear)
-    windowed = [i for i, is_linear in enumerate(linear) if is_linear and types[i] == "sliding_attention"]
-    if window is not None and windowed and getattr(config, "use_sliding_window", True):
-        note = "a linear layer sees all earlier tokens"
-        dropped.append({"what": "sliding_window", "value": window, "layers": windowed, "note": note})
+    windows = sliding_windows(config)
+    windowed = [layer for layer, is_linear in enumerate(linear) if is_linear and windows[layer] is not None]
+    if windowed:
+        note = "a linear layer sees all earlier tokens; its decay starts within the window"
+        dropped.append({"what": "sliding_window", "value": windows[windowed[0]], "layers": windowed, "note": note})
     softcap = getattr(config, "attn_logit_softcapping", None)
     if softcap is not None and any(linear):
         note = "scores of unit-length queries and keys are bounded by the temperature"

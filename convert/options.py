@@ -52,6 +52,7 @@ class LinearizeOptions:
         dtype: None keeps the source's.
         revision: branch, tag or commit of a hub id.
         overwrite: whether an existing checkpoint at the output is replaced.
+        large_state: whether a state of more than 1 GiB a sequence is wanted.
         check: whether the result is loaded and run before it takes its place.
         seed: of the random tokens that the check runs it on.
     """
@@ -65,6 +66,7 @@ class LinearizeOptions:
     dtype: str | None = None
     revision: str | None = None
     overwrite: bool = False
+    large_state: bool = False
     check: bool = True
     seed: int = 0
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from convert.check import CheckReport
+from convert.costs import Costs
 from convert.source import Source
 from hf_linattn.config import LinAttnConfig
 from hf_linattn.layers import LinAttnParams
@@ -26,6 +27,7 @@ def conversion_report(
     options: dict[str, Any],
     dropped: list[dict[str, Any]],
     added: dict[str, Tensor],
+    costs: Costs,
     checked: CheckReport | None,
 ) -> dict[str, Any]:
     """The content of conversion.json.
@@ -36,6 +38,7 @@ def conversion_report(
         options: as they were given.
         dropped: what linear layers leave behind.
         added: the new parameters by name.
+        costs: what generating takes.
         checked: what the check found, None where it was left out.
     """
     kept = config.linattn["softmax_layers"]
@@ -47,6 +50,7 @@ def conversion_report(
         "linear_layers": [layer for layer in range(config.num_hidden_layers) if layer not in kept],
         "starting_values": _starting_values(config, added),
         "dropped": dropped,
+        "costs": asdict(costs),
         "parameters": {"source": source.numbers, "added": sum(tensor.numel() for tensor in added.values())},
         "check": asdict(checked) if checked else None,
         "versions": {package: _version(package) for package in _PACKAGES} | {"python": platform.python_version()},
@@ -62,6 +66,7 @@ def summary(output: Path, report: dict[str, Any]) -> Table:
     table.add_row("parameters", f"{parameters['source']:,} + {parameters['added']:,} new")
     for item in report["dropped"]:
         table.add_row("dropped", f"{item['what']} = {item['value']} in {len(item['layers'])} layers: {item['note']}")
+    table.add_row("state", f"{report['costs']['state']:,} bytes a sequence")
     checked = report["check"]
     if checked is None:
         table.add_row("check", "left out (--no-check)")
@@ -75,12 +80,21 @@ def summary(output: Path, report: dict[str, Any]) -> Table:
 
 
 def _starting_values(config: Any, added: dict[str, Tensor]) -> dict[str, Any]:
-    """What every linear layer starts with: a list of H numbers, or one for all, for each of temperature, a, b, c, log_decay."""
+    """What linear layers start with: a list of H numbers, or one for all, for each of temperature, a, b, c, log_decay; where layers
+    differ, because of their windows, a list for each layer by its number."""
     if not added:
         return {name: config.linattn[name] for name in ("temperature", "a", "b", "c")}
-    layer = LinAttnParams(config.num_attention_heads, LinAttnConfig(**config.linattn))
-    layer.load_state_dict({name.rpartition(".")[2]: value for name, value in added.items()}, strict=False)
-    return {name: [round(number, 6) for number in values.tolist()] for name, values in layer().items()}
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, value in added.items():
+        path, _, key = name.rpartition(".")
+        layers.setdefault(next(part for part in path.split(".") if part.isdecimal()), {})[key] = value
+    starts: dict[str, dict[str, list[float]]] = {}
+    for layer, stored in layers.items():
+        parameters = LinAttnParams(config.num_attention_heads, LinAttnConfig(**config.linattn))
+        parameters.load_state_dict(stored, strict=False)
+        for name, values in parameters().items():
+            starts.setdefault(name, {})[layer] = [round(number, 6) for number in values.tolist()]
+    return {name: each if len(set(map(str, each.values()))) > 1 else next(iter(each.values())) for name, each in starts.items()}
 
 
 def _version(package: str) -> str:

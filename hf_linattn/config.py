@@ -145,3 +145,11 @@ def softmax_layers(model_config: PreTrainedConfig) -> set[int]:
         last = model_config.num_hidden_layers - 1
         raise ValueError(f"linattn option softmax_layers names layer {max(kept)}, but the model has layers 0 to {last}.")
     return kept
+
+
+def sliding_windows(model_config: PreTrainedConfig) -> list[int | None]:
+    """For each layer, how many tokens its softmax attention sees, the newest included; None where it sees all."""
+    window, chunk = (getattr(model_config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    types = getattr(model_config, "layer_types", None) or ["sliding_attention"] * model_config.num_hidden_layers
+    sizes = {"sliding_attention": window, "chunked_attention": chunk}
+    return [sizes.get(kind) for kind in types]

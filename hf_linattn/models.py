@@ -18,13 +18,13 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.auto import tokenization_auto
 from transformers.utils import is_peft_available
 
-from hf_linattn.config import PREFIX, LinAttnConfig
+from hf_linattn.config import PREFIX, LinAttnConfig, sliding_windows
 from hf_linattn.layers import OFFSET, LinAttnParams
 
 BASE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "gpt_neox")
 STUB_NAME = "modeling_hf_linattn.py"
 LONGEST_TIME_CONSTANT = 2048
-"""The slowest head starts at max_position_embeddings tokens, but at no more than this."""
+"""The slowest head starts at max_position_embeddings tokens or at the sliding window its layer had, but at no more than this."""
 
 _AUTO_CLASSES = (
     (AutoModel, transformers.MODEL_MAPPING),
@@ -89,9 +89,11 @@ def _attach_parameters(model: PreTrainedModel) -> None:
     options = LinAttnConfig.of(config)
     if options.learnable or options.decay == "head":
         longest = min(getattr(config, "max_position_embeddings", None) or LONGEST_TIME_CONSTANT, LONGEST_TIME_CONSTANT)
+        windows = sliding_windows(config)
         for _, module in list(attention_modules(model)):
             if module.layer_idx not in options.softmax_layers:
-                module.linattn = LinAttnParams(config.num_attention_heads, options, longest)
+                window = windows[module.layer_idx] or longest
+                module.linattn = LinAttnParams(config.num_attention_heads, options, min(longest, window))
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and not isinstance(inner, LinAttnModelMixin):
             inner._init_weights = _InnerInitWeights(inner)  # type: ignore[method-assign]

@@ -1,0 +1,109 @@
+"""What generating will cost, known before anything is converted: bytes a sequence in every form, and against the source's own cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from convert.errors import ConversionError
+from convert.options import Decay, Kernel
+from hf_linattn.config import sliding_windows
+from hf_linattn.ops.features import feature_count
+
+LARGEST_STATE = 2**30
+"""Bytes of state a sequence, beyond which a conversion must be asked for by --large-state."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Memory of one sequence while generating.
+
+    Attributes:
+        state: bytes in all linear layers together, whatever the length. Each new token reads and writes them once.
+        forms: what ``state`` would be with other options, by name.
+        kept: bytes a token that layers which keep softmax add, up to their windows.
+        source: bytes of the source's own cache, by length in tokens.
+        break_even: from how many tokens on the source's cache is no smaller; None: it never is, because of its windows.
+    """
+
+    state: int
+    forms: dict[str, int]
+    kept: int
+    source: dict[int, int]
+    break_even: int | None
+
+    def sentence(self) -> str:
+        """The costs in words, for the screen and the model card."""
+        even = "which the source's cache never reaches, because its windows bound it"
+        if self.break_even is not None:
+            even = f"as much as the source's cache after {self.break_even:,} tokens"
+        more = f" Softmax layers add {self.kept:,} bytes a token, up to their windows." if self.kept else ""
+        return f"{self.state:,} bytes of state a sequence, {even}; each new token reads and writes them once.{more}"
+
+    def other_forms(self) -> str:
+        """What the state would be in every form."""
+        return ", ".join(f"{name} {size:,}" for name, size in self.forms.items())
+
+
+def generating_costs(config: Any, large_state: bool = False) -> Costs:
+    """The costs of a converted configuration.
+
+    Args:
+        config: the converted configuration, with its ``linattn`` options.
+        large_state: whether a state beyond LARGEST_STATE was asked for.
+
+    Raises:
+        ConversionError: the state is larger than that, and was not asked for.
+    """
+    linattn, windows = config.linattn, sliding_windows(config)
+    linear = [window for layer, window in enumerate(windows) if layer not in linattn["softmax_layers"]]
+    kept = [window for layer, window in enumerate(windows) if layer in linattn["softmax_layers"]]
+    number = getattr(torch, str(config.dtype).removeprefix("torch.")).itemsize
+    token = 2 * _key_heads(config) * _head_dim(config) * number  # bytes a token and layer of keys and values
+    forms = {_name(kernel, decay): _state(config, kernel, decay, len(linear)) for kernel in Kernel for decay in Decay}
+    state = forms[_name(linattn["kernel"], linattn["decay"])]
+    if state > LARGEST_STATE and not large_state:
+        raise ConversionError(
+            f"generating would take {state / 1e9:.2f} GB of state a sequence, all of it read and written for every token, and more than "
+            f"{LARGEST_STATE / 1e9:.2f} GB must be asked for: give --large-state, --kernel linear or --keep-softmax with more layers"
+        )
+    lengths = (1024, 8192, 65536)
+    source = {length: token * sum(_tokens(window, length) for window in windows) for length in lengths}
+    return Costs(state, forms, token * len(kept), source, _break_even(state, token, linear))
+
+
+def _state(config: Any, kernel: str, decay: str, layers: int) -> int:
+    """Bytes of float32 (heads, features, head_dim + 1) in each layer; query heads of a group share a state where nothing decays."""
+    heads, size = config.num_attention_heads if decay == Decay.head else _key_heads(config), _head_dim(config)
+    number = 8 if str(config.dtype).endswith("float64") else 4
+    return layers * heads * feature_count(size, 2 if kernel == Kernel.quadratic else 1) * (size + 1) * number
+
+
+def _break_even(state: int, token: int, windows: list[int | None]) -> int | None:
+    """The least length at which the source's cache of the layers that become linear holds ``state`` bytes."""
+    low, high = 0, state // token + 1
+    if token * sum(_tokens(window, high) for window in windows) < state:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if token * sum(_tokens(window, middle) for window in windows) >= state else (middle, high)
+    return high
+
+
+def _tokens(window: int | None, length: int) -> int:
+    """Tokens that a cache keeps of ``length``; of a window, all but the one that the next token pushes out."""
+    return length if window is None else min(length, window - 1)
+
+
+def _key_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _name(kernel: str, decay: str) -> str:
+    return str(Kernel(kernel).value) + (" with decay" if decay == Decay.head else "")

@@ -1,0 +1,141 @@
+"""What generating costs is told before it is converted, is what a cache then takes, and is bounded; decays start within windows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_softmax import softmax_model
+from transformers import AutoModelForCausalLM, DynamicCache
+from typer.testing import CliRunner
+
+import hf_linattn
+from convert.costs import LARGEST_STATE, generating_costs
+from convert.linearize import LinearizeOptions, app, linearize
+from hf_linattn.config import sliding_windows
+from hf_linattn.models import config_class_for
+from recipes.common.errors import RecipeError
+
+LENGTH = 40
+FORMS = [("linear", "none"), ("linear", "head"), ("quadratic", "none"), ("quadratic", "head")]
+
+
+def bytes_after(model: Any, length: int) -> int:
+    tokens = torch.randint(3, 90, (1, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layers = model(tokens, use_cache=True, past_key_values=DynamicCache(config=model.config)).past_key_values.layers
+    held = [getattr(layer, name, None) for layer in layers for name in ("keys", "values", "state")]
+    return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+@pytest.mark.parametrize(("kernel", "decay"), FORMS)
+@pytest.mark.parametrize(("model_type", "keep"), [("llama", ()), ("llama", (1,)), ("gemma3_text", ()), ("mistral", (0,))])
+def test_what_is_told_is_what_a_cache_takes(kernel: str, decay: str, model_type: str, keep: tuple[int, ...], tmp_path: Path) -> None:
+    source = softmax_model(model_type)
+    source.save_pretrained(tmp_path / "in")
+    told = []
+    options = LinearizeOptions(kernel=kernel, decay=decay, keep_softmax=keep, check=False)
+    report = linearize(tmp_path / "in", tmp_path / "out", options, on_costs=told.append)
+    (costs,) = told
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    windows = [min(LENGTH, (window or LENGTH + 1) - 1) for window in sliding_windows(model.config)]
+    kept = sum(tokens * costs.kept // max(len(keep), 1) for layer, tokens in enumerate(windows) if layer in keep)
+    assert bytes_after(model, LENGTH) == costs.state + kept
+    assert report["costs"]["state"] == costs.state == costs.forms[kernel + (" with decay" if decay == "head" else "")]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{costs.state:,} bytes of state a sequence" in card and ("growing key-value cache" in card) == bool(keep)
+    if costs.break_even is not None:
+        linear = [layer for layer in range(3) if layer not in keep]
+        assert source_bytes(source, costs.break_even, linear) >= costs.state > source_bytes(source, costs.break_even - 1, linear)
+    else:
+        assert source_bytes(source, 2000, [layer for layer in range(3) if layer not in keep]) < costs.state
+
+
+def source_bytes(source: Any, length: int, layers: list[int]) -> int:
+    """Bytes of keys and values that Transformers' own cache holds in `layers` after `length` tokens, without running the model."""
+    cache = DynamicCache(config=source.config)
+    heads, size = source.config.num_key_value_heads, getattr(source.config, "head_dim", 8)
+    for layer in range(3):
+        cache.update(torch.empty(1, heads, length, size), torch.empty(1, heads, length, size), layer)
+    return sum(cache.layers[layer].keys.nbytes + cache.layers[layer].values.nbytes for layer in layers)
+
+
+# Sizes of real models: state bytes worked out by hand as layers * heads * (1 + D + D (D + 1) / 2) * (D + 1) * 4.
+LARGE = {
+    "gemma-3-270m": (
+        "gemma3_text",
+        {"num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256},
+        2_453_852_448,
+    ),  # fmt: skip
+    "llama-2-7b": (
+        "llama",
+        {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 128},
+        4_430_499_840,
+    ),
+    "pythia-1.4b": ("gpt_neox", {"num_hidden_layers": 24, "num_attention_heads": 16, "hidden_size": 2048}, 1_661_437_440),
+    "tinyllama-1.1b": (
+        "llama",
+        {"num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 64},
+        392_620_800,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_large_state_has_to_be_asked_for(name: str) -> None:
+    model_type, sizes, expected = LARGE[name]
+    config: Any = config_class_for(model_type)(**sizes)
+    config.dtype = "bfloat16"
+    config.linattn = hf_linattn.LinAttnConfig(kernel="quadratic", decay="head").to_dict()
+    if expected > LARGEST_STATE:
+        with pytest.raises(RecipeError, match="--large-state"):
+            generating_costs(config)
+    assert generating_costs(config, large_state=True).state == expected
+    config.linattn = hf_linattn.LinAttnConfig(decay="head").to_dict()
+    assert generating_costs(config).state < expected / 15
+
+
+def test_the_command_says_it_before_and_refuses_what_was_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    softmax_model("llama").save_pretrained(tmp_path / "in")
+    monkeypatch.setattr("convert.costs.LARGEST_STATE", 10_000)
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--kernel", "quadratic", "--no-check"]
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2 and "--large-state" in refused.stderr and not (tmp_path / "out").exists()
+    done = CliRunner().invoke(app, [*arguments, "--large-state"])
+    assert done.exit_code == 0
+    assert done.stdout.startswith("Generating will take 19,440 bytes of state a sequence, as much as the source's cache after 51 tokens")
+    assert "linear 1,944, linear with decay 3,888, quadratic 9,720, quadratic with decay 19,440" in done.stdout
+
+
+WINDOWED = {
+    "mistral": ({}, [8, 8, 8]),
+    "gemma2": ({"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}, [8, 128, 8]),
+    "gemma3_text": ({"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}, [8, 8, 128]),
+    "qwen2": ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, [128, 16, 16]),
+    "llama": ({}, [128, 128, 128]),
+}
+
+
+@pytest.mark.parametrize("model_type", WINDOWED)
+def test_a_decay_starts_within_the_window_that_its_layer_had(model_type: str, tmp_path: Path) -> None:
+    changes, expected = WINDOWED[model_type]
+    softmax_model(model_type, **changes).save_pretrained(tmp_path / "in")
+    linearize(tmp_path / "in", tmp_path / "out", LinearizeOptions(check=False))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    times = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith("log_rate"):
+            times[int(name.split(".")[2])] = torch.exp(-parameter.detach())
+    assert [round(times[layer].max().item()) for layer in range(3)] == expected
+    assert all(abs(times[layer].min().item() - 1.5) < 1e-5 for layer in range(3))
+    stored = json.loads((tmp_path / "out" / "conversion.json").read_text())["starting_values"]["log_decay"]
+    rates = stored if isinstance(stored, dict) else dict.fromkeys("012", stored)
+    assert [round(-1 / rates[str(layer)][-1]) for layer in range(3)] == expected
+    assert isinstance(stored, dict) == (len(set(expected)) > 1)
+
+
+transformers.utils.logging.disable_progress_bar()
