@@ -230,7 +230,7 @@ def test_killed_half_way_nothing_stands_at_the_output(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Split, "save", fail)
-    with pytest.raises(OSError):
+    with pytest.raises(RecipeError, match="No space left on device"):
         prepare("listops", tmp_path / "out", **options(train=2, valid=1, test=1))
     assert list(tmp_path.iterdir()) == []
 
