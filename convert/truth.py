@@ -107,6 +107,8 @@ def _layer_truth(name: str, module: nn.Module, call: tuple[Any, Any], options: L
     hidden = hidden_states(*call)
     copied: Any = copy.deepcopy(module)
     linear = module.layer_idx not in options.keep_softmax
+    # A module that does not say has the window that the config gives all layers.
+    longest = min(longest, getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)) or longest)
     if linear:
         copied.config._attn_implementation = _QUADRATIC_FORM
         copied.numbers_for = lambda heads: starting_numbers(options, longest, heads)
