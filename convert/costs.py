@@ -55,13 +55,12 @@ def generating_costs(config: Any, large_state: bool = False) -> Costs:
         large_state: whether a state beyond LARGEST_STATE was asked for.
 
     Raises:
-        ConversionError: the state is larger than that, and was not asked for.
+        ConversionError: the state is larger than that, and was not asked for; the configuration's dtype is none.
     """
     linattn, windows = config.linattn, sliding_windows(config)
     linear = [window for layer, window in enumerate(windows) if layer not in linattn["softmax_layers"]]
     kept = [window for layer, window in enumerate(windows) if layer in linattn["softmax_layers"]]
-    number = getattr(torch, str(config.dtype).removeprefix("torch.")).itemsize
-    token = 2 * _key_heads(config) * _head_dim(config) * number  # bytes a token and layer of keys and values
+    token = 2 * _key_heads(config) * _head_dim(config) * _dtype(config).itemsize  # bytes a token and layer of keys and values
     forms = {_name(kernel, decay): _state(config, kernel, decay, len(linear)) for kernel in Kernel for decay in Decay}
     state = forms[_name(linattn["kernel"], linattn["decay"])]
     if state > LARGEST_STATE and not large_state:
@@ -77,7 +76,7 @@ def generating_costs(config: Any, large_state: bool = False) -> Costs:
 def _state(config: Any, kernel: str, decay: str, layers: int) -> int:
     """Bytes of float32 (heads, features, head_dim + 1) in each layer; query heads of a group share a state where nothing decays."""
     heads, size = config.num_attention_heads if decay == Decay.head else _key_heads(config), _head_dim(config)
-    number = 8 if str(config.dtype).endswith("float64") else 4
+    number = 8 if _dtype(config) == torch.float64 else 4
     return layers * heads * feature_count(size, 2 if kernel == Kernel.quadratic else 1) * (size + 1) * number
 
 
@@ -95,6 +94,13 @@ def _break_even(state: int, token: int, windows: list[int | None]) -> int | None
 def _tokens(window: int | None, length: int) -> int:
     """Tokens that a cache keeps of ``length``; of a window, all but the one that the next token pushes out."""
     return length if window is None else min(length, window - 1)
+
+
+def _dtype(config: Any) -> torch.dtype:
+    dtype = getattr(torch, str(config.dtype).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConversionError(f"config.json: the dtype {config.dtype!r:.100} is none of floating-point numbers: mend it, or give --dtype")
+    return dtype
 
 
 def _key_heads(config: Any) -> int:

@@ -140,7 +140,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             number = math.nan
         if math.isfinite(number):
             return number
-    if hint in (bool, int, float, str) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+    if hint in (bool, int, str) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise RecipeError(f"{where}: expected {_name(hint)}, got {value!r:.200}")
 

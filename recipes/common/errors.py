@@ -19,7 +19,13 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RecipeError(ValueError):
-    """What was wrong, what was expected and what to do, in one sentence."""
+    """What was wrong, what was expected and what to do, in one sentence.
+
+    Names out of files stand in it, so what cannot be printed, such as a line's end or a terminal's commands, is written as an escape.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message))
 
 
 def sentence(error: BaseException, limit: int = 300) -> str:

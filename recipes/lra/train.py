@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 import hf_linattn
 from recipes.common import cli
+from recipes.common.checkpoint import check_size
 from recipes.common.config import load_config, to_dict
 from recipes.common.errors import RecipeError, sentence, stage
 from recipes.common.files import staged_directory, write_json
@@ -295,7 +296,12 @@ def new_model(settings: Settings) -> LRAForSequenceClassification:
             hf_linattn.LinAttnConfig.of(config)
         elif settings.linattn:
             raise ValueError("options of linattn are given with softmax attention")
-        return LRAForSequenceClassification._from_config(config, attn_implementation=settings.attn_implementation)
+
+        def build() -> LRAForSequenceClassification:
+            return LRAForSequenceClassification._from_config(config, attn_implementation=settings.attn_implementation)
+
+        check_size(config.num_hidden_layers, build, "model")
+        return build()
     except (ValueError, TypeError) as error:
         raise RecipeError(f"the model cannot be made: {sentence(error)}") from None
 

@@ -15,7 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recipes.common.checkpoint import open_checkpoint
+from recipes.common.config import build, dump
 from recipes.common.errors import RecipeError
+from recipes.lra.settings import Settings
+from recipes.lra.train import new_model
 
 ENTRIES = ("convert.linearize", "recipes.tinystories.evaluate", "recipes.tinystories.train")
 Entry = Callable[[str, Path], tuple[int, str]]
@@ -188,6 +191,26 @@ def test_weights_that_are_not_there(command: str, checkpoint: Path, entry: Entry
     fewer_weights(checkpoint)
     status, error = entry(command, checkpoint)
     assert status == 2 and "lacks weights, such as model.layers.0.mlp" in error
+
+
+ASKED = {
+    "layers": {"num_hidden_layers": 10**6},
+    "width": {"hidden_size": 10**9},
+    "vocabulary": {"vocab_size": 10**12},
+    "no heads": {"num_attention_heads": 0},
+}
+
+
+@pytest.mark.parametrize("kind", ASKED)
+@pytest.mark.timeout(60)
+def test_a_model_from_scratch_has_bounds(kind: str, whole: Path, run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    settings = {"output": str(tmp_path / "out"), "model_type": "llama", "tokenizer": str(whole / "model"), "model_config": ASKED[kind]}
+    (tmp_path / "train.yaml").write_text(dump(settings | {"train_data": [str(whole / "text.txt")]}))
+    status, error = run("recipes.tinystories.train", "--config", tmp_path / "train.yaml")
+    assert status == 2 and "model_config" in error and not (tmp_path / "out").exists(), error
+    if kind in ("layers", "width"):
+        with pytest.raises(RecipeError, match="model"):
+            new_model(build(Settings, {"task": "listops", "data": "d", "output": "o", "model": ASKED[kind]}, "test"))
 
 
 JSON = {

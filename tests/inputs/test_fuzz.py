@@ -6,6 +6,7 @@ run again each time.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -74,9 +75,9 @@ def spoiled(draw: st.DrawFn, whole: Any, write: Callable[[Any], bytes]) -> bytes
             if action == "lose":
                 del place[key]
             elif action == "add" and isinstance(place, dict):
-                place[draw(st.sampled_from(ADDED))] = draw(values)
+                place[draw(st.sampled_from(ADDED))] = copy.deepcopy(draw(values))
             else:
-                place[key] = draw(values)
+                place[key] = copy.deepcopy(draw(values))
             break
     data = write(document)
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 2]))):
