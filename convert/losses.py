@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from convert.errors import ConversionError
 from hf_linattn.config import sliding_windows
 
 
@@ -16,9 +17,15 @@ def dropped_features(config: Any, linear: list[bool]) -> list[dict[str, Any]]:
 
     Returns:
         One entry a feature: ``what``, its ``value`` in the source, the ``layers`` it is dropped from, and ``note``.
+
+    Raises:
+        ConversionError: windows that are none.
     """
     dropped = []
-    windows = sliding_windows(config)
+    try:
+        windows = sliding_windows(config)
+    except ValueError as error:
+        raise ConversionError(f"config.json: {error}") from None
     windowed = [layer for layer, is_linear in enumerate(linear) if is_linear and windows[layer] is not None]
     if windowed:
         note = "a linear layer sees all earlier tokens; its decay starts within the window"

@@ -148,8 +148,18 @@ def softmax_layers(model_config: PreTrainedConfig) -> set[int]:
 
 
 def sliding_windows(model_config: PreTrainedConfig) -> list[int | None]:
-    """For each layer, how many tokens its softmax attention sees, the newest included; None where it sees all."""
-    window, chunk = (getattr(model_config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    types = getattr(model_config, "layer_types", None) or ["sliding_attention"] * model_config.num_hidden_layers
-    sizes = {"sliding_attention": window, "chunked_attention": chunk}
-    return [sizes.get(kind) for kind in types]
+    """For each layer, how many tokens its softmax attention sees, the newest included; None where it sees all.
+
+    Raises:
+        ValueError: a window that is no whole number above 0, or layer types that are not one word a layer.
+    """
+    sizes = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+    windows = {kind: getattr(model_config, name, None) for kind, name in sizes.items()}
+    for kind, window in windows.items():
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise ValueError(f"{sizes[kind]} must be a whole number above 0, not {window!r:.100}.")
+    layers = model_config.num_hidden_layers
+    types = getattr(model_config, "layer_types", None) or ["sliding_attention"] * layers
+    if not isinstance(types, (list, tuple)) or len(types) != layers or not all(isinstance(kind, str) for kind in types):
+        raise ValueError(f"layer_types must be a list of one word for each of {layers} layers, not {types!r:.100}.")
+    return [windows.get(kind) for kind in types]
