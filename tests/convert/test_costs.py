@@ -126,10 +126,7 @@ def test_a_decay_starts_within_the_window_that_its_layer_had(model_type: str, tm
     softmax_model(model_type, **changes).save_pretrained(tmp_path / "in")
     linearize(tmp_path / "in", tmp_path / "out", LinearizeOptions(check=False))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    times = {}
-    for name, parameter in model.named_parameters():
-        if name.endswith("log_rate"):
-            times[int(name.split(".")[2])] = torch.exp(-parameter.detach())
+    times = {layer: -1 / model.model.layers[layer].self_attn.linattn()["log_decay"].detach() for layer in range(3)}
     assert [round(times[layer].max().item()) for layer in range(3)] == expected
     assert all(abs(times[layer].min().item() - 1.5) < 1e-5 for layer in range(3))
     stored = json.loads((tmp_path / "out" / "conversion.json").read_text())["starting_values"]["log_decay"]
