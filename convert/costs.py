@@ -31,7 +31,7 @@ class Costs:
     state: int
     forms: dict[str, int]
     kept: int
-    source: dict[int, int]
+    source: dict[str, int]
     break_even: int | None
 
     def sentence(self) -> str:
@@ -69,7 +69,7 @@ def generating_costs(config: Any, large_state: bool = False) -> Costs:
             f"{LARGEST_STATE / 1e9:.2f} GB must be asked for: give --large-state, --kernel linear or --keep-softmax with more layers"
         )
     lengths = (1024, 8192, 65536)
-    source = {length: token * sum(_tokens(window, length) for window in windows) for length in lengths}
+    source = {str(length): token * sum(_tokens(window, length) for window in windows) for length in lengths}
     return Costs(state, forms, token * len(kept), source, _break_even(state, token, linear))
 
 
