@@ -6,7 +6,7 @@ and the Auto classes of converted checkpoints.
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from . import cache, choice, models  # noqa: F401  (models registers the Auto classes)
+from . import adapters, cache, choice, models  # noqa: F401  (models registers the Auto classes)
 from .attention import linattn_attention
 from .cache import LinearStateLayer, StaticLinearStateLayer
 from .config import NAME, LinAttnConfig
@@ -21,6 +21,7 @@ AttentionInterface.register(NAME, linattn_attention)
 AttentionMaskInterface.register(NAME, linattn_mask)
 cache.install()
 choice.install()
+adapters.install()
 
 __all__ = [
     "DropoutCallback",
