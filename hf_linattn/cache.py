@@ -389,7 +389,8 @@ def get_layer_types_and_kwargs(config: PreTrainedConfig) -> tuple[list[str], Any
     """
     types, kwargs = _layer_types(config)
     if config._attn_implementation == NAME:
-        require_attention_interface(config)
+        if not is_torchdynamo_compiling():
+            require_attention_interface(config)
         kept = softmax_layers(config)
         if kept and _shares_keys(config):
             raise ValueError(

@@ -86,9 +86,10 @@ def _check_row(a: float, b: float, c: float, temperature: float, *, normalize_qk
 def check_decay(log_decay: Tensor, batch: int, heads: int, key_heads: int, length: int) -> None:
     if not isinstance(log_decay, Tensor):
         raise TypeError(f"log_decay must be a tensor or None, not {type(log_decay).__name__}.")
-    shapes = {(heads,), (key_heads,), (batch, heads, length), (batch, key_heads, length)}
+    # a tuple, not a set: to hash a length that is dynamic in torch.export would fix it
+    shapes = ((heads,), (key_heads,), (batch, heads, length), (batch, key_heads, length))
     if tuple(log_decay.shape) not in shapes:
-        allowed = ", ".join(str(shape) for shape in sorted(shapes, key=lambda s: (len(s), s)))
+        allowed = ", ".join(str(shape) for shape in sorted(set(shapes), key=lambda s: (len(s), s)))
         raise ValueError(f"log_decay must have one of the shapes {allowed}, not {tuple(log_decay.shape)}.")
     if values_are_readable(log_decay) and not bool((log_decay <= 0).all()):
         raise ValueError("log_decay must be 0 or negative everywhere (it is the logarithm of a factor of at most 1), and not NaN.")

@@ -8,6 +8,7 @@ from . import checks
 from .chunked import state_heads
 from .features import feature_count
 from .operators import forward, noise_like, step
+from .reference import reference
 from .segments import canonical_segments, reversed_segments
 
 Coefficient = float | Tensor
@@ -131,6 +132,11 @@ def linear_attention(
     checks.check_tensors(query, key, value, lag, causal, initial_state is not None)
     checks.check_weights(a, b, c, temperature, query.shape[1], normalize_qk)
     checks.check_dropout(dropout_p, dropout_kind)
+    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+        if initial_state is not None or return_state or isinstance(dropout_p, Tensor) or dropout_p > 0:
+            raise ValueError("ONNX takes linear attention without state and without dropout: export model.eval() with use_cache=False.")
+        return _by_pairs(query, key, value, a, b, c, causal=causal, normalize_qk=normalize_qk, temperature=temperature,
+                         log_decay=log_decay, lag=lag, segment_ids=segment_ids)  # fmt: skip
     batch, heads, length, head_dim = query.shape
     degree = _degree(c)
     coefficients = _coefficients(query, a, b, c, temperature)
@@ -178,6 +184,14 @@ def linear_attention(
             deviation = _dropout_deviation(out, mass, moments, mass2, p_tensor)
             out = (out + noise_like(deviation, None, seed_tensor)).to(result_dtype)
     return (out, state) if return_state else out
+
+
+def _by_pairs(query: Tensor, key: Tensor, value: Tensor, *coefficients: Coefficient, segment_ids: Tensor | None, **options) -> Tensor:
+    """The ten lines of `reference`, for ONNX, which has no operators of ours: any length, but time and memory grow with its square."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    segments = None if segment_ids is None else segment_ids.to(torch.int32)
+    out = reference(query.to(dtype), key.to(dtype), value.to(dtype), *coefficients, segment_ids=segments, **options)
+    return out.to(query.dtype)
 
 
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
