@@ -132,7 +132,7 @@ def linear_attention(
     checks.check_tensors(query, key, value, lag, causal, initial_state is not None)
     checks.check_weights(a, b, c, temperature, query.shape[1], normalize_qk)
     checks.check_dropout(dropout_p, dropout_kind)
-    if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_compiling() and _is_for_onnx():
         if initial_state is not None or return_state or isinstance(dropout_p, Tensor) or dropout_p > 0:
             raise ValueError("ONNX takes linear attention without state and without dropout: export model.eval() with use_cache=False.")
         return _by_pairs(query, key, value, a, b, c, causal=causal, normalize_qk=normalize_qk, temperature=temperature,
@@ -184,6 +184,11 @@ def linear_attention(
             deviation = _dropout_deviation(out, mass, moments, mass2, p_tensor)
             out = (out + noise_like(deviation, None, seed_tensor)).to(result_dtype)
     return (out, state) if return_state else out
+
+
+@torch.compiler.assume_constant_result  # else a strict export, which ONNX tries second, takes it for False
+def _is_for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
 
 
 def _by_pairs(query: Tensor, key: Tensor, value: Tensor, *coefficients: Coefficient, segment_ids: Tensor | None, **options) -> Tensor:
