@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -155,7 +156,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
                 tokenizer.add_special_tokens({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
         else:
             where = folder / "config.json"  # which tells the tokenizer's class
-            with naming_the_key(read_config(folder, name) if where.is_file() else {}, where):
+            with naming_the_key(read_config(folder, name), where) if where.is_file() else nullcontext():
                 tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except RecipeError:
         raise
