@@ -16,6 +16,7 @@ from convert.forcing import teacher_forced
 from convert.options import LinearizeOptions
 from convert.source import Source
 from convert.truth import LayerTruth, layer_truths, precisions
+from convert.usable import check_usable
 from hf_linattn.models import attention_modules
 
 PROBE_TOKENS = 24
@@ -40,6 +41,7 @@ class CheckReport:
         step_error: that of cached pieces.
         plain_error: that of the same formula in the same dtype in plain PyTorch.
         bar: the largest error as a share of what it may be in its layer; 1 would be refused.
+        tokenizer: its class, loaded; None where there is none, or it has code of its own, which is not run.
     """
 
     tensors: int
@@ -50,6 +52,7 @@ class CheckReport:
     step_error: float
     plain_error: float
     bar: float
+    tokenizer: str | None
 
 
 @torch.no_grad()
@@ -73,7 +76,7 @@ def check_converted(folder: Path, model_class: Any, source: Source, options: Lin
     found = [_compare_layers(model, truths, tokens, precision) for precision in precisions(model.dtype)]
     worst = found[0] | {"bar": max(errors["bar"] for errors in found)}
     ignored = [key for keys in source.keys for key in keys if key.endswith(_STORED_BUFFERS) and key not in digests]
-    return CheckReport(tensors, ignored, PROBE_TOKENS, len(truths), **worst)
+    return CheckReport(tensors, ignored, PROBE_TOKENS, len(truths), **worst, tokenizer=check_usable(folder, model))
 
 
 def _load_source(model_class: Any, source: Source, dtype: Any) -> Any:

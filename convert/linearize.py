@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
-import transformers
 import typer
 from rich.console import Console
 
-import hf_linattn  # noqa: F401  (registers the attention that the check runs)
-from convert.card import model_card
-from convert.check import check_converted
-from convert.config import converted_config
-from convert.costs import Costs, generating_costs
 from convert.errors import ConversionError, stage
 from convert.options import Decay, DType, Kernel, LinearizeOptions, layer_numbers
-from convert.report import conversion_report, summary
-from convert.source import Source, open_source
-from convert.weights import new_parameters, write_weights
-from hf_linattn.models import write_stub
 from recipes.common import cli
-from recipes.common.blame import naming_the_key
-from recipes.common.checkpoint import companions
 from recipes.common.files import check_target, staged_directory
+from recipes.common.reading import refuse_missing_folder
+
+if TYPE_CHECKING:
+    from convert.costs import Costs
 
 COMMAND = "convert.linearize"
 REPORT = "conversion.json"
-_NOT_COPIED = (".*", "config.json", "*.index.json", "conversion.json", "trainer_state.json", "*_results.json", "requirements.txt")
 
 
 def linearize(
@@ -60,24 +49,49 @@ def linearize(
     """
     options, output = options or LinearizeOptions(), Path(output).expanduser()
     check_target(output, COMMAND, overwrite=options.overwrite, inputs=[source])
-    opened = open_source(str(source), options.revision)
-    with naming_the_key(opened.config, opened.folder / "config.json"):
-        config, model_class, dropped = converted_config(opened, options)
-        added = new_parameters(opened, model_class, config)
-    costs = generating_costs(config, options.large_state)
-    on_costs(costs)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    with staged_directory(output, COMMAND, overwrite=options.overwrite, inputs=[opened.folder]) as folder, stage(f"writing {output}"):
-        _require_space(folder, opened.nbytes)
-        write_weights(opened, added, folder, dtype, on_shard)
-        config.save_pretrained(folder)
-        write_stub(type(config), folder)
-        _copy_companions(opened, folder)
-        checked = check_converted(folder, model_class, opened, options) if options.check else None
-        given = asdict(options) | {"keep_softmax": list(options.keep_softmax)}
-        report = conversion_report(opened, config, given, dropped, added, costs, checked)
-        (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(opened, config, report, costs), encoding="utf-8")
+    refuse_missing_folder(str(source))
+    return _convert(str(source), output, options, on_shard, on_costs)
+
+
+def _convert(
+    source: str, output: Path, options: LinearizeOptions, on_shard: Callable[[Path], None], on_costs: Callable[[Costs], None]
+) -> dict[str, Any]:
+    # Late, since importing torch takes seconds: what is wrong with the arguments has been said by now.
+    import torch
+    import transformers
+
+    from convert.card import model_card
+    from convert.check import check_converted
+    from convert.companions import copy_companions
+    from convert.config import converted_config
+    from convert.costs import generating_costs
+    from convert.gguf import unpacked
+    from convert.report import conversion_report
+    from convert.source import open_source
+    from convert.weights import new_parameters, write_weights
+    from hf_linattn.models import write_stub
+    from recipes.common.blame import naming_the_key
+
+    transformers.utils.logging.disable_progress_bar()
+    with unpacked(source, options.dtype) as name:
+        opened = replace(open_source(name, options.revision), name=source)
+        with naming_the_key(opened.config, opened.folder / "config.json"):
+            config, model_class, dropped = converted_config(opened, options)
+            added = new_parameters(opened, model_class, config)
+        costs = generating_costs(config, options.large_state)
+        on_costs(costs)
+        dtype = getattr(torch, options.dtype) if options.dtype else None
+        with staged_directory(output, COMMAND, overwrite=options.overwrite, inputs=[opened.folder]) as folder, stage(f"writing {output}"):
+            _require_space(folder, opened.nbytes)
+            write_weights(opened, added, folder, dtype, on_shard)
+            config.save_pretrained(folder)
+            write_stub(type(config), folder)
+            copy_companions(opened.folder, folder)
+            checked = check_converted(folder, model_class, opened, options) if options.check else None
+            given = asdict(options) | {"keep_softmax": list(options.keep_softmax)}
+            report = conversion_report(opened, config, given, dropped, added, costs, checked)
+            (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            (folder / "README.md").write_text(model_card(opened, config, report, costs), encoding="utf-8")
     return report
 
 
@@ -87,14 +101,8 @@ def _require_space(folder: Path, needed: int) -> None:
         raise ConversionError(f"{folder.parent} has {free / 1e9:.1f} GB free, and the converted checkpoint needs {needed / 1e9:.1f} GB")
 
 
-def _copy_companions(source: Source, folder: Path) -> None:
-    for path in companions(source.folder):
-        if not any(fnmatch.fnmatch(path.name, pattern) for pattern in _NOT_COPIED):
-            shutil.copyfile(path, folder / path.name)
-
-
 def main(
-    source: Annotated[str, typer.Argument(help="Folder of the checkpoint, or a hub id.")],
+    source: Annotated[str, typer.Argument(help="Folder of the checkpoint, a GGUF file, or a hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder to write, which must not exist.")],
     kernel: Annotated[Kernel, typer.Option(help="Attention weight: a + b s, or a + b s + c s^2.")] = Kernel.linear,
     decay: Annotated[Decay, typer.Option(help="A learned decay per query head, or none.")] = Decay.head,
@@ -111,7 +119,6 @@ def main(
 ) -> None:
     """Convert the softmax checkpoint SOURCE into a linear-attention checkpoint OUTPUT."""
     console = Console()
-    transformers.utils.logging.disable_progress_bar()
     options = LinearizeOptions(
         kernel=kernel.value,
         decay=decay.value,
@@ -132,6 +139,8 @@ def main(
 
     with console.status("Converting") as status:
         report = linearize(source, output, options, on_shard=lambda shard: status.update(f"Wrote {shard.name}"), on_costs=tell)
+    from convert.report import summary
+
     console.print(summary(output, report))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from transformers.models.auto import modeling_auto
 
 from convert.errors import ConversionError
+from convert.quantised import refuse_quantised
 from hf_linattn.models import BASE_MODEL_TYPES, PREFIX
 from recipes.common.checkpoint import INDEX, Checkpoint, open_checkpoint
 
@@ -23,7 +24,9 @@ def open_source(name: str, revision: str | None = None) -> Source:
     Raises:
         ConversionError: there is none, or it is one that cannot be converted.
     """
-    return open_checkpoint(name, revision, check_architecture)
+    source = open_checkpoint(name, revision, check_architecture)
+    refuse_quantised(source)
+    return source
 
 
 def check_architecture(config: dict[str, Any], name: str) -> None:

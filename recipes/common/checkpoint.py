@@ -19,17 +19,19 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from recipes.common.errors import RecipeError, sentence
-from recipes.common.reading import inside, not_outside, read_json
+from recipes.common.reading import inside, not_outside, read_json, refuse_missing_folder
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+COMPANIONS = (
+    *("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.spm", "*.bpe", "*.codes", "*.vocab"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
 """What stands beside the weights and is read, or copied into a converted checkpoint."""
 MOST_LAYERS = 2048
 """Where no weights say how many there are."""
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _LAYERS = re.compile(r"(num_.*|n_)layers?|n_layer")
 _SIZES = re.compile(r"(num|n)_.*|.*_(size|dim)|d_(model|ff|kv)")
 # Tokenizer configurations of real checkpoints name the machine that wrote them here, and nothing opens it.
@@ -101,9 +103,8 @@ def locate(name: str, revision: str | None = None, weights: bool = True) -> tupl
         return folder, None
     if folder.exists():
         raise RecipeError(f"{name} is a file; give the folder that holds config.json and the weights, or a hub id")
-    if not _HUB_ID.fullmatch(name) or name.startswith("."):
-        raise RecipeError(f"there is no folder {name}, and this is no hub id such as EleutherAI/pythia-14m either")
-    wanted = [*COMPANIONS, "README.md", *(["*.safetensors"] if weights else [])]
+    refuse_missing_folder(name)
+    wanted = [*COMPANIONS, "*.py", "README.md", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted)), name
     except Exception as error:  # of the hub's client, the network and the disk
@@ -118,7 +119,11 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise RecipeError(f"{name} holds a PEFT adapter and no model: merge it into its base model and save that first")
+            raise RecipeError(
+                f"{name} holds a PEFT adapter and no model: merge it into its base model first, with "
+                f"`model = peft.AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload()` and "
+                "`model.save_pretrained('merged')`, and give that folder"
+            )
         raise RecipeError(f"{name} is no checkpoint: it has no config.json")
     config = read_json(not_outside(folder, path))
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NoReturn
@@ -21,6 +22,8 @@ MOST_YAML_BYTES = 2**20
 MOST_YAML_VALUES = 100_000
 """Once every alias stands for what it names."""
 DEEPEST = 50
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def inside(folder: Path, name: Any, where: str | Path) -> Path:
@@ -187,3 +190,18 @@ def _read(path: Path, most: int) -> str:
     if len(data) > most:
         raise RecipeError(f"{path} is larger than {most // 2**20} MiB, which no such file is; give the right file")
     return text
+
+
+def refuse_missing_folder(name: str) -> None:
+    """Refuses a `name` that no hub could know, or that points into a folder of this machine where nothing has that name.
+
+    Raises:
+        RecipeError: there is no such folder.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return
+    if not _HUB_ID.fullmatch(name) or name.startswith(".") or "\\" in name:
+        raise RecipeError(f"there is no folder {name}, and this is no hub id such as EleutherAI/pythia-14m either")
+    if "/" in name and path.parent.is_dir():
+        raise RecipeError(f"there is no folder {path.name} in {path.parent}, which is here; the hub is not asked for it")

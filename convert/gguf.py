@@ -1,0 +1,60 @@
+"""A GGUF file is unpacked into a checkpoint first: its weights dequantised, its tokenizer and settings beside them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from convert.errors import ConversionError, stage
+
+
+@contextmanager
+def unpacked(source: str, dtype: str | None = None) -> Iterator[str]:
+    """Gives ``source`` back, or for a GGUF file, or a folder of one, a temporary folder with its checkpoint.
+
+    Args:
+        source: what the user named.
+        dtype: of the dequantised weights; None for bfloat16.
+
+    Raises:
+        ConversionError: the package gguf is missing, the folder holds several such files, or the file cannot be read.
+    """
+    file = _gguf_file(Path(source).expanduser())
+    if file is None:
+        yield source
+        return
+    if find_spec("gguf") is None:
+        raise ConversionError(f"{source} is GGUF, which takes the package gguf to read: `pip install gguf`, then run the command again")
+    with tempfile.TemporaryDirectory(prefix="linattn-gguf-") as room:
+        folder = Path(room) / file.stem
+        with stage(f"reading {file}", "give a GGUF file of a causal language model that Transformers can read"):
+            _unpack(file, folder, getattr(torch, dtype or "bfloat16"))
+        yield str(folder)
+
+
+def _gguf_file(path: Path) -> Path | None:
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if not path.is_dir() or (path / "config.json").exists():
+        return None
+    files = sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise ConversionError(f"{path} holds {len(files)} GGUF files: give one of them, such as {files[0]}")
+    return files[0] if files else None
+
+
+def _unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
+    # Without being told, newer versions of Transformers keep the weights packed, and such a model cannot be saved.
+    config_class: Any = getattr(transformers, "GgufConfig", None)
+    whole = {"quantization_config": config_class(gguf_file=file.name, dequantize=True)} if config_class else {}
+    given: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
+    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **given, **whole)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(file.parent, **given).save_pretrained(folder)

@@ -1,0 +1,129 @@
+"""What lies beside the weights: it travels whole, and it is proved to fit them; what are no weights is refused or unpacked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_softmax import VOCABULARY, softmax_model
+
+import convert.gguf
+from convert.errors import ConversionError
+from convert.linearize import LinearizeOptions, linearize
+
+UNCHECKED = LinearizeOptions(check=False)
+
+
+@pytest.fixture
+def source(softmax_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    """A checkpoint of its own for a test to change."""
+    return Path(shutil.copytree(softmax_checkpoint(), tmp_path / "source"))
+
+
+def add_tokenizer(folder: Path, last_id: int = 6, **settings: Any) -> None:
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, "once": 3, "upon": 4, "time": last_id}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>")).save(str(folder / "tokenizer.json"))
+    config = {"unk_token": "<unk>", "tokenizer_class": "PreTrainedTokenizerFast"} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def test_companions_travel_whole(source: Path, tmp_path: Path) -> None:
+    add_tokenizer(source, auto_map={"AutoTokenizer": ["tokenization_tiny.TinyTokenizer", None]})
+    written = {
+        "chat_template.jinja": "{{ messages[0].content }}",
+        "chat_template.json": '{"chat_template": ""}',
+        "additional_chat_templates/tools.jinja": "{{ tools }}",
+        "preprocessor_config.json": '{"size": 4}',
+        "processor_config.json": "{}",
+        "bpe.codes": "a b 1",
+        "source.spm": "x",
+        "tokenization_tiny.py": "from .tiny_words import WORDS\nraise SystemExit('was run')\n",
+        "tiny_words.py": "WORDS = []\n",
+    }
+    for name, text in written.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    (source / "setup.py").write_text("none of the tokenizer's business")
+    report = linearize(source, tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_text() for name in written} == written
+    assert not (tmp_path / "out" / "setup.py").exists()
+    assert report["check"]["tokenizer"] is None  # it has code of its own
+
+
+def test_a_usable_tokenizer_is_named(source: Path, tmp_path: Path) -> None:
+    add_tokenizer(source, last_id=VOCABULARY - 1)
+    assert "Tokenizer" in linearize(source, tmp_path / "out")["check"]["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: add_tokenizer(folder, last_id=VOCABULARY), f"tokenizer has ids up to {VOCABULARY}"),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"version": "1.0"}'), "loading the tokenizer failed"),
+        (lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": [2, 900]}'), "eos_token_id is 900"),
+        (lambda folder: (folder / "generation_config.json").write_text('{"pad_token_id": 97}'), "pad_token_id is 97"),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json"),
+    ],
+    ids=["vocabulary", "tokenizer", "end", "padding", "settings"],
+)
+def test_what_cannot_be_used_is_refused(spoil: Callable[[Path], Any], message: str, source: Path, tmp_path: Path) -> None:
+    add_tokenizer(source)
+    spoil(source)
+    with pytest.raises(ConversionError, match=message):
+        linearize(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32], ids=str)
+def test_packed_tensors_are_refused(dtype: torch.dtype, source: Path, tmp_path: Path) -> None:
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].to(dtype)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match="quantised weights, such as model.layers.1.mlp.up_proj.weight"):
+        linearize(source, tmp_path / "out", UNCHECKED)
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
+def test_settings_of_a_quantiser_are_refused(name: str, source: Path, tmp_path: Path) -> None:
+    (source / name).write_text('{"bits": 4}')
+    with pytest.raises(ConversionError, match=name):
+        linearize(source, tmp_path / "out", UNCHECKED)
+
+
+def test_an_adapter_is_answered_with_the_remedy(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConversionError, match=r"AutoPeftModelForCausalLM.*merge_and_unload\(\).*save_pretrained"):
+        linearize(tmp_path / "adapter", tmp_path / "out", UNCHECKED)
+
+
+@pytest.mark.parametrize("given", ["tiny.gguf", ""], ids=["file", "folder"])
+def test_gguf_is_unpacked(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed" / "tiny.gguf").write_bytes(b"GGUF")
+    unpack = lambda file, folder, dtype: softmax_model("llama").to(dtype).save_pretrained(folder)  # noqa: E731
+    monkeypatch.setattr(convert.gguf, "_unpack", unpack)
+    monkeypatch.setattr(convert.gguf, "find_spec", lambda name: name)
+    report = linearize(tmp_path / "packed" / given, tmp_path / "out")
+    assert report["source"] == str(tmp_path / "packed" / given) and report["check"]["layers"] == 3
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_gguf_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(convert.gguf, "find_spec", lambda name: None)
+    with pytest.raises(ConversionError, match="pip install gguf"):
+        linearize(tmp_path / "tiny.gguf", tmp_path / "out")
+    monkeypatch.setattr(convert.gguf, "find_spec", lambda name: name)
+    with pytest.raises(ConversionError, match="reading .*tiny.gguf failed"):
+        linearize(tmp_path / "tiny.gguf", tmp_path / "out")
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConversionError, match="holds 2 GGUF files"):
+        linearize(tmp_path, tmp_path.parent / "elsewhere")
