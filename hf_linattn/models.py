@@ -1,7 +1,8 @@
 """Auto classes of converted checkpoints: for each base architecture X a ``LinAttnXConfig`` of model type ``linattn_x``, and model classes.
 
-A converted model is its base class with :class:`LinAttnParams` attached to every linear attention module as ``linattn``. The classes are
-made here at import, one factory for all architectures, and registered with Transformers' Auto classes.
+A converted model is its base class with :class:`LinAttnParams` attached to every linear attention module as ``linattn``. Transformers'
+Auto classes know these classes by name, as they know their own: one is made here, by one factory for all architectures, when it is asked
+for, and importing this module imports no architecture.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import tokenization_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.utils import is_peft_available
 
 from hf_linattn.config import PREFIX, LinAttnConfig, sliding_windows
@@ -26,11 +28,12 @@ STUB_NAME = "modeling_hf_linattn.py"
 LONGEST_TIME_CONSTANT = 2048
 """The slowest head starts at max_position_embeddings tokens or at the sliding window its layer had, but at no more than this."""
 
-_AUTO_CLASSES = (
-    (AutoModel, transformers.MODEL_MAPPING),
-    (AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
-    (AutoModelForSequenceClassification, transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
-)
+_MAPPINGS: dict[str, Any] = {
+    "AutoModel": transformers.MODEL_MAPPING,
+    "AutoModelForCausalLM": transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    "AutoModelForSequenceClassification": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+}
+_CLASS = "LinAttn"
 
 
 class LinAttnConfigMixin:
@@ -114,7 +117,7 @@ def config_class_for(model_type: str) -> type:
     """
     if model_type not in BASE_MODEL_TYPES:
         raise ValueError(f"the architecture {model_type!r} is not supported; supported are {', '.join(BASE_MODEL_TYPES)}")
-    return _CONFIGS[model_type]
+    return getattr(sys.modules[__name__], _CLASS + CONFIG_MAPPING_NAMES[model_type])
 
 
 def model_class_for(config_class: type, architecture: str | None = None) -> type:
@@ -123,21 +126,18 @@ def model_class_for(config_class: type, architecture: str | None = None) -> type
     Raises:
         ValueError: a class that converted checkpoints do not have.
     """
-    classes = _MODELS[config_class]
-    if architecture is None:
-        return classes["AutoModelForCausalLM"]
-    for model_class in classes.values():
-        if model_class.__name__ == "LinAttn" + architecture:
-            return model_class
-    names = ", ".join(model_class.__name__.removeprefix("LinAttn") for model_class in classes.values())
-    raise ValueError(f"the model class {architecture!r} is not supported; supported are {names}")
+    names = _base_names(_base_type(config_class))
+    name = names["AutoModelForCausalLM"] if architecture is None else architecture
+    if name not in names.values():
+        raise ValueError(f"the model class {architecture!r} is not supported; supported are {', '.join(names.values())}")
+    return getattr(sys.modules[__name__], _CLASS + name)
 
 
 def auto_map(config_class: type) -> dict[str, str]:
     """config.json's ``auto_map``: which class of the stub each Auto class is to load."""
     module = STUB_NAME.removesuffix(".py")
-    names = {"AutoConfig": config_class.__name__} | {auto: model.__name__ for auto, model in _MODELS[config_class].items()}
-    return {auto: f"{module}.{name}" for auto, name in names.items()}
+    models = {auto: _CLASS + name for auto, name in _base_names(_base_type(config_class)).items()}
+    return {auto: f"{module}.{name}" for auto, name in ({"AutoConfig": config_class.__name__} | models).items()}
 
 
 def write_stub(config_class: type, folder: str | Path) -> None:
@@ -148,30 +148,35 @@ def write_stub(config_class: type, folder: str | Path) -> None:
     (Path(folder) / STUB_NAME).write_text(text, encoding="utf-8")
 
 
+def __getattr__(name: str) -> type:
+    """Makes the class ``name`` when it is first asked for, here or by an Auto class."""
+    for base_type in BASE_MODEL_TYPES if name.startswith(_CLASS) else ():
+        if name == _CLASS + CONFIG_MAPPING_NAMES[base_type]:
+            return _make_class(name, (LinAttnConfigMixin, transformers.CONFIG_MAPPING[base_type]), model_type=PREFIX + base_type)
+        for auto, base in _base_names(base_type).items():
+            if name == _CLASS + base:
+                return _make_model_class(name, _MAPPINGS[auto][transformers.CONFIG_MAPPING[base_type]], config_class_for(base_type))
+    raise AttributeError(f"module {__name__} has no attribute {name!r}")
+
+
+def _base_type(config_class: Any) -> str:
+    return config_class.model_type.removeprefix(PREFIX)
+
+
+def _base_names(base_type: str) -> dict[str, str]:
+    """The names of the base architecture's model classes, by Auto class."""
+    return {auto: mapping._model_mapping[base_type] for auto, mapping in _MAPPINGS.items() if base_type in mapping._model_mapping}
+
+
 def _make_class(name: str, bases: tuple[type, ...], **members: Any) -> type:
     made = type(name, bases, {"__module__": __name__, "__doc__": f"{bases[-1].__name__} of a converted checkpoint.", **members})
     setattr(sys.modules[__name__], name, made)
     return made
 
 
-def _make_config_class(base_type: str) -> type:
-    base = transformers.CONFIG_MAPPING[base_type]
-    config_class = _make_class(f"LinAttn{base.__name__}", (LinAttnConfigMixin, base), model_type=PREFIX + base_type)
-    AutoConfig.register(config_class.model_type, config_class)  # type: ignore[attr-defined]
-    return config_class
-
-
-def _make_model_classes(base_type: str, config_class: type) -> dict[str, type]:
-    base_config = transformers.CONFIG_MAPPING[base_type]
-    classes: dict[str, type] = {}
-    for auto, mapping in _AUTO_CLASSES:
-        base: Any = mapping[base_config]
-        members = {"config_class": config_class, "__annotations__": {"config": config_class}}
-        model_class = _make_class(f"LinAttn{base.__name__}", (LinAttnModelMixin, base), **members)
-        _share_weight_names(base.__name__, model_class.__name__)
-        auto.register(config_class, model_class)
-        classes[auto.__name__] = model_class
-    return classes
+def _make_model_class(name: str, base: type, config_class: type) -> type:
+    _share_weight_names(base.__name__, name)
+    return _make_class(name, (LinAttnModelMixin, base), config_class=config_class, __annotations__={"config": config_class})
 
 
 def _share_weight_names(base: str, converted: str) -> None:
@@ -182,17 +187,21 @@ def _share_weight_names(base: str, converted: str) -> None:
         register_checkpoint_conversion_mapping(converted, conversions, overwrite=True)
 
 
-def _share_tokenizer(base_type: str) -> None:
+def _register(base_type: str) -> None:
+    """Enters the names of an architecture's converted classes beside those that Transformers' Auto classes load lazily."""
+    model_type, config_name = PREFIX + base_type, _CLASS + CONFIG_MAPPING_NAMES[base_type]
+    module_name, here = model_type_to_module_name(model_type), sys.modules[__name__]
+    CONFIG_MAPPING_NAMES[model_type] = config_name
+    transformers.CONFIG_MAPPING._modules[module_name] = here
     # AutoTokenizer decides by model type and configuration class as well as by tokenizer_config.json: as for the base, then.
-    tokenizer_class = transformers.TOKENIZER_MAPPING.get(transformers.CONFIG_MAPPING[base_type], None)
-    if tokenizer_class is not None:
-        transformers.TOKENIZER_MAPPING.register(_CONFIGS[base_type], tokenizer_class)
-    names = tokenization_auto.TOKENIZER_MAPPING_NAMES
-    if base_type in names:
-        names[PREFIX + base_type] = names[base_type]
+    for mapping, prefix in [*((mapping, _CLASS) for mapping in _MAPPINGS.values()), (transformers.TOKENIZER_MAPPING, "")]:
+        if mapping._model_mapping.get(base_type) is not None:
+            mapping._model_mapping[model_type] = prefix + mapping._model_mapping[base_type]
+            mapping._reverse_config_mapping[config_name] = model_type
+            mapping._modules[module_name] = here
     known_wrong: set[str] = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", set())
     if base_type in known_wrong:
-        known_wrong.add(PREFIX + base_type)
+        known_wrong.add(model_type)
 
 
 def _share_adapter_targets(base_type: str) -> None:
@@ -206,8 +215,6 @@ def _share_adapter_targets(base_type: str) -> None:
             targets[PREFIX + base_type] = targets[base_type]
 
 
-_CONFIGS = {base_type: _make_config_class(base_type) for base_type in BASE_MODEL_TYPES}
-_MODELS = {config_class: _make_model_classes(base_type, config_class) for base_type, config_class in _CONFIGS.items()}
-for _base_type in BASE_MODEL_TYPES:
-    _share_tokenizer(_base_type)
-    _share_adapter_targets(_base_type)
+for _base_type_name in BASE_MODEL_TYPES:
+    _register(_base_type_name)
+    _share_adapter_targets(_base_type_name)
