@@ -23,7 +23,14 @@ from transformers.utils import is_peft_available
 from hf_linattn.config import PREFIX, LinAttnConfig, sliding_windows
 from hf_linattn.layers import OFFSET, LinAttnParams
 
-BASE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "gpt_neox")
+_TRIED = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "gpt_neox"),
+    *("apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "dbrx", "ernie4_5", "exaone4", "gemma", "gpt2", "gpt_bigcode"),
+    *("granite", "helium", "hunyuan_v1_dense", "internlm3", "jais2", "jetmoe", "lfm2", "ministral", "ministral3", "nanochat", "nemotron"),
+    *("olmo", "olmo2", "olmo3", "opt", "persimmon", "phi3", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma"),
+)
+BASE_MODEL_TYPES = tuple(name for name in _TRIED if name in CONFIG_MAPPING_NAMES)
+"""Architectures of which a tiny random model was converted, checked, loaded and run. Not every version of Transformers has all."""
 STUB_NAME = "modeling_hf_linattn.py"
 LONGEST_TIME_CONSTANT = 2048
 """The slowest head starts at max_position_embeddings tokens or at the sliding window its layer had, but at no more than this."""
@@ -155,6 +162,7 @@ def __getattr__(name: str) -> type:
             return _make_class(name, (LinAttnConfigMixin, transformers.CONFIG_MAPPING[base_type]), model_type=PREFIX + base_type)
         for auto, base in _base_names(base_type).items():
             if name == _CLASS + base:
+                _share_weight_names(base_type, PREFIX + base_type)
                 return _make_model_class(name, _MAPPINGS[auto][transformers.CONFIG_MAPPING[base_type]], config_class_for(base_type))
     raise AttributeError(f"module {__name__} has no attribute {name!r}")
 
@@ -180,8 +188,8 @@ def _make_model_class(name: str, base: type, config_class: type) -> type:
 
 
 def _share_weight_names(base: str, converted: str) -> None:
-    # Looked up by class name, and skipped for classes outside Transformers unless registered: without this, GPT-NeoX's embed_out
-    # would be left behind and its head silently random.
+    # Looked up by class name and by model type, and skipped for classes outside Transformers unless registered: without this, GPT-NeoX's
+    # embed_out would be left behind and its head silently random, and experts stored one by one would not be found.
     conversions = get_checkpoint_conversion_mapping(base)
     if conversions is not None:
         register_checkpoint_conversion_mapping(converted, conversions, overwrite=True)

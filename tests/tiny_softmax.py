@@ -31,6 +31,7 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "phi": {},
     "gpt_neox": {},
 }
+MODEL_TYPES = tuple(_EXTRA)
 
 
 def softmax_model(model_type: str, seed: int = 0, **changes: Any) -> Any:

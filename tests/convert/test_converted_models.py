@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_softmax import MODEL_TYPES
 from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
@@ -28,7 +29,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from convert.linearize import LinearizeOptions, linearize
 from hf_linattn import LinAttnParams
-from hf_linattn.models import BASE_MODEL_TYPES, STUB_NAME, config_class_for, model_class_for
+from hf_linattn.models import STUB_NAME, config_class_for, model_class_for
 
 Converted = Callable[..., Path]
 
@@ -62,7 +63,7 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
     return model.eval()(tokens).logits
 
 
-@pytest.mark.parametrize("model_type", BASE_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_auto_classes_load_what_was_saved(model_type: str, converted: Converted, tokens: Tensor, tmp_path: Path) -> None:
     model, info = AutoModelForCausalLM.from_pretrained(converted(model_type), output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -79,7 +80,7 @@ def test_auto_classes_load_what_was_saved(model_type: str, converted: Converted,
     assert torch.equal(found, new_parameters(model)[name])
 
 
-@pytest.mark.parametrize("model_type", BASE_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_starting_values_survive_a_load_that_lacks_the_parameters(
     model_type: str, softmax_checkpoint: Callable[..., Path]
 ) -> None:
@@ -98,7 +99,7 @@ def test_starting_values_survive_a_load_that_lacks_the_parameters(
         torch.testing.assert_close(direct[name], start)
 
 
-@pytest.mark.parametrize("model_type", BASE_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_stored_weight_names_are_read_as_the_base_reads_them(model_type: str) -> None:
     base_config, config_class = CONFIG_MAPPING[model_type], config_class_for(model_type)
     base, converted_class = MODEL_FOR_CAUSAL_LM_MAPPING[base_config], model_class_for(config_class)

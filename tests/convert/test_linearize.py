@@ -16,14 +16,13 @@ import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from shared_data import require_shared_data
-from tiny_softmax import LAYERS, softmax_model
+from tiny_softmax import LAYERS, MODEL_TYPES, softmax_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
 
 import convert.weights
 import recipes.common.checkpoint
 from convert.linearize import LinearizeOptions, linearize
 from hf_linattn import LinAttnParams
-from hf_linattn.models import BASE_MODEL_TYPES
 
 Checkpoint = Callable[..., Path]
 
@@ -36,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("model_type", BASE_MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_every_source_weight_is_there_bit_for_bit(model_type: str, softmax_checkpoint: Checkpoint, tmp_path: Path) -> None:
     report = linearize(softmax_checkpoint(model_type), tmp_path / "out")
     before, after = tensors(softmax_checkpoint(model_type)), tensors(tmp_path / "out")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_softmax import softmax_model
-from transformers import BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, BertModel, BloomConfig, BloomForCausalLM
 from typer.testing import CliRunner
 
 import convert.weights
@@ -192,9 +192,9 @@ def test_other_architectures(tmp_path: Path, output: Path) -> None:
         encoder(BertConfig(**sizes)).save_pretrained(tmp_path / name)
         message = refused(tmp_path / name, output)
         assert "encoder" in message and "attn_implementation='linattn'" in message
-    GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
-    message = refused(tmp_path / "gpt2", output)
-    assert "gpt2" in message and "supported are llama" in message
+    BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "bloom")
+    message = refused(tmp_path / "bloom", output)
+    assert "bloom" in message and "supported are llama" in message
 
 
 def test_other_heads(source: Path, output: Path) -> None:

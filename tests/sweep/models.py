@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from hf_linattn.config import PREFIX
+
 CAUSAL, MASKED, BASE = "causal", "masked", "base"
 AUTO: dict[str, Any] = {CAUSAL: AutoModelForCausalLM, MASKED: AutoModelForMaskedLM, BASE: AutoModel}
 
@@ -28,9 +30,10 @@ class Case:
 
 def all_cases() -> list[Case]:
     """Every causal class, then every other class: with a masked-LM head where there is one, else the base model."""
-    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    causal = [name for name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not name.startswith(PREFIX)]
     masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    others = [name for name in {**masked, **modeling_auto.MODEL_MAPPING_NAMES} if name not in causal]
+    known = [name for name in {**masked, **modeling_auto.MODEL_MAPPING_NAMES} if not name.startswith(PREFIX)]
+    others = [name for name in known if name not in causal]
     both = [name for name in masked if name in causal]  # BERT and its kin are encoders first
     return [Case(name, CAUSAL) for name in causal] + [Case(name, MASKED if name in masked else BASE) for name in sorted(others + both)]
 
