@@ -25,7 +25,7 @@ from hf_linattn.layers import OFFSET, LinAttnParams
 
 _TRIED = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "gpt_neox"),
-    *("apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "dbrx", "ernie4_5", "exaone4", "gemma", "gpt2", "gpt_bigcode"),
+    *("apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gpt2", "gpt_bigcode"),
     *("granite", "helium", "hunyuan_v1_dense", "internlm3", "jais2", "jetmoe", "lfm2", "ministral", "ministral3", "nanochat", "nemotron"),
     *("deepseek_v3", "flex_olmo", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
     *("olmo", "olmo2", "olmo3", "opt", "persimmon", "phi3", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma"),
