@@ -107,11 +107,9 @@ def _layer_truth(name: str, module: nn.Module, call: tuple[Any, Any], options: L
     hidden = hidden_states(*call)
     copied: Any = copy.deepcopy(module)
     linear = module.layer_idx not in options.keep_softmax
-    # A module that does not say has the window that the config gives all layers.
-    longest = min(longest, getattr(module, "sliding_window", getattr(module.config, "sliding_window", None)) or longest)
     if linear:
         copied.config._attn_implementation = _QUADRATIC_FORM
-        copied.numbers_for = lambda heads: starting_numbers(options, longest, heads)
+        copied.numbers_for = lambda heads, window: starting_numbers(options, min(longest, window or longest), heads)
     plain = {dtype: _run(copied, call, dtype) for dtype in precisions(hidden.dtype)}
     if linear and not hasattr(copied, "numbers"):
         raise ConversionError(f"{name} ({type(module).__name__}) does not call Transformers' attention interface; nothing was kept")
@@ -123,8 +121,11 @@ def _run(module: nn.Module, call: tuple[Any, Any], dtype: torch.dtype) -> Tensor
     return attention_output(module.to(dtype)(*args, **kwargs))
 
 
-def _quadratic_form(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    module.numbers = module.numbers_for(query.shape[1])
+def _quadratic_form(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, sliding_window: int | None = None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention as the interface calls it; the window that it is called with bounds where a decay starts."""
+    module.numbers = module.numbers_for(query.shape[1], sliding_window)
     return reference(query, key, value, **module.numbers).transpose(1, 2).contiguous(), None
 
 

@@ -155,11 +155,12 @@ def sliding_windows(model_config: PreTrainedConfig) -> list[int | None]:
     """
     sizes = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
     windows = {kind: getattr(model_config, name, None) for kind, name in sizes.items()}
-    for kind, window in windows.items():
-        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-            raise ValueError(f"{sizes[kind]} must be a whole number above 0, not {window!r:.100}.")
     layers = model_config.num_hidden_layers
     types = getattr(model_config, "layer_types", None) or ["sliding_attention"] * layers
     if not isinstance(types, (list, tuple)) or len(types) != layers or not all(isinstance(kind, str) for kind in types):
         raise ValueError(f"layer_types must be a list of one word for each of {layers} layers, not {types!r:.100}.")
+    for kind, window in windows.items():  # where no layer has one it may be anything, such as 0
+        whole = isinstance(window, int) and not isinstance(window, bool) and window > 0
+        if kind in types and window is not None and not whole:
+            raise ValueError(f"{sizes[kind]} must be a whole number above 0, not {window!r:.100}.")
     return [windows.get(kind) for kind in types]
