@@ -67,7 +67,7 @@ def _spectra(config: PreTrainedConfig, name: str) -> Iterator[dict[str, Tensor]]
 
 def _sounds(config: PreTrainedConfig) -> Iterator[dict[str, Tensor]]:
     yield {"input_values": torch.randn(BATCH, _number(config, "max_length", 64), _number(config, "num_mel_bins", 32))}
-    for samples in (4000, 16000):
+    for samples in (16000, 4000):
         yield {"input_values": torch.randn(BATCH, samples)}
         yield {"input_values": torch.randn(BATCH, 1, samples)}
 

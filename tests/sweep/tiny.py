@@ -68,7 +68,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": 24,
         "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
     },
-    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 90},
+    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 90, "pad_token_id": 0},
     "gemma4_text": {"global_head_dim": 32},
     "gemma4_unified_text": {"global_head_dim": 32},
     "glm4v_moe_text": {"rope_parameters": HALF_SECTIONS},
