@@ -39,7 +39,7 @@ def all_cases() -> list[Case]:
 
 
 NOT_ALONE = "a drafter: it reads the keys and values of its main model"
-CODE_BOOKS = "AutoModelForCausalLM cannot make it from its configuration: it is the decoder of another model, and reads several codes at once"
+CODE_BOOKS = "AutoModelForCausalLM cannot make it from its configuration: a decoder of several codes at once"
 REASONS = {
     "mimi": "ends in the whole numbers of a codec, which do not tell one attention from another; its encoder and decoder have rows",
     "gemma4_assistant": NOT_ALONE,
@@ -91,8 +91,8 @@ class Family:
 
     @property
     def has_attention(self) -> bool:
-        names = {type(module).__name__.lower() for module in self.model("eager").modules()}
-        return any(part in name for name in names for part in ("attention", "attn", "mla"))
+        names = {type(module).__name__ for module in self.model("eager").modules()}
+        return any(part in name for name in names for part in ("Attention", "Attn", "MLA"))
 
     def _make(self, implementation: str) -> PreTrainedModel:
         torch.manual_seed(0)

@@ -88,9 +88,9 @@ def windows_dropped() -> Iterator[None]:
 
 
 def sdpa_mask(**kwargs: Any) -> Tensor | None:
-    """The whole mask, where Transformers would leave it out and trust the module's `is_causal` instead (BigBird-Pegasus's is wrong)."""
+    """The mask of "sdpa" in full, never left for the module to guess."""
     whole = {"local_size": None, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return masking_utils.sdpa_mask(**kwargs | whole)
+    return masking_utils.sdpa_mask(**{**kwargs, **whole})
 
 
 _layer_types = cache_utils.get_layer_types_and_kwargs

@@ -55,11 +55,13 @@ SIZES: tuple[tuple[int, str], ...] = (
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SECTIONS = {**ROPE, "mrope_section": [2, 3, 3]}
 HALF_SECTIONS = {**ROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+AXES = {**ROPE, "mrope_section": [3, 3, 2]}
 SWIN = {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "image_size": 32}
+FILTERS = {"num_filters": 2, "depths": [1] * 7}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 4},
     "bamba": {"attn_layer_indices": [1]},
-    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": AXES, "sliding_attention": AXES}},
     "cosmos3_edge_text": {"rope_parameters": SECTIONS},
     "cpmant": {"prompt_types": 32, "segment_types": 32},
     "dbrx.attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0},
@@ -97,6 +99,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "swin2sr": SWIN,
     "swinv2": SWIN,
     "time_series_transformer": {"prediction_length": 4},
+    "vibevoice_acoustic_tokenizer": FILTERS,
+    "vibevoice_acoustic_tokenizer_decoder": FILTERS,
+    "vibevoice_acoustic_tokenizer_encoder": FILTERS,
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
 }  # fmt: skip
@@ -106,11 +111,12 @@ OPEN = {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_routed_exper
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """The configuration class of a model type with every size shrunk: a few layers, 64 wide, four heads."""
-    return _shrink(CONFIG_MAPPING[model_type], model_type)
+    config_class: Any = CONFIG_MAPPING[model_type]
+    return config_class(**_shrunk(config_class, model_type))
 
 
-def _shrink(config_class: Any, path: str) -> PreTrainedConfig:
-    exceptions = EXCEPTIONS.get(config_class.model_type, EXCEPTIONS.get(path, {}))
+def _shrunk(config_class: Any, path: str) -> dict[str, Any]:
+    """What to make a configuration of, its parts included."""
     default = config_class()
     fields = _fields(config_class)
     changed: dict[str, Any] = {}
@@ -129,8 +135,8 @@ def _shrink(config_class: Any, path: str) -> PreTrainedConfig:
     for name in config_class.sub_configs:
         part = getattr(default, name, None)
         if isinstance(part, PreTrainedConfig):
-            changed[name] = _shrink(type(part), f"{path}.{name}").to_dict()
-    return config_class(**{**changed, **exceptions})
+            changed[name] = {**_shrunk(type(part), f"{path}.{name}"), "model_type": part.model_type}
+    return {**changed, **EXCEPTIONS.get(config_class.model_type, EXCEPTIONS.get(path, {}))}
 
 
 def _fields(config_class: Any) -> dict[str, Any]:
