@@ -165,18 +165,22 @@ def _chunks(family: Family, tokens: Tensor) -> Outcome:
 
 
 def _padded(left: bool) -> Callable[[Family, Tensor], Outcome]:
+    """A padded batch: with the mask alone as the quadratic form, and with positions too, which then count from 0, as each text alone."""
+
     def trial(family: Family, tokens: Tensor) -> Outcome:
         if not family.takes("attention_mask"):
             return Outcome(NONE, "takes no mask")
         real = _real(left)
-        call = {"input_ids": torch.where(real, tokens, 0), "attention_mask": real.long()}
-        if family.takes("position_ids"):
-            call["position_ids"] = (real.long().cumsum(-1) - 1).clamp_min(0)
-        return judged(
-            family,
-            lambda implementation: run(family, implementation, **call)[real],
-            lambda implementation: torch.cat([alone(family, implementation, tokens[i : i + 1, real[i]])[0] for i in range(len(real))]),
-        )
+        masked = {"input_ids": torch.where(real, tokens, 0), "attention_mask": real.long()}
+        placed = {"position_ids": (real.long().cumsum(-1) - 1).clamp_min(0)} if family.takes("position_ids") else {}
+
+        def texts_alone(implementation: str) -> Tensor:
+            return torch.cat([alone(family, implementation, tokens[i : i + 1, real[i]])[0] for i in range(len(real))])
+
+        bare = judged(family, lambda implementation: run(family, implementation, **masked)[real], texts_alone)
+        if bare.status not in (RIGHT, SOFTMAX):
+            return bare
+        return judged(family, lambda implementation: run(family, implementation, **masked, **placed)[real], texts_alone)
 
     return trial
 
