@@ -23,7 +23,8 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_num_threads(1)
-    cases = [case for case in all_cases() if _wanted(case, options)]
+    done = table.settled(transformers.__version__) if options.again else set()
+    cases = [case for case in all_cases() if _wanted(case, options) and table.key(case.kind, case.model_type) not in done]
     rows, begun = [], time.monotonic()
     for case, row in forked(cases, _work, options.jobs, options.seconds):
         rows.append(row if isinstance(row, dict) else Row(case.model_type, case.kind, died=row).to_dict())
@@ -38,6 +39,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sweep", description=__doc__)
     parser.add_argument("--only", action="append", metavar="TYPE", help="a model type to try; all if none is given")
     parser.add_argument("--kind", choices=(CAUSAL, MASKED, BASE), help="causal classes, those with a masked-LM head, or the others")
+    parser.add_argument("--again", action="store_true", help="only those that docs/architectures.json has no good verdict for")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seconds", type=float, default=180.0, help="for one architecture")
     parser.add_argument("--dry", action="store_true", help="write nothing")

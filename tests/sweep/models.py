@@ -127,7 +127,7 @@ class Family:
                 return made
             except Exception as error:
                 last = last or error
-        raise ValueError(f"no input was found that it takes ({self.main_input}: {last})") from last
+        raise ValueError(f"{self.main_input}: {last}") from last
 
 
 def _as_decoder(config: PreTrainedConfig) -> None:

@@ -42,7 +42,7 @@ def store(rows: list[dict[str, Any]], versions: dict[str, str], whole: bool) -> 
     column = found.get(versions["transformers"], {"rows": {}})
     kept = {} if whole else column["rows"]
     for row in rows:
-        kept[f"{row['kind']}/{row['model_type']}"] = {k: row[k] for k in ("class_name", "verdict", "reason", "trials")}
+        kept[key(row["kind"], row["model_type"])] = {k: row[k] for k in ("class_name", "verdict", "reason", "trials")}
     found[versions["transformers"]] = {"torch": versions["torch"], "rows": dict(sorted(kept.items()))}
     DOCS.mkdir(exist_ok=True)
     DATA.write_text(_json(found), encoding="utf-8")
@@ -53,6 +53,17 @@ def load() -> dict[str, Any]:
     """{{version of Transformers: {{"torch": version, "rows": {{"causal/llama": row}}}}}}, the newest first."""
     found = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
     return dict(sorted(found.items(), key=lambda item: [int(n) for n in item[0].split(".")[:2]], reverse=True))
+
+
+def key(kind: str, model_type: str) -> str:
+    """The name of a row."""
+    return f"{kind}/{model_type}"
+
+
+def settled(version: str) -> set[str]:
+    """The rows of a version that are right, as their softmax form, or refused."""
+    rows = load().get(version, {"rows": {}})["rows"]
+    return {name for name, row in rows.items() if row["verdict"] in (RIGHT, SOFTMAX, REFUSED)}
 
 
 def right_types(kind: str = CAUSAL) -> list[str]:

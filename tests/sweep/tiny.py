@@ -75,6 +75,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": {"global_head_dim": 32},
     "glm4v_moe_text": {"rope_parameters": HALF_SECTIONS},
     "glm4v_text": {"rope_parameters": SECTIONS},
+    "glm5_next_text": {"index_kpool": 4},
     "glm_image_text": {"rope_parameters": SECTIONS},
     "glm_ocr_text": {"rope_parameters": SECTIONS},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -89,6 +90,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "maskformer-swin": SWIN,
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": 2},
+    "muse_spark_audio": {"num_hidden_layers": 4},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {
         "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": WINDOW, "indexer_compress_ratio": 4,

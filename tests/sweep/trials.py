@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from sweep import reference
 from sweep.inputs import LENGTH
-from sweep.models import Case, Family
+from sweep.models import REASONS, Case, Family
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 import hf_linattn
 
@@ -104,7 +104,7 @@ def try_case(case: Case) -> Row:
             return row
         inputs = family.inputs()
     except Exception as error:
-        row.reason = reason_of(error)
+        row.reason = reason_of(case, error)
         return row
     with torch.no_grad():
         row.trials = _tried(family, inputs)
@@ -323,11 +323,17 @@ def attempt(call: Callable[[], Tensor]) -> Tensor | Outcome:
         return Outcome(REFUSED if ours else ERROR, _first_line(error) if ours else f"{type(error).__name__}: {_first_line(error)}")
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(case: Case, error: Exception) -> str:
     """Why a model could not be made or fed, in words."""
-    said = _first_line(error)
-    package = re.search(r"requires the (\w+) library", said)
-    return f"needs the package {package[1]}" if package else said
+    said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    package = re.search(r"requires the (\w+) library", " ".join(said))
+    if package:
+        return f"needs the package {package[1]}"
+    if case.model_type in REASONS:
+        return REASONS[case.model_type]
+    if CONFIG_MAPPING[case.model_type].sub_configs:
+        return "made of several parts, and wants more than a text; the parts have rows of their own"
+    return f"not made tiny, or no input found for it: {said[-1]}"
 
 
 def distance(a: Tensor, b: Tensor) -> float:
