@@ -43,7 +43,7 @@ def store(rows: list[dict[str, Any]], versions: dict[str, str], whole: bool) -> 
     kept = {} if whole else column["rows"]
     for row in rows:
         kept[key(row["kind"], row["model_type"])] = {k: row[k] for k in ("class_name", "verdict", "reason", "trials")}
-    found[versions["transformers"]] = {"torch": versions["torch"], "rows": dict(sorted(kept.items()))}
+    found[versions["transformers"]] = {"torch": versions["torch"].split("+")[0], "rows": dict(sorted(kept.items()))}
     DOCS.mkdir(exist_ok=True)
     DATA.write_text(_json(found), encoding="utf-8")
     PAGE.write_text(page(found), encoding="utf-8")

@@ -32,6 +32,7 @@ SIZES: tuple[tuple[int, str], ...] = (
     (2, ".*num_key_value_heads (num_|n_)kv_heads kv_n_heads num_query_groups linear_num_key_heads"),
     (8, "mamba_(n|num)_heads n_mamba_heads"),
     (4, ".*(num_|n_)heads? .*_heads n_head"),
+    (16, "mamba_chunk_size"),
     (8, "qk_rope_head_dim rotary_dim"),
     (24, "qk_head_dim"),
     (16, ".*head_?dim .*_d_head d_kv d_head dim_head kv_channels attention_head_size head_size"),
