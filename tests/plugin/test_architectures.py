@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sweep.models import BASE, CAUSAL, MASKED, Case
+from sweep.models import BASE, CAUSAL, MASKED, Case, all_cases
 from sweep.trials import REFUSED, RIGHT, SOFTMAX, WRONG, try_case
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -42,7 +42,10 @@ CROSS_SECTION = [
 
 @pytest.mark.parametrize(("model_type", "kind", "verdict"), CROSS_SECTION, ids=[f"{kind}-{name}" for name, kind, _ in CROSS_SECTION])
 def test_an_architecture_is_right_or_refused(model_type, kind, verdict):
-    row = try_case(Case(model_type, kind))
+    case = Case(model_type, kind)
+    if case not in all_cases():
+        pytest.skip("not in this Transformers")
+    row = try_case(case)
     assert row.verdict == verdict, row
 
 
