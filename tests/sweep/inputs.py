@@ -62,6 +62,7 @@ def _spectra(config: PreTrainedConfig, name: str) -> Iterator[dict[str, Tensor]]
         whole = torch.ones(BATCH, length, dtype=torch.bool)
         for mask in ("input_features_mask", "attention_mask", "audio_mel_mask", "feature_attention_mask"):
             yield {name: torch.randn(BATCH, length, mel), mask: whole}
+            yield {name: torch.randn(BATCH, length, mel), mask: whole.long()}
             yield {name: torch.randn(BATCH, mel, length), mask: whole.long()}
 
 

@@ -143,7 +143,7 @@ def randomize(model: PreTrainedModel) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if 0 < parameter.abs().max() <= 0.1 and parameter.unique().numel() == 1:
+            if parameter.unique().numel() == 1 and 0 < parameter.abs().max() <= 0.1:
                 parameter.fill_(1.0)  # what scales a whole layer away
             if id(parameter) in embeddings:
                 parameter.copy_(noise)

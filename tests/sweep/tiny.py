@@ -93,6 +93,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_n_heads": 2},
     "muse_spark_audio": {"num_hidden_layers": 4},
     "nemotron": {"num_key_value_heads": 2},
+    "qwen2_5_vl_text": {"rope_parameters": SECTIONS},
+    "qwen2_vl_text": {"rope_parameters": SECTIONS},
     "qwen4_exp_text": {
         "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": WINDOW, "indexer_compress_ratio": 4,
     },
@@ -106,6 +108,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "vibevoice_acoustic_tokenizer_decoder": FILTERS,
     "vibevoice_acoustic_tokenizer_encoder": FILTERS,
     "xlstm": {"qk_dim_factor": 1.0},
+    "yolos": {"image_size": [16, 16]},
     "xmod": {"default_language": "en_XX"},
 }  # fmt: skip
 # Fields that some classes leave open, and then cannot do without.
