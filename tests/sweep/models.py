@@ -47,6 +47,7 @@ REASONS = {
     "muse_glimmer_assistant": NOT_ALONE,
     "musicgen": CODE_BOOKS,
     "musicgen_melody": CODE_BOOKS,
+    "voxtral_realtime_text": "Transformers names a class for it, VoxtralRealtimeTextModel, that it has not",
 }
 """Model types that cannot be tried, and why."""
 
