@@ -74,7 +74,7 @@ def build_library(target: Path) -> None:
 
     def command_for(source: Path) -> tuple[list[str], Path]:
         flags = [*FLAGS, *targets(architectures_of(source))]
-        if source.name == "api.cu":
+        if source.name == "plan.cu":
             flags.append(f'-DLINATTN_ARCHITECTURES="{everything}"')
         digest = hashlib.sha256(version + " ".join(flags).encode() + text_with_headers(source))
         made = OBJECTS / f"{source.stem}-{digest.hexdigest()[:16]}.o"

@@ -72,8 +72,8 @@ def _kernels(index: int) -> str:
     words = []
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.empty(1, 1, 64, 64, device=f"cuda:{index}", dtype=dtype)
-        forward, backward = cuda.paths(x, x, x)
-        words.append(f"{str(dtype).removeprefix('torch.')} {forward}" + ("" if forward == backward else f", backward {backward}"))
+        forward, backward = cuda.plans(x, x, x)
+        words.append(f"{str(dtype).removeprefix('torch.')}: forward {forward}, backward {backward}")
     return "; ".join(words)
 
 

@@ -1,5 +1,7 @@
 // How the kernels of one dtype and head dim are put together; instantiated once a translation unit, so that they compile in parallel.
 #pragma once
+#include <algorithm>
+
 #include "chunks_plan.h"
 #include "chunks_rows.cuh"
 #include "chunks_states.cuh"
@@ -18,23 +20,23 @@ template <typename T, int D> struct Launcher {
   // The state before each chunk (of keys and values), or behind it (of queries and gradients), or of all where there is no mask.
   template <bool QUERIES> cudaError_t states(StateArguments args, const float *initial, float *total) const {
     using S = StateShape<T, D>;
-    args.problem = problem, args.chunk = plan.chunk, args.chunks = plan.chunks;
-    args.unneeded = !problem.causal || total ? -1 : QUERIES ? 0 : plan.chunks - 1;
-    LINATTN_TRY(launch(states_kernel<T, D, QUERIES>, problem.batch * problem.key_heads * plan.chunks * S::SHARES, S::THREADS, S::SHARED, stream, args));
+    args.problem = problem, args.chunk = plan.chunk, args.chunks = plan.segments;
+    args.unneeded = !problem.causal || total ? -1 : QUERIES ? 0 : plan.segments - 1;
+    LINATTN_TRY(launch(states_kernel<T, D, QUERIES>, problem.batch * problem.key_heads * plan.segments * S::SHARES, S::THREADS, S::SHARED, stream, args));
     const Scan scan = !problem.causal ? Scan::kTotal : QUERIES ? Scan::kSuffix : Scan::kPrefix;
     const dim3 grid((D * D + 2 * D + 256) / 256, problem.batch * problem.key_heads);
-    scan_kernel<D><<<grid, 256, 0, stream>>>(args.states, nullptr, plan.chunks, scan, initial, total);
+    scan_kernel<D><<<grid, 256, 0, stream>>>(args.states, nullptr, plan.segments, scan, initial, total);
     return cudaPeekAtLastError();
   }
   template <Role ROLE> cudaError_t rows(RowArguments args, int row_heads) const {
     using S = RowShape<T, D>;
-    args.problem = problem, args.chunk = plan.chunk, args.chunks = plan.chunks, args.row_tiles = plan.row_tiles;
+    args.problem = problem, args.chunk = plan.chunk, args.chunks = plan.segments, args.row_tiles = plan.row_tiles;
     return launch(rows_kernel<T, D, ROLE>, problem.batch * row_heads * plan.row_tiles, S::THREADS, S::SHARED, stream, args);
   }
 
   cudaError_t forward(const linattn_forward_result &result) const {
     float *const all = static_cast<float *>(problem.workspace);
-    const bool stateful = plan.chunks > 1 || !problem.causal || problem.initial_state || result.state;
+    const bool stateful = plan.segments > 1 || !problem.causal || problem.initial_state || result.state;
     if (stateful) {
       StateArguments args{};
       args.y = keys(), args.z = values(), args.states = all;
@@ -42,7 +44,7 @@ template <typename T, int D> struct Launcher {
     }
     RowArguments args{};
     args.x = queries(), args.y = keys(), args.z = values(), args.result = result.out, args.mass_out = result.mass;
-    args.states = plan.chunks > 1 || !problem.causal || problem.initial_state ? all : nullptr;
+    args.states = plan.segments > 1 || !problem.causal || problem.initial_state ? all : nullptr;
     return rows<Role::kOut>(args, problem.query_heads);
   }
 
@@ -50,7 +52,7 @@ template <typename T, int D> struct Launcher {
     const Workspace workspace(problem, plan);
     float *const base = static_cast<float *>(problem.workspace), *const all = base + workspace.states, *const error = base + workspace.error, *const partials = base + workspace.partials;
     const Vectors gradients{data.grad_out, false, data.mass};
-    const bool several = plan.chunks > 1 || !problem.causal;
+    const bool several = plan.segments > 1 || !problem.causal;
 
     RowArguments args{};
     args.error = error, args.partials = partials;
@@ -85,7 +87,10 @@ template <typename T, int D> struct Launcher {
 template <typename T, int D> cudaError_t forward(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan) { return Launcher<T, D>{problem, plan}.forward(result); }
 template <typename T, int D> cudaError_t backward(const linattn_problem &problem, const linattn_backward_data &data, const Plan &plan) { return Launcher<T, D>{problem, plan}.backward(data); }
 
+template <typename T, int D> int shared_bytes() { return std::max(RowShape<T, D>::SHARED, StateShape<T, D>::SHARED); }
+
 #define LINATTN_CHUNKS_INSTANTIATE(T, D)                                                                     \
+  template int shared_bytes<T, D>();                                                                         \
   template cudaError_t forward<T, D>(const linattn_problem &, const linattn_forward_result &, const Plan &); \
   template cudaError_t backward<T, D>(const linattn_problem &, const linattn_backward_data &, const Plan &);
 

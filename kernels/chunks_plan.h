@@ -6,12 +6,7 @@
 
 namespace linattn_chunks {
 
-struct Plan {
-  int64_t chunk;              // tokens, a multiple of the rows that a block has
-  int32_t chunks, row_tiles;  // of a head; row_tiles: blocks of rows
-};
-
-Plan make_plan(const linattn_problem &problem);
+using Plan = linattn_plan;
 
 // Offsets in floats, each on a 256-byte boundary. Forward has the states alone.
 struct Workspace {
@@ -21,5 +16,8 @@ struct Workspace {
 
 template <typename T, int D> cudaError_t forward(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan);
 template <typename T, int D> cudaError_t backward(const linattn_problem &problem, const linattn_backward_data &data, const Plan &plan);
+
+// Shared memory of the block that takes most, as its struct says.
+template <typename T, int D> int shared_bytes();
 
 }  // namespace linattn_chunks

@@ -3,18 +3,16 @@
 //   S <- exp(log_decay) S + psi(k) [v, 1]^T,   num_h = phi_h(q)^T S for each query head h of the state,   out_h = num_h / (its last element).
 // A warp takes rows of S, a lane its columns; the features of a row are made beforehand, a block of rows at a time. Where heads are few and
 // rows many (the second degree), several blocks share a state's rows, and a second kernel adds up what they found, in a fixed order.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 
 #include "card.h"
-#include "paths.h"
+#include "generic.cuh"
+#include "plan.h"
 
 namespace linattn {
 namespace {
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS, MAX_DIM = 256, HEADS_AT_ONCE = 8;
+constexpr int WARPS = THREADS / 32, HEADS_AT_ONCE = 8;
 constexpr int ROWS = THREADS;                 // whose features are made at once, one a thread
 constexpr float SMALLEST_SQUARE = 1e-24f;     // |x| <= 1e-12 has no direction: its unit vector is zero
 constexpr int FEWEST_ROWS = 64;               // that are worth a block of their own
@@ -33,20 +31,6 @@ int splits_of(const linattn_problem &p) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(blocks / heads, feature_count(p) / FEWEST_ROWS)));
 }
 
-__device__ float load(const linattn_problem &p, const linattn_tensor &x, int batch, int head, int i) {
-  const int64_t at = batch * x.batch_stride + head * x.head_stride + i;
-  if (p.dtype == LINATTN_FLOAT32) return static_cast<const float *>(x.data)[at];
-  if (p.dtype == LINATTN_BFLOAT16) return __bfloat162float(static_cast<const __nv_bfloat16 *>(x.data)[at]);
-  return __half2float(static_cast<const __half *>(x.data)[at]);
-}
-
-__device__ void store(const linattn_problem &p, const linattn_tensor &x, int batch, int head, int i, float value) {
-  const int64_t at = batch * x.batch_stride + head * x.head_stride + i;
-  if (p.dtype == LINATTN_FLOAT32) static_cast<float *>(x.data)[at] = value;
-  else if (p.dtype == LINATTN_BFLOAT16) static_cast<__nv_bfloat16 *>(x.data)[at] = __float2bfloat16(value);
-  else static_cast<__half *>(x.data)[at] = __float2half(value);
-}
-
 __device__ float warp_sum(float x) {
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
   return x;
@@ -59,22 +43,12 @@ __device__ void fetch(float *to, const linattn_problem &p, const linattn_tensor 
   const int lane = threadIdx.x % 32;
   float square = 0;
   for (int i = lane; i < p.head_dim; i += 32) {
-    const float element = load(p, x, batch, head, i);
+    const float element = load(x.data, p.dtype, offset_of(x, batch, head, 0) + i);
     to[i] = element, square += element * element;
   }
   square = warp_sum(square);
   if (p.normalize_qk) scale *= square > SMALLEST_SQUARE ? 1.f / sqrtf(square) : 0.f;
   for (int i = lane; i < p.head_dim; i += 32) to[i] *= scale;
-}
-
-// The pair i <= j that a row of the second degree's features stands for: rows are numbered along the upper triangle.
-__device__ void pair_of(int row, int dim, int &i, int &j) {
-  const float edge = 2 * dim + 1;
-  i = static_cast<int>((edge - sqrtf(fmaxf(edge * edge - 8.f * row, 0.f))) / 2);
-  const auto first = [dim](int i) { return i * dim - i * (i - 1) / 2; };
-  while (i > 0 && first(i) > row) --i;
-  while (first(i + 1) <= row) ++i;
-  j = i + row - first(i);
 }
 
 // HEADS query heads at once, and the SLICES of 32 columns that hold Dv; the last column of S, that of ones, is apart.
@@ -109,7 +83,7 @@ template <int HEADS, int SLICES> struct Step {
   __device__ __forceinline__ void write_padding() const {
     if (args.splits > 1) return;
     const int first = head * group();
-    for (int i = thread; i < group() * p.value_dim; i += THREADS) store(p, args.out, batch, first + i / p.value_dim, i % p.value_dim, 0.f);
+    for (int i = thread; i < group() * p.value_dim; i += THREADS) store(args.out.data, p.dtype, offset_of(args.out, batch, first + i / p.value_dim, 0) + i % p.value_dim, 0.f);
     for (int i = thread; args.mass && i < group(); i += THREADS) args.mass[batch * p.query_heads + first + i] = 0.f;
   }
 
@@ -134,7 +108,10 @@ template <int HEADS, int SLICES> struct Step {
   __device__ __forceinline__ void make_features(int row) const {
     const int dim = p.head_dim;
     int i = row, j = 0;
-    if (row > dim) pair_of(row - dim - 1, dim, i, j);
+    if (row > dim) {
+      const int2 pair = pair_of(row - dim - 1, dim);
+      i = pair.x, j = pair.y;
+    }
     shared.psi[thread] = row < dim ? shared.key[row] : row == dim ? 1.f : shared.key[i] * shared.key[j];
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) {
@@ -203,7 +180,7 @@ template <int HEADS, int SLICES> struct Step {
     if (args.splits > 1) return;
     __syncthreads();
     const float total = shared.sums[0][p.value_dim];
-    for (int i = thread; i < p.value_dim; i += THREADS) store(p, args.out, batch, query_head, i, shared.sums[0][i] / (total == 0.f ? 1.f : total));
+    for (int i = thread; i < p.value_dim; i += THREADS) store(args.out.data, p.dtype, offset_of(args.out, batch, query_head, 0) + i, shared.sums[0][i] / (total == 0.f ? 1.f : total));
     if (thread == 0 && args.mass) args.mass[batch * p.query_heads + query_head] = total;
   }
 };
@@ -211,10 +188,11 @@ template <int HEADS, int SLICES> struct Step {
 template <int HEADS, int SLICES> __global__ void __launch_bounds__(THREADS) step_kernel(const StepArguments args) {
   __shared__ typename Step<HEADS, SLICES>::Shared shared;
   Step<HEADS, SLICES> step(args, shared);
-  if (is_padding(args.problem, step.batch)) return step.write_padding();
+  const linattn_problem &p = args.problem;
+  if (is_padding(p, step.batch)) return step.write_padding();
   float value[SLICES];
 #pragma unroll
-  for (int t = 0; t < SLICES; ++t) value[t] = step.is_column(t) ? load(args.problem, args.problem.value, step.batch, step.key_head(), step.lane + 32 * t) : 0.f;
+  for (int t = 0; t < SLICES; ++t) value[t] = step.is_column(t) ? load(p.value.data, p.dtype, offset_of(p.value, step.batch, step.key_head(), 0) + step.lane + 32 * t) : 0.f;
   const int begin = step.split * args.rows_each, end = min(args.features, begin + args.rows_each);
   for (int base = 0; base < step.group(); base += HEADS) {
     step.begin_round(base);
@@ -248,7 +226,7 @@ __global__ void __launch_bounds__(THREADS) join_kernel(const StepArguments args)
     if (args.mass) args.mass[blockIdx.x] = total;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < p.value_dim; i += THREADS) store(p, args.out, batch, head, i, padding ? 0.f : sum(i) / (total == 0.f ? 1.f : total));
+  for (int i = threadIdx.x; i < p.value_dim; i += THREADS) store(args.out.data, p.dtype, offset_of(args.out, batch, head, 0) + i, padding ? 0.f : sum(i) / (total == 0.f ? 1.f : total));
 }
 
 template <int HEADS> void launch(const StepArguments &args, int blocks, cudaStream_t stream) {
@@ -261,15 +239,18 @@ template <int HEADS> void launch(const StepArguments &args, int blocks, cudaStre
 
 }  // namespace
 
-int64_t step_workspace(const linattn_problem &problem) {
-  const int splits = splits_of(problem);
-  return splits == 1 ? 0 : 4 * static_cast<int64_t>(problem.batch) * problem.query_heads * splits * (problem.value_dim + 1);
+bool decode_plan(const linattn_problem &problem, const linattn_forward_result &result, linattn_plan &plan) {
+  if (problem.length != 1 || !problem.causal || !result.state || problem.dropout_p) return false;
+  const int features = feature_count(problem);
+  plan.segments = splits_of(problem), plan.chunk = (features + plan.segments - 1) / plan.segments;  // of the state's rows here
+  plan.workspace_bytes = plan.segments == 1 ? 0 : 4 * static_cast<int64_t>(problem.batch) * problem.query_heads * plan.segments * (problem.value_dim + 1);
+  return true;
 }
 
-cudaError_t step(const linattn_problem &problem, const linattn_forward_result &result) {
+cudaError_t decode(const linattn_problem &problem, const linattn_forward_result &result, const linattn_plan &plan) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
-  StepArguments args{problem, result.out, result.state, result.mass, static_cast<float *>(problem.workspace), feature_count(problem), splits_of(problem), 0};
-  args.rows_each = (args.features + args.splits - 1) / args.splits;
+  const StepArguments args{problem, result.out, result.state, result.mass, static_cast<float *>(problem.workspace), feature_count(problem), plan.segments,
+                           static_cast<int32_t>(plan.chunk)};
   const int blocks = problem.batch * problem.state_heads * args.splits, group = problem.query_heads / problem.state_heads;
   if (group == 1) launch<1>(args, blocks, stream);
   else if (group == 2) launch<2>(args, blocks, stream);

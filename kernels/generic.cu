@@ -1,8 +1,10 @@
 // architectures: sm_80 compute_80 sm_90
 // The generic path from the host's side: how a problem is cut, what memory it needs, which steps run.
+#include <algorithm>
+
 #include "card.h"
 #include "generic.cuh"
-#include "paths.h"
+#include "plan.h"
 
 namespace linattn {
 namespace {
@@ -41,7 +43,8 @@ class Arena {
   int64_t used_ = 0;
 };
 
-Job plan(const linattn_problem &p, bool backward, Arena &arena) {
+// The whole of a call's cutting: the plan tells of it, and the launcher, which has the workspace, does it again.
+Job cut(const linattn_problem &p, bool backward, Arena &arena) {
   Job job = {};
   job.p = p;
   job.group = p.query_heads / p.key_heads;
@@ -107,22 +110,25 @@ cudaError_t run_states(const Job &job, bool reverse, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t generic_forward_workspace(const linattn_problem &problem) {
+namespace {
+
+void fill(const linattn_problem &problem, bool backward, linattn_plan &plan) {
   Arena arena(nullptr);
-  plan(problem, false, arena);
-  return arena.used();
+  const Job job = cut(problem, backward, arena);
+  plan.workspace_bytes = arena.used(), plan.chunk = plan.segment_length = job.chunk, plan.segments = static_cast<int32_t>(job.chunks);
+  plan.row_tiles = static_cast<int32_t>(job.tiles), plan.states = job.has_state, plan.gated = problem.log_decay || problem.key_segments || problem.dropout_p;
+  plan.shared_bytes = std::max({apply_shared_bytes(problem), states_shared_bytes(problem), backward ? slope_shared_bytes(problem) : 0});
 }
 
-int64_t generic_backward_workspace(const linattn_problem &problem) {
-  Arena arena(nullptr);
-  plan(problem, true, arena);
-  return arena.used();
-}
+}  // namespace
 
-cudaError_t generic_forward(const linattn_problem &problem, const linattn_forward_result &result) {
+bool generic_plan_forward(const linattn_problem &problem, const linattn_forward_result &, linattn_plan &plan) { return fill(problem, false, plan), true; }
+bool generic_plan_backward(const linattn_problem &problem, const linattn_backward_data &, linattn_plan &plan) { return fill(problem, true, plan), true; }
+
+cudaError_t generic_forward(const linattn_problem &problem, const linattn_forward_result &result, const linattn_plan &) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
   Arena arena(problem.workspace);
-  Job job = plan(problem, false, arena);
+  Job job = cut(problem, false, arena);
   job.out = result.out;
   job.mass_out = result.mass;
   job.final_state = result.state;
@@ -131,10 +137,10 @@ cudaError_t generic_forward(const linattn_problem &problem, const linattn_forwar
   return launch_apply(job, false, stream);
 }
 
-cudaError_t generic_backward(const linattn_problem &problem, const linattn_backward_data &data) {
+cudaError_t generic_backward(const linattn_problem &problem, const linattn_backward_data &data, const linattn_plan &) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
   Arena arena(problem.workspace);
-  Job job = plan(problem, true, arena);
+  Job job = cut(problem, true, arena);
   job.out = data.out;
   job.grad_out = data.grad_out;
   job.vector = job.vector && by_sixteen_bytes(data.grad_out, problem.value_dim);

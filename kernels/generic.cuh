@@ -196,4 +196,9 @@ cudaError_t launch_slope(const Job &job, bool reverse, cudaStream_t stream);
 cudaError_t launch_coefficient_gradients(const Job &job, cudaStream_t stream);
 cudaError_t launch_decay_gradients(const Job &job, cudaStream_t stream);
 
+// Shared memory of a block of those that ask for it at the launch.
+int states_shared_bytes(const linattn_problem &problem);
+int apply_shared_bytes(const linattn_problem &problem);
+int slope_shared_bytes(const linattn_problem &problem);
+
 }  // namespace linattn

@@ -288,6 +288,11 @@ cudaError_t launch(const Job &job, bool reverse, cudaStream_t stream) {
 
 }  // namespace
 
+int apply_shared_bytes(const linattn_problem &problem) {
+  const int width = problem.value_dim > problem.head_dim ? problem.value_dim : problem.head_dim;
+  return static_cast<int>(width <= 64 ? shared_bytes<64>(problem.head_dim) : width <= 128 ? shared_bytes<128>(problem.head_dim) : shared_bytes<256>(problem.head_dim));
+}
+
 cudaError_t launch_apply(const Job &job, bool reverse, cudaStream_t stream) {
   const int width = job.p.value_dim > job.p.head_dim ? job.p.value_dim : job.p.head_dim;
   if (width <= 64) return launch<64>(job, reverse, stream);

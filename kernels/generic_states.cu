@@ -162,6 +162,11 @@ cudaError_t launch(const Job &job, bool reverse, cudaStream_t stream) {
 
 }  // namespace
 
+int states_shared_bytes(const linattn_problem &problem) {
+  const int width = problem.value_dim;
+  return static_cast<int>(width <= 64 ? shared_bytes<64>(problem) : width <= 128 ? shared_bytes<128>(problem) : shared_bytes<256>(problem));
+}
+
 cudaError_t launch_states(const Job &job, bool reverse, cudaStream_t stream) {
   if (job.p.value_dim <= 64) return launch<64>(job, reverse, stream);
   if (job.p.value_dim <= 128) return launch<128>(job, reverse, stream);

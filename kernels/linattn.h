@@ -53,26 +53,41 @@ typedef struct {
   float *grad_initial_state;      // or null
 } linattn_backward_data;
 
-// Bytes of scratch memory that a call needs; the caller takes them from PyTorch's allocator.
-int64_t linattn_forward_workspace(const linattn_problem *problem);
-int64_t linattn_backward_workspace(const linattn_problem *problem);
+typedef enum { LINATTN_NONE = 0, LINATTN_PAIRS = 1, LINATTN_STREAM = 2, LINATTN_CHUNKS = 3, LINATTN_GENERIC = 4, LINATTN_DECODE = 5 } linattn_engine;
+
+// How a call is done on the current device: decided once, by linattn_plan_*, and taken by the call that it was made for. What an engine has no
+// use for is 0.
+typedef struct {
+  int64_t workspace_bytes;        // of scratch memory, which the caller takes from PyTorch's allocator
+  int64_t chunk;                  // tokens whose pairs are formed, or that are worked on together
+  int64_t segment_length;         // tokens of a segment, a multiple of the chunk
+  int32_t segments;               // of each head's sequence: those whose states stand in memory
+  int32_t row_tiles;              // of each head's queries, a block each
+  int32_t shared_bytes;           // of shared memory, by the block that takes most
+  linattn_engine engine;          // LINATTN_NONE: nothing here can run it
+  int32_t states;                 // whether states are made ahead of what reads them
+  int32_t gated;                  // whether a decay, runs of tokens or noise multiply weights
+  int32_t warpgroups;             // whether these are the kernels of Hopper's warpgroups alone
+} linattn_plan;
+
+// The plan of a call. Of the results it reads which are asked for and where their rows begin, not what they hold.
+void linattn_plan_forward(const linattn_problem *problem, const linattn_forward_result *result, linattn_plan *plan);
+void linattn_plan_backward(const linattn_problem *problem, const linattn_backward_data *data, linattn_plan *plan);
+const char *linattn_engine_name(linattn_engine engine);
 
 // 0 or a cudaError_t; linattn_error_string names it.
-int linattn_forward(const linattn_problem *problem, const linattn_forward_result *result);
-int linattn_backward(const linattn_problem *problem, const linattn_backward_data *data);
+int linattn_forward(const linattn_problem *problem, const linattn_forward_result *result, const linattn_plan *plan);
+int linattn_backward(const linattn_problem *problem, const linattn_backward_data *data, const linattn_plan *plan);
 
 // One new token a sequence (length 1, causal): result->state is read and replaced, where the problem has initial_state; mass may be null. A
 // sequence whose key_segments are not above 0 has no new token: its state stays and its output is 0.
-int64_t linattn_step_workspace(const linattn_problem *problem);
-int linattn_step(const linattn_problem *problem, const linattn_forward_result *result);
+void linattn_plan_step(const linattn_problem *problem, const linattn_forward_result *result, linattn_plan *plan);
+int linattn_step(const linattn_problem *problem, const linattn_forward_result *result, const linattn_plan *plan);
 const char *linattn_error_string(int code);
 
-// Which path a problem takes on the current device, as a word for people: "generic", "mma", "pairs", "chunks", or "none" where it cannot run.
-const char *linattn_forward_path(const linattn_problem *problem);
-const char *linattn_backward_path(const linattn_problem *problem);
 // The architectures compiled in, as "sm_80 sm_90a compute_80".
 const char *linattn_architectures(void);
-// sizeof of linattn_problem (0), linattn_forward_result (1) and linattn_backward_data (2): a caller compares them with its own.
+// sizeof of linattn_problem (0), linattn_forward_result (1), linattn_backward_data (2) and linattn_plan (3): a caller compares them with its own.
 int64_t linattn_struct_bytes(int which);
 
 #ifdef __cplusplus

@@ -8,7 +8,7 @@
 
 #include "card.h"
 #include "mma_plan.h"
-#include "paths.h"
+#include "plan.h"
 
 namespace linattn_mma {
 namespace {
@@ -21,12 +21,6 @@ int64_t states_of(const linattn_problem &problem) { return static_cast<int64_t>(
 
 int chunk_of(int head_dim) { return head_dim == 32 || head_dim == 128 ? 64 : head_dim; }
 
-// Two stages of tiles, the rounded state and small arrays: forward holds q, k, v, backward o and dO too.
-bool fits_shared_memory(const linattn_problem &problem, int tiles) {
-  const int d = problem.head_dim;
-  return 2 * tiles * chunk_of(d) * d * 2 + d * d * 2 + 16384 <= linattn::shared_memory();
-}
-
 bool takes(const linattn_problem &problem) {
   const int d = problem.head_dim;
   const bool dtype = problem.dtype == LINATTN_BFLOAT16 || (problem.dtype == LINATTN_FLOAT16 && problem.normalize_qk);  // unit vectors fit float16's range
@@ -35,9 +29,7 @@ bool takes(const linattn_problem &problem) {
          static_cast<int64_t>(problem.batch) * problem.state_heads < 65536 && linattn::aligned(problem.query) && linattn::aligned(problem.key) && linattn::aligned(problem.value);
 }
 
-}  // namespace
-
-Plan make_plan(const linattn_problem &problem) {
+Plan cut(const linattn_problem &problem) {
   const int d = problem.head_dim, chunk = chunk_of(d);
   const int64_t heads = states_of(problem), chunks = (problem.length + chunk - 1) / chunk;
   const int64_t slots = static_cast<int64_t>(linattn::card(cudaDevAttrMultiProcessorCount, 108)) * (d == 32 ? 4 : d == 64 ? 2 : 1);  // blocks at work at once
@@ -49,12 +41,17 @@ Plan make_plan(const linattn_problem &problem) {
   segments = std::max<int64_t>(1, std::min(segments, chunks / 4));
   const int64_t chunks_each = (chunks + segments - 1) / segments;
   segments = (chunks + chunks_each - 1) / chunks_each;
-  const bool gated = problem.log_decay || problem.key_segments || problem.dropout_p;
-  return {chunk, static_cast<int32_t>(segments), chunks_each * chunk, segments > 1 || !problem.causal, gated};
+  Plan plan{};
+  plan.chunk = chunk, plan.segments = static_cast<int32_t>(segments), plan.segment_length = chunks_each * chunk;
+  plan.states = segments > 1 || !problem.causal;
+  plan.gated = problem.log_decay || problem.key_segments || problem.dropout_p;
+  return plan;
 }
 
+}  // namespace
+
 ForwardWorkspace::ForwardWorkspace(const linattn_problem &problem, const Plan &plan) {
-  const int64_t segments = plan.needs_states ? states_of(problem) * plan.segments : 0;
+  const int64_t segments = plan.states ? states_of(problem) * plan.segments : 0;
   states = 0;
   keeps = states + rounded(segments * state_floats(problem));
   decay = keeps + (plan.gated ? rounded(segments) : 0);
@@ -89,7 +86,7 @@ BackwardWorkspace::BackwardWorkspace(const linattn_problem &problem, const Plan 
     case 80: return call(T, 80);      \
     case 96: return call(T, 96);      \
     case 128: return call(T, 128);    \
-    default: return cudaErrorInvalidValue; \
+    default: return cudaErrorInvalidValue; /* never reached: `takes` has asked */ \
   }
 
 }  // namespace linattn_mma
@@ -98,25 +95,46 @@ namespace linattn {
 
 using namespace linattn_mma;
 
-bool mma_takes_forward(const linattn_problem &problem) { return takes(problem) && fits_shared_memory(problem, 3); }
-bool mma_takes_backward(const linattn_problem &problem) { return takes(problem) && fits_shared_memory(problem, 5); }
+namespace {
 
-int64_t mma_forward_workspace(const linattn_problem &problem) { return 4 * ForwardWorkspace(problem, make_plan(problem)).floats; }
-int64_t mma_backward_workspace(const linattn_problem &problem) { return 4 * BackwardWorkspace(problem, make_plan(problem)).floats; }
+int forward_shared_bytes(const linattn_problem &problem, const linattn_plan &plan) {
+#define LINATTN_CALL(T, D) (forward_shared<T, D>(plan))
+  LINATTN_MMA_BY_DIM(__nv_bfloat16, LINATTN_CALL)
+#undef LINATTN_CALL
+}
 
-cudaError_t mma_forward(const linattn_problem &problem, const linattn_forward_result &result) {
-  if (!aligned(result.out)) return cudaErrorMisalignedAddress;
-  const Plan plan = make_plan(problem);
+int backward_shared_bytes(const linattn_problem &problem, const linattn_plan &plan) {
+#define LINATTN_CALL(T, D) (backward_shared<T, D>(plan))
+  LINATTN_MMA_BY_DIM(__nv_bfloat16, LINATTN_CALL)
+#undef LINATTN_CALL
+}
+
+}  // namespace
+
+bool stream_plan_forward(const linattn_problem &problem, const linattn_forward_result &result, linattn_plan &plan) {
+  if (!takes(problem) || !aligned(result.out)) return false;
+  plan = cut(problem);
+  plan.shared_bytes = forward_shared_bytes(problem, plan), plan.workspace_bytes = 4 * ForwardWorkspace(problem, plan).floats;
+  return true;
+}
+
+bool stream_plan_backward(const linattn_problem &problem, const linattn_backward_data &data, linattn_plan &plan) {
+  if (!takes(problem)) return false;
+  for (const linattn_tensor *tensor : {&data.out, &data.grad_out, &data.grad_query, &data.grad_key, &data.grad_value})
+    if (!aligned(*tensor)) return false;
+  plan = cut(problem);
+  plan.shared_bytes = backward_shared_bytes(problem, plan), plan.workspace_bytes = 4 * BackwardWorkspace(problem, plan).floats;
+  return true;
+}
+
+cudaError_t stream_forward(const linattn_problem &problem, const linattn_forward_result &result, const linattn_plan &plan) {
 #define LINATTN_CALL(T, D) (forward<T, D>(problem, result, plan))
   if (problem.dtype == LINATTN_FLOAT16) LINATTN_MMA_BY_DIM(__half, LINATTN_CALL)
   LINATTN_MMA_BY_DIM(__nv_bfloat16, LINATTN_CALL)
 #undef LINATTN_CALL
 }
 
-cudaError_t mma_backward(const linattn_problem &problem, const linattn_backward_data &data) {
-  for (const linattn_tensor *tensor : {&data.out, &data.grad_out, &data.grad_query, &data.grad_key, &data.grad_value})
-    if (!aligned(*tensor)) return cudaErrorMisalignedAddress;
-  const Plan plan = make_plan(problem);
+cudaError_t stream_backward(const linattn_problem &problem, const linattn_backward_data &data, const linattn_plan &plan) {
 #define LINATTN_CALL(T, D) (backward<T, D>(problem, data, plan))
   if (problem.dtype == LINATTN_FLOAT16) LINATTN_MMA_BY_DIM(__half, LINATTN_CALL)
   LINATTN_MMA_BY_DIM(__nv_bfloat16, LINATTN_CALL)

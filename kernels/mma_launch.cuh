@@ -1,5 +1,7 @@
 // How the kernels of one dtype and head dim are put together; instantiated once a translation unit, so that they compile in parallel.
 #pragma once
+#include <algorithm>
+
 #include "mma_columns.cuh"
 #include "mma_plan.h"
 #include "mma_rows.cuh"
@@ -54,7 +56,7 @@ template <typename T, int D, bool GATED> cudaError_t forward_by(const linattn_pr
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
   const int blocks = problem.batch * problem.state_heads * plan.segments;
   const ForwardWorkspace workspace(problem, plan);
-  float *const base = static_cast<float *>(problem.workspace), *const states = plan.needs_states ? base + workspace.states : nullptr;
+  float *const base = static_cast<float *>(problem.workspace), *const states = plan.states ? base + workspace.states : nullptr;
   float *const keeps = GATED ? base + workspace.keeps : nullptr;
   const Gates gates = gates_of(problem, base + workspace.decay);
   if (gates.decay) LINATTN_TRY(launch_chunk_decay(problem, plan.chunk, base + workspace.decay));
@@ -77,7 +79,7 @@ template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_p
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
   const int blocks = problem.batch * problem.state_heads * plan.segments;
   const BackwardWorkspace workspace(problem, plan);
-  float *const base = static_cast<float *>(problem.workspace), *const states = plan.needs_states ? base + workspace.states : nullptr;
+  float *const base = static_cast<float *>(problem.workspace), *const states = plan.states ? base + workspace.states : nullptr;
   float *const error = base + workspace.error, *const query_scale = base + workspace.query_scale, *const partials = base + workspace.partials;
   float *const keeps = GATED ? base + workspace.keeps : nullptr;
   const Gates gates = gates_of(problem, base + workspace.decay);
@@ -143,7 +145,18 @@ template <typename T, int D> cudaError_t backward(const linattn_problem &problem
   return plan.gated ? backward_by<T, D, true>(problem, data, plan) : backward_by<T, D, false>(problem, data, plan);
 }
 
+template <int D, bool GATED> constexpr int forward_shared_by(bool states) {
+  return std::max(RowShape<D, false, GATED>::SHARED, states ? SegmentShape<D>::template SHARED<GATED> : 0);
+}
+template <int D, bool GATED> constexpr int backward_shared_by(bool states) {
+  return std::max({RowShape<D, true, GATED>::SHARED, ColumnShape<D>::template SHARED<GATED>, states ? SegmentShape<D>::template SHARED<GATED> : 0});
+}
+template <typename T, int D> int forward_shared(const Plan &plan) { return plan.gated ? forward_shared_by<D, true>(plan.states) : forward_shared_by<D, false>(plan.states); }
+template <typename T, int D> int backward_shared(const Plan &plan) { return plan.gated ? backward_shared_by<D, true>(plan.states) : backward_shared_by<D, false>(plan.states); }
+
 #define LINATTN_MMA_INSTANTIATE(T, D)                                                                                    \
+  template int forward_shared<T, D>(const Plan &);                                                                       \
+  template int backward_shared<T, D>(const Plan &);                                                                      \
   template cudaError_t forward<T, D>(const linattn_problem &, const linattn_forward_result &, const Plan &);             \
   template cudaError_t backward<T, D>(const linattn_problem &, const linattn_backward_data &, const Plan &);
 

@@ -6,15 +6,7 @@
 
 namespace linattn_mma {
 
-struct Plan {
-  int32_t chunk;           // tokens
-  int32_t segments;        // of each head's sequence, one block each
-  int64_t segment_length;  // tokens, a multiple of the chunk
-  bool needs_states;       // whether the segments' states must be known before they are worked on
-  bool gated;              // a decay or runs of tokens multiply the weights
-};
-
-Plan make_plan(const linattn_problem &problem);
+using Plan = linattn_plan;
 
 // Offsets in floats, each on a 256-byte boundary.
 struct ForwardWorkspace {
@@ -30,5 +22,9 @@ struct BackwardWorkspace : ForwardWorkspace {
 
 template <typename T, int D> cudaError_t forward(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan);
 template <typename T, int D> cudaError_t backward(const linattn_problem &problem, const linattn_backward_data &data, const Plan &plan);
+
+// Shared memory of the block that takes most, as its struct says.
+template <typename T, int D> int forward_shared(const Plan &plan);
+template <typename T, int D> int backward_shared(const Plan &plan);
 
 }  // namespace linattn_mma

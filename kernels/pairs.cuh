@@ -27,6 +27,7 @@ struct Arguments {
   float *sums;             // of every chunk alone
   unsigned char *states;   // before every chunk
   unsigned char *unit_keys;
+  bool warpgroups;         // by Hopper's kernels
 };
 
 // A power of two that keeps weights inside float16.
@@ -79,6 +80,7 @@ bool pairs_cost_less(const linattn_problem &problem);
 
 // Hopper's warpgroups: head dims 32, 64 and 128.
 bool hopper_takes(const linattn_problem &problem);
+int hopper_shared_bytes(const linattn_problem &problem);
 cudaError_t hopper_launch(const Arguments &args, cudaStream_t stream);
 
 // What is known of all tokens before a chunk: sum k_a k_b v, by blocks of 16 x 16 of (a, b), each pair of blocks once and with both its

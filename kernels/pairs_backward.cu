@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "pairs.cuh"
-#include "paths.h"
+#include "plan.h"
 
 namespace linattn_pairs {
 namespace {
@@ -399,7 +399,16 @@ template <int D> cudaError_t launch(const Gradients &args, cudaStream_t stream) 
   return cudaPeekAtLastError();
 }
 
-constexpr int shared_bytes(int dim) { return 4 * (kRows + kStages * kKeys) * dim + kStages * kNumbers * kKeys * 4; }  // of the kernel that takes more
+// Of the kernel that takes more.
+int shared_bytes(int dim) {
+  switch (dim) {
+    case 32: return Shape<32>::COLUMNS_SHARED;
+    case 64: return Shape<64>::COLUMNS_SHARED;
+    case 80: return Shape<80>::COLUMNS_SHARED;
+    case 96: return Shape<96>::COLUMNS_SHARED;
+    default: return Shape<128>::COLUMNS_SHARED;
+  }
+}
 
 int64_t round_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
@@ -410,23 +419,20 @@ namespace linattn {
 
 using namespace linattn_pairs;
 
-// float16 would need its factors kept in range: P / g is about 1 / N.
-bool pairs_takes_backward(const linattn_problem &problem) {
-  return problem.dtype == LINATTN_BFLOAT16 && pairs_take(problem) && pairs_cost_less(problem) && shared_bytes(problem.head_dim) <= shared_memory();
-}
-
-int64_t pairs_backward_workspace(const linattn_problem &problem) {
-  const int64_t padded = padded_length(problem), queries = static_cast<int64_t>(problem.batch) * problem.query_heads * padded;
-  const int64_t own = round_up(4 * static_cast<int64_t>(problem.batch) * problem.key_heads * padded) + round_up(4 * kNumbers * queries) + 12 * queries / kRows;
-  return std::max(generic_backward_workspace(problem), own);
-}
-
-// A gradient of the state is the generic path's work.
-cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backward_data &data) {
+// Not in float16, whose factors would have to be kept in range: P / g is about 1 / N. Nor a gradient of the state.
+bool pairs_plan_backward(const linattn_problem &problem, const linattn_backward_data &data, linattn_plan &plan) {
   const bool whole_rows = aligned(data.out) && aligned(data.grad_out) && aligned(data.grad_query) && aligned(data.grad_key) && aligned(data.grad_value);
-  if (data.grad_state || !whole_rows) return generic_backward(problem, data);
+  if (problem.dtype != LINATTN_BFLOAT16 || !pairs_take(problem) || !pairs_cost_less(problem) || data.grad_state || !whole_rows) return false;
+  const int64_t padded = padded_length(problem), queries = static_cast<int64_t>(problem.batch) * problem.query_heads * padded;
+  plan.chunk = plan.segment_length = problem.length, plan.segments = 1, plan.row_tiles = static_cast<int32_t>(padded / kRows);
+  plan.shared_bytes = shared_bytes(problem.head_dim);
+  plan.workspace_bytes = round_up(4 * static_cast<int64_t>(problem.batch) * problem.key_heads * padded) + round_up(4 * kNumbers * queries) + 12 * queries / kRows;
+  return true;
+}
+
+cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backward_data &data, const linattn_plan &plan) {
   Gradients args{problem, data.out, data.grad_out, data.grad_query, data.grad_key, data.grad_value, data.mass, data.grad_mass, data.grad_coefficients};
-  args.padded = padded_length(problem), args.row_tiles = static_cast<int32_t>(args.padded / kRows);
+  args.padded = padded_length(problem), args.row_tiles = plan.row_tiles;
   char *workspace = static_cast<char *>(problem.workspace);
   args.key_scale = reinterpret_cast<float *>(workspace);
   workspace += round_up(4 * static_cast<int64_t>(problem.batch) * problem.key_heads * args.padded);

@@ -2,7 +2,7 @@
 #include <algorithm>
 
 #include "pairs.cuh"
-#include "paths.h"
+#include "plan.h"
 
 namespace linattn_pairs {
 namespace {
@@ -219,7 +219,7 @@ template <typename T, int D> cudaError_t launch(const Arguments &args, cudaStrea
   if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
   if (args.chunks > 1)
     if (const cudaError_t failed = state_launch(args, stream)) return failed;
-  if (hopper_takes(p)) return hopper_launch(args, stream);
+  if (args.warpgroups) return hopper_launch(args, stream);
   if (const cudaError_t failed = cudaFuncSetAttribute(forward_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<D>::SHARED)) return failed;
   forward_kernel<T, D><<<p.batch * p.query_heads * args.row_tiles, kThreads, Shape<D>::SHARED, stream>>>(args);
   return cudaPeekAtLastError();
@@ -256,22 +256,37 @@ namespace linattn {
 
 using namespace linattn_pairs;
 
-bool pairs_takes_forward(const linattn_problem &problem) { return pairs_take(problem) && (pairs_cost_less(problem) || state_takes(problem)); }
+namespace {
 
-// The scales of keys, then the chunks' sums and states. A state asked for where none is formed is the generic path's work.
-int64_t pairs_forward_workspace(const linattn_problem &problem) {
-  return std::max(generic_forward_workspace(problem), scale_bytes(problem) + (state_takes(problem) ? states_bytes(problem) + sums_bytes(problem) + unit_key_bytes(problem) : 0));
+int shared_bytes(int dim) {
+  switch (dim) {
+    case 32: return Shape<32>::SHARED;
+    case 64: return Shape<64>::SHARED;
+    case 80: return Shape<80>::SHARED;
+    case 96: return Shape<96>::SHARED;
+    default: return Shape<128>::SHARED;
+  }
 }
 
-cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_result &result) {
+}  // namespace
+
+// The scales of keys, then the chunks' sums and states. A state asked for where none is formed is not to be had here.
+bool pairs_plan_forward(const linattn_problem &problem, const linattn_forward_result &result, linattn_plan &plan) {
   const bool by_state = state_takes(problem);
-  if ((result.state && !by_state) || !aligned(result.out)) return generic_forward(problem, result);
+  if (!pairs_take(problem) || !(by_state || (pairs_cost_less(problem) && !result.state)) || !aligned(result.out)) return false;
+  plan.states = by_state, plan.warpgroups = hopper_takes(problem), plan.row_tiles = static_cast<int32_t>(row_tiles_of(problem));
+  plan.segments = by_state ? static_cast<int32_t>(state_chunks(problem)) : 1, plan.segment_length = plan.chunk = by_state ? kChunk * problem.head_dim : problem.length;
+  plan.shared_bytes = plan.warpgroups ? hopper_shared_bytes(problem) : shared_bytes(problem.head_dim);
+  plan.workspace_bytes = scale_bytes(problem) + (by_state ? states_bytes(problem) + sums_bytes(problem) + unit_key_bytes(problem) : 0);
+  return true;
+}
+
+cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_result &result, const linattn_plan &plan) {
   const int64_t bytes = problem.length * problem.head_dim * 4, heads = static_cast<int64_t>(problem.batch) * problem.query_heads;
   const int64_t together = std::min(heads, std::max<int64_t>(1, kCachedBytes / bytes) * (problem.query_heads / problem.key_heads));
   Arguments args{problem, result.out, result.mass, result.state, static_cast<float *>(problem.workspace), padded_length(problem),
-                 static_cast<int32_t>(row_tiles_of(problem)), static_cast<int32_t>(together), 1, nullptr, nullptr, nullptr};
-  if (by_state) {
-    args.chunks = state_chunks(problem);
+                 plan.row_tiles, static_cast<int32_t>(together), plan.segments, nullptr, nullptr, nullptr, plan.warpgroups != 0};
+  if (plan.states) {
     args.states = static_cast<unsigned char *>(problem.workspace) + scale_bytes(problem);
     args.unit_keys = args.states + states_bytes(problem);
     args.sums = reinterpret_cast<float *>(args.unit_keys + unit_key_bytes(problem));

@@ -296,6 +296,14 @@ bool hopper_takes(const linattn_problem &problem) {
   return linattn::card(cudaDevAttrComputeCapabilityMajor) == 9 && (d == 32 || d == 64 || d == 128);
 }
 
+int hopper_shared_bytes(const linattn_problem &problem) {
+  switch (problem.head_dim) {
+    case 32: return Shape<32>::template SHARED<__nv_bfloat16>;
+    case 64: return Shape<64>::template SHARED<__nv_bfloat16>;
+    default: return Shape<128>::template SHARED<__nv_bfloat16>;
+  }
+}
+
 cudaError_t hopper_launch(const Arguments &args, cudaStream_t stream) {
   if (args.chunks > 1) return args.problem.head_dim == 32 ? launch<__nv_bfloat16, 32, true>(args, stream) : launch<__nv_bfloat16, 64, true>(args, stream);
   return args.problem.dtype == LINATTN_BFLOAT16 ? launch_by_dim<__nv_bfloat16>(args, stream) : launch_by_dim<__half>(args, stream);

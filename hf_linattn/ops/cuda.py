@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,6 +66,16 @@ class _BackwardData(Structure):
     ]
 
 
+class _Plan(Structure):
+    _fields_ = [
+        *[(name, c_int64) for name in ("workspace_bytes", "chunk", "segment_length")],
+        *[(name, c_int32) for name in ("segments", "row_tiles", "shared_bytes", "engine", "states", "gated", "warpgroups")],
+    ]
+
+
+_STRUCTS = (_Problem, _ForwardResult, _BackwardData, _Plan)
+
+
 @lru_cache
 def load_library(path: Path = LIBRARY) -> tuple[ctypes.CDLL | None, str]:
     """The library and "", or None and one sentence that says why not."""
@@ -73,21 +84,17 @@ def load_library(path: Path = LIBRARY) -> tuple[ctypes.CDLL | None, str]:
     try:
         library = ctypes.CDLL(str(path))
         library.linattn_struct_bytes.restype = c_int64
-        theirs = [library.linattn_struct_bytes(which) for which in range(3)]
-        for name in ("linattn_forward_workspace", "linattn_backward_workspace", "linattn_step_workspace"):
-            function = getattr(library, name)
-            function.argtypes, function.restype = [POINTER(_Problem)], c_int64
-        for name in ("linattn_forward", "linattn_step"):
-            getattr(library, name).argtypes = [POINTER(_Problem), POINTER(_ForwardResult)]
-        library.linattn_backward.argtypes = [POINTER(_Problem), POINTER(_BackwardData)]
-        for name in ("linattn_forward_path", "linattn_backward_path"):
-            function = getattr(library, name)
-            function.argtypes, function.restype = [POINTER(_Problem)], c_char_p
+        theirs = [library.linattn_struct_bytes(which) for which in range(len(_STRUCTS))]
+        for name, results in (("forward", _ForwardResult), ("backward", _BackwardData), ("step", _ForwardResult)):
+            plan, run = getattr(library, f"linattn_plan_{name}"), getattr(library, f"linattn_{name}")
+            plan.argtypes = run.argtypes = [POINTER(_Problem), POINTER(results), POINTER(_Plan)]
+            plan.restype = None
+        library.linattn_engine_name.argtypes, library.linattn_engine_name.restype = [c_int], c_char_p
         library.linattn_error_string.argtypes, library.linattn_error_string.restype = [c_int], c_char_p
         library.linattn_architectures.restype = c_char_p
     except (OSError, AttributeError) as error:
         return None, f"the compiled library {path.name} does not load ({error}): {_CURE}"
-    if theirs != [ctypes.sizeof(struct) for struct in (_Problem, _ForwardResult, _BackwardData)]:
+    if theirs != [ctypes.sizeof(struct) for struct in _STRUCTS]:
         return None, f"the compiled library {path.name} is of another version than this Python code: {_CURE}"
     return library, ""
 
@@ -214,35 +221,75 @@ class _Call:
         problem.seed = _pointer(seed)
         self.problem = problem
 
+    def plan(self, library: ctypes.CDLL, name: str, results: Structure) -> _Plan:
+        """How the library will do this call on the current device."""
+        plan = _Plan()
+        getattr(library, f"linattn_plan_{name}")(byref(self.problem), byref(results), byref(plan))
+        return plan
+
     def launch(self, name: str, results: Structure) -> None:
         library, _ = load_library()
         assert library is not None
         device = self.query.device
         index = device.index
         with nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
-            size = getattr(library, f"linattn_{name}_workspace")(byref(self.problem))
-            workspace = torch.empty(size, dtype=torch.uint8, device=device)
+            plan = self.plan(library, name, results)
+            workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device)
             self.problem.workspace = workspace.data_ptr()
             self.problem.stream = torch.cuda.current_stream(index).cuda_stream
-            code = getattr(library, f"linattn_{name}")(byref(self.problem), byref(results))
+            code = getattr(library, f"linattn_{name}")(byref(self.problem), byref(results), byref(plan))
         if code:
             raise RuntimeError(f"the {name} kernels of linear attention failed: {library.linattn_error_string(code).decode()}.")
 
 
-def paths(query: Tensor, key: Tensor, value: Tensor, *, degree: int = 1, causal: bool = True, normalize_qk: bool = True,
-          log_decay: Tensor | None = None, segments: Tensor | None = None, dropout_p: Tensor | None = None) -> tuple[str, str]:  # fmt: skip
-    """Which kernels such a call would take, forward and backward: "mma", "pairs", "chunks" or "generic", or "torch" for the PyTorch form.
+class Plan(NamedTuple):
+    """How a call is done: by which engine ("torch" is the PyTorch form, "none" nothing here), in which pieces, with how much memory.
+
+    chunk: tokens whose pairs are formed, or that are worked on together. segments: of each head's sequence. shared_bytes: of shared memory, by
+    the block that takes most. workspace_bytes: of scratch memory.
+    """
+
+    engine: str
+    chunk: int = 0
+    segments: int = 0
+    shared_bytes: int = 0
+    workspace_bytes: int = 0
+
+    def __str__(self) -> str:
+        if not self.workspace_bytes and not self.chunk:
+            return self.engine
+        pieces = f"chunks of {self.chunk:,}" + (f", {self.segments:,} segments" if self.segments > 1 else "")
+        return f"{self.engine} ({pieces}, {self.shared_bytes / 1024:.0f} KB shared, {self.workspace_bytes / 1e6:.1f} MB of workspace)"
+
+
+def plans(query: Tensor, key: Tensor, value: Tensor, *, degree: int = 1, causal: bool = True, normalize_qk: bool = True,
+          log_decay: Tensor | None = None, segments: Tensor | None = None, dropout_p: Tensor | None = None,
+          initial_state: Tensor | None = None, return_state: bool = False) -> tuple[Plan, Plan]:  # fmt: skip
+    """The plans of such a call, forward and backward (beside the gradient of the state, where that is returned).
 
     The tensors are as the operators take them: log_decay (Hs,) or (B, Hs, N), segments (B, N) int32, dropout_p without dimensions.
     """
     library, _ = load_library()
     if library is None or cannot_run(query.device.index or 0) or _cannot_take(query, key, value) or backend() == "torch":
-        return "torch", "torch"
+        return Plan("torch"), Plan("torch")
     coefficients = query.new_ones(4, query.shape[1], dtype=torch.float32)
     seed = None if dropout_p is None else dropout_p.new_zeros((), dtype=torch.int64)
-    call = _Call(query, key, value, coefficients, log_decay, segments, segments, None, dropout_p, seed, degree, causal, normalize_qk)
+    call = _Call(query, key, value, coefficients, log_decay, segments, segments, initial_state, dropout_p, seed, degree, causal, normalize_qk)
+    out = _describe(chunked.empty_like_query(query, value.shape[-1]))
+    asked = coefficients.data_ptr() if return_state else None  # of the state only whether it is asked for is read
+    data = _BackwardData(out=out, grad_out=out, grad_query=_describe(query), grad_key=_describe(key), grad_value=_describe(value))
+    data.grad_state = asked
     with torch.cuda.device(query.device):
-        return tuple(x(byref(call.problem)).decode() for x in (library.linattn_forward_path, library.linattn_backward_path))  # type: ignore[return-value]
+        found = call.plan(library, "forward", _ForwardResult(out, None, asked)), call.plan(library, "backward", data)
+    return tuple(
+        Plan(library.linattn_engine_name(x.engine).decode(), x.chunk, x.segments, x.shared_bytes, x.workspace_bytes) for x in found
+    )  # type: ignore[return-value]
+
+
+def paths(*tensors: Tensor, **options) -> tuple[str, str]:
+    """The engines of `plans`, by name."""
+    forward, backward = plans(*tensors, **options)
+    return forward.engine, backward.engine
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None, query_segments: Tensor | None,

@@ -204,7 +204,9 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
   return x;
 }
 
-template <typename... Arguments> cudaError_t cudaFuncSetAttribute(void (*)(Arguments...), cudaFuncAttribute, int) { return cudaSuccess; }
+template <typename... Arguments> cudaError_t cudaFuncSetAttribute(void (*kernel)(Arguments...), cudaFuncAttribute what, int bytes) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), what, bytes);
+}
 
 using std::max;
 using std::min;

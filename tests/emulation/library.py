@@ -16,11 +16,11 @@ def use(path: Path, monkeypatch) -> None:
     assert library is not None, cause
 
     def launch(self, name: str, results: Structure) -> None:
-        size = getattr(library, f"linattn_{name}_workspace")(byref(self.problem))
-        workspace = torch.full((size + 1024,), 0xFF, dtype=torch.uint8)  # NaN wherever it is read before it is written
+        plan = self.plan(library, name, results)
+        workspace = torch.full((plan.workspace_bytes + 1024,), 0xFF, dtype=torch.uint8)  # NaN wherever it is read before it is written
         self.problem.workspace = workspace.data_ptr() + -workspace.data_ptr() % 1024
         self.problem.stream = None
-        assert getattr(library, f"linattn_{name}")(byref(self.problem), byref(results)) == 0
+        assert getattr(library, f"linattn_{name}")(byref(self.problem), byref(results), byref(plan)) == 0
 
     monkeypatch.setattr(cuda, "load_library", lambda: (library, ""))
     monkeypatch.setattr(cuda, "_falls_back", lambda *tensors: False)

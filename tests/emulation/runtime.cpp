@@ -2,7 +2,16 @@
 // which such a card has not.
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+
 #include "pairs.cuh"
+
+namespace {
+int shared_memory() {
+  const char *const asked = std::getenv("EMULATED_SHARED_KB");
+  return (asked ? std::atoi(asked) : 227) << 10;  // 227: more than such a card has, so that no head dim goes without
+}
+}  // namespace
 
 extern "C" {
 cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
@@ -11,11 +20,11 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
     case cudaDevAttrComputeCapabilityMajor: return *value = 8, cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor: return *value = 0, cudaSuccess;
     case cudaDevAttrMultiProcessorCount: return *value = 108, cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return *value = 227 << 10, cudaSuccess;  // more than such a card has, so that no head dim goes without
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: return *value = shared_memory(), cudaSuccess;
     default: return cudaErrorInvalidValue;
   }
 }
-cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int bytes) { return bytes <= shared_memory() ? cudaSuccess : cudaErrorInvalidValue; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 const char *cudaGetErrorString(cudaError_t) { return "an error of the emulation"; }
@@ -23,6 +32,7 @@ const char *cudaGetErrorString(cudaError_t) { return "an error of the emulation"
 
 namespace linattn_pairs {
 bool hopper_takes(const linattn_problem &) { return false; }
+int hopper_shared_bytes(const linattn_problem &) { return 0; }
 cudaError_t hopper_launch(const Arguments &, cudaStream_t) { return cudaErrorNotSupported; }
 bool state_takes(const linattn_problem &) { return false; }
 int64_t state_chunks(const linattn_problem &) { return 1; }

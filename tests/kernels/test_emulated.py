@@ -53,7 +53,7 @@ FAST = (torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
 @pytest.mark.parametrize("length", [2, 63, 200])
 def test_head_dims_and_lengths(kernels, dtype, head_dim, length):
-    check(dtype, ("mma", "mma"), head_dim=head_dim, value_dim=head_dim, length=length)
+    check(dtype, ("stream", "stream"), head_dim=head_dim, value_dim=head_dim, length=length)
 
 
 @pytest.mark.parametrize("dtype", FAST, ids=str)
@@ -153,6 +153,59 @@ def test_generic(kernels, dtype, kind):
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_one_token(kernels, dtype, kind):
     check_step(dtype, **kind)
+
+
+# ---- cards with less shared memory: of compute capability 8.6 and 8.9 (99 KB), and 8.0 (163 KB)
+
+CARDS = (99, 163, 227)  # KB
+DIMS = (24, 32, 64, 80, 96, 128, 192, 256)
+
+
+def engines(dtype, head_dim, **kind):
+    """Those of a causal call of 500 tokens: one word, or two where backward has another than forward."""
+    x = torch.empty(1, 2, 500, head_dim, dtype=dtype)
+    forward, backward = cuda.paths(x, x, x, **kind)
+    return forward if forward == backward else f"{forward} · {backward}"
+
+
+def test_the_table_of_what_runs_where(kernels, monkeypatch):
+    """The README's table, word for word."""
+    rows = []
+    decay = -torch.ones(2)
+    for words, kinds in (("first degree, 16 bits", [(torch.bfloat16, {}), (torch.float16, {}), (torch.bfloat16, {"log_decay": decay})]),
+                         ("first degree, float32", [(torch.float32, {})]), ("second degree, bfloat16", [(torch.bfloat16, {"degree": 2})])):  # fmt: skip
+        for head_dim in DIMS:
+            cells = []
+            for kilobytes in CARDS:
+                monkeypatch.setenv("EMULATED_SHARED_KB", str(kilobytes))
+                found = {engines(dtype, head_dim, **kind) for dtype, kind in kinds if not (head_dim in (192, 256) and (dtype, kind) in kinds[1:])}
+                assert len(found) == 1, (words, head_dim, kilobytes, found)
+                cells.append(found.pop())
+            rows.append(f"| {words} | {head_dim} | {' | '.join(cells)} |")
+    assert "\n".join(rows) in (ROOT / "kernels" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kilobytes", CARDS)
+def test_what_a_plan_says_fits_the_card(kernels, monkeypatch, kilobytes):
+    """The emulated card refuses a launch with more shared memory than it has, and a plan takes no more."""
+    monkeypatch.setenv("EMULATED_SHARED_KB", str(kilobytes))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for head_dim in DIMS:
+            for kind in ({}, {"decay": "query_token"}, {"degree": 2}):
+                inputs = operator_case(dtype, head_dim=head_dim, value_dim=head_dim, length=70, batch=1, heads=2, key_heads=1, device="cpu", **kind)[0]
+                for plan in cuda.plans(*inputs[:3], degree=inputs[10], log_decay=inputs[4]):
+                    assert plan.engine != "none" and plan.shared_bytes <= kilobytes * 1024, (dtype, head_dim, kind, plan)
+
+
+@pytest.mark.parametrize("kilobytes", CARDS[:2])
+@pytest.mark.parametrize("dtype, head_dim, kind", [
+    (torch.bfloat16, 64, {}), (torch.bfloat16, 64, {"decay": "key_token", "segments": "packed"}), (torch.bfloat16, 80, {}), (torch.bfloat16, 128, {}),
+    (torch.bfloat16, 128, {"decay": "key_head"}), (torch.float16, 96, {}), (torch.float32, 64, {}), (torch.float32, 128, {}),
+    (torch.bfloat16, 256, {"length": 70}), (torch.bfloat16, 128, {"degree": 2}), (torch.float32, 256, {"decay": "key_head", "length": 70}),
+], ids=str)  # fmt: skip
+def test_smaller_cards(kernels, monkeypatch, kilobytes, dtype, head_dim, kind):
+    monkeypatch.setenv("EMULATED_SHARED_KB", str(kilobytes))
+    check(dtype, head_dim=head_dim, value_dim=head_dim, **kind)
 
 
 # ---- the emulator

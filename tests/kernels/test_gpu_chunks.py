@@ -133,7 +133,7 @@ def test_what_others_take():
     noise = torch.tensor(0.1, device="cuda")
     for other in ({"segments": segments}, {"log_decay": decay}, {"dropout_p": noise}, {"degree": 2}, {"value_dim": 32}):
         assert path(torch.float32, 64, **other) == ("generic", "generic")
-    assert path(torch.bfloat16, 64) == ("mma", "mma")
+    assert path(torch.bfloat16, 64) == ("stream", "stream")
     assert path(torch.float16, 192) == path(torch.float32, 192) == path(torch.float32, 48) == ("generic", "generic")
 
 

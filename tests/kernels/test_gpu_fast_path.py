@@ -26,7 +26,7 @@ def assert_fast(dtype, head_dim, causal=True, **kind):
     decay = options.get("log_decay")
     segments = options["segment_ids"].int() if "segment_ids" in options else None
     taken = cuda.paths(*(x.to(dtype) for x in (query, key, value)), causal=causal, log_decay=decay, segments=segments)
-    assert taken == ("mma", "mma")
+    assert taken == ("stream", "stream")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -88,7 +88,7 @@ def test_states_and_masses(dtype, head_dim, case):
 ], ids=str)  # fmt: skip
 def test_noise(dtype, head_dim, case):
     inputs, _ = operator_case(dtype, head_dim=head_dim, value_dim=head_dim, noisy=True, length=64)
-    assert cuda.paths(*inputs[:3], dropout_p=inputs[8]) == ("mma", "mma")
+    assert cuda.paths(*inputs[:3], dropout_p=inputs[8]) == ("stream", "stream")
     compare(dtype, head_dim=head_dim, value_dim=head_dim, length=500, noisy=True, **case)
 
 
@@ -134,7 +134,7 @@ def test_float16_range(head_dim, case):
     size = torch.logspace(-2, 2, inputs[0].shape[2], device="cuda")[None, None, :, None] if spread else 1.0
     upstream = ((upstream[0].float() * scales.get("gradient", 1.0) * size).half(), None, upstream[2])
     inputs[3] = inputs[3] * torch.tensor([scales.get("coefficients", 1.0)] * 3 + [1.0], device="cuda")[:, None]
-    assert cuda.paths(*inputs[:3]) == ("mma", "mma")
+    assert cuda.paths(*inputs[:3]) == ("stream", "stream")
     exact, plain, ours = (
         run(module, inputs, upstream, kind["stateful"], dtype)
         for module, dtype in ((chunked, torch.float64), (chunked, None), (cuda, None))

@@ -15,9 +15,8 @@ from hf_linattn.ops import chunked, cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 FUNCTIONS = [
-    "linattn_forward", "linattn_backward", "linattn_forward_workspace", "linattn_backward_workspace", "linattn_error_string",
-    "linattn_forward_path", "linattn_backward_path", "linattn_architectures", "linattn_struct_bytes",
-    "linattn_step", "linattn_step_workspace",
+    "linattn_forward", "linattn_backward", "linattn_step", "linattn_plan_forward", "linattn_plan_backward", "linattn_plan_step",
+    "linattn_engine_name", "linattn_error_string", "linattn_architectures", "linattn_struct_bytes",
 ]  # fmt: skip
 
 needs_library = pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the compiled library is not built here (make kernels)")
@@ -39,7 +38,7 @@ def test_exports_the_interface_and_nothing_is_undefined():
 def test_structures_are_those_of_the_header():
     library, cause = cuda.load_library()
     assert library is not None, cause
-    for which, struct in enumerate((cuda._Problem, cuda._ForwardResult, cuda._BackwardData)):
+    for which, struct in enumerate(cuda._STRUCTS):
         assert library.linattn_struct_bytes(which) == ctypes.sizeof(struct)
 
 
