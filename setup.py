@@ -42,6 +42,27 @@ def architectures_of(source: Path) -> str:
     return named[1].strip() if named else ARCHITECTURES
 
 
+def instances() -> dict[str, str]:
+    """The sources that `kernels/instances.txt` stands for, by file name."""
+    made = {}
+    for line in (SOURCES / "instances.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            engine, dtype, head_dim, *named = line.split()
+            head = f"// architectures: {' '.join(named)}\n" if named else ""
+            body = f"namespace linattn_{engine} {{\nLINATTN_{engine.upper()}_INSTANTIATE({dtype}, {head_dim})\n}}\n"
+            made[f"{engine}_{dtype.strip('_')}_{head_dim}.cu"] = f'{head}#include "{engine}/launch.cuh"\n{body}'
+    return made
+
+
+def all_sources() -> list[Path]:
+    """Every source that is compiled; those of the instances are written into the build first."""
+    folder = OBJECTS / "instances"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in instances().items():
+        (folder / name).write_text(text)
+    return sorted([*SOURCES.rglob("*.cu"), *(folder / name for name in instances())])
+
+
 def text_with_headers(source: Path, seen: set[Path] | None = None) -> bytes:
     """The source and all headers of ours that it includes, one after the other."""
     seen = set() if seen is None else seen
@@ -64,20 +85,20 @@ def targets(architectures: str) -> list[str]:
 
 
 def build_library(target: Path) -> None:
-    """Compile kernels/*.cu and link them. An object is kept under a name made of all that went into it, so none is ever stale."""
+    """Compile all sources and link them. An object is kept under a name made of all that went into it, so none is ever stale."""
     nvcc = find_nvcc()
     assert nvcc is not None
-    sources = sorted(SOURCES.glob("*.cu"))
+    sources = all_sources()
     everything = " ".join(dict.fromkeys(name for source in sources for name in architectures_of(source).split()))
     version = subprocess.run([nvcc, "--version"], check=True, capture_output=True).stdout
-    OBJECTS.mkdir(parents=True, exist_ok=True)
 
     def command_for(source: Path) -> tuple[list[str], Path]:
-        flags = [*FLAGS, *targets(architectures_of(source))]
+        flags = [*FLAGS, f"-I{SOURCES}", *targets(architectures_of(source))]
         if source.name == "plan.cu":
             flags.append(f'-DLINATTN_ARCHITECTURES="{everything}"')
         digest = hashlib.sha256(version + " ".join(flags).encode() + text_with_headers(source))
-        made = OBJECTS / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        folder = "" if source.parent in (SOURCES, OBJECTS / "instances") else f"{source.parent.name}_"
+        made = OBJECTS / f"{folder}{source.stem}-{digest.hexdigest()[:16]}.o"
         return [nvcc, *flags, "-c", str(source), "-o"], made
 
     def compile_one(source: Path) -> Path:

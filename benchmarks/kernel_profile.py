@@ -73,7 +73,7 @@ def kernels_of(path: Path) -> list[dict[str, str]]:
 
 
 def short(name: str) -> str:
-    """linattn_mma::rows_kernel<__nv_bfloat16, 64, 0, 0>(...) as mma rows <bfloat16, 64, 0, 0>."""
+    """linattn_stream::rows_kernel<__nv_bfloat16, 64, 0, 0>(...) as stream rows <bfloat16, 64, 0, 0>."""
     name = re.sub(r"void |linattn_|<unnamed>::|_kernel|__nv_|\((int|bool)\)", "", name).split("(")[0]
     return name.replace("::", " ").replace("<", " <", 1)
 

@@ -6,7 +6,7 @@
 #include <algorithm>
 
 #include "card.h"
-#include "generic.cuh"
+#include "generic/job.cuh"
 #include "plan.h"
 
 namespace linattn {

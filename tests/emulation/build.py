@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels"
-OURS = ("emulator.h", "instructions.cuh", "runtime.cpp")
+OURS = ("emulator.h", "tile/instructions.cuh", "runtime.cpp")  # where they stand in for what is in kernels/
 FLAGS = ["-std=c++20", "-O2", "-w", "-fPIC", "-pthread"]  # -w: the pragmas are nvcc's
 
 
@@ -67,14 +69,14 @@ def translated(text: str) -> str:
     return text
 
 
-def with_headers(source: Path, seen: frozenset[Path] = frozenset()) -> bytes:
+def with_headers(source: Path, root: Path, seen: frozenset[Path] = frozenset()) -> bytes:
     """The text of a source and of all headers of ours that it includes."""
     text, seen = source.read_bytes(), seen | {source}
-    found = [source.parent / name.decode() for name in re.findall(rb'#include "([^"]+)"', text)]
-    return text + b"".join(with_headers(header, seen) for header in found if header not in seen)
+    found = [root / name.decode() for name in re.findall(rb'#include "([^"]+)"', text)]
+    return text + b"".join(with_headers(header, root, seen) for header in found if header not in seen)
 
 
-def compile_library(sources: list[Path], library: Path, kept: Path | None = None) -> None:
+def compile_library(sources: list[Path], library: Path, root: Path, kept: Path | None = None) -> None:
     """Objects stay in the folder `kept`, under a name made of all that went into them. Raises RuntimeError with the compiler's words."""
 
     def run(*command: object) -> None:
@@ -83,9 +85,9 @@ def compile_library(sources: list[Path], library: Path, kept: Path | None = None
             raise RuntimeError(done.stderr[-4000:])
 
     def compiled(source: Path) -> Path:
-        made = (kept or source.parent) / f"{source.stem}-{hashlib.sha256(with_headers(source)).hexdigest()[:16]}.o"
+        made = (kept or root) / f"{source.stem}-{hashlib.sha256(with_headers(source, root)).hexdigest()[:16]}.o"
         if not made.exists():
-            run(*FLAGS, f"-I{headers()}", f"-I{source.parent}", "-c", source, "-o", aside := made.with_suffix(".partial"))
+            run(*FLAGS, f"-I{headers()}", f"-I{root}", "-c", source, "-o", aside := made.with_suffix(".partial"))
             aside.replace(made)
         return made
 
@@ -99,29 +101,41 @@ def build(folder: Path) -> Path:
     library = folder / "emulated.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
     sources = []
-    for source in kernel_sources():
-        target = folder / (source.stem + ".cpp" if source.suffix == ".cu" else source.name)
-        head = '#include "emulator.h"\n' if source.suffix == ".cu" else ""
-        target.write_text(head + translated(source.read_text()))
-        if source.suffix == ".cu":
+    for name, text in kernel_sources().items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if target.suffix == ".cu":
+            target = target.with_suffix(".cpp")
             sources.append(target)
+        target.write_text(('#include "emulator.h"\n' if target.suffix == ".cpp" else "") + translated(text))
     for name in OURS:
-        shutil.copy(HERE / name, folder)
+        shutil.copy(HERE / name.rpartition("/")[2], folder / name)
     kept = folder.parent / "emulated-objects"
     kept.mkdir(exist_ok=True)
-    compile_library([*sources, folder / "runtime.cpp"], aside := folder / "aside.so", kept)
+    compile_library([*sources, folder / "runtime.cpp"], aside := folder / "aside.so", folder, kept)
     return aside.replace(library)
 
 
-def kernel_sources() -> list[Path]:
-    """What is emulated of kernels/."""
-    found = [source for source in sorted(KERNELS.glob("*.*")) if source.suffix in (".cu", ".cuh", ".h") and source.name not in OURS]
-    return [source for source in found if not source.read_text().startswith("// architectures: sm_90a")]
+def kernel_sources() -> dict[str, str]:
+    """What is emulated, by its path below kernels/; the sources of the instances among them."""
+    files = [path for path in sorted(KERNELS.rglob("*.*")) if path.suffix in (".cu", ".cuh", ".h")]
+    found = {str(path.relative_to(KERNELS)): path.read_text() for path in files} | instances()
+    return {name: text for name, text in found.items() if name not in OURS and not text.startswith("// architectures: sm_90a")}
+
+
+def instances() -> dict[str, str]:
+    """As setup.py makes them."""
+    specification = importlib.util.spec_from_file_location("setup_of_linattn", KERNELS.parent / "setup.py")
+    assert specification and specification.loader
+    module = importlib.util.module_from_spec(specification)
+    with mock.patch("setuptools.setup"):
+        specification.loader.exec_module(module)
+    return module.instances()
 
 
 def digest() -> str:
     """Of all that the library is made of."""
-    parts = [path.read_bytes() for path in (*kernel_sources(), *(HERE / name for name in OURS), Path(__file__))]
+    texts = [f"{name}\n{text}".encode() for name, text in kernel_sources().items()]
+    parts = [*texts, *((HERE / name.rpartition("/")[2]).read_bytes() for name in OURS), Path(__file__).read_bytes()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

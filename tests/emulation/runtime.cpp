@@ -4,7 +4,7 @@
 
 #include <cstdlib>
 
-#include "pairs.cuh"
+#include "pairs/pairs.cuh"
 
 namespace {
 int shared_memory() {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "kernels").glob("*.cu"))
+SOURCES = sorted((ROOT / "kernels").rglob("*.cu"))
 
 
 @pytest.fixture
@@ -40,12 +40,21 @@ def test_a_source_may_name_its_targets(build, tmp_path):
 
 
 def test_an_object_depends_on_every_header_it_includes(build):
-    text = build.text_with_headers(ROOT / "kernels" / "generic_scan.cu")
+    text = build.text_with_headers(ROOT / "kernels" / "generic" / "scan.cu")
     assert b"__global__ void scan" in text and b"struct Rows" in text and b"linattn_problem;" in text
 
 
+def test_the_table_of_instances_stands_for_a_source_each(build):
+    made = build.instances()
+    assert len(made) == 17 and made["stream_nv_bfloat16_80.cu"] == (
+        '// architectures: sm_80 compute_80 sm_90\n#include "stream/launch.cuh"\n'
+        "namespace linattn_stream {\nLINATTN_STREAM_INSTANTIATE(__nv_bfloat16, 80)\n}\n"
+    )
+    assert {path.name for path in build.all_sources()} == {path.name for path in SOURCES} | set(made)
+
+
 def test_no_source_includes_torch():
-    for path in (*SOURCES, *(ROOT / "kernels").glob("*.cuh")):
+    for path in (*SOURCES, *(ROOT / "kernels").rglob("*.cuh")):
         assert "torch/" not in path.read_text() and "ATen" not in path.read_text(), path.name
 
 

@@ -1,0 +1,104 @@
+// What a row has gathered, as it is written: divided by its mass, or brought back through the length of its vector.
+#pragma once
+#include "chunks/sum.cuh"
+
+namespace linattn_chunks {
+
+// What a lane's two rows (group and group + 8) sum to over the lanes that share them.
+__device__ __forceinline__ void over_row(float (&x)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    x[half] += __shfl_xor_sync(0xffffffffu, x[half], 1);
+    x[half] += __shfl_xor_sync(0xffffffffu, x[half], 2);
+  }
+}
+__device__ __forceinline__ float2 two_of(const float *x) { return *reinterpret_cast<const float2 *>(x); }
+__device__ __forceinline__ float2 two_of(const __nv_bfloat16 *x) {
+  using E = Element<__nv_bfloat16>;
+  const uint32_t two = *reinterpret_cast<const uint32_t *>(x);
+  return make_float2(E::low(two), E::high(two));
+}
+__device__ __forceinline__ void put_two(float *to, float x, float y) { *reinterpret_cast<float2 *>(to) = make_float2(x, y); }
+__device__ __forceinline__ void put_two(__nv_bfloat16 *to, float x, float y) { *reinterpret_cast<uint32_t *>(to) = pack_bf16(x, y); }
+
+// Where a lane's two rows lie, row0 and row0 + 8 of the block's.
+struct LaneRows {
+  int warp, lane_id, place, row0, rows, batch, head;
+  int64_t begin, first_number;  // of the block's first row: in its head, and among the masses and e
+};
+
+template <typename T, int D, Role ROLE>
+__device__ __forceinline__ void put_results(const RowArguments &args, typename RowShape<T, D>::Small &small, const LaneRows &at, float b_tau, float (&acc)[D / 8][4], float (&total)[2]) {
+  using S = RowShape<T, D>;
+  constexpr int BLOCKS = S::BLOCKS;
+  if constexpr (kTotals<ROLE>) over_row(total);
+  float finish[2] = {1.f, 1.f}, along[2] = {0.f, 0.f};
+  const T *own[2] = {nullptr, nullptr};
+  T *to_rows[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = at.row0 + 8 * half;
+    to_rows[half] = head_of<T>(args.result, at.batch, at.head) + (at.begin + row) * args.result.token_stride;
+    if constexpr (ROLE == Role::kOut) {
+      if (at.place == 0 && row < at.rows) args.mass_out[at.first_number + row] = total[half];
+      finish[half] = total[half] == 0.f ? 1.f : 1.f / total[half];
+    }
+    if constexpr (kAcross<ROLE>) own[half] = head_of<const T>(args.grad_of, at.batch, at.head) + (at.begin + row) * args.grad_of.token_stride;
+  }
+  if constexpr (kAcross<ROLE>) {
+    float square[2] = {0.f, 0.f};
+#pragma unroll
+    for (int n = 0; n < 2 * BLOCKS; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (at.row0 + 8 * half < at.rows) {
+          const float2 x = two_of(own[half] + 8 * n + 2 * at.place);
+          square[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, square[half]));
+          along[half] = fmaf(x.x, acc[n][2 * half], fmaf(x.y, acc[n][2 * half + 1], along[half]));
+        }
+    over_row(square);
+    over_row(along);
+    float dot[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float inverse = args.problem.normalize_qk ? inverse_length(square[half]) : 1.f;
+      dot[half] = along[half] * inverse;
+      along[half] *= args.problem.normalize_qk ? inverse * inverse : 0.f;
+      finish[half] = b_tau * inverse;
+    }
+    if constexpr (ROLE == Role::kQuery) {
+      float sums[2] = {0.f, 0.f};
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (at.row0 + 8 * half < at.rows) sums[0] += total[half], sums[1] += dot[half];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], step);
+        if (at.lane_id == 0) small.totals[at.warp][i] = sums[i];
+      }
+      __syncthreads();
+      const int thread = threadIdx.x;
+      if (thread < 2) {
+        float sum = 0.f;
+        for (int w = 0; w < S::WARPS; ++w) sum += small.totals[w][thread];
+        args.partials[2 * static_cast<int64_t>(blockIdx.x) + thread] = sum;
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 2 * BLOCKS; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (at.row0 + 8 * half < at.rows) {
+        float left = acc[n][2 * half], right = acc[n][2 * half + 1];
+        const int column = 8 * n + 2 * at.place;
+        if constexpr (kAcross<ROLE>) {
+          const float2 x = two_of(own[half] + column);
+          left = fmaf(-x.x, along[half], left), right = fmaf(-x.y, along[half], right);
+        }
+        put_two(to_rows[half] + column, left * finish[half], right * finish[half]);
+      }
+}
+
+}  // namespace linattn_chunks

@@ -1,4 +1,0 @@
-#include "chunks_launch.cuh"
-namespace linattn_chunks {
-LINATTN_CHUNKS_INSTANTIATE(__nv_bfloat16, 192)
-}

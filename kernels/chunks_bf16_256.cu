@@ -1,5 +1,0 @@
-// architectures: compute_80 sm_90a
-#include "chunks_launch.cuh"
-namespace linattn_chunks {
-LINATTN_CHUNKS_INSTANTIATE(__nv_bfloat16, 256)
-}

@@ -1,0 +1,106 @@
+// What the kernels that form every pair of tokens share: f(s) = a + b s + c s^2 on the tensor cores, softmax attention's loop without its softmax.
+//
+// A block owns 128 queries of one head and walks over the keys in tiles of 64. With r_n = 1 / |k_n|:
+//   o_i g_i = sum_n P_in v_n,   g_i = sum_n P_in,   P_in = a + s (beta_i + gamma_i s),   s = (q_i . k_n) r_n,
+//   beta_i = b tau / |q_i|,   gamma_i = c (tau / |q_i|)^2.
+// Norms are applied to the float32 products, so that queries and keys are never rounded again.
+#pragma once
+#include "card.h"
+#include "tile/tile.cuh"
+
+namespace linattn_pairs {
+
+using namespace linattn_tile;
+using linattn::aligned;
+
+constexpr int kRows = 128, kKeys = 64, kStages = 2;
+constexpr int64_t kChunk = 32;  // tokens of a chunk, times the head dim
+
+struct Arguments {
+  linattn_problem problem;
+  linattn_tensor out;
+  float *mass, *final_state;
+  float *key_scale;        // (batch, key_heads, padded)
+  int64_t padded;          // tokens, a multiple of kKeys
+  int32_t row_tiles, heads_together;
+  int64_t chunks;          // what lies before a query's own chunk is in a state: see pairs_state.cu; 1: no state
+  float *sums;             // of every chunk alone
+  unsigned char *states;   // before every chunk
+  unsigned char *unit_keys;
+  bool warpgroups;         // by Hopper's kernels
+};
+
+// A power of two that keeps weights inside float16.
+template <typename T> __device__ __forceinline__ float weight_scale(float a, float b, float c, float temperature) {
+  if constexpr (Element<T>::kNarrow) {
+    const float bound = fabsf(a) + fabsf(b * temperature) + fabsf(c) * temperature * temperature;
+    return bound > 32768.f ? exp2f(-ceilf(log2f(bound * 0x1p-15f))) : 1.f;
+  }
+  return 1.f;
+}
+
+// Which queries a block owns. Long rows come first, and heads in groups whose keys and values stay in the cache.
+struct Place {
+  int batch, head, key_head, rows, tiles;  // rows: real ones; tiles: of keys
+  int64_t begin;
+  __device__ __forceinline__ explicit Place(const Arguments &args) {
+    const linattn_problem &p = args.problem;
+    const int all_heads = p.batch * p.query_heads, blocks = args.heads_together * args.row_tiles;
+    const int first = blockIdx.x / blocks * args.heads_together, together = min(args.heads_together, all_heads - first), inside = blockIdx.x % blocks;
+    const int number = first + inside % together;
+    batch = number / p.query_heads, head = number % p.query_heads, key_head = head / (p.query_heads / p.key_heads);
+    begin = static_cast<int64_t>(args.row_tiles - 1 - inside / together) * kRows;
+    rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(kRows)));
+    tiles = static_cast<int>(((p.causal ? begin + rows : p.length) + kKeys - 1) / kKeys);
+  }
+};
+
+// The tiles of keys and values, two stages of them, each with its keys' scales behind all.
+template <typename T, int D, int THREADS> struct KeyCopy {
+  static constexpr int TILE = kKeys * D * 2, BYTES = kStages * (2 * TILE + kKeys * 4);
+  const linattn_problem &p;
+  const T *keys, *values;
+  const float *scales;
+  uint32_t shared;
+  __device__ __forceinline__ KeyCopy(const Arguments &args, const Place &place, uint32_t shared)
+      : p(args.problem), keys(head_of<const T>(p.key, place.batch, place.key_head)), values(head_of<const T>(p.value, place.batch, place.key_head)),
+        scales(args.key_scale + (static_cast<int64_t>(place.batch) * p.key_heads + place.key_head) * args.padded), shared(shared) {}
+  __device__ __forceinline__ void start(int tile, int thread) const {
+    const int64_t first = static_cast<int64_t>(tile) * kKeys;
+    const int stage = tile % kStages, count = static_cast<int>(min(p.length - first, static_cast<int64_t>(kKeys)));
+    copy_tile<D, kKeys, THREADS>(shared + stage * 2 * TILE, keys + first * p.key.token_stride, p.key.token_stride, count, thread);
+    copy_tile<D, kKeys, THREADS>(shared + stage * 2 * TILE + TILE, values + first * p.value.token_stride, p.value.token_stride, count, thread);
+    if (thread < kKeys / 4) copy_async(shared + kStages * 2 * TILE + stage * kKeys * 4 + thread * 16, scales + first + thread * 4, true);
+  }
+};
+
+// Whether a problem's pairs can be formed here, and whether they cost less than the generic path's state, which they do up to some multiple of D^2 tokens.
+bool pairs_take(const linattn_problem &problem);
+bool pairs_cost_less(const linattn_problem &problem);
+
+// Hopper's warpgroups: head dims 32, 64 and 128.
+bool hopper_takes(const linattn_problem &problem);
+int hopper_shared_bytes(const linattn_problem &problem);
+cudaError_t hopper_launch(const Arguments &args, cudaStream_t stream);
+
+// What is known of all tokens before a chunk: sum k_a k_b v, by blocks of 16 x 16 of (a, b), each pair of blocks once and with both its
+// orders; sum k_a v; sum k_a k_b, which the masses take; sum k; sum v. Keys are unit vectors here, rounded.
+template <int D> struct State {
+  static constexpr int BLOCKS = D / 16;
+  static constexpr int64_t CHUNK = kChunk * D;
+  static constexpr int ITEMS = 8 * BLOCKS * (BLOCKS + 1);            // (a, block of b): 16 rows each, one a row of D values
+  static constexpr int LINEAR = ITEMS * 16, MASSES = LINEAR + D, ROWS = MASSES + D;
+  static constexpr int SUMS = ROWS * D + 2 * D;                      // floats of a chunk's sums: the rows, sum k, sum v
+  static constexpr int ROUNDED_ROWS = 2 * D + LINEAR + D;            // high and low part of sum k_a k_b, then the others
+  static constexpr int64_t BYTES = ROUNDED_ROWS * D * 2 + 2 * D * 4;  // of a state: rounded rows, sum k, sum v in float32
+  static __host__ __device__ constexpr int first_item(int block) { return 16 * (block * BLOCKS - block * (block - 1) / 2); }
+};
+
+bool state_takes(const linattn_problem &problem);
+int64_t state_chunks(const linattn_problem &problem);
+int64_t unit_key_bytes(const linattn_problem &problem);  // what the launch needs in memory
+int64_t sums_bytes(const linattn_problem &problem);
+int64_t states_bytes(const linattn_problem &problem);
+cudaError_t state_launch(const Arguments &args, cudaStream_t stream);
+
+}  // namespace linattn_pairs

@@ -1,0 +1,30 @@
+// How a problem is cut into blocks, and where the parts of its workspace lie.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "linattn.h"
+
+namespace linattn_stream {
+
+using Plan = linattn_plan;
+
+// Offsets in floats, each on a 256-byte boundary.
+struct ForwardWorkspace {
+  int64_t states, keeps, decay, floats;
+  ForwardWorkspace(const linattn_problem &problem, const Plan &plan);
+};
+struct BackwardWorkspace : ForwardWorkspace {
+  int64_t error, query_scale, partials;
+  int64_t row_sums, column_sums, final_state, ends, parts;  // with a decay
+  int64_t key_parts, value_parts;                           // where several states share a key head
+  BackwardWorkspace(const linattn_problem &problem, const Plan &plan);
+};
+
+template <typename T, int D> cudaError_t forward(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan);
+template <typename T, int D> cudaError_t backward(const linattn_problem &problem, const linattn_backward_data &data, const Plan &plan);
+
+// Shared memory of the block that takes most, as its struct says.
+template <typename T, int D> int forward_shared(const Plan &plan);
+template <typename T, int D> int backward_shared(const Plan &plan);
+
+}  // namespace linattn_stream

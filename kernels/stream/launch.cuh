@@ -1,0 +1,133 @@
+// How the kernels of one dtype and head dim are put together; instantiated once a translation unit, so that they compile in parallel.
+#pragma once
+#include <algorithm>
+
+#include "stream/columns.cuh"
+#include "stream/cut.h"
+#include "stream/rows.cuh"
+#include "stream/segments.cuh"
+#include "tile/launch.cuh"
+#include "tile/scan.cuh"
+
+namespace linattn_stream {
+
+template <int D>
+cudaError_t scan_segments(float *states, const float *keeps, const linattn_problem &problem, const Plan &plan, Scan scan, const float *initial, float *total) {
+  const dim3 grid((D * D + 2 * D + 256) / 256, problem.batch * problem.state_heads);
+  scan_kernel<D><<<grid, 256, 0, static_cast<cudaStream_t>(problem.stream)>>>(states, keeps, plan.segments, scan, initial, total);
+  return cudaPeekAtLastError();
+}
+
+inline Gates gates_of(const linattn_problem &problem, const float *decay) {
+  return {problem.log_decay ? decay : nullptr, problem.query_segments, problem.key_segments, problem.query_segments_stride, problem.key_segments_stride};
+}
+
+template <typename T, int D, bool GATED> cudaError_t forward_by(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
+  const int blocks = problem.batch * problem.state_heads * plan.segments;
+  const ForwardWorkspace workspace(problem, plan);
+  float *const base = static_cast<float *>(problem.workspace), *const states = plan.states ? base + workspace.states : nullptr;
+  float *const keeps = GATED ? base + workspace.keeps : nullptr;
+  const Gates gates = gates_of(problem, base + workspace.decay);
+  if (gates.decay) LINATTN_TRY(launch_chunk_decay(problem, plan.chunk, base + workspace.decay));
+  if (states) {
+    const SegmentArguments segments{problem, {}, nullptr, nullptr, nullptr, states, plan.segments, problem.causal && !result.state ? plan.segments - 1 : -1,
+                                    plan.segment_length, gates, keeps};
+    using Shape = SegmentShape<D>;
+    LINATTN_TRY(launch(segments_kernel<T, D, false, GATED>, blocks, Shape::THREADS, Shape::template SHARED<GATED>, stream, segments));
+    LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kPrefix : Scan::kTotal, problem.initial_state, result.state));
+  }
+  RowArguments rows{};
+  rows.problem = problem, rows.result = result.out, rows.mass_out = result.mass, rows.states = states;
+  rows.final_state = states ? nullptr : result.state;
+  rows.segments = plan.segments, rows.segment_length = plan.segment_length, rows.gates = gates;
+  using Shape = RowShape<D, false, GATED>;
+  return launch(rows_kernel<T, D, false, GATED>, blocks, Shape::THREADS, Shape::SHARED, stream, rows);
+}
+
+template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_problem &problem, const linattn_backward_data &data, const Plan &plan) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
+  const int blocks = problem.batch * problem.state_heads * plan.segments;
+  const BackwardWorkspace workspace(problem, plan);
+  float *const base = static_cast<float *>(problem.workspace), *const states = plan.states ? base + workspace.states : nullptr;
+  float *const error = base + workspace.error, *const query_scale = base + workspace.query_scale, *const partials = base + workspace.partials;
+  float *const keeps = GATED ? base + workspace.keeps : nullptr;
+  const Gates gates = gates_of(problem, base + workspace.decay);
+  const bool slopes = gates.decay && data.grad_log_decay;  // whether the decay wants a gradient
+  const DecaySums sums{base + workspace.row_sums, base + workspace.column_sums, base + workspace.final_state, data.grad_state, base + workspace.ends,
+                       reinterpret_cast<double *>(base + workspace.parts)};
+  using Segment = SegmentShape<D>;
+
+  if (gates.decay) LINATTN_TRY(launch_chunk_decay(problem, plan.chunk, base + workspace.decay));
+  // With noise, W times the noise waits where dq will be, block by block, until the row kernel, which comes last then, replaces it.
+  const bool noised = GATED && problem.dropout_p;
+  const linattn_tensor &grad_out = noised ? data.grad_query : data.grad_out;
+  RowArguments rows{};
+  rows.problem = problem, rows.out = data.out, rows.grad_out = grad_out, rows.result = data.grad_query, rows.noised = noised;
+  rows.mass = data.mass, rows.grad_mass = data.grad_mass, rows.error = error, rows.query_scale = query_scale, rows.partials = partials;
+  rows.states = states, rows.segments = plan.segments, rows.segment_length = plan.segment_length, rows.gates = gates;
+  if (slopes) rows.row_sums = sums.rows, rows.final_sums = data.grad_state ? sums.final_state : nullptr;
+  const auto work_on_rows = [&]() -> cudaError_t {
+    if (states) {
+      const SegmentArguments keys{problem, {}, nullptr, nullptr, nullptr, states, plan.segments, problem.causal ? plan.segments - 1 : -1, plan.segment_length, gates, keeps};
+      LINATTN_TRY(launch(segments_kernel<T, D, false, GATED>, blocks, Segment::THREADS, Segment::template SHARED<GATED>, stream, keys));
+      LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kPrefix : Scan::kTotal, problem.initial_state, nullptr));
+    }
+    using Row = RowShape<D, true, GATED>;
+    return launch(rows_kernel<T, D, true, GATED>, blocks, Row::THREADS, Row::SHARED, stream, rows);
+  };
+  LINATTN_TRY(noised ? launch_noised_gradient<T>(problem, data, error, query_scale) : work_on_rows());
+
+  if (states) {
+    const SegmentArguments queries{problem, grad_out, data.mass, error, query_scale, states, plan.segments, problem.causal && !data.grad_initial_state ? 0 : -1,
+                                   plan.segment_length, gates, keeps};
+    LINATTN_TRY(launch(segments_kernel<T, D, true, GATED>, blocks, Segment::THREADS, Segment::template SHARED<GATED>, stream, queries));
+    LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kSuffix : Scan::kTotal, data.grad_state, data.grad_initial_state));
+  }
+  ColumnArguments columns{problem, grad_out, data.grad_key, data.grad_value, data.mass, error, query_scale, states, data.grad_state,
+                          states ? nullptr : data.grad_initial_state, plan.segments, plan.segment_length, gates, slopes ? sums.columns : nullptr};
+  T *const key_parts = reinterpret_cast<T *>(base + workspace.key_parts), *const value_parts = reinterpret_cast<T *>(base + workspace.value_parts);
+  const bool shares = problem.state_heads != problem.key_heads;
+  if (shares) {
+    const int64_t plane = problem.length * D;
+    columns.grad_key = {key_parts, problem.state_heads * plane, plane, D};
+    columns.grad_value = {value_parts, problem.state_heads * plane, plane, D};
+  }
+  using Column = ColumnShape<D>;
+  LINATTN_TRY(launch(columns_kernel<T, D, GATED>, blocks, Column::THREADS, Column::template SHARED<GATED>, stream, columns));
+  if (shares) {
+    LINATTN_TRY(launch_share<T>(problem, key_parts, data.grad_key));
+    LINATTN_TRY(launch_share<T>(problem, value_parts, data.grad_value));
+  }
+  if (noised) LINATTN_TRY(work_on_rows());
+  if (slopes) LINATTN_TRY(launch_decay_gradient(problem, sums, data.grad_log_decay));
+  if (data.grad_coefficients) {
+    coefficients_kernel<<<problem.query_heads, 32, 0, stream>>>(partials, problem.coefficients, data.grad_coefficients, problem.batch, problem.query_heads, plan.segments);
+    LINATTN_TRY(cudaPeekAtLastError());
+  }
+  return cudaSuccess;
+}
+
+template <typename T, int D> cudaError_t forward(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan) {
+  return plan.gated ? forward_by<T, D, true>(problem, result, plan) : forward_by<T, D, false>(problem, result, plan);
+}
+template <typename T, int D> cudaError_t backward(const linattn_problem &problem, const linattn_backward_data &data, const Plan &plan) {
+  return plan.gated ? backward_by<T, D, true>(problem, data, plan) : backward_by<T, D, false>(problem, data, plan);
+}
+
+template <int D, bool GATED> constexpr int forward_shared_by(bool states) {
+  return std::max(RowShape<D, false, GATED>::SHARED, states ? SegmentShape<D>::template SHARED<GATED> : 0);
+}
+template <int D, bool GATED> constexpr int backward_shared_by(bool states) {
+  return std::max({RowShape<D, true, GATED>::SHARED, ColumnShape<D>::template SHARED<GATED>, states ? SegmentShape<D>::template SHARED<GATED> : 0});
+}
+template <typename T, int D> int forward_shared(const Plan &plan) { return plan.gated ? forward_shared_by<D, true>(plan.states) : forward_shared_by<D, false>(plan.states); }
+template <typename T, int D> int backward_shared(const Plan &plan) { return plan.gated ? backward_shared_by<D, true>(plan.states) : backward_shared_by<D, false>(plan.states); }
+
+#define LINATTN_STREAM_INSTANTIATE(T, D)                                                                                    \
+  template int forward_shared<T, D>(const Plan &);                                                                       \
+  template int backward_shared<T, D>(const Plan &);                                                                      \
+  template cudaError_t forward<T, D>(const linattn_problem &, const linattn_forward_result &, const Plan &);             \
+  template cudaError_t backward<T, D>(const linattn_problem &, const linattn_backward_data &, const Plan &);
+
+}  // namespace linattn_stream

@@ -1,0 +1,133 @@
+// The kernel of the forward direction in n: its arguments, its shape, and what all threads of a block share. See mma_rows.cuh.
+#pragma once
+#include <type_traits>
+
+#include "tile/gates.cuh"
+#include "tile/noise.cuh"
+#include "tile/range.cuh"
+#include "tile/state.cuh"
+
+namespace linattn_stream {
+
+using namespace linattn_tile;
+
+struct RowArguments {
+  linattn_problem problem;
+  linattn_tensor out, grad_out, result;   // out and grad_out: gradient only; result: out, or grad_query
+  float *mass_out;                        // forward
+  const float *mass, *grad_mass;          // gradient
+  float *error, *query_scale;             // gradient: e_i and 1 / |q_i|, (batch, query_heads, length), for the column kernel
+  float *partials;                        // gradient: (batch, query_heads, segments, 2): sums of dA and of dA q^.k^
+  const float *states;                    // of each segment's beginning, or null: initial_state or nothing
+  float *final_state;                     // forward, or null
+  int32_t segments;
+  int64_t segment_length;
+  Gates gates;
+  bool noised;                            // gradient: grad_out holds W times the noise, and error what W itself gave
+  float *row_sums;                        // gradient: (batch, query_heads, length): sum of A dA over the row's keys, or null
+  float *final_sums;                      // gradient: the state behind the last token, transposed, as the workspace holds states, or null
+};
+
+template <int D, bool GRAD, bool GATED> struct RowShape {
+  static constexpr int C = D == 32 || D == 128 ? 64 : D;
+  static constexpr int STRIPES = C / 16, BLOCKS = D / 16;  // 16-wide blocks along the tokens and along D
+  static constexpr int HALVES = D == 128 ? 2 : 1;          // warps that share out the columns of a stripe's results
+  static constexpr int RESULT_WARPS = STRIPES * HALVES, STATE_WARPS = BLOCKS, WARPS = RESULT_WARPS + STATE_WARPS;
+  static constexpr int STATE_THREADS = 32 * STATE_WARPS, THREADS = 32 * WARPS;
+  static constexpr int OUT_PAIRS = BLOCKS / HALVES;
+  static constexpr int STAGES = 2;
+  static constexpr int ROW_TILES = GRAD ? 3 : 1;           // x; and o, q for the gradient
+  static constexpr int TILE = C * D * 2;
+  static constexpr int STATE_TILE = D * D * 2;
+  static constexpr int MIN_BLOCKS = D == 32 ? 4 : D == 64 ? 2 : 1;
+  struct Small {
+    alignas(16) float key_scale[C], line[D], numbers[STAGES][2][C], exchange[2][C];
+    alignas(16) uint16_t key_high[C], key_low[C], column_high[D], column_low[D], zeros[C > D ? C : D];
+    float totals[STRIPES][kMaxGroup][2], coefficients[kMaxGroup][2];
+    float peaks[STATE_WARPS], state_worth;  // of the state's rounded elements
+  };
+  struct GatedSmall : Small {
+    GateTiles<C, STAGES> gates;
+    alignas(16) uint16_t leave_high[C], leave_low[C];
+    alignas(16) float leave[C];
+    float count;
+  };
+  using AllSmall = std::conditional_t<GATED, GatedSmall, Small>;
+  static constexpr int SHARED = STAGES * (ROW_TILES + 2) * TILE + STATE_TILE + static_cast<int>(sizeof(AllSmall));
+};
+
+// What all threads of a block know of it: where its head and segment lie, and its tiles in shared memory.
+template <typename T, int D, bool GRAD, bool GATED> struct RowBlock {
+  using Shape = RowShape<D, GRAD, GATED>;
+  using Small = typename Shape::AllSmall;
+  static constexpr int C = Shape::C, STAGES = Shape::STAGES, TILE = Shape::TILE, ROW_TILES = Shape::ROW_TILES;
+
+  const RowArguments &args;
+  unsigned char *const shared;
+  Small &small;
+  const uint32_t row_tiles, key_tiles, state_tile;  // (stage, ROW_TILES); (stage, y and z)
+  const int head_pair, segment, batch, key_head, heads;
+  const int memory_head;                            // whose keys and values these are
+  const int64_t begin, end;
+  const int iterations;                             // chunks times the group's query heads
+  const StateView<D> source;
+
+  __device__ __forceinline__ RowBlock(const RowArguments &args, unsigned char *shared)
+      : args(args), shared(shared), small(*reinterpret_cast<Small *>(shared + STAGES * (ROW_TILES + 2) * TILE + Shape::STATE_TILE)),
+        row_tiles(shared_address(shared)), key_tiles(row_tiles + STAGES * ROW_TILES * TILE), state_tile(key_tiles + STAGES * 2 * TILE),
+        head_pair(blockIdx.x / args.segments), segment(blockIdx.x % args.segments), batch(head_pair / args.problem.state_heads),
+        key_head(head_pair % args.problem.state_heads), heads(args.problem.query_heads / args.problem.state_heads),
+        memory_head(key_head / (args.problem.state_heads / args.problem.key_heads)), begin(segment * args.segment_length),
+        end(min(args.problem.length, begin + args.segment_length)), iterations(static_cast<int>((end - begin + C - 1) / C) * heads),
+        source(args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments, args.problem.causal ? segment : 0)
+                           : StateView<D>::of_caller(args.problem.initial_state, head_pair)) {}
+
+  __device__ __forceinline__ const T *zeros() const { return reinterpret_cast<const T *>(small.zeros); }
+  __device__ __forceinline__ SplitWeights<T> key_weights() const { return {reinterpret_cast<T *>(small.key_high), reinterpret_cast<T *>(small.key_low)}; }
+  __device__ __forceinline__ SplitWeights<T> column_parts() const { return {reinterpret_cast<T *>(small.column_high), reinterpret_cast<T *>(small.column_low)}; }
+  __device__ __forceinline__ SplitWeights<T> leave_weights() const {
+    if constexpr (GATED) return {reinterpret_cast<T *>(small.leave_high), reinterpret_cast<T *>(small.leave_low)};
+    else return key_weights();
+  }
+
+  // Before anything else.
+  __device__ __forceinline__ void clear() const {
+    const linattn_problem &p = args.problem;
+    const int thread = threadIdx.x;
+    for (int i = thread; i < (C > D ? C : D); i += Shape::THREADS) small.zeros[i] = 0;
+    for (int i = thread; i < Shape::STRIPES * kMaxGroup * 2; i += Shape::THREADS) (&small.totals[0][0][0])[i] = 0.f;
+    if (GRAD && !args.grad_mass)
+      for (int i = thread; i < STAGES * C; i += Shape::THREADS) small.numbers[i / C][1][i % C] = 0.f;
+    if (thread < heads) {
+      const int head = key_head * heads + thread;
+      small.coefficients[thread][0] = p.coefficients[head], small.coefficients[thread][1] = p.coefficients[p.query_heads + head] * p.coefficients[3 * p.query_heads + head];
+    }
+    if constexpr (GATED) {
+      small.gates.clear(thread, Shape::THREADS);
+      __syncthreads();  // before the first copies into them
+    }
+  }
+
+  // Behind the barrier at the top of an iteration: the copies have arrived, and are made what the products take.
+  __device__ __forceinline__ void prepare(int stage, int key_stage, bool fresh_keys) const {
+    const int thread = threadIdx.x;
+    unsigned char *const row_tile = shared + stage * ROW_TILES * TILE, *const key_tile = shared + STAGES * ROW_TILES * TILE + key_stage * 2 * TILE;
+    if constexpr (GATED) {
+      if (args.gates.key_runs && any_padding<C>(small.gates.query_runs[key_stage], small.gates.key_runs[key_stage], thread)) {
+        for (int i = 0; i < ROW_TILES; ++i) zero_padding<D, C, Shape::THREADS>(row_tile + i * TILE, small.gates.query_runs[key_stage], thread);
+        if (fresh_keys)
+          for (int i = 0; i < 2; ++i) zero_padding<D, C, Shape::THREADS>(key_tile + i * TILE, small.gates.key_runs[key_stage], thread);
+        warpgroup_publish();
+        __syncthreads();
+      }
+    }
+    if constexpr (Element<T>::kNarrow)
+      if (fresh_keys) {
+        lift_rows<T, D, C, Shape::THREADS>(key_tile + (GRAD ? TILE : 0), nullptr, thread);
+        warpgroup_publish();
+        __syncthreads();
+      }
+  }
+};
+
+}  // namespace linattn_stream

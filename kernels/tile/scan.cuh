@@ -1,0 +1,43 @@
+// A scan over the states of a head's segments.
+#pragma once
+#include "tile/state.cuh"
+
+namespace linattn_tile {
+
+enum class Scan { kPrefix, kSuffix, kTotal };
+
+// Turns the segments' own states into what each one starts from (the sum of those before, or after it), or the first into the sum of all.
+// `initial` and `total` are the caller's states, or null.
+template <int D>
+__global__ void scan_kernel(float *states, const float *keeps, int segments, Scan scan, const float *initial, float *total) {
+  const int index = blockIdx.x * blockDim.x + threadIdx.x;
+  if (index > D * D + 2 * D) return;
+  const int64_t head = blockIdx.y;
+  const int row = index / D, column = index % D;
+  const int64_t callers = head * (D + 1) * (D + 1) + (index < D * D            ? row * (D + 1) + column
+                                                      : index < D * D + D      ? (index - D * D) * (D + 1) + D
+                                                                               : D * (D + 1) + (index - D * D - D));
+  float *const at = states + head * segments * kStateFloats<D> + index;
+  float sum = initial ? initial[callers] : 0.f;
+  const int64_t step = scan == Scan::kSuffix ? -kStateFloats<D> : kStateFloats<D>;
+  float *const start = scan == Scan::kSuffix ? at + static_cast<int64_t>(segments - 1) * kStateFloats<D> : at;
+  const int known = scan == Scan::kTotal || total ? segments : segments - 1;  // nobody needs the last one's own state for the scan
+  constexpr int kAhead = 8;
+  for (int first = 0; first < segments; first += kAhead) {
+    float own[kAhead], keep[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      own[i] = first + i < known ? start[(first + i) * step] : 0.f;
+      keep[i] = keeps && first + i < known ? keeps[head * segments + (scan == Scan::kSuffix ? segments - 1 - first - i : first + i)] : 1.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (scan != Scan::kTotal && first + i < segments) start[(first + i) * step] = sum;
+      sum = fmaf(keep[i], sum, own[i]);
+    }
+  }
+  if (scan == Scan::kTotal) *at = sum;
+  if (total) total[callers] = sum;
+}
+
+}  // namespace linattn_tile
