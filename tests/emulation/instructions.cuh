@@ -2,7 +2,7 @@
 #pragma once
 #include "emulator.h"
 
-namespace linattn_mma {
+namespace linattn_tile {
 
 inline uint32_t bits_of(__nv_bfloat16 x) { uint16_t bits; std::memcpy(&bits, &x, 2); return bits; }
 inline uint32_t bits_of(__half x) { uint16_t bits; std::memcpy(&bits, &x, 2); return bits; }
@@ -115,7 +115,7 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline void sine_and_cosine_fast(float x, float &sine, float &cosine) { sine = std::sin(x), cosine = std::cos(x); }
 
-}  // namespace linattn_mma
+}  // namespace linattn_tile
 
 namespace linattn {
 
