@@ -1,7 +1,8 @@
 """The kernels' accuracy against float64, beside the error of the same formula in the same dtype in plain PyTorch.
 
 The bar is twice that error, three times for gradients. What the reference cannot say (states, masses, noise) is held against the chunked
-PyTorch form, in float64 for the truth and in the dtype at hand for the bar.
+PyTorch form, in float64 for the truth and in the dtype at hand for the bar; but the gradient of the decay, which that form sums more
+carefully than any formula in its dtype could, has for its bar autograd's through the matrix of all pairs.
 """
 
 import math
@@ -12,8 +13,10 @@ from operator_cases import gradients, make_inputs
 
 from hf_linattn import linear_attention
 from hf_linattn.ops import chunked, cuda, reference
-from hf_linattn.ops.features import feature_count
+from hf_linattn.ops.features import feature_count, key_features, query_features
+from hf_linattn.ops.noise import paper_factor, standard_normal
 from hf_linattn.ops.segments import canonical_segments
+from hf_linattn.ops.unit import unit
 
 SEEDS = range(3)
 FLOOR = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # where the plain form is exact by luck
@@ -110,6 +113,44 @@ def run(module, inputs, upstream, stateful, dtype=None):
     return {name: x for name, x in results.items() if x.numel()}
 
 
+def rate_gradient(inputs, upstream):
+    """Autograd's gradient of log_decay through all pairs, the tokens of the state ahead and of the state behind, all in query's dtype."""
+    query, key, value, coefficients, log_decay, runs, _, initial, p, seed, degree, _, _ = inputs
+    dtype, (batch, heads, length, _), state_heads = query.dtype, query.shape, chunked.state_heads(query, key, log_decay)
+    leaf = log_decay.detach().clone().requires_grad_()
+    rate = leaf[None, :, None].expand(batch, -1, length) if leaf.dim() == 1 else leaf
+    total = rate.to(dtype).cumsum(-1).repeat_interleave(heads // state_heads, 1)
+    per_query_head = lambda x: x.repeat_interleave(heads // x.shape[1], 1)  # noqa: E731
+    a, b, c, temperature = coefficients.to(dtype)[..., None, None].unbind()
+    q, k, v = unit(query) * temperature, per_query_head(unit(key)), per_query_head(value)
+    values = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    s = q @ k.mT
+    steps = torch.arange(length, device=query.device)
+    seen = (steps <= steps[:, None]).expand(batch, 1, -1, -1)
+    first = last = torch.ones(batch, 1, length, dtype=torch.bool, device=query.device)  # tokens of the first run and of the last
+    if runs is not None:
+        seen = seen & ((runs[:, :, None] == runs[:, None, :]) & (runs > 0)[:, :, None])[:, None]
+        first, last = ((runs == runs[:, at, None].abs())[:, None] for at in (0, -1))
+    weights = ((a + b * s + c * s * s) * (-(total[..., None] - total[..., None, :]).abs()).exp()).masked_fill(~seen, 0)
+    numerator = weights @ values
+    if initial is not None:
+        carried = query_features(q, a, b, c, degree) @ per_query_head(initial.to(dtype))
+        numerator = numerator + carried * (total.exp() * first)[..., None]
+    mass = numerator[..., -1]
+    out = numerator[..., :-1] / mass.masked_fill(mass == 0, 1)[..., None]
+    if p is not None:
+        out = out * paper_factor(p, standard_normal(seed, batch, heads, 0, length, value.shape[-1])).to(dtype)
+    loss = (out * upstream[0]).sum() + (mass * upstream[1].to(dtype)).sum()
+    if upstream[2] is not None:
+        each = heads // state_heads  # one query head of each state
+        weight = ((total[..., -1:] - total).exp() * last)[:, ::each, :, None]
+        state = (key_features(k[:, ::each], degree) * weight).mT @ values[:, ::each]
+        if initial is not None:
+            state = state + (total[:, ::each, -1].exp() * (first & last)[..., -1])[..., None, None] * initial.to(dtype)
+        loss = loss + (state * upstream[2].to(dtype)).sum()
+    return torch.autograd.grad(loss, leaf)[0]
+
+
 def compare(dtype, **kind):
     exact, plain, ours = [], [], []
     for seed in SEEDS:
@@ -117,6 +158,8 @@ def compare(dtype, **kind):
         stateful = kind.get("stateful", False)
         exact.append(run(chunked, inputs, upstream, stateful, torch.float64))
         plain.append(run(chunked, inputs, upstream, stateful))
+        if inputs[4] is not None:
+            plain[-1]["gradient of log_decay"] = rate_gradient(inputs, upstream)
         ours.append(run(cuda, inputs, upstream, stateful))
         assert {name: x.shape for name, x in ours[-1].items()} == {name: x.shape for name, x in exact[-1].items()}
     assert_bars(pooled(ours), pooled(plain), pooled(exact), dtype)
