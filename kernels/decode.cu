@@ -1,8 +1,9 @@
 // architectures: sm_80 compute_80 sm_90
 // One new token a sequence. The state S (F, Dv + 1) of each head is read once, takes the token in and is written once, in place:
 //   S <- exp(log_decay) S + psi(k) [v, 1]^T,   num_h = phi_h(q)^T S for each query head h of the state,   out_h = num_h / (its last element).
-// A warp takes rows of S, a lane its columns; the features of a row are made beforehand, a block of rows at a time. Where heads are few and
-// rows many (the second degree), several blocks share a state's rows, and a second kernel adds up what they found, in a fixed order.
+// A warp takes rows of S, a lane its columns. A block goes from one lot of rows to the next: it sends for the lot, makes the features of those
+// rows meanwhile, and multiplies when both are there. Where heads are few and rows many (the second degree), several blocks share a state's
+// rows, and a second kernel adds up what they found, in a fixed order.
 #include <algorithm>
 
 #include "card.h"
@@ -13,7 +14,6 @@ namespace linattn {
 namespace {
 
 constexpr int WARPS = THREADS / 32, HEADS_AT_ONCE = 8;
-constexpr int ROWS = THREADS;                 // whose features are made at once, one a thread
 constexpr float SMALLEST_SQUARE = 1e-24f;     // |x| <= 1e-12 has no direction: its unit vector is zero
 constexpr int FEWEST_ROWS = 64;               // that are worth a block of their own
 
@@ -53,10 +53,13 @@ __device__ void fetch(float *to, const linattn_problem &p, const linattn_tensor 
 
 // HEADS query heads at once, and the SLICES of 32 columns that hold Dv; the last column of S, that of ones, is apart.
 template <int HEADS, int SLICES> struct Step {
+  static constexpr int EACH = SLICES <= 2 ? 9 : SLICES <= 4 ? 6 : 3;  // rows of a warp in a lot: at D = 64 one lot is the whole first degree
+  static constexpr int ROWS = WARPS * EACH;
+  static constexpr int TOGETHER = HEADS * SLICES <= 16 ? HEADS : 16 / SLICES;  // heads whose sums are added up at once
   struct Shared {
     float key[MAX_DIM], queries[HEADS][MAX_DIM];
     float psi[ROWS], phi[HEADS][ROWS];
-    float sums[WARPS][MAX_DIM + 1];
+    float sums[WARPS][TOGETHER][32 * SLICES], masses[WARPS][HEADS];
   };
 
   const StepArguments &args;
@@ -121,67 +124,76 @@ template <int HEADS, int SLICES> struct Step {
     }
   }
 
-  // Rows `begin` to begin + count, a warp a row and several of them on their way.
-  __device__ __forceinline__ void walk(int begin, int count, const float (&value)[SLICES]) {
-    constexpr int AT_ONCE = SLICES >= 8 ? 2 : 4;
-    for (int first = warp; first < count; first += WARPS * AT_ONCE) {
-      float row[AT_ONCE][SLICES];
+  // A lot of rows on its way: this warp's, and of the column of ones one row a thread.
+  struct Lot {
+    float row[EACH][SLICES], one;
+  };
+  __device__ __forceinline__ void send_for(Lot &lot, int begin, int count) const {
 #pragma unroll
-      for (int u = 0; u < AT_ONCE; ++u)
+    for (int u = 0; u < EACH; ++u)
 #pragma unroll
-        for (int t = 0; t < SLICES; ++t) row[u][t] = first + u * WARPS < count && is_column(t) ? element(begin + first + u * WARPS, lane + 32 * t) : 0.f;
-#pragma unroll
-      for (int u = 0; u < AT_ONCE; ++u) {
-        const int at = first + u * WARPS;
-        if (at >= count) break;
-        const float of_key = take * shared.psi[at];
-#pragma unroll
-        for (int t = 0; t < SLICES; ++t) {
-          row[u][t] = row[u][t] * keep + of_key * value[t];
-          if (take != 0.f && is_column(t)) element(begin + at, lane + 32 * t) = row[u][t];
-        }
-#pragma unroll
-        for (int h = 0; h < HEADS; ++h)
-#pragma unroll
-          for (int t = 0; t < SLICES; ++t)
-            if (h < heads) num[h][t] += shared.phi[h][at] * row[u][t];
-      }
-    }
+      for (int t = 0; t < SLICES; ++t) lot.row[u][t] = warp + u * WARPS < count && is_column(t) ? element(begin + warp + u * WARPS, lane + 32 * t) : 0.f;
+    lot.one = thread < count ? element(begin + thread, p.value_dim) : 0.f;
   }
 
-  // The same of the column of ones, a lane a row.
-  __device__ __forceinline__ void walk_ones(int begin, int count) {
-    for (int at = thread; at < count; at += THREADS) {
-      float &one = element(begin + at, p.value_dim);
-      const float now = one * keep + take * shared.psi[at];
-      if (take != 0.f) one = now;
+  // The lot takes the token in, is written, and gives each head its part.
+  __device__ __forceinline__ void multiply(Lot &lot, int begin, int count, const float (&value)[SLICES]) {
+#pragma unroll
+    for (int u = 0; u < EACH; ++u) {
+      const int at = warp + u * WARPS;
+      if (at >= count) break;
+      const float of_key = take * shared.psi[at];
+#pragma unroll
+      for (int t = 0; t < SLICES; ++t) {
+        lot.row[u][t] = lot.row[u][t] * keep + of_key * value[t];
+        if (take != 0.f && is_column(t)) element(begin + at, lane + 32 * t) = lot.row[u][t];
+      }
 #pragma unroll
       for (int h = 0; h < HEADS; ++h)
-        if (h < heads) mass[h] += shared.phi[h][at] * now;
+#pragma unroll
+        for (int t = 0; t < SLICES; ++t)
+          if (h < heads) num[h][t] += shared.phi[h][at] * lot.row[u][t];
     }
+    if (thread >= count) return;
+    const float one = lot.one * keep + take * shared.psi[thread];
+    if (take != 0.f) element(begin + thread, p.value_dim) = one;
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h)
+      if (h < heads) mass[h] += shared.phi[h][thread] * one;
   }
 
   // Adds up the warps, in a fixed order, and divides; or leaves the sums to the second kernel.
-  __device__ __forceinline__ void finish(int h) {
-    const int query_head = first_query + h;
-    const float of_warp = warp_sum(mass[h]);
-    __syncthreads();
+  __device__ __forceinline__ void finish() {
 #pragma unroll
-    for (int t = 0; t < SLICES; ++t)
-      if (is_column(t)) shared.sums[warp][lane + 32 * t] = num[h][t];
-    if (lane == 0) shared.sums[warp][p.value_dim] = of_warp;
-    __syncthreads();
-    for (int i = thread; i < width; i += THREADS) {
-      float sum = 0.f;
-      for (int w = 0; w < WARPS; ++w) sum += shared.sums[w][i];
-      if (args.splits > 1) args.partials[((static_cast<int64_t>(batch) * p.query_heads + query_head) * args.splits + split) * width + i] = sum;
-      shared.sums[0][i] = sum;  // read by nobody else
+    for (int h = 0; h < HEADS; ++h) {
+      const float of_warp = warp_sum(mass[h]);
+      if (lane == 0) shared.masses[warp][h] = of_warp;
     }
-    if (args.splits > 1) return;
-    __syncthreads();
-    const float total = shared.sums[0][p.value_dim];
-    for (int i = thread; i < p.value_dim; i += THREADS) store(args.out.data, p.dtype, offset_of(args.out, batch, query_head, 0) + i, shared.sums[0][i] / (total == 0.f ? 1.f : total));
-    if (thread == 0 && args.mass) args.mass[batch * p.query_heads + query_head] = total;
+#pragma unroll
+    for (int first = 0; first < HEADS; first += TOGETHER) {
+#pragma unroll
+      for (int h = 0; h < TOGETHER; ++h)
+#pragma unroll
+        for (int t = 0; t < SLICES; ++t) shared.sums[warp][h][lane + 32 * t] = num[first + h][t];
+      __syncthreads();
+      for (int i = thread; i < min(TOGETHER, heads - first) * 32 * SLICES; i += THREADS) write(first, i / (32 * SLICES), i % (32 * SLICES));
+      __syncthreads();
+    }
+  }
+  __device__ __forceinline__ void write(int first, int h, int column) const {
+    if (column >= p.value_dim) return;
+    float sum = 0.f, total = 0.f;
+    for (int w = 0; w < WARPS; ++w) sum += shared.sums[w][h][column], total += shared.masses[w][first + h];
+    const int query_head = first_query + first + h;
+    const int64_t number = static_cast<int64_t>(batch) * p.query_heads + query_head;
+    if (args.splits > 1) {
+      float *const part = args.partials + (number * args.splits + split) * width;
+      part[column] = sum;
+      if (column == 0) part[p.value_dim] = total;
+      return;
+    }
+    store(args.out.data, p.dtype, offset_of(args.out, batch, query_head, 0) + column, sum / (total == 0.f ? 1.f : total));
+    if (column == 0 && args.mass) args.mass[number] = total;
   }
 };
 
@@ -194,19 +206,20 @@ template <int HEADS, int SLICES> __global__ void __launch_bounds__(THREADS) step
 #pragma unroll
   for (int t = 0; t < SLICES; ++t) value[t] = step.is_column(t) ? load(p.value.data, p.dtype, offset_of(p.value, step.batch, step.key_head(), 0) + step.lane + 32 * t) : 0.f;
   const int begin = step.split * args.rows_each, end = min(args.features, begin + args.rows_each);
+  constexpr int ROWS = Step<HEADS, SLICES>::ROWS;
   for (int base = 0; base < step.group(); base += HEADS) {
+    typename Step<HEADS, SLICES>::Lot lot;
+    step.send_for(lot, begin, min(ROWS, end - begin));
     step.begin_round(base);
     for (int rows = begin; rows < end; rows += ROWS) {
       const int count = min(ROWS, end - rows);
       __syncthreads();
       if (step.thread < count) step.make_features(rows + step.thread);
       __syncthreads();
-      step.walk(rows, count, value);
-      step.walk_ones(rows, count);
+      step.multiply(lot, rows, count, value);
+      if (rows + ROWS < end) step.send_for(lot, rows + ROWS, min(ROWS, end - rows - ROWS));
     }
-#pragma unroll
-    for (int h = 0; h < HEADS; ++h)
-      if (h < step.heads) step.finish(h);
+    step.finish();
   }
 }
 

@@ -140,7 +140,9 @@ def rate_gradient(inputs, upstream):
     out = numerator[..., :-1] / mass.masked_fill(mass == 0, 1)[..., None]
     if p is not None:
         out = out * paper_factor(p, standard_normal(seed, batch, heads, 0, length, value.shape[-1])).to(dtype)
-    loss = (out * upstream[0]).sum() + (mass * upstream[1].to(dtype)).sum()
+    loss = (out * upstream[0]).sum()
+    if upstream[1] is not None:
+        loss = loss + (mass * upstream[1].to(dtype)).sum()
     if upstream[2] is not None:
         each = heads // state_heads  # one query head of each state
         weight = ((total[..., -1:] - total).exp() * last)[:, ::each, :, None]

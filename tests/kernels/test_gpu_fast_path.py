@@ -5,7 +5,7 @@ The bar is that of `accuracy_bar.py`. Every test makes sure that it is the fast 
 
 import pytest
 import torch
-from accuracy_bar import assert_bar, check, compare, distance, operator_case, run
+from accuracy_bar import assert_bar, check, compare, distance, operator_case, run, rate_gradient
 from operator_cases import make_inputs
 
 from hf_linattn.ops import chunked, cuda
@@ -139,6 +139,8 @@ def test_float16_range(head_dim, case):
         run(module, inputs, upstream, kind["stateful"], dtype)
         for module, dtype in ((chunked, torch.float64), (chunked, None), (cuda, None))
     )
+    if inputs[4] is not None:
+        plain["gradient of log_decay"] = rate_gradient(inputs, upstream)
     for name, x in ours.items():
         assert_bar(name, x, plain[name], exact[name], 3 if name.startswith("gradient") else 2, torch.float16)
 
