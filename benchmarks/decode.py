@@ -2,8 +2,9 @@
 
     python benchmarks/decode.py [--out benchmarks/results]
 
-The floor reads and writes each state once, at the bandwidth of an addition to a large tensor, measured in the same run. Medians of CUDA graph replays, each of
-several steps on states that together outgrow the cache; "eager" is one call from Python after another, host time included.
+The floor reads and writes each state once, at the bandwidth of an addition to a large tensor, measured in the same run. Medians of CUDA
+graph replays, each of several steps on states that together outgrow the cache; "eager" is one call from Python after another, host time
+included.
 """
 
 from __future__ import annotations

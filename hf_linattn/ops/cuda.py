@@ -243,10 +243,10 @@ class _Call:
 
 
 class Plan(NamedTuple):
-    """How a call is done: by which engine ("torch" is the PyTorch form, "none" nothing here), in which pieces, with how much memory.
+    """How a call is done: by which engine ("torch": the PyTorch form, "none": nothing here), in which pieces, with how much memory.
 
-    chunk: tokens whose pairs are formed, or that are worked on together. segments: of each head's sequence. shared_bytes: of shared memory, by
-    the block that takes most. workspace_bytes: of scratch memory.
+    chunk: tokens whose pairs are formed, or that are worked on together. segments: of each head's sequence. shared_bytes: of shared memory,
+    by the block that takes most. workspace_bytes: of scratch memory.
     """
 
     engine: str
@@ -274,7 +274,9 @@ def plans(query: Tensor, key: Tensor, value: Tensor, *, degree: int = 1, causal:
         return Plan("torch"), Plan("torch")
     coefficients = query.new_ones(4, query.shape[1], dtype=torch.float32)
     seed = None if dropout_p is None else dropout_p.new_zeros((), dtype=torch.int64)
-    call = _Call(query, key, value, coefficients, log_decay, segments, segments, initial_state, dropout_p, seed, degree, causal, normalize_qk)
+    call = _Call(
+        query, key, value, coefficients, log_decay, segments, segments, initial_state, dropout_p, seed, degree, causal, normalize_qk
+    )
     out = _describe(chunked.empty_like_query(query, value.shape[-1]))
     asked = coefficients.data_ptr() if return_state else None  # of the state only whether it is asked for is read
     data = _BackwardData(out=out, grad_out=out, grad_query=_describe(query), grad_key=_describe(key), grad_value=_describe(value))

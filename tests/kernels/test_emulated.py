@@ -189,14 +189,16 @@ def test_what_a_plan_says_fits_the_card(kernels, monkeypatch, kilobytes):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for head_dim in DIMS:
             for kind in ({}, {"decay": "query_token"}, {"degree": 2}):
-                inputs = operator_case(dtype, head_dim=head_dim, value_dim=head_dim, length=70, batch=1, heads=2, key_heads=1, device="cpu", **kind)[0]
+                fixed = {"value_dim": head_dim, "length": 70, "batch": 1, "heads": 2, "key_heads": 1, "device": "cpu"}
+                inputs = operator_case(dtype, head_dim=head_dim, **fixed, **kind)[0]
                 for plan in cuda.plans(*inputs[:3], degree=inputs[10], log_decay=inputs[4]):
                     assert plan.engine != "none" and plan.shared_bytes <= kilobytes * 1024, (dtype, head_dim, kind, plan)
 
 
 @pytest.mark.parametrize("kilobytes", CARDS[:2])
 @pytest.mark.parametrize("dtype, head_dim, kind", [
-    (torch.bfloat16, 64, {}), (torch.bfloat16, 64, {"decay": "key_token", "segments": "packed"}), (torch.bfloat16, 80, {}), (torch.bfloat16, 128, {}),
+    (torch.bfloat16, 64, {}), (torch.bfloat16, 64, {"decay": "key_token", "segments": "packed"}), (torch.bfloat16, 80, {}),
+    (torch.bfloat16, 128, {}),
     (torch.bfloat16, 128, {"decay": "key_head"}), (torch.float16, 96, {}), (torch.float32, 64, {}), (torch.float32, 128, {}),
     (torch.bfloat16, 256, {"length": 70}), (torch.bfloat16, 128, {"degree": 2}), (torch.float32, 256, {"decay": "key_head", "length": 70}),
 ], ids=str)  # fmt: skip

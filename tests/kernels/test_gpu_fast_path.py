@@ -5,7 +5,7 @@ The bar is that of `accuracy_bar.py`. Every test makes sure that it is the fast 
 
 import pytest
 import torch
-from accuracy_bar import assert_bar, check, compare, distance, operator_case, run, rate_gradient
+from accuracy_bar import assert_bar, check, compare, distance, operator_case, rate_gradient, run
 from operator_cases import make_inputs
 
 from hf_linattn.ops import chunked, cuda
