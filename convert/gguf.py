@@ -54,7 +54,8 @@ def _unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
     # Without being told, newer versions of Transformers keep the weights packed, and such a model cannot be saved.
     config_class: Any = getattr(transformers, "GgufConfig", None)
     whole = {"quantization_config": config_class(gguf_file=file.name, dequantize=True)} if config_class else {}
-    given: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **given, **whole)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False, **whole
+    )
     model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(file.parent, **given).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False).save_pretrained(folder)

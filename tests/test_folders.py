@@ -250,6 +250,26 @@ def test_what_killed_commands_left_is_cleared_up_by_the_next(name: str, home: Pa
     assert not unfinished.exists() and not old.exists() and (theirs / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize(
+    ("place", "mine"),
+    [("new", ""), ("new/er", ""), ("a/b/c", ""), ("results/a/b", ""), ("a/b/c/d", "a/b/thesis.txt"), ("a/b", "a/.thesis.partial-7/x")],
+)
+def test_folders_that_a_killed_first_output_made_go_with_it(place: str, mine: str, home: Path) -> None:
+    before = set(tree(home))
+    child = os.fork()
+    if child == 0:
+        with files.staged_directory(home / place, "a.command") as aside:
+            (aside / "half").write_text("a half")
+            os._exit(0)
+    os.waitpid(child, 0)
+    if mine:
+        (home / mine).parent.mkdir(exist_ok=True)
+        (home / mine).write_text("years of work")
+    assert [path for path in set(tree(home)) - before if path.endswith("half")]
+    files.check_target(home / place, "another.command")
+    assert set(tree(home)) - before == {str(path) for path in (Path(mine), *Path(mine).parents)} - {"."}
+
+
 @ALL
 def test_what_another_process_is_writing_is_left_to_it(name: str, home: Path) -> None:
     place = target(name, f"out-{name}")

@@ -34,6 +34,10 @@ MOST_LAYERS = 2048
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _LAYERS = re.compile(r"(num_.*|n_)layers?|n_layer")
 _SIZES = re.compile(r"(num|n)_.*|.*_(size|dim)|d_(model|ff|kv)")
+_RANGES = (
+    (re.compile(r".*dropout(_prob)?|.*_pdrop"), lambda value: 0 <= value < 1, "at least 0 and less than 1"),
+    (re.compile(r"max_position_embeddings|n_positions"), lambda value: value >= 1, "1 or more"),
+)
 # Tokenizer configurations of real checkpoints name the machine that wrote them here, and nothing opens it.
 _HARMLESS = ("special_tokens_map_file",)
 
@@ -93,6 +97,7 @@ def open_checkpoint(
     shards = _find_shards(folder, name)
     checkpoint = Checkpoint(name, folder, hub_id, config, shards, tuple(map(_read_shapes, shards)))
     _check_sizes(checkpoint)
+    _check_ranges(checkpoint)
     return checkpoint
 
 
@@ -229,6 +234,14 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
         if _SIZES.fullmatch(key) and value > most:
             where = checkpoint.folder / "config.json"
             raise RecipeError(f"{where}: {key} is {value:,}, and the weight files hold {most:,} {what}; they do not belong together")
+
+
+def _check_ranges(checkpoint: Checkpoint) -> None:
+    """What a model can be built with and nothing be computed from."""
+    for key, value in _numbers(checkpoint.config):
+        for keys, fits, expected in _RANGES:
+            if keys.fullmatch(key) and not fits(value):
+                raise RecipeError(f"{checkpoint.folder / 'config.json'}: {key} is {value}; expected {expected}")
 
 
 def without_memory(build: Callable[[], torch.nn.Module], where: str | Path) -> torch.nn.Module:

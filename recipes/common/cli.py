@@ -1,6 +1,7 @@
 """What every command line has in common.
 
-`--set a=1 b=2` and `--set a=1 --set b=2` both work: bare `key=value` words are overrides too. Every command has `--debug`.
+`--set a=1 b=2` and `--set a=1 --set b=2` both work: bare `key=value` words are overrides too. Every command has `--debug`; one that
+starts others takes it as an argument of its own, to pass it on.
 """
 
 from __future__ import annotations
@@ -29,17 +30,20 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def app(command: Callable[..., Any]) -> typer.Typer:
     """`command` as an application: `--debug` among its arguments, errors in one sentence."""
 
+    signature = inspect.signature(command, eval_str=True)
+    passed_on = "debug" in signature.parameters
+
     @functools.wraps(command)
     def guarded(*args: Any, debug: bool = False, **options: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             # A polite kill ends as Ctrl-C does, so that what is half written goes.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         with exit_with_sentence(debug, passing=(typer.Exit, typer.Abort, typer.BadParameter)):
-            command(*args, **options)
+            command(*args, **options, **({"debug": debug} if passed_on else {}))
 
-    flag = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
-    signature = inspect.signature(command, eval_str=True)
-    signature = signature.replace(parameters=[*signature.parameters.values(), flag])
+    if not passed_on:
+        flag = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
+        signature = signature.replace(parameters=[*signature.parameters.values(), flag])
     guarded.__signature__ = signature  # type: ignore[attr-defined]
     guarded.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

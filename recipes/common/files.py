@@ -108,7 +108,7 @@ def staged_directory(
     made = [folder for folder in target.parents if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside, held = _begin(target, command)
+        aside, held = _begin(target, command, len(made))
         try:
             yield aside
             _give_usual_modes(aside)
@@ -122,9 +122,7 @@ def staged_directory(
         with stage(f"writing {target}"):
             raise error
     finally:
-        for folder in made:
-            with suppress(OSError):  # those that hold something stay
-                folder.rmdir()
+        _remove_empty(made)
 
 
 def discard(folder: Path) -> None:
@@ -158,6 +156,7 @@ def clear_up(folder: Path, name: str | None = None) -> None:
             _say(f"{place} was put back, which a killed {mark.command} had moved to {path.name}")
         else:
             discard(path)
+            _remove_empty(path.parents[: mark.parents])
             _say(f"{path} was removed, which a killed {mark.command} had left")
         held.release()
 
@@ -200,14 +199,14 @@ def _check_ours(target: Path, command: str) -> None:
         )
 
 
-def _begin(target: Path, command: str) -> tuple[Path, Lock]:
-    """A new folder beside `target`, held and marked."""
+def _begin(target: Path, command: str, parents: int = 0) -> tuple[Path, Lock]:
+    """A new folder beside `target`, held and marked, with which so many `parents` were made."""
     aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
     while True:
         aside.mkdir()
         try:
             if held := lock(aside, wait=1.0):
-                begin(aside, command)
+                begin(aside, command, parents)
                 return aside, held
         except FileNotFoundError:
             continue  # another process that clears up has taken the empty folder away before it was held
@@ -246,6 +245,13 @@ def _identities(path: Path) -> list[tuple[int, int]]:
     """Device and inode of `path`, if it exists, and of all folders above it."""
     path = Path(os.path.realpath(path))
     return [(state.st_dev, state.st_ino) for state in (place.stat() for place in [path, *path.parents] if place.exists())]
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove these folders, from the innermost out; those that hold something stay."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _remove_bare(folder: Path) -> None:

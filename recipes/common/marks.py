@@ -8,6 +8,7 @@
     grows     patterns of files that are ours by their names, because they are written to later, such as a run's metrics
     folders   patterns of folders with marks of their own, such as a run's checkpoints
     process   who is writing it, or wrote it last
+    parents   how many of the folders above it were made for it, which go with it if it never comes to its place
 
 Paths in a mark are only ever looked up, never followed: what is removed is found by walking the folder.
 """
@@ -40,6 +41,7 @@ class Mark:
     grows: Sequence[str] = ()
     folders: Sequence[str] = ()
     process: str = ""
+    parents: int = 0
 
 
 def read_mark(folder: Path) -> Mark | None:
@@ -49,12 +51,13 @@ def read_mark(folder: Path) -> Mark | None:
     except (OSError, ValueError, TypeError, RecursionError):
         return None
     texts = (mark.command, mark.process, *mark.grows, *mark.folders)
-    return mark if isinstance(mark.files, dict | None) and all(isinstance(text, str) for text in texts) else None
+    right = isinstance(mark.files, dict | None) and isinstance(mark.parents, int) and all(isinstance(text, str) for text in texts)
+    return mark if right else None
 
 
-def begin(folder: Path, command: str) -> None:
+def begin(folder: Path, command: str, parents: int = 0) -> None:
     """Mark a new folder as one that `command` is writing: until `seal`, everything in it is ours."""
-    _write(folder, Mark(command, _version(), None, process=_process()))
+    _write(folder, Mark(command, _version(), None, process=_process(), parents=parents))
 
 
 def seal(folder: Path, command: str, grows: Sequence[str] = (), folders: Sequence[str] = ()) -> None:

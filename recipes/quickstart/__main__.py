@@ -19,20 +19,16 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 from recipes.common import cli
-from recipes.common.checkpoint import read_config
 from recipes.common.errors import RecipeError
 from recipes.common.files import check_apart, staged_directory, write_json, write_text
 from recipes.common.reading import read_json
 from recipes.common.state import check_written
-from recipes.quickstart.corpus import stories
+from recipes.quickstart.corpus import MARK, stories
 
 HERE = Path(__file__).parent
 COMMAND = "recipes.quickstart"
-MARK = "<|endoftext|>"
 
 
 def main(
@@ -40,6 +36,7 @@ def main(
     data: Annotated[Path | None, typer.Option(help="Its text: stories apart by <|endoftext|>.")] = None,
     out: Annotated[Path, typer.Option(help="Everything goes into quickstart/ or quickstart-MODEL/ in it.")] = Path("out"),
     scale: Annotated[float, typer.Option(help="Multiplies the training steps and the corpus.", min=0.001)] = 1.0,
+    debug: cli.Debug = False,
 ) -> None:
     """Convert a softmax model to linear attention, fine-tune it, and compare the two."""
     if (model is None) != (data is None):
@@ -48,14 +45,14 @@ def main(
         raise RecipeError(f"{model} holds no config.json, so it is no checkpoint; give the folder of one")
     if data is not None and not data.is_file():
         raise RecipeError(f"{data}: no such file; give a text file of stories apart by {MARK}")
-    Quickstart(model, data, out / (f"quickstart-{model.resolve().name}" if model else "quickstart"), scale).run()
+    Quickstart(model, data, out / (f"quickstart-{model.resolve().name}" if model else "quickstart"), scale, debug).run()
 
 
 class Quickstart:
     """The steps, each of which leaves one folder under `out` that is whole once it is there."""
 
-    def __init__(self, model: Path | None, data: Path | None, out: Path, scale: float) -> None:
-        self.out, self.scale, self.own = out, scale, model is None
+    def __init__(self, model: Path | None, data: Path | None, out: Path, scale: float, debug: bool = False) -> None:
+        self.out, self.scale, self.own, self.debug = out, scale, model is None, debug
         self.teacher = model or out / "teacher" / "model"
         self.text = data or out / "corpus" / "stories.txt"
         check_apart(out, [path for path in (model, data) if path])
@@ -128,6 +125,8 @@ class Quickstart:
 
     def length(self) -> int:
         """Tokens a sequence: 512, or what the given model has positions for."""
+        from recipes.common.checkpoint import read_config  # late, as it imports torch
+
         config = read_config(self.teacher, str(self.teacher))
         positions = config.get("max_position_embeddings", config.get("n_positions"))
         return min(512, positions) if isinstance(positions, int) and positions > 0 else 512
@@ -136,6 +135,7 @@ class Quickstart:
         """Run a script of the project as a user would."""
         root = str(HERE.parent.parent)
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        arguments += ("--debug",) * self.debug
         self.console.print(f"python -m {module} {' '.join(arguments)}", style="dim", highlight=False, markup=False)
         status = subprocess.run([sys.executable, "-m", module, *arguments], env={**os.environ, "PYTHONPATH": paths}).returncode
         if status:
@@ -144,17 +144,12 @@ class Quickstart:
 
     def make_corpus(self) -> None:
         """corpus/: stories.txt and a byte-level BPE tokenizer of 512 tokens trained on it."""
+        from recipes.quickstart.tokenizer import trained_on  # late, as it imports torch
+
         texts = list(stories(max(400, round(6000 * self.scale))))
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=512, special_tokens=[MARK], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        )
-        tokenizer.train_from_iterator(texts, trainer)
         with staged_directory(self.out / "corpus", COMMAND) as place:
             write_text(place / "stories.txt", f"\n{MARK}\n".join(texts) + "\n")
-            PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=MARK, eos_token=MARK).save_pretrained(place)
+            trained_on(texts).save_pretrained(place)
 
 
 if __name__ == "__main__":

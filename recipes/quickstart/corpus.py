@@ -9,6 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+MARK = "<|endoftext|>"
+"""What stands between stories."""
+
 
 def _words(text: str) -> list[str]:
     return text.split()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from subprocess import CompletedProcess
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from typer.testing import CliRunner
 
+from recipes.common import cli
 from recipes.common.errors import RecipeError
 from recipes.quickstart.__main__ import Quickstart, main
 from recipes.quickstart.corpus import COLOURS, stories
@@ -57,6 +60,14 @@ def test_a_step_that_fails_ends_the_job_with_its_status(tiny, tmp_path, capfd):
         quickstart.call("json.tool", "absent.json")
     assert exit_.value.code == 2
     assert "start again to go on from there" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--debug"]])
+def test_debug_is_passed_on(flags, tiny, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.run", lambda command, **_: started.append(command) or CompletedProcess(command, 2))
+    CliRunner().invoke(cli.app(main), ["--model", str(tiny.model), "--data", str(tiny.text), "--out", str(tmp_path / "out"), *flags])
+    assert started and all(("--debug" in command) == bool(flags) for command in started)
 
 
 def test_what_does_not_go_together_is_refused(tiny, tmp_path):
