@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from recipes.common import cli
 from recipes.common.errors import RecipeError
+from recipes.common.files import staged_directory
 from recipes.quickstart.__main__ import Quickstart, main
 from recipes.quickstart.corpus import COLOURS, stories
 
@@ -98,7 +99,12 @@ def test_another_quickstarts_folder_is_refused_and_ones_own_is_gone_on_with(tiny
 def test_a_step_that_is_done_is_not_done_again(tiny, tmp_path):
     quickstart = Quickstart(tiny.model, tiny.text, tmp_path / "out", 1.0)
     done = []
-    quickstart.step("one", tiny.text, lambda: done.append(1))
+    with staged_directory(tmp_path / "there", "a.command") as place:
+        (place / "result").write_text("x")
+    quickstart.step("one", tmp_path / "there", lambda: done.append(1))
     assert not done
+    (tmp_path / "there" / "result").unlink()
+    with pytest.raises(RecipeError, match="result is missing"):
+        quickstart.step("one", tmp_path / "there", lambda: done.append(1))
     quickstart.step("two", tmp_path / "absent", lambda: done.append(2))
     assert done == [2]
