@@ -20,7 +20,7 @@ from .config import NAME, PREFIX, LinAttnConfig, softmax_layers
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention"}
-POSITION_BIAS = {"position_bias", "relative_position_bias"}
+POSITION_BIAS = {"position_bias", "relative_position_bias", "_rel_shift"}
 
 
 def refuse_class(cls: Any) -> None:

@@ -64,18 +64,22 @@ def linattn_attention(
     warn_about_dropped(module, kwargs)
     first = layer is None or layer.is_first(length)
     pattern = pattern_of(attention_mask, length, 0 if layer is None else layer.seen_before(length), module, is_causal)
-    causal = bool(pattern.causal)
-    if not causal and not first:
+    causal = bool(pattern.causal) or (length == 1 and not first)  # the last token sees all of them either way
+    if layer is not None and not first and (layer.is_incomplete or not causal):
         raise ValueError("A cache holds what came before; bidirectional linear attention cannot go on from it. Give use_cache=False.")
     if layer is not None and not first:
         refuse_another_past(layer.left_out, pattern)
 
     segments = segments_of(pattern, position_ids if first else None, cu_seq_lens_q if first else None, length, query.shape[0])
     numbers = coefficients(module, options, query, scaling)
-    if layer is None or not causal:
-        out: Any = linear_attention(query, key, value, causal=causal, segment_ids=segments, **numbers, **noise(module, options, dropout))
+    chance = noise(module, options, dropout)
+    has_state = layer is not None and (causal or ("log_decay" not in numbers and not _is_packed(segments)))
+    if layer is not None and not has_state:
+        layer.is_incomplete = True
+    if layer is None or not has_state:
+        out: Any = linear_attention(query, key, value, causal=causal, segment_ids=segments, **numbers, **chance)
     else:
-        out = attend_with_state(layer, first, query, key, value, segments, numbers, noise(module, options, dropout))
+        out = attend_with_state(layer, first, causal, query, key, value, segments, numbers, chance)
         if pattern.real is not None:
             layer.leave_out(~pattern.real.expand(query.shape[0], -1))
     return out.transpose(1, 2).contiguous(), None
@@ -91,24 +95,36 @@ def segments_of(pattern: Pattern, position_ids: Tensor | None, cu_seq_lens: Tens
 
 
 def attend_with_state(
-    layer: LinearStateLayer, first: bool, query: Tensor, key: Tensor, value: Tensor, segments: Tensor | None, numbers: dict, noise: dict
+    layer: LinearStateLayer,
+    first: bool,
+    causal: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Tensor | None,
+    numbers: dict[str, Any],
+    noise: dict[str, Any],
 ) -> Tensor:
-    """Causal attention over the state and the new tokens; leaves the state after them in `layer`."""
+    """Attention over the state and the new tokens; leaves the state after them in `layer`."""
     log_decay = numbers.get("log_decay")
     recurrence = Recurrence(query.shape[1], not _is_zero(numbers["c"]), numbers["normalize_qk"], log_decay)
     heads = key.shape[1] if log_decay is None else log_decay.shape[0]
     before = None if first else layer.allocate(key, value, heads, recurrence.quadratic)
-    if segments is None or segments.dtype == torch.bool:
-        layer.record(recurrence, key, value, segments, before)
-    else:
+    if _is_packed(segments):
         layer.forget_recent()
+    else:
+        layer.record(recurrence, key, value, segments, before)
     if before is not None and query.shape[2] == 1 and not noise and not _needs_grad(query, key, value):
         return linear_attention_step(query, key, value, before, segment_ids=segments, **numbers)
     out, after = linear_attention(
-        query, key, value, segment_ids=segments, initial_state=before, return_state=True, **numbers, **noise
+        query, key, value, causal=causal, segment_ids=segments, initial_state=before, return_state=True, **numbers, **noise
     )
     layer.write(after)
     return out
+
+
+def _is_packed(segments: Tensor | None) -> bool:
+    return segments is not None and segments.dtype != torch.bool
 
 
 def _is_zero(c: Number) -> bool:

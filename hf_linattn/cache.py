@@ -49,6 +49,7 @@ class LinearStateLayer(CacheLayerMixin):
         self.decaying_heads, self.quadratic = decaying_heads, quadratic
         self.cumulative_length: Any = 0
         self.record_past = False
+        self.is_incomplete = False  # whether there were tokens that no state could take in, seen both ways under a decay or packed
         self._recent: RecentTokens | None = None
         self._reads: int | None = None  # how often the last update was read; None before the first
         self._may_grow = False  # whether the last update was the first, so that there can be new readers
@@ -214,7 +215,7 @@ class LinearStateLayer(CacheLayerMixin):
                 reader.write(torch.zeros_like(reader.state))
             if reader.left_out is not None:
                 reader._remember(torch.zeros_like(reader.left_out))
-            reader._recent = None
+            reader._recent, reader.is_incomplete = None, False
         self._reads = None
 
     def offload(self) -> None:

@@ -9,13 +9,20 @@ tensor attached to it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 from transformers import PreTrainedConfig, masking_utils
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_overlay,
+    sliding_window_bidirectional_overlay,
+    sliding_window_overlay,
+)
 from transformers.utils.import_utils import is_tracing
 
 from .config import softmax_layers
@@ -27,6 +34,10 @@ from .values import require
 
 TOLD = "_linattn_told"
 ROWS_AT_ONCE = 1024
+WINDOWS = {
+    made.__code__ for made in (sliding_window_overlay(1), sliding_window_bidirectional_overlay(1), chunked_overlay(1, torch.zeros(1)))
+}
+"""What Transformers' windows and chunks run: each call makes a function anew, of the same code."""
 SEES_AHEAD = (
     "The model lets some tokens, such as those of an image, see each other ahead in a causal text, which linear attention "
     'cannot; load it with attn_implementation="sdpa", or its text model alone.'
@@ -141,14 +152,25 @@ class _Asked:
         if self.function is bidirectional_mask_function or (self.skippable and self.window is not None):
             return Pattern(not self.two_sided)  # or a window around one of them
         if self.window is not None and (self.window < 2 or self.chunked) and self.length > self.window:
-            raise ValueError(
-                f"Sequences packed together into {self.length} tokens cannot be told from chunks of {self.window} tokens; give "
-                'linear attention one sequence a row, padded, or load the model with attn_implementation="sdpa".'
-            )
+            self.drop_window()
         pattern = self.read_neighbours() if self.length > 1 else Pattern(True)
         if self.custom and not is_tracing(self.rows):
             self.refuse_other_patterns(pattern)
         return pattern
+
+    def drop_window(self) -> None:
+        """Takes out of the mask function a window that parts neighbours, and so would be taken for the end of a sequence.
+
+        Raises:
+            ValueError: it is not one that Transformers put there.
+        """
+        function = _without_window(self.function)
+        if function is self.function:
+            raise ValueError(
+                f"Sequences packed together into {self.length} tokens cannot be told from chunks of {self.window} tokens; give "
+                'linear attention one sequence a row, padded, or load the model with attn_implementation="sdpa".'
+            )
+        self.function, self.window = function, None
 
     def read_neighbours(self) -> Pattern:
         queries, keys = self.rows[None, 1:], self.rows[None, :-1]
@@ -181,3 +203,23 @@ class _Asked:
                     "The model's mask function is neither causal nor bidirectional, packed or not, and linear attention knows no other "
                     'pattern; load it with attn_implementation="sdpa".'
                 )
+
+
+def _without_window(function: MaskFunction) -> MaskFunction:
+    """The same function, made anew where it was made of a window or of chunks, which then hide nothing."""
+    if function.__code__ in WINDOWS:
+        return bidirectional_mask_function
+    made_of = [cell.cell_contents for cell in function.__closure__ or ()]
+    kept = [_without_windows(part) for part in made_of]
+    if all(before is after for before, after in zip(made_of, kept, strict=True)):
+        return function
+    closure = tuple(map(CellType, kept))
+    return FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, closure)
+
+
+def _without_windows(part: Any) -> Any:
+    """What a function was made of, itself where there is no window in it: other functions, tuples of them, anything else."""
+    if isinstance(part, tuple):
+        kept = tuple(map(_without_windows, part))
+        return part if all(before is after for before, after in zip(part, kept, strict=True)) else kept
+    return _without_window(part) if isinstance(part, FunctionType) else part

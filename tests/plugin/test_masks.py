@@ -20,6 +20,8 @@ from transformers.models.auto import modeling_auto
 from hf_linattn import calls
 from hf_linattn.attention import linattn_attention
 from hf_linattn.counted import digest, joined
+from hf_linattn.mask import linattn_mask
+from hf_linattn.pattern import unpack
 
 LEAST = torch.finfo(torch.float32).min
 
@@ -49,6 +51,20 @@ def quadratic(model: PreTrainedModel, *args, **kwargs) -> Tensor:
         return model(*args, **kwargs)[0]
     finally:
         model.set_attn_implementation("linattn")
+
+
+def by_steps(model: PreTrainedModel, ids: Tensor, prompt: Tensor, step: Tensor | None, implementation: str) -> Tensor:
+    """The logits of a prompt under the mask `prompt`, and of the tokens behind it one at a time under the columns of `step` so far."""
+    model.set_attn_implementation(implementation)
+    begin = prompt.shape[-1]
+    out = model(ids[:, :begin], attention_mask=prompt, use_cache=True)
+    logits = [out.logits]
+    for at in range(begin, ids.shape[1]):
+        seen = None if step is None else step[:, : at + 1]
+        out = model(ids[:, at : at + 1], attention_mask=seen, past_key_values=out.past_key_values)
+        logits.append(out.logits)
+    model.set_attn_implementation("linattn")
+    return torch.cat(logits, 1)
 
 
 def close(actual, expected):
@@ -131,6 +147,35 @@ def test_the_mask_function_decides_whatever_the_module_says(name, kept, asked):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("told", ["a 4D mask", "the config", "padding beside the config"])
+def test_a_prompt_seen_both_ways_and_then_steps(told):
+    """As PaliGemma reads a picture and a question: each token of the prompt sees all of it, those that follow see what is behind them."""
+    model, ids, real = tiny_model("llama"), tiny_tokens(2, 12), torch.ones(2, 12, dtype=torch.long)
+    if told == "a 4D mask":
+        prompt, step = visible(9, causal=False).expand(2, -1, -1, -1), None
+    else:
+        model.config.is_causal = False
+        real[0, :3] = 0 if told.startswith("padding") else 1
+        prompt, step = real[:, :9], real
+    got, wanted = (by_steps(model, ids, prompt, step, name) for name in ("linattn", "by_the_mask"))
+    close(got[real > 0], wanted[real > 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("why", ["a decay", "packed"])
+def test_a_prompt_seen_both_ways_that_no_state_holds(why):
+    model, ids = tiny_model("llama", decay="head" if why == "a decay" else "none"), tiny_tokens(2, 12)
+    model.config.is_causal = False
+    positions = torch.cat([torch.arange(4), torch.arange(5)])[None] if why == "packed" else None
+    past = model(ids[:, :9], position_ids=positions).past_key_values
+    with pytest.raises(ValueError, match="bidirectional linear attention cannot go on"):
+        model(ids[:, 9:10], past_key_values=past, attention_mask=torch.ones(2, 10))
+    past.reset()
+    model.config.is_causal = True
+    close(model(ids, past_key_values=past).logits, model(ids, use_cache=False).logits)
+
+
+@torch.no_grad()
 def test_every_token_seeing_every_other_by_an_overlay_is_bidirectional(llama):
     ids = tiny_tokens(2, 9)
     mask = masking_utils.create_causal_mask(
@@ -174,6 +219,41 @@ def test_boundaries_come_from_the_mask_function(name, compiled):
     out = call(ids, position_ids=positions, use_cache=False)[0]
     close(out, wanted)
     close(out[:, 7:], alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, window",
+    [
+        ("Llama4Text", {"attention_chunk_size": 4}),
+        ("Qwen2Moe", {"num_experts_per_tok": 2}),
+        ("Mistral", {"sliding_window": 1}),
+        ("Cohere2", {"sliding_window": 1}),
+    ],
+)
+def test_boundaries_beside_chunks_and_windows_that_part_neighbours(name, window):
+    """Qwen2-MoE has a window of 0, and asks for the mask of it, though no layer uses that."""
+    import transformers
+
+    sizes = {"num_key_value_heads": 4, "head_dim": 16, "num_local_experts": 2, "num_experts": 2, "moe_intermediate_size": 16}
+    config = getattr(transformers, name + "Config")(**TEXT | sizes | window | {"num_hidden_layers": 2, "intermediate_size_mlp": 96})
+    model, ids = twins(config, modeling_auto.AutoModelForCausalLM), tiny_tokens(2, 16)
+    positions = torch.cat([torch.arange(5), torch.arange(11)])[None].expand(2, -1)
+    same = torch.arange(16).view(-1, 1).lt(5) == torch.arange(16).lt(5)
+    wanted = quadratic(model, ids, position_ids=positions, attention_mask=visible() & same, use_cache=False)
+    close(model(ids, position_ids=positions, use_cache=False)[0], wanted)
+
+
+def test_a_users_own_chunks_are_documents_or_refused():
+    chunks = {"and_mask_function": lambda batch, head, row, column: row // 4 == column // 4, "inputs_embeds": torch.zeros(1, 16, 64)}
+    mistral = tiny_model("mistral").config
+    mistral.sliding_window = 1
+    mask = masking_utils.create_sliding_window_causal_mask(config=mistral, attention_mask=None, past_key_values=None, **chunks)
+    assert unpack(mask, 16).starts.nonzero()[:, 1].tolist() == [4, 8, 12]
+    mistral.attention_chunk_size = 4
+    own = lambda batch, head, row, column: (row // 4 == column // 4) & (column <= row)  # noqa: E731
+    with pytest.raises(ValueError, match="cannot be told from chunks of 4"):
+        linattn_mask(batch_size=1, q_length=16, config=mistral, local_size=4, mask_function=own)
 
 
 @torch.no_grad()
