@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import recipes.common.files as files
+import recipes.tinystories.training  # noqa: F401 (which the command imports late: here once, and not in every fork)
 from convert import linearize
 from recipes.common import cli
 from recipes.common.marks import digest, foreign, read_mark

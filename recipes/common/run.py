@@ -26,14 +26,14 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from recipes.common import state
 from recipes.common.config import dump
 from recipes.common.errors import RecipeError, stage
-from recipes.common.files import check_target, clear_up, discard, hold, staged_directory, write_json, write_text
+from recipes.common.files import clear_up, discard, hold, staged_directory, write_json, write_text
 from recipes.common.lock import Lock
-from recipes.common.marks import MARK, read_mark, sign
+from recipes.common.marks import read_mark, sign
+from recipes.common.place import check_run
 from recipes.common.reading import read_json, read_yaml
-from recipes.common.state import checkpoints, read_progress
+from recipes.common.state import checkpoints, read_progress, read_records
 
 # It warns of tied weights at every checkpoint, which load again as they were.
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
@@ -105,19 +105,7 @@ class Run:
             self._held.release()
 
     def _check(self) -> None:
-        clear_up(self.folder.parent, self.folder.name)
-        if self.folder.exists() and not (self.resume or self.overwrite):
-            raise RecipeError(f"{self.folder} exists already; pass --resume to go on, --overwrite to start anew, or choose another output")
-        if not (self.resume and self.folder.exists()):
-            check_target(self.folder, self.command, overwrite=self.overwrite, inputs=self.inputs)
-            return
-        mark = read_mark(self.folder)
-        if mark is None or mark.command != self.command:
-            raise RecipeError(
-                f"{self.folder} holds no mark of {self.command} ({MARK}), so there is no run of this version to resume in it; "
-                "choose another output"
-            )
-        hold(self.folder).release()
+        check_run(self.folder, self.command, inputs=self.inputs, resume=self.resume, overwrite=self.overwrite)
 
     def _open(self, config: dict[str, Any], facts: dict[str, Any]) -> None:
         self._check()
@@ -147,7 +135,7 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
-        return read_records(self.metrics_file)
+        return list(read_records(self.metrics_file))
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -203,11 +191,6 @@ class Run:
 
     def _id(self) -> Any:
         return read_json(self.folder / "facts.json").get(ID)
-
-
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl, as `recipes.common.state` reads them."""
-    return list(state.read_records(Path(path)))
 
 
 def _by_main(accelerator: Accelerator, work: Callable[[], None]) -> None:

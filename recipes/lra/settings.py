@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from .data import TASKS
+
+COMMAND = "recipes.lra.train"
 
 
 @dataclass
@@ -80,3 +83,7 @@ class Settings:
             raise ValueError(f"seeds is {self.seeds}, expected one or more different numbers")
         if self.learning_rate <= 0 or self.warmup_steps < 0 or (self.max_minutes is not None and self.max_minutes <= 0):
             raise ValueError("learning_rate and max_minutes must be above 0, and warmup_steps not below")
+
+    def folder(self, seed: int) -> Path:
+        """Where the run of a seed is, or will be."""
+        return Path(self.output) / f"seed-{seed}"

@@ -13,17 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
 from recipes.common import cli
 from recipes.common.errors import RecipeError, stage
 from recipes.common.files import check_target, staged_directory, write_json, write_text
-from recipes.common.plots import save_figure
 from recipes.common.reading import read_yaml
-from recipes.common.run import read_records
-from recipes.common.state import number
+from recipes.common.state import number, read_records
 
 COMMAND = "recipes.tinystories.compare"
 TITLES = ["run", "attention", "noise", "steps", "tokens", "cross-entropy, nats a token", "tokens a second", "minutes"]
@@ -69,7 +66,7 @@ def _last_figures(folder: Path) -> dict[str, Any]:
     settings, metrics = read_yaml(folder / "config.yaml"), folder / "metrics.jsonl"
     if not isinstance(settings, dict):
         raise RecipeError(f"{folder / 'config.yaml'} holds no settings; give the output of a training run")
-    records = read_records(metrics)
+    records = list(read_records(metrics))
     valid = [[number(r, key, metrics) for key in ("step", "seconds", "valid_loss")] for r in records if r.get("valid_loss") is not None]
     trained = [r for r in records if "tokens" in r]
     if not valid or not trained:
@@ -88,6 +85,10 @@ def _last_figures(folder: Path) -> dict[str, Any]:
 
 def draw(path: Path, runs: Sequence[dict[str, Any]]) -> None:
     """Validation loss against steps, and against seconds of training."""
+    from matplotlib import pyplot as plt  # late, as it takes a second
+
+    from recipes.common.plots import save_figure
+
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for run in runs:
         for axis, column in zip(axes, (0, 1), strict=True):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+COMMAND = "recipes.tinystories.train"
+
 
 @dataclass
 class Settings:
@@ -114,3 +116,7 @@ class Settings:
             raise ValueError("a model from scratch needs a tokenizer: a checkpoint, a hub id or a tokenizer.json")
         if not self.train_data:
             raise ValueError("train_data names no text")
+
+    def reads(self) -> list[str]:
+        """The files, folders and hub ids that a run reads."""
+        return [*self.train_data, *self.valid_data, *filter(None, (self.model, self.tokenizer, self.teacher))]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,35 +15,89 @@ from convert.options import LinearizeOptions, layer_numbers
 from recipes.common.reading import refuse_missing_folder
 
 RUN = """
-import runpy, sys
-module, *sys.argv = sys.argv[1:]
-try:
-    runpy.run_module(module, run_name="__main__")
-except SystemExit as end:
-    print("status", end.code, "torch" in sys.modules, "transformers" in sys.modules)
+import json, runpy, sys
+module, *calls = sys.argv[1:]
+for call in calls:
+    sys.argv = [module, *json.loads(call)]
+    try:
+        runpy.run_module(module, run_name="__main__")
+    except SystemExit as end:
+        print("status", end.code, *({"torch", "transformers"} & set(sys.modules)), flush=True)
 """
+SETTINGS = "model: ./absent\noutput: new\ntrain_data: [text]\n"
+# By command: arguments, and what the sentence says; nothing where the command ends well.
+ARGUMENTS: dict[str, dict[str, str]] = {
+    "convert.linearize": {
+        "--help": "",
+        "absent/model new --dtype int8": "int8",
+        "absent/model new --keep-softmax a": "--keep-softmax",
+        "absent/model new --temperature nan": "temperature",
+        "./absent new": "there is no folder",
+        "absent/model there": "exists already",
+        "absent/model thesis/new --overwrite": "cannot be written",
+    },
+    "recipes.tinystories.train": {
+        "--help": "",
+        "--config absent.yaml": "absent.yaml",
+        "--config thesis": "thesis",
+        "--config train.yaml --set lenght=8": "did you mean 'length'",
+        "--config train.yaml --set length=1": "length must be at least 2",
+        "--config train.yaml --set output=there": "exists already",
+        "--config train.yaml --set output=there --overwrite": "holds no mark",
+        "--config train.yaml --set output=there --resume": "holds no mark",
+        "--config train.yaml": "there is no folder",
+    },
+    "recipes.tinystories.evaluate": {
+        "--help": "",
+        "x --data text --dtype int8": "--dtype int8",
+        "x --data text --decode 0": "--decode",
+        "x --data text --stories 0": "--stories",
+        "x --data text --out there": "exists already",
+        "name=./absent --data text": "there is no folder",
+    },
+    "recipes.tinystories.compare": {"--help": "", "absent": "holds no config.yaml", "absent --out there": "exists already", "": "RUN"},
+    "recipes.lra.train": {
+        "--help": "",
+        "--config absent.yaml": "absent.yaml",
+        "--config lra.yaml --set task=chess": "task is 'chess'",
+        "--config lra.yaml --set seeds=[0]": "exists already",
+        "--config lra.yaml --set seeds=[1]": "absent-data",
+    },
+    "recipes.lra.prepare": {
+        "--help": "",
+        "chess --out new": "is no task",
+        "listops --out there": "exists",
+        "listops --out x --test 0": "--test",
+    },
+    "recipes.lra.report": {"--help": "", "absent --out new": "no such file or folder", "there --out new": "no result.json"},
+    "recipes.quickstart": {
+        "--help": "",
+        "--model there": "go together",
+        "--model there --data text": "no config.json",
+        "--scale 0": "scale",
+    },
+}
 
 
-@pytest.mark.parametrize(
-    ("command", "status"),
-    [
-        (["convert.linearize", "x", "--help"], 0),
-        (["convert.linearize", "x", "absent/model", "OUT", "--dtype", "int8"], 2),
-        (["convert.linearize", "x", "absent/model", "OUT", "--keep-softmax", "a"], 2),
-        (["convert.linearize", "x", "absent/model", "OUT", "--temperature", "nan"], 2),
-        (["convert.linearize", "x", "./absent", "OUT"], 2),
-        (["convert.linearize", "x", "absent/model", "."], 2),
-        (["recipes.lra.prepare", "x", "--help"], 0),
-        (["recipes.lra.report", "x", "--help"], 0),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
-)
-def test_torch_is_not_imported_for_it(command: list[str], status: int, tmp_path: Path) -> None:
-    command = [str(tmp_path / "out") if part == "OUT" else part for part in command]
+@pytest.mark.parametrize("module", ARGUMENTS)
+def test_torch_is_not_imported_for_it(module: str, tmp_path: Path) -> None:
+    for folder in ("there", "out/seed-0"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("thesis", "text", "there/thesis"):
+        (tmp_path / name).write_text("years of work")
+    (tmp_path / "train.yaml").write_text(SETTINGS)
+    (tmp_path / "lra.yaml").write_text("task: listops\ndata: absent-data\noutput: out\n")
+    before = sorted(tmp_path.rglob("*"))
+    calls = [json.dumps(arguments.split()) for arguments in ARGUMENTS[module]]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "COLUMNS": "200", "TERM": "dumb"}
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *command], capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=120
+        [sys.executable, "-c", RUN, module, *calls], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
     )
-    assert done.stdout.splitlines()[-1] == f"status {status} False False", done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith("status ")]
+    assert told == [f"status {2 if said else 0}" for said in ARGUMENTS[module].values()], done.stderr
+    for said in filter(None, ARGUMENTS[module].values()):
+        assert said in done.stderr
+    assert "Traceback" not in done.stderr and sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

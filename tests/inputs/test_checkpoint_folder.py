@@ -18,7 +18,7 @@ from recipes.common.checkpoint import open_checkpoint
 from recipes.common.config import build, dump
 from recipes.common.errors import RecipeError
 from recipes.lra.settings import Settings
-from recipes.lra.train import new_model
+from recipes.lra.training import new_model
 
 ENTRIES = ("convert.linearize", "recipes.tinystories.evaluate", "recipes.tinystories.train")
 Entry = Callable[[str, Path], tuple[int, str]]

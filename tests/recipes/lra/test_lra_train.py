@@ -16,12 +16,12 @@ from transformers import AutoModelForSequenceClassification
 
 from recipes.common.config import dump, load_config
 from recipes.common.errors import RecipeError
-from recipes.lra import report, train
+from recipes.lra import report, train, training
 from recipes.lra.accuracy import accuracy, metric_class
 from recipes.lra.batches import DeviceSplit, drawn_positions, evaluation_order, training_order
 from recipes.lra.data import SPLITS, TASKS, Sequences, Split, load
 from recipes.lra.settings import Settings
-from recipes.lra.train import Training
+from recipes.lra.training import Training
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = Path(train.__file__).parent / "configs"
@@ -185,7 +185,7 @@ def test_killed_and_resumed_it_goes_on_to_the_same_numbers(tmp_path, monkeypatch
     whole = settings(tmp_path, output=str(tmp_path / "whole"))
     expected = run(whole)
     halved = settings(tmp_path, output=str(tmp_path / "halved"))
-    logged = train.Run.log
+    logged = training.Run.log
 
     def die(self, step, **more):
         logged(self, step, **more)
@@ -193,7 +193,7 @@ def test_killed_and_resumed_it_goes_on_to_the_same_numbers(tmp_path, monkeypatch
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "log", die)
+        patch.setattr(training.Run, "log", die)
         with pytest.raises(KeyboardInterrupt):
             run(halved)
     result = run(halved, resume=True)
@@ -227,7 +227,7 @@ def test_noise_and_learning_rate_come_down_to_nothing(tmp_path):
 
 def test_a_budget_of_minutes_ends_the_run_with_the_rate_at_nothing(tmp_path, monkeypatch):
     clock = iter(np.arange(0, 10_000, 0.05))
-    monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(train, "STEPS_BETWEEN_CLOCK_READINGS", 1)
     result = run(settings(tmp_path, steps=100_000, max_minutes=0.02))
     assert 15 < result["steps"] < 40 and 1.1 < result["seconds"] < 1.4
@@ -286,7 +286,7 @@ def test_every_config_file_makes_a_model_of_its_task():
     assert {path.stem for path in files if path.parent.name == "tay"} == tasks <= {path.stem for path in files if path.parent == CONFIGS}
     for path in files:
         values = load_config(Settings, path, ["attn_implementation=linattn", "dropout=noise"])
-        model = train.new_model(values)
+        model = training.new_model(values)
         assert values.task == path.stem and model.config.max_position_embeddings == TASKS[path.stem].length
         if path.parent == CONFIGS:
             assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.num_attention_heads) == (64, 2, 2)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from convert.linearize import linearize
 from recipes.common.errors import RecipeError
-from recipes.tinystories import evaluate
+from recipes.tinystories import evaluate, evaluation
 from recipes.tinystories.data import load_tokenizer
 from recipes.tinystories.metrics import Prediction
 from recipes.tinystories.model import go_on, load_model
@@ -38,7 +38,7 @@ def test_scores_are_those_of_each_story_alone(tiny, converted, which, batch_size
     model = load_model(str(tiny.model if which == "softmax" else converted)).eval()
     tokenizer = load_tokenizer(str(tiny.model))
     texts = [tiny.texts[0], "A cat.", "The dog ran to the park.", tiny.texts[1][:90]]
-    result = evaluate.score(model, tokenizer, texts, length=50, batch_size=batch_size)
+    result = evaluation.score(model, tokenizer, texts, length=50, batch_size=batch_size)
     nats, sizes = zip(*(by_hand(model, tokenizer, text, 50) for text in texts), strict=True)
     together = torch.cat(nats)
     assert result["tokens"] == len(together)
@@ -65,8 +65,8 @@ def test_the_metric_gives_a_ratio_and_its_error():
 
 def test_a_softmax_cache_grows_and_a_linear_one_does_not(tiny, converted):
     softmax, linear = load_model(str(tiny.model)).eval(), load_model(str(converted)).eval()
-    assert [evaluate.decoding(softmax, n)["cache_bytes"] for n in (8, 32)] == [2 * 2 * 8 * n * 4 for n in (8, 32)]
-    sizes = [evaluate.decoding(linear, n)["cache_bytes"] for n in (8, 32)]
+    assert [evaluation.decoding(softmax, n)["cache_bytes"] for n in (8, 32)] == [2 * 2 * 8 * n * 4 for n in (8, 32)]
+    sizes = [evaluation.decoding(linear, n)["cache_bytes"] for n in (8, 32)]
     assert sizes[0] == sizes[1] > 0
 
 
@@ -127,6 +127,6 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tiny):
     model, tokenizer = load_model(str(tiny.model)).eval(), load_tokenizer(str(tiny.model))
     model.resize_token_embeddings(100)
     with pytest.raises(RecipeError, match="do not belong together"):
-        evaluate.score(model, tokenizer, tiny.texts[:2], 40, 2, "model")
+        evaluation.score(model, tokenizer, tiny.texts[:2], 40, 2, "model")
     with pytest.raises(RecipeError, match="no token to predict"):
-        evaluate.score(model, tokenizer, [""], 40, 2, "model")
+        evaluation.score(model, tokenizer, [""], 40, 2, "model")

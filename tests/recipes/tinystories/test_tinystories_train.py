@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 import hf_linattn
 from convert.linearize import linearize
 from recipes.common.errors import RecipeError
-from recipes.common.run import read_records
+from recipes.common.state import read_records
 from recipes.tinystories.model import load_model
-from recipes.tinystories.train import Training
+from recipes.tinystories.training import Training
 
 ROOT = Path(__file__).resolve().parents[3]
 LINEAR = {"attn_implementation": "linattn"}
