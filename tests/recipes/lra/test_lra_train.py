@@ -228,7 +228,7 @@ def test_noise_and_learning_rate_come_down_to_nothing(tmp_path):
 def test_a_budget_of_minutes_ends_the_run_with_the_rate_at_nothing(tmp_path, monkeypatch):
     clock = iter(np.arange(0, 10_000, 0.05))
     monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
-    monkeypatch.setattr(train, "STEPS_BETWEEN_CLOCK_READINGS", 1)
+    monkeypatch.setattr(training, "STEPS_BETWEEN_CLOCK_READINGS", 1)
     result = run(settings(tmp_path, steps=100_000, max_minutes=0.02))
     assert 15 < result["steps"] < 40 and 1.1 < result["seconds"] < 1.4
     rates = [record["learning_rate"] for record in metrics(tmp_path / "out" / "seed-0") if "learning_rate" in record]
