@@ -29,14 +29,22 @@ def test_tensors(tensors, error, words):
 
 @pytest.mark.parametrize("options, error, words", [
     ({"a": NAN}, ValueError, "finite"),
-    ({"b": 1.5}, ValueError, "must not be negative"),
+    ({"b": 1.00001}, ValueError, "must not be negative"),
+    ({"b": -1.00001}, ValueError, "must not be negative"),
+    ({"a": 0.5, "b": -0.50001}, ValueError, "must not be negative"),
     ({"temperature": 0.0}, ValueError, "above 0"),
-    ({"temperature": 3.0}, ValueError, "must not be negative"),
+    ({"temperature": 1.00001}, ValueError, "must not be negative"),
     ({"b": torch.tensor([0.1, 0.1, 0.1, NAN])}, ValueError, "finite"),
     ({"b": torch.ones(3)}, ValueError, r"shape \(4,\)"),
     ({"b": "1"}, TypeError, "b must be a number"),
     ({"b": 3.0, "c": 1.0, "temperature": 2.0}, ValueError, "must not be negative"),
-    ({"b": 3.0, "c": 1.0, "normalize_qk": False}, ValueError, r"b\^2 <= 4 a c"),
+    ({"b": 3.0, "c": 2.0}, ValueError, "must not be negative"),  # at s = -0.75, between the ends
+    ({"b": -2.00002, "c": 1.0, "temperature": 1.5}, ValueError, "must not be negative"),
+    ({"b": 0.5, "c": -0.50001}, ValueError, "must not be negative"),
+    ({"b": 2.00001, "c": 1.0, "normalize_qk": False}, ValueError, r"b\^2 <= 4 a c"),
+    ({"b": -2.00001, "c": 1.0, "normalize_qk": False}, ValueError, r"b\^2 <= 4 a c"),
+    ({"c": -0.00001, "normalize_qk": False}, ValueError, r"b\^2 <= 4 a c"),
+    ({"a": -0.00001, "normalize_qk": False}, ValueError, "a >= 0"),
     ({"log_decay": torch.tensor([0.1, -1.0])}, ValueError, "0 or negative"),
     ({"log_decay": torch.tensor([NAN, -1.0])}, ValueError, "not NaN"),
     ({"log_decay": torch.zeros(3)}, ValueError, "log_decay must have one of the shapes"),
@@ -48,6 +56,8 @@ def test_tensors(tensors, error, words):
     ({"segment_ids": torch.tensor([[2] * 4 + [1] * 5] * 2)}, ValueError, "never fall"),
     ({"segment_ids": torch.tensor([[1] * 4 + [-1] * 5] * 2)}, ValueError, "never fall"),
     ({"dropout_p": 1.0}, ValueError, "below 1"),
+    ({"dropout_p": -0.00001}, ValueError, "at least 0"),
+    ({"dropout_p": torch.tensor(-0.00001)}, ValueError, "at least 0"),
     ({"dropout_p": NAN}, ValueError, "below 1"),
     ({"dropout_p": "0"}, TypeError, "dropout_p must be a number"),
     ({"dropout_p": 0.1, "dropout_kind": "drop"}, ValueError, '"paper" or "moment"'),
@@ -70,7 +80,21 @@ def test_step():
         linear_attention_step(Q[:, :, :1], K[:, :, :1], V[:, :, :1], empty_state(2, 4, 8, 6))
 
 
-def test_the_bound_itself_is_allowed():
-    """a = b * temperature: f(s) = 1 + s touches 0 at s = -1 alone."""
-    assert linear_attention(Q, K, V, a=1.0, b=1.0).isfinite().all()
-    assert linear_attention(Q, K, V, a=1.0, b=-1.0).isfinite().all()
+@pytest.mark.parametrize("options", [
+    {"b": 1.0}, {"b": -1.0}, {"a": 0.5, "temperature": 0.5}, {"b": 2.0, "c": 1.0}, {"b": -2.0, "c": 1.0, "temperature": 3.0},
+    {"b": 0.5, "c": -0.5}, {"b": 2.0, "c": 1.0, "normalize_qk": False}, {"b": 0.2, "normalize_qk": False}, {"dropout_p": 0.0},
+    {"log_decay": torch.zeros(2)}, {"log_decay": torch.zeros(2, 4, 9)}, {"lag": 0, "causal": False},
+], ids=str)  # fmt: skip
+def test_the_bound_itself_is_allowed(options):
+    """Such as a = b * temperature: f(s) = 1 + s touches 0 at s = -1 alone."""
+    assert linear_attention(Q, K, V, **options).isfinite().all()
+
+
+@pytest.mark.parametrize("keys", [5, 6, 8, 9])
+def test_keys_behind_a_lag_are_those_of_the_rows_and_the_lag(keys):
+    state, call = empty_state(2, 2, 8, 6), (Q[:, :, :5], K[:, :, :keys], V[:, :, :keys])
+    if keys == 5:
+        linear_attention(*call, lag=2, initial_state=state)
+        return
+    with pytest.raises(ValueError, match="expected 5, or 7 with the 2 tokens before"):
+        linear_attention(*call, lag=2, initial_state=state)

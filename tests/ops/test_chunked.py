@@ -146,6 +146,14 @@ def test_nothing_at_padding_reaches_a_token(segments, causal):
         assert torch.equal(clean, poisoned)
 
 
+@pytest.mark.parametrize("scale", [1e-11, 1e-7, 1e5])
+def test_lengths_make_no_difference(scale):
+    """Down to 1e-12, where a vector has no direction any more."""
+    tensors, options = make_inputs(length=20, learned=False)
+    query, key, value = (x / x.norm(dim=-1, keepdim=True) for x in tensors)
+    torch.testing.assert_close(linear_attention(scale * query, scale * key, value, **options), linear_attention(query, key, value, **options))
+
+
 def test_a_zero_vector_has_no_direction():
     """Its scores are 0 and its gradient is 0, where a clamped norm would give 1e12."""
     tensors, options = make_inputs(length=20, learned=False)

@@ -35,12 +35,12 @@ class PeakBytes(TorchDispatchMode):
         self.live -= size
 
 
-def peaks(length, head_dim, degree, causal=True):
+def peaks(length, head_dim, degree, causal=True, log_decay=None):
     """(peak, largest) bytes of forward and backward, in units of one tensor (B, H, N, D)."""
     torch.manual_seed(0)
     query, key, value, grad = (torch.randn(1, 2, length, head_dim) for _ in range(4))
     coefficients = torch.tensor([[1.0], [0.5], [0.5], [1.0]]).expand(4, 2).contiguous()
-    absent = (None,) * 6
+    absent = (log_decay, *(None,) * 5)
     unit = query.numel() * 4
     with PeakBytes(query, key, value, coefficients) as forward:
         out, mass, _ = chunked.forward(query, key, value, coefficients, *absent, degree, causal, True, False)
@@ -55,6 +55,12 @@ def test_first_degree_holds_little_beside_its_results(causal):
     (forward, largest), (backward, _) = peaks(16384, 64, 1, causal)
     assert forward < 1.2 and largest <= 1  # out and g; a chunk is 1/128 of a tensor
     assert backward < 3.3  # the three gradients
+
+
+def test_a_decays_gradient_keeps_the_square_root_of_all_states():
+    """At N = 32,768 and D = 64 a state is 1/500 of a tensor: all 256 are half of one, and the decay's own sums are float64 (H, N)."""
+    plain, decaying = (peaks(32768, 64, 1, log_decay=rate)[1][0] for rate in (None, torch.tensor([-0.1, -0.01])))
+    assert decaying < plain + 0.35
 
 
 def test_second_degree_state_form_holds_its_state_and_a_chunk():

@@ -34,6 +34,7 @@ def test_normal_moments_and_independence():
 def test_a_value_depends_on_its_position_alone():
     whole = standard_normal(torch.tensor(3), 2, 3, 0, 50, 9)
     assert torch.equal(standard_normal(torch.tensor(3), 2, 3, 20, 31, 9), whole[:, :, 20:31])
+    assert not torch.equal(standard_normal(torch.tensor(3 + 2**40), 2, 3, 0, 50, 9), whole)
     far = standard_normal(torch.tensor(3), 1, 1, 2**33, 2**33 + 2, 4)
     assert not torch.equal(far, standard_normal(torch.tensor(3), 1, 1, 0, 2, 4))
 
@@ -70,7 +71,7 @@ def test_seed_and_schedule():
 
 def many(tensors, count, **options):
     """`count` independent draws of the noise for one sequence, one a batch entry."""
-    return linear_attention(*(x.expand(count, -1, -1, -1) for x in tensors), b=0.5, causal=False, seed=1, **options)[:, 0]
+    return linear_attention(*(x.expand(count, -1, -1, -1) for x in tensors), **{"b": 0.5, "causal": False, "seed": 1} | options)[:, 0]
 
 
 def dropped(tensors, p, count):
@@ -96,6 +97,24 @@ def test_paper_variance(sequence):
     torch.testing.assert_close(samples.var(0), 0.49 * 0.3 * plain**2, rtol=0.2, atol=1e-9)
 
 
+@pytest.mark.parametrize("rate", [0.0, -0.02, -0.2])
+@pytest.mark.parametrize("causal", [True, False])
+def test_moment_variance_is_its_formula_over_the_whole_matrix(sequence, causal, rate):
+    """p / (1 - p) sum_n a_in^2 (v_n - out)^2, the weights a written out."""
+    query, key, value = (x[0, 0].double() for x in sequence)
+    steps = torch.arange(80)
+    weights = 1 + 0.5 * torch.nn.functional.normalize(query, dim=-1) @ torch.nn.functional.normalize(key, dim=-1).T
+    weights = weights * (rate * (steps[:, None] - steps).abs()).exp()
+    weights = weights.tril() if causal else weights
+    weights = weights / weights.sum(-1, keepdim=True)
+    variance = 0.25 * (weights[..., None] ** 2 * (value - (weights @ value)[:, None]) ** 2).sum(1)
+    noisy = many(sequence, 1000, causal=causal, dropout_p=0.2, dropout_kind="moment", log_decay=torch.tensor([rate]))
+    varied = variance > 1e-6  # the first token of a causal row has one weight
+    assert varied.sum() >= 79 * 6 and noisy.var(0)[~varied].max().item() < 1e-9 if causal else varied.all()
+    ratio = (noisy.var(0) / variance)[varied]
+    assert abs(ratio.mean() - 1) < 0.01 and ratio.min() > 0.75 and ratio.max() < 1.25
+
+
 def test_moment_variance_is_that_of_true_dropout(sequence):
     true, noisy = dropped(sequence, 0.1, 2000), many(sequence, 2000, dropout_p=0.1, dropout_kind="moment")
     assert 0.95 < noisy.var(0).mean() / true.var(0).mean() < 1.05
@@ -114,6 +133,16 @@ def test_paper_variance_is_that_of_true_dropout_for_values_of_mean_zero_only(seq
 
     assert 0.5 < ratio(value) < 2
     assert ratio(value + 3) > 100
+
+
+def test_moment_noise_of_half_precision_has_the_variance_of_float32(sequence):
+    """The variance is a difference of large numbers: here 1 % of the square of what it is taken from."""
+    query, key, value = (x.bfloat16() for x in sequence)
+    moment = {"dropout_p": 0.1, "dropout_kind": "moment"}
+    half = [query, key, value + 3]
+    single = [x.float() for x in half]
+    noise = many(single, 1, **moment) - many(single, 1)
+    assert (many(half, 1, **moment) - many(single, 1) - noise).norm() < 0.15 * noise.norm()
 
 
 @pytest.mark.parametrize("causal, decay, segments", [(True, "query_head", None), (False, "key_token", None), (True, None, "packed")])

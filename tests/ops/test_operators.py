@@ -7,6 +7,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from hf_linattn import empty_state, linear_attention, linear_attention_step
+from hf_linattn.ops import functional, reference
 from hf_linattn.ops.segments import canonical_segments
 
 
@@ -118,6 +119,13 @@ def test_autocast_brings_mixed_inputs_to_its_dtype():
     assert query.grad.dtype == torch.float32 and options["a"].grad.dtype == torch.float32
 
 
+def test_autocast_leaves_float64_alone():
+    tensors, options = make_inputs(length=20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = linear_attention(*tensors, **options)
+    assert out.dtype == torch.float64 and torch.equal(out, linear_attention(*tensors, **options))
+
+
 def test_gradient_checkpointing_draws_the_same_noise():
     tensors, _ = make_inputs(length=30, learned=False, dtype=torch.float32)
     results = []
@@ -127,6 +135,17 @@ def test_gradient_checkpointing_draws_the_same_noise():
         results.append((out, *torch.autograd.grad(out.sum(), tensors)))
     for plain, checkpointed in zip(*results, strict=True):
         assert torch.equal(plain, checkpointed)
+
+
+def test_coefficients_are_kept_for_a_shape_and_not_for_ever():
+    functional._constants.clear()
+    for heads in (4, 2, 4):
+        query, key, value = torch.randn(3, 1, heads, 5, 8).unbind()
+        torch.testing.assert_close(linear_attention(query, key, value, b=0.3), reference(query, key, value, b=0.3))
+    assert len(functional._constants) == 2
+    for number in range(600):
+        linear_attention(query, key, value, b=number / 1000)
+    assert len(functional._constants) <= 256
 
 
 def test_coefficients_made_in_inference_mode_serve_training():

@@ -77,6 +77,23 @@ def test_a_decay_over_a_long_sequence_in_float32(quadratic):
         assert distance(of_ours, of_exact) <= 3 * distance(of_plain, of_exact)
 
 
+@pytest.mark.parametrize("quadratic", [False, True])
+def test_what_was_forgotten_costs_no_digits(quadratic):
+    """Behind 4,000 tokens that forget at once the running sum is -20,000, and states with time constants of 500 tokens matter."""
+    tensors, options = make_inputs(1, 2, 2, 8192, 8, 8, dtype=torch.float32, quadratic=quadratic, learned=False, grad=False)
+    rate = torch.cat([torch.full((1, 2, 4096), -5.0), torch.full((1, 2, 4096), -1 / 500)], -1)
+    weight = torch.randn(1, 2, 8192, 8)
+
+    def slow_half(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (*tensors, rate)]
+        out = linear_attention(*leaves[:3], **options, log_decay=leaves[3])
+        grads = torch.autograd.grad((out * weight.to(dtype)).sum(), leaves)
+        return [x[..., 4096:, :] if x.dim() == 4 else x[..., 4096:] for x in (out, *grads)]
+
+    for single, double in zip(slow_half(torch.float32), slow_half(torch.float64), strict=True):
+        assert distance(single, double) < 3e-6  # measured: 3e-7 to 6e-7
+
+
 def test_long_sequence_in_bfloat16():
     """The state is summed in float32: the error does not grow with N."""
     errors = []

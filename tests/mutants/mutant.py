@@ -1,0 +1,122 @@
+"""A small slip put into the code, which a test must notice: what is replaced where, and which tests should see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+OPERATOR, PLUGIN, CONVERTER, RECIPES, KERNELS = "operator", "plugin", "converter", "recipes", "kernels"
+
+# The tests of each source file, those that are quick and likely to see a slip first. The longest path that fits counts.
+TESTS = {
+    "hf_linattn/ops/": ["ops/test_chunked.py", "ops/test_state.py", "ops/test_noise.py", "ops/test_bad_input.py", "ops/test_precision.py",
+                        "ops/test_memory.py", "ops/test_operators.py"],
+    "hf_linattn/ops/chunked.py": ["ops/test_chunked.py", "ops/test_state.py", "ops/test_precision.py", "ops/test_noise.py",
+                                  "ops/test_memory.py"],
+    "hf_linattn/ops/checks.py": ["ops/test_bad_input.py", "ops/test_chunked.py", "ops/test_state.py", "ops/test_operators.py"],
+    "hf_linattn/ops/noise.py": ["ops/test_noise.py"],
+    "hf_linattn/ops/one_token.py": ["ops/test_state.py", "ops/test_operators.py"],
+    "hf_linattn/ops/operators.py": ["ops/test_operators.py", "ops/test_chunked.py", "ops/test_noise.py", "ops/test_state.py"],
+    "hf_linattn/ops/cuda.py": ["kernels/test_library.py", "kernels/test_emulated.py"],
+    "hf_linattn/": ["plugin/test_masks.py", "plugin/test_cache.py", "plugin/test_sequences.py", "plugin/test_options.py",
+                    "plugin/test_refusals.py", "plugin/test_hybrid.py", "plugin/test_training.py", "plugin/test_generate.py",
+                    "plugin/test_encoders.py"],
+    "hf_linattn/adapters.py": ["plugin/test_saved.py", "plugin/test_adapters.py"],
+    "hf_linattn/architectures.py": ["plugin/test_choice.py", "plugin/test_refusals.py", "plugin/test_options.py"],
+    "hf_linattn/attention.py": ["plugin/test_cache.py", "plugin/test_training.py", "plugin/test_sequences.py", "plugin/test_hybrid.py",
+                                "plugin/test_masks.py", "plugin/test_options.py", "plugin/test_refusals.py"],
+    "hf_linattn/cache.py": ["plugin/test_cache.py", "plugin/test_crop.py", "plugin/test_hand_over.py", "plugin/test_mixed_models.py",
+                            "plugin/test_masks.py", "plugin/test_generate.py", "plugin/test_training.py", "plugin/test_export.py"],
+    "hf_linattn/calls.py": ["plugin/test_masks.py", "plugin/test_refusals.py", "plugin/test_choice.py"],
+    "hf_linattn/choice.py": ["plugin/test_choice.py", "plugin/test_saved.py", "plugin/test_options.py"],
+    "hf_linattn/config.py": ["plugin/test_options.py", "plugin/test_hybrid.py", "convert/test_costs.py",
+                             "convert/test_linearize_refusals.py"],
+    "hf_linattn/counted.py": ["plugin/test_masks.py", "plugin/test_crop.py"],
+    "hf_linattn/dropout.py": ["plugin/test_dropout.py", "plugin/test_training.py"],
+    "hf_linattn/hand_over.py": ["plugin/test_hand_over.py", "plugin/test_cache.py"],
+    "hf_linattn/layers.py": ["convert/test_linattn_params.py", "plugin/test_cache.py", "convert/test_converted_models.py",
+                             "convert/test_check.py"],
+    "hf_linattn/mask.py": ["plugin/test_masks.py", "plugin/test_sequences.py", "plugin/test_encoders.py", "plugin/test_export.py"],
+    "hf_linattn/models.py": ["convert/test_converted_models.py", "plugin/test_adapters.py", "convert/test_costs.py",
+                             "convert/test_linearize.py", "convert/test_more_architectures.py"],
+    "hf_linattn/packing.py": ["plugin/test_masks.py", "plugin/test_sequences.py"],
+    "hf_linattn/rollback.py": ["plugin/test_crop.py", "plugin/test_masks.py", "plugin/test_generate.py"],
+    "hf_linattn/told.py": ["plugin/test_masks.py", "plugin/test_sequences.py"],
+    "hf_linattn/training.py": ["plugin/test_parameter_groups.py"],
+    "convert/": ["convert/test_check.py", "convert/test_linearize.py", "convert/test_linearize_refusals.py", "convert/test_companions.py",
+                 "convert/test_costs.py", "convert/test_arguments.py"],
+    "convert/companions.py": ["convert/test_companions.py", "convert/test_linearize.py"],
+    "convert/costs.py": ["convert/test_costs.py"],
+    "convert/gguf.py": ["convert/test_companions.py"],
+    "convert/options.py": ["convert/test_arguments.py", "convert/test_linearize.py", "convert/test_linearize_refusals.py"],
+    "convert/quantised.py": ["convert/test_companions.py", "convert/test_linearize_refusals.py"],
+    "convert/usable.py": ["convert/test_companions.py", "convert/test_linearize.py"],
+    "recipes/common/": ["recipes/test_common_config.py", "test_folders.py", "inputs/test_checkpoint_folder.py", "inputs/test_state.py",
+                        "recipes/tinystories/test_tinystories_train.py"],
+    "recipes/common/checkpoint.py": ["inputs/test_checkpoint_folder.py", "convert/test_linearize_refusals.py", "convert/test_linearize.py",
+                                     "test_folders.py"],
+    "recipes/common/config.py": ["recipes/test_common_config.py"],
+    "recipes/common/run.py": ["inputs/test_state.py", "recipes/tinystories/test_tinystories_train.py", "recipes/lra/test_lra_train.py"],
+    "recipes/common/state.py": ["inputs/test_state.py", "recipes/tinystories/test_tinystories_train.py"],
+    "recipes/lra/": ["recipes/lra/"],
+    "recipes/lra/model.py": ["recipes/lra/test_lra_model.py", "recipes/lra/test_lra_train.py"],
+    "recipes/lra/train.py": ["recipes/lra/test_lra_train.py"],
+    "recipes/lra/batches.py": ["recipes/lra/test_lra_train.py"],
+    "recipes/lra/report.py": ["recipes/lra/test_lra_train.py"],
+    "recipes/lra/settings.py": ["recipes/lra/test_lra_train.py"],
+    "recipes/lra/listops.py": ["recipes/lra/test_lra_listops.py"],
+    "recipes/lra/pathfinder/": ["recipes/lra/test_lra_pathfinder.py"],
+    "recipes/lra/data.py": ["recipes/lra/test_lra_data.py", "inputs/test_text.py"],
+    "recipes/lra/prepare.py": ["recipes/lra/test_lra_data.py", "recipes/lra/test_lra_listops.py", "inputs/test_text.py", "test_folders.py"],
+    "recipes/quickstart/": ["recipes/tinystories/test_quickstart.py"],
+    "recipes/tinystories/": ["recipes/tinystories/test_tinystories_train.py", "recipes/tinystories/test_tinystories_evaluate.py"],
+    "recipes/tinystories/data.py": ["recipes/tinystories/test_tinystories_data.py", "inputs/test_text.py",
+                                    "recipes/tinystories/test_tinystories_train.py"],
+    "recipes/tinystories/evaluate.py": ["recipes/tinystories/test_tinystories_evaluate.py"],
+    "recipes/tinystories/metrics.py": ["recipes/tinystories/test_tinystories_evaluate.py"],
+    "kernels/": ["kernels/test_emulated.py"],
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One slip.
+
+    Attributes:
+        kind: the part of the project it is in.
+        name: says what goes wrong.
+        file: from the root of the checkout.
+        old, new: a text that stands in the file once, and what is put in its place.
+        test: the test, or file of tests, that holds it; "" for all of the file's.
+    """
+
+    kind: str
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str = ""
+
+    @property
+    def tests(self) -> list[str]:
+        """The tests that should see it, from the root."""
+        if self.test:
+            return [f"tests/{self.test}"]
+        place = max((place for place in TESTS if self.file.startswith(place)), key=len)
+        return [f"tests/{name}" for name in TESTS[place]]
+
+    def applied(self, root: Path) -> str:
+        """The file's text with the slip in it.
+
+        Raises:
+            ValueError: the text it replaces is not there, or stands there more than once.
+        """
+        text = (root / self.file).read_text(encoding="utf-8")
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.file} holds {self.old!r} {text.count(self.old)} times; write the mutant anew")
+        return text.replace(self.old, self.new)
+
+
+def named(kind: str, *slips: tuple[str, ...]) -> list[Mutant]:
+    """Mutants of one kind, each of (name, file, old, new) and, where it is known, the test that holds it."""
+    return [Mutant(kind, *slip) for slip in slips]

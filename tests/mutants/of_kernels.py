@@ -1,0 +1,19 @@
+"""Slips in the kernels, seen by the emulator. Few: each rebuilds an object and a library, about a minute."""
+
+from .mutant import KERNELS, named
+
+MUTANTS = [
+    *named(
+        KERNELS,
+        ("one new token that is padding counted", "kernels/decode.cu",
+         "p.key_segments && p.key_segments[batch * p.key_segments_stride] <= 0;",
+         "p.key_segments && p.key_segments[batch * p.key_segments_stride] < 0;"),
+        ("a state carried over the end of a run", "kernels/generic_scan.cu",
+         "run_behind(segments, stop) != run_before(segments, start)) return 0.0f;",
+         "run_behind(segments, stop) < run_before(segments, start)) return 0.0f;"),
+        ("a row's last column in padding", "kernels/generic_slope.cu", "row_last[tid] = !u.real(n) ? 0.0f : REVERSE",
+         "row_last[tid] = REVERSE"),
+        ("a decay's running sum without the 32 tokens before", "kernels/mma_gates.cu", "    sum += before;\n    if (token < length",
+         "    if (token < length"),
+    ),
+]  # fmt: skip
