@@ -16,6 +16,9 @@ OPTIONS = {
 }
 
 
+ROUNDED_ONCE = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}  # measured: 3e-7, 1.7e-3, 2.1e-4
+
+
 def distance(x, exact):
     return ((x.double() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
 
@@ -36,6 +39,7 @@ def test_error_against_float64(dtype, causal, name):
     ours, our_grads = gradients(lambda *x, **k: linear_attention(*x, causal=causal, **k), tensors, options)
     assert ours.dtype == dtype
     assert distance(ours, exact) <= 2 * distance(plain, exact) + 1e-7
+    assert distance(ours, exact) <= ROUNDED_ONCE[dtype]  # whatever is summed, it is not summed in half precision
     for leaf, grad in our_grads.items():
         assert grad.dtype == dtype, leaf
         assert distance(grad, exact_grads[leaf]) <= 3 * distance(plain_grads[leaf], exact_grads[leaf]) + 1e-6, leaf

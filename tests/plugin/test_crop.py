@@ -78,6 +78,32 @@ def test_recording_can_start_in_the_middle(model):
         cache.crop(-14)
 
 
+def test_a_crop_to_where_recording_began_can_be_made_again(model):
+    """A step writes the state in place, and must not write what the next crop goes back to."""
+    ids, other = tiny_tokens(), tiny_tokens(seed=9)
+    cache = DynamicCache(config=model.config)
+    feed(model, ids[:, :10], cache, 10)
+    cache.activate_past_recording()
+    full = feed(model, ids[:, 10:], cache, 13)
+    for _ in range(2):
+        cache.crop(-13)
+        feed(model, other[:, 10:], cache, [1, 12])
+    cache.crop(-13)
+    torch.testing.assert_close(feed(model, ids[:, 10:], cache, [1, 12]), full, atol=1e-4, rtol=0)
+
+
+def test_a_reset_forgets_what_was_recorded(model):
+    ids, other = tiny_tokens(), tiny_tokens(seed=9)
+    cache = recording_cache(model)
+    feed(model, other, cache, [12, 11])
+    cache.reset()
+    with pytest.raises(RuntimeError, match="has recorded the last 0"):
+        cache.crop(-1)
+    full = feed(model, ids, cache, 23)
+    cache.crop(-9)
+    torch.testing.assert_close(feed(model, ids[:, 14:], cache, 9), full[:, 14:], atol=1e-4, rtol=0)
+
+
 def test_crop_after_a_padded_prefill(model):
     ids = tiny_tokens()
     mask = torch.ones_like(ids)

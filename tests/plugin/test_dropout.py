@@ -18,8 +18,8 @@ def test_schedules():
     assert [DropoutSchedule("constant", 0.2)(step) for step in (0, 10**6)] == [0.2, 0.2]
     assert [DropoutSchedule("linear", 0.2, 10)(step) for step in (0, 5, 10, 11)] == pytest.approx([0.2, 0.1, 0, 0])
     cosine = DropoutSchedule("cosine", 0.2, 10)
-    assert [cosine(step) for step in (0, 5, 10, 99)] == pytest.approx([0.2, 0.1, 0, 0])
-    assert cosine(1) > DropoutSchedule("linear", 0.2, 10)(1)
+    wave = [0.2, 0.1951057, 0.1809017, 0.1587785, 0.1309017, 0.1, 0.0690983, 0.0412215, 0.0190983, 0.0048943, 0, 0]
+    assert [cosine(step) for step in (*range(11), 99)] == pytest.approx(wave, abs=1e-7)
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -64,9 +64,16 @@ def train(folder, callback, steps, resume=False):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The probability at each step, as the callback sets it."""
-    values = []
-    monkeypatch.setattr(hf_linattn.dropout, "set_dropout", lambda model, p: (values.append(p), set_dropout(model, p)))
+    """The probability at each step, as the last layer's attention is given it."""
+    values, noise = [], hf_linattn.attention.noise
+
+    def watched(module, options, dropout):
+        given = noise(module, options, dropout)
+        if module.layer_idx == 1:
+            values.append(float(given.get("dropout_p", 0.0)))
+        return given
+
+    monkeypatch.setattr(hf_linattn.attention, "noise", watched)
     return values
 
 

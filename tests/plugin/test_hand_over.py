@@ -105,6 +105,17 @@ def test_a_call_that_reads_less_often_is_refused():
 
 
 @torch.no_grad()
+def test_a_reset_begins_to_count_readers_anew():
+    model = make("reads twice")
+    layer = model(tiny_tokens()).past_key_values.layers[0]
+    key = torch.randn(2, 4, 1, 16)
+    layer.update(key, key)  # and nobody reads it
+    layer.reset()
+    layer.update(key, key)
+    layer.next_reader(), layer.next_reader()
+
+
+@torch.no_grad()
 def test_more_keys_than_the_cache_returned_are_refused_at_prefill(monkeypatch):
     """As models with learned sinks, or with compressed keys beside the new ones, make them."""
     model = tiny_model("llama")

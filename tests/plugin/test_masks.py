@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from hf_linattn import calls
+from hf_linattn import mask as mask_module
 from hf_linattn.attention import linattn_attention
 from hf_linattn.counted import digest, joined
 from hf_linattn.mask import linattn_mask
@@ -200,6 +201,17 @@ def test_other_overlays_are_refused(llama, overlay):
         )
 
 
+def test_the_last_rows_of_a_long_text_are_looked_at_too(llama, monkeypatch):
+    """Rows are read a thousand at a time; here four."""
+    monkeypatch.setattr(mask_module, "ROWS_AT_ONCE", 4)
+    for first in (4, 8, 11):
+        with pytest.raises(ValueError, match="knows no other pattern"):
+            masking_utils.create_causal_mask(
+                config=llama.config, inputs_embeds=torch.zeros(2, 12, 64), attention_mask=None, past_key_values=None,
+                and_mask_function=lambda batch, head, row, column, first=first: (column != 1) | (row < first),
+            )  # fmt: skip
+
+
 # Packed sequences
 
 
@@ -254,6 +266,18 @@ def test_a_users_own_chunks_are_documents_or_refused():
     own = lambda batch, head, row, column: (row // 4 == column // 4) & (column <= row)  # noqa: E731
     with pytest.raises(ValueError, match="cannot be told from chunks of 4"):
         linattn_mask(batch_size=1, q_length=16, config=mistral, local_size=4, mask_function=own)
+
+
+@torch.no_grad()
+def test_documents_within_a_window():
+    """What lies just outside the window is hidden by it and not by the documents."""
+    model, ids = tiny_model("mistral"), tiny_tokens(1, 16)  # its window is 8
+    documents = torch.tensor([[0] * 5 + [1] * 11])
+    mask = masking_utils.create_sliding_window_causal_mask(
+        config=model.config, inputs_embeds=torch.zeros(1, 16, 64), attention_mask=None, past_key_values=None,
+        and_mask_function=lambda batch, head, row, column: documents[batch, row] == documents[batch, column],
+    )  # fmt: skip
+    close(model(ids, attention_mask=mask)[0][:, 5:], model(ids[:, 5:], position_ids=torch.arange(5, 16)[None])[0])
 
 
 @torch.no_grad()
@@ -325,6 +349,7 @@ def test_4d_masks_are_read_and_broadcast(request, which, pattern, form):
 BIASES = {
     "everywhere": lambda seen: additive(seen) - 0.1 * seen,
     "by distance": lambda seen: additive(seen) - 0.01 * (torch.arange(16)[:, None] - torch.arange(16)).abs() * seen,
+    "of thousands": lambda seen: additive(seen) - 5000.0 * (torch.arange(16) == 3),
     "at one pair": lambda seen: additive(seen) + torch.nn.functional.pad(torch.ones(1, 1, 1, 1), (3, 12, 9, 6)),
     "of one head": lambda seen: torch.cat([additive(seen)] * 3 + [additive(seen) + 0.5 * seen], 1),
 }

@@ -81,12 +81,15 @@ BAD_VALUES = [
     ({"temperature": -1.0}, "above 0"),
     ({"a": float("nan")}, "a must be finite"),
     ({"temperature": float("inf")}, "temperature must be finite"),
-    ({"b": 1.5}, "a >= |b| * temperature"),
-    ({"temperature": 2.0}, "a >= |b| * temperature"),
+    ({"b": 1.00001}, "a >= |b| * temperature"),
+    ({"b": -1.00001}, "a >= |b| * temperature"),
+    ({"temperature": 1.00001}, "a >= |b| * temperature"),
     ({"c": 0.5}, 'needs kernel="quadratic"'),
-    ({"kernel": "quadratic", "c": 0.1}, "b^2 <= 4 a c"),
+    ({"kernel": "quadratic", "c": 0.24999}, "b^2 <= 4 a c"),
+    ({"kernel": "quadratic", "b": -1.41422}, "b^2 <= 4 a c"),
     ({"kernel": "quadratic", "c": 0.0}, "c > 0"),
     ({"dropout": 1.0}, "dropout must be in [0, 1)"),
+    ({"dropout": -0.00001}, "dropout must be in [0, 1)"),
     ({"softmax_layers": [-1]}, "count layers from 0"),
 ]
 BAD_TYPES = [
@@ -97,6 +100,7 @@ BAD_TYPES = [
     ({"learnable": "yes"}, "learnable must be true or false"),
     ({"softmax_layers": "0,1"}, "must be a list of layer indices"),
     ({"softmax_layers": [0.5]}, "must be a list of layer indices"),
+    ({"softmax_layers": [True]}, "must be a list of layer indices"),
     ([("kernel", "linear")], "must be a dict of options"),
     (LinAttnConfig(), "must be a dict of options"),
 ]
@@ -126,8 +130,13 @@ def check_refusal(options, sentence, error):
         model(tiny_tokens())
 
 
-def test_unbounded_scores_are_allowed_without_unit_length():
-    assert LinAttnConfig(normalize_qk=False, b=5.0).b == 5.0
+@pytest.mark.parametrize("options", [
+    {"b": 1.0}, {"b": -1.0}, {"a": 2.0, "temperature": 2.0}, {"kernel": "quadratic", "c": 0.25},
+    {"kernel": "quadratic", "b": -2.0, "c": 1.0, "temperature": 5.0}, {"normalize_qk": False, "b": 5.0}, {"dropout": 0.0},
+    {"dropout": 0.99999},
+], ids=str)  # fmt: skip
+def test_a_bound_itself_is_allowed_and_without_unit_length_there_is_none(options):
+    assert options.items() <= LinAttnConfig(**options).to_dict().items()
 
 
 def test_a_config_without_options_has_the_defaults():

@@ -8,6 +8,7 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 
 OPTIONS = [{"kernel": "quadratic"}, {"decay": "head"}, {"normalize_qk": False, "b": 0.2}]
 VARIANTS = [(name, {}) for name in CAUSAL] + [("llama", options) for options in OPTIONS]
+VARIANTS.append(("gemma2", {"normalize_qk": False, "b": 0.2}))  # whose scores have a scale of their own
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: "-".join([v[0], *map(str, v[1].values())]))

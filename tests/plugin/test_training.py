@@ -87,23 +87,24 @@ class TestDropout:
         model.train()
         noisy = self.outputs(model, ids)
         assert not torch.equal(noisy, quiet)
+        other = tiny_model("llama", dropout=0.2, dropout_kind="moment" if kind == "paper" else "paper").train()
+        assert not torch.equal(noisy, self.outputs(other, ids))
         assert torch.equal(noisy, self.outputs(model, ids)) and not torch.equal(noisy, self.outputs(model, ids, seed=1))
 
-    def test_the_models_own_probability_where_the_config_gives_none(self):
-        ids = tiny_tokens()
-        model, other = tiny_model("llama").train(), tiny_model("llama", dropout=0.3).train()
+    @pytest.mark.parametrize("of_model", [0.0, 0.3])
+    @pytest.mark.parametrize("of_config", [None, 0.0, 0.2])
+    @pytest.mark.parametrize("set_to", [None, 0.0, 0.1])
+    def test_whose_probability_wins(self, of_model, of_config, set_to):
+        """What `set_dropout` set, else the config's, else the model's; a 0 counts as much as any other."""
+        model, ids = tiny_model("llama", layers=1, dropout=of_config).train(), tiny_tokens()
         for module in model.modules():
             if hasattr(module, "attention_dropout"):
-                module.attention_dropout = 0.3
-        assert torch.equal(self.outputs(model, ids), self.outputs(other, ids))
-
-    def test_set_dropout_is_above_both(self):
-        model, ids = tiny_model("llama", dropout=0.3).train(), tiny_tokens()
-        set_dropout(model, 0.0)
-        torch.testing.assert_close(self.outputs(model, ids), self.outputs(model.eval(), ids))
-        set_dropout(model.train(), 0.1)
-        expected = self.outputs(tiny_model("llama", dropout=0.1).train(), ids)
-        assert torch.equal(self.outputs(model, ids), expected)
+                module.attention_dropout = of_model
+        if set_to is not None:
+            set_dropout(model, set_to)
+        winner = next(p for p in (set_to, of_config, of_model) if p is not None)
+        expected = self.outputs(tiny_model("llama", layers=1, dropout=winner).train(winner > 0), ids)
+        torch.testing.assert_close(self.outputs(model, ids), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("options", [{}, {"kernel": "quadratic", "decay": "head"}], ids=str)
