@@ -64,9 +64,6 @@ MUTANTS = [
         # state, packing, padding
         ("a state carried into the next run", CHUNKED, "same_run = (last_run == self.run_before(columns))",
          "same_run = (last_run >= self.run_before(columns))"),
-        ("a gradient of the mass at padding", CHUNKED,
-         "last = last + p.real(grad_mass[:, :, rows, None].to(p.dtype), query_segments, rows)",
-         "last = last + grad_mass[:, :, rows, None].to(p.dtype)"),
         ("the temperature's gradient without the temperature", CHUNKED, "(grad_q * q).sum(-1) / p.temperature[..., 0]",
          "(grad_q * q).sum(-1)"),
         ("padding counted by a step", STEP, "features = features.masked_fill(padding, 0)", "pass"),

@@ -128,6 +128,17 @@ def test_step_with_padding_leaves_the_state():
     torch.testing.assert_close(state, last, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("quadratic", [False, True])
+def test_a_first_token_that_weighs_nothing_gives_0(quadratic):
+    """f(-1) = 0 at its bound: neither form divides by it."""
+    key, value = torch.zeros(1, 1, 1, 8), torch.randn(1, 1, 1, 6)
+    key[..., 0] = 1
+    options = {"b": 2.0, "c": 1.0} if quadratic else {}
+    state = empty_state(1, 1, 8, 6, degree=2 if quadratic else 1)
+    assert torch.equal(linear_attention(-key, key, value, **options), torch.zeros_like(value))
+    assert torch.equal(linear_attention_step(-key, key, value, state, **options), torch.zeros_like(value))
+
+
 def test_bfloat16_step_keeps_a_float32_state():
     """A state in bfloat16 would stop growing after some hundred tokens."""
     tensors, _ = make_inputs(length=600, learned=False, dtype=torch.bfloat16, grad=False)
