@@ -6,7 +6,7 @@ OUT ?= out
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test pytest lint kills kernels test-gpu test-oldest sweep sweep-oldest benchmark clean
+.PHONY: quickstart test pytest lint kills mutants kernels test-gpu test-oldest sweep sweep-oldest benchmark clean
 
 # MODEL=DIR and DATA=FILE run it from a checkpoint and a text of your own
 quickstart: $(VENV)/.quickstart
@@ -25,6 +25,11 @@ lint: $(VENV)/.test
 # kills conversion and training a hundred times each, at random moments
 kills: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/kills.py 100
+
+# puts small slips into a copy of the code and tells which of them no test notices; ARGS="--kind operator", ARGS="--sample 20 --seed 3",
+# ARGS="--random 60 --seed 3" for slips at places that nobody chose
+mutants: $(VENV)/.test
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m mutants $(ARGS)
 
 # compiles the CUDA kernels into the checkout; needs nvcc
 kernels: $(VENV)/.test

@@ -24,11 +24,11 @@ SEEDS = range(5)
 
 
 class Conversion:
-    """A tiny model in bfloat16 and its unchecked conversion."""
+    """A tiny model and its unchecked conversion."""
 
-    def __init__(self, folder: Path, model_type: str, **options: Any) -> None:
+    def __init__(self, folder: Path, model_type: str, dtype: torch.dtype = torch.bfloat16, **options: Any) -> None:
         self.options, self.model_type, self.folder = options, model_type, folder / "out"
-        softmax_model(model_type).to(torch.bfloat16).save_pretrained(folder / "source")
+        softmax_model(model_type).to(dtype).save_pretrained(folder / "source")
         linearize(folder / "source", self.folder, LinearizeOptions(check=False, **options))
         self.source: Source = open_source(str(folder / "source"))
 
@@ -43,6 +43,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
 
 
 @pytest.fixture(scope="module")
+def llama_float32(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
+    return Conversion(tmp_path_factory.mktemp("llama32"), "llama", torch.float32)
+
+
+@pytest.fixture(scope="module")
 def neox(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
     return Conversion(tmp_path_factory.mktemp("neox"), "gpt_neox", kernel="quadratic")
 
@@ -52,7 +57,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Conversion:
     return Conversion(tmp_path_factory.mktemp("gemma"), "gemma2", keep_softmax=(0,), decay="none", learnable=False)
 
 
-@pytest.mark.parametrize("name", ["llama", "neox", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "llama_float32", "neox", "gemma"])
 def test_a_right_conversion_is_never_refused(name: str, request: pytest.FixtureRequest) -> None:
     reports = [request.getfixturevalue(name).check(seed) for seed in SEEDS]
     assert len({report.error for report in reports}) > 1  # the seed reaches the probe
@@ -98,12 +103,32 @@ def test_a_slip_in_the_operator_is_refused(slip: str, where: Any, llama: Convers
         llama.check(seed=len(slip))
 
 
+@pytest.mark.parametrize("where", ["linear_attention", "linear_attention_step"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_slip_of_ten_times_the_rounding_of_float32_is_refused(
+    where: str, dtype: torch.dtype, llama: Conversion, llama_float32: Conversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the weights are stored in: each output is moved by a share of 6e-6, where 4e-7 is measured."""
+    conversion, attend = (llama_float32 if dtype == torch.float32 else llama), getattr(hf_linattn.attention, where)
+
+    def moved(*tensors: Tensor, **options: Any) -> Any:
+        out = attend(*tensors, **options)
+        one = out[0] if isinstance(out, tuple) else out
+        one.add_(6e-6 * one.roll(1, -1))
+        return out
+
+    conversion.check()
+    monkeypatch.setattr(hf_linattn.attention, where, moved)
+    with pytest.raises(ConversionError, match="in float32.* away from the source's layer"):
+        conversion.check()
+
+
 def test_a_slip_in_the_stored_numbers_is_refused(llama: Conversion, neox: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = LinAttnParams.forward
     for conversion, slips in ((llama, ("temperature", "log_decay")), (neox, ("b", "c", "temperature", "log_decay"))):
         for slip in slips:
             monkeypatch.setattr(
-                LinAttnParams, "forward", lambda self, slip=slip: {k: v * (1.0001 if k == slip else 1) for k, v in forward(self).items()}
+                LinAttnParams, "forward", lambda self, slip=slip: {k: v * (1.00002 if k == slip else 1) for k, v in forward(self).items()}
             )
             with pytest.raises(ConversionError, match=f"starts with another {slip}"):
                 conversion.check()
