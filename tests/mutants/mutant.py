@@ -111,7 +111,7 @@ class Mutant:
         Raises:
             ValueError: the text it replaces is not there, or stands there more than once.
         """
-        text = (root / self.file).read_text(encoding="utf-8")
+        text = (root / self.file).read_text(encoding="utf-8") if (root / self.file).exists() else ""
         if text.count(self.old) != 1:
             raise ValueError(f"{self.file} holds {self.old!r} {text.count(self.old)} times; write the mutant anew")
         return text.replace(self.old, self.new)

@@ -28,7 +28,8 @@ MUTANTS = [
          "ops/test_memory.py"),
         ("constants never forgotten", FUNCTIONAL, "if len(_constants) >= 256:", "if len(_constants) >= 2**60:",
          "ops/test_operators.py"),
-        ("constants of other heads", FUNCTIONAL, "signature = (*map(float, given), heads, dtype,", "signature = (*map(float, given), dtype,",
+        ("constants of other heads", FUNCTIONAL, "signature = (*map(float, given), heads, dtype,",
+         "signature = (*map(float, given), dtype,",
          "ops/test_operators.py"),
         # noise
         ("the variance of paper noise p squared", NOISE, "dropout_p.sqrt() * normal", "dropout_p * normal"),

@@ -35,9 +35,9 @@ def import_what_is_slow() -> None:
     import hypothesis  # noqa: F401
     import peft  # noqa: F401
     import torch
-    import torch._dynamo  # noqa: F401
-    import transformers.generation.utils  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
+    import torch._dynamo
+    import transformers.generation.utils
+    import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
 
     torch.set_num_threads(1)
