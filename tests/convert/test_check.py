@@ -65,6 +65,15 @@ def test_a_right_conversion_is_never_refused(name: str, request: pytest.FixtureR
     assert max(report.bar for report in reports) < 0.6
 
 
+def test_the_bar_is_the_worst_of_all_precisions(llama: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, each = llama.check().bar, []
+    for precision in (torch.bfloat16, torch.float32):
+        with monkeypatch.context() as patch:
+            patch.setattr("convert.check.precisions", lambda dtype, precision=precision: (precision,))
+            each.append(llama.check().bar)
+    assert whole == max(each) > min(each)
+
+
 def heads_flipped(attend: Any, query: Tensor, key: Tensor, value: Tensor, *state: Tensor, **options: Any) -> Any:
     out = attend(query, key, value, *state, **options)
     return (out[0].flip(1), *out[1:]) if isinstance(out, tuple) else out.flip(1)
@@ -137,6 +146,7 @@ def test_a_slip_in_the_stored_numbers_is_refused(llama: Conversion, neox: Conver
 @pytest.mark.parametrize(
     "change",
     [
+        {"attention_bias": True},  # which the source has not
         {"linattn": {"softmax_layers": [2]}},
         {"linattn": {"softmax_layers": []}},
         {"linattn": {"kernel": "quadratic", "c": 0.5}},
@@ -149,7 +159,8 @@ def test_a_slip_in_the_config_is_refused(change: dict[str, Any], llama: Conversi
     path = llama.folder / "config.json"
     text = path.read_text()
     config = json.loads(text)
-    path.write_text(json.dumps(config | {key: config[key] | value for key, value in change.items()}))
+    changed = {key: config[key] | value if isinstance(value, dict) else value for key, value in change.items()}
+    path.write_text(json.dumps(config | changed))
     try:
         with pytest.raises(ConversionError):
             llama.check()

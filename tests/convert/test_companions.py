@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -45,20 +46,42 @@ def test_companions_travel_whole(source: Path, tmp_path: Path) -> None:
         "bpe.codes": "a b 1",
         "source.spm": "x",
         "tokenization_tiny.py": "from .tiny_words import WORDS\nraise SystemExit('was run')\n",
-        "tiny_words.py": "WORDS = []\n",
+        "tiny_words.py": "from . import tiny_letters\nWORDS = []\n",
+        "tiny_letters.py": "",
+        "processing_tiny.py": "",
+        "image_processing_tiny.py": "",
     }
+    left = ("trainer_state.json", "all_results.json", "requirements.txt", ".gitattributes", "pytorch_model.bin.index.json")
+    written["processor_config.json"] = '{"auto_map": {"AutoProcessor": "processing_tiny.TinyProcessor"}}'
+    written["preprocessor_config.json"] = '{"auto_map": {"AutoImageProcessor": "image_processing_tiny.TinyImages"}}'
     for name, text in written.items():
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(text)
-    (source / "setup.py").write_text("none of the tokenizer's business")
+    for name in (*left, "setup.py"):
+        (source / name).write_text("none of the tokenizer's business")
     report = linearize(source, tmp_path / "out")
     assert {name: (tmp_path / "out" / name).read_text() for name in written} == written
-    assert not (tmp_path / "out" / "setup.py").exists()
+    assert not {path.name for path in (tmp_path / "out").iterdir()} & {*left, "setup.py"}
     assert report["check"]["tokenizer"] is None  # it has code of its own
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_every_file_can_be_read_by_those_whom_the_user_lets(mask: int, mode: int, dtype: str | None, source: Path, tmp_path: Path) -> None:
+    add_tokenizer(source)
+    for path in source.iterdir():
+        path.chmod(0o400)
+    before = os.umask(mask)
+    try:
+        linearize(source, tmp_path / "out", LinearizeOptions(check=False, dtype=dtype))
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir() if path.stat().st_mode & 0o777 != mode} == {}
 
 
 def test_a_usable_tokenizer_is_named(source: Path, tmp_path: Path) -> None:
     add_tokenizer(source, last_id=VOCABULARY - 1)
+    (source / "generation_config.json").write_text(json.dumps({"pad_token_id": -1, "eos_token_id": [2, VOCABULARY - 1]}))
     assert "Tokenizer" in linearize(source, tmp_path / "out")["check"]["tokenizer"]
 
 

@@ -57,6 +57,13 @@ def test_what_is_told_is_what_a_cache_takes(kernel: str, decay: str, model_type:
         assert source_bytes(source, 2000, [layer for layer in range(3) if layer not in keep]) < costs.state
 
 
+def test_a_float64_model_has_states_of_twice_the_size(tmp_path: Path) -> None:
+    softmax_model("llama").double().save_pretrained(tmp_path / "in")
+    report = linearize(tmp_path / "in", tmp_path / "out", LinearizeOptions(check=False))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert bytes_after(model, LENGTH) == report["costs"]["state"] == 2 * 3 * 4 * 9 * 9 * 4
+
+
 def source_bytes(source: Any, length: int, layers: list[int]) -> int:
     """Bytes of keys and values that Transformers' own cache holds in `layers` after `length` tokens, without running the model."""
     cache = DynamicCache(config=source.config)
@@ -112,6 +119,11 @@ def test_the_command_says_it_before_and_refuses_what_was_not_asked_for(tmp_path:
     arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--kernel", "quadratic", "--no-check"]
     refused = CliRunner().invoke(app, arguments)
     assert refused.exit_code == 2 and "--large-state" in refused.stderr and not (tmp_path / "out").exists()
+    monkeypatch.setattr("convert.costs.LARGEST_STATE", 19_439)
+    assert CliRunner().invoke(app, arguments).exit_code == 2
+    monkeypatch.setattr("convert.costs.LARGEST_STATE", 19_440)
+    assert CliRunner().invoke(app, [*arguments[:1], str(tmp_path / "at the bound"), *arguments[2:]]).exit_code == 0
+    monkeypatch.setattr("convert.costs.LARGEST_STATE", 10_000)
     done = CliRunner().invoke(app, [*arguments, "--large-state"])
     assert done.exit_code == 0
     assert done.stdout.startswith("Generating will take 19,440 bytes of state a sequence, as much as the source's cache after 51 tokens")

@@ -172,6 +172,11 @@ def test_what_is_dropped_is_said(model_type: str, expected: dict[str, Any], soft
     assert {item["what"]: (item["value"], item["layers"]) for item in report["dropped"]} == expected
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(f"`{what}`" in card for what in expected)
+    assert "; layers 1 keep softmax" in card
+    kept = (LinearizeOptions(keep_softmax=layers, check=False, overwrite=True) for layers in ((0, 2), (0, 1)))
+    for options, words in zip(kept, ("0, 2", "0-1"), strict=True):
+        linearize(softmax_checkpoint(model_type), tmp_path / "out", options)
+        assert f"; layers {words} keep softmax" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
@@ -197,9 +202,12 @@ def test_stored_buffers_that_the_model_has_no_use_for(tmp_path: Path, softmax_ch
     weights = load_file(source / "model.safetensors")
     weights["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
     weights["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = torch.ones(4)
+    weights["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 128, 128, dtype=torch.bool)
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     report = linearize(source, tmp_path / "out")
-    assert len(report["check"]["ignored"]) == 2
+    assert len(report["check"]["ignored"]) == 3
+    linearize(source, tmp_path / "half", LinearizeOptions(dtype="float16"))
+    assert tensors(tmp_path / "half")["gpt_neox.layers.0.attention.bias"].dtype == torch.bool
 
 
 @pytest.mark.parametrize(
