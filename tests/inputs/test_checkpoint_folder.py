@@ -260,6 +260,8 @@ def test_every_load_says_that_no_code_is_trusted() -> None:
             name = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
             if name == "GenerationConfig.from_pretrained":
                 continue  # numbers and words, whatever is asked
+            if name.startswith("GenerationConfig."):
+                continue  # numbers in a JSON file
             if isinstance(call, ast.Call) and name.rpartition(".")[2] in ("from_pretrained", "from_config", "load_dataset"):
                 found += 1
                 said = {word.arg: ast.unparse(word.value) for word in call.keywords}
