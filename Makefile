@@ -6,7 +6,7 @@ OUT ?= out
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test pytest lint kills mutants kernels test-gpu test-oldest sweep sweep-oldest benchmark clean
+.PHONY: quickstart test test-slow pytest lint kills mutants kernels test-gpu test-oldest sweep sweep-oldest benchmark clean
 
 # MODEL=DIR and DATA=FILE run it from a checkpoint and a text of your own
 quickstart: $(VENV)/.quickstart
@@ -16,7 +16,11 @@ test: lint pytest
 
 # two workers with a thread each: more threads than cores slow small products down tenfold
 pytest: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+# further examples of kinds that `make test` has a quick one of
+test-slow: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

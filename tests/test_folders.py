@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from convert import linearize
 from recipes.common import cli, files
+from recipes.common.lock import lock
 from recipes.common.marks import MARK, begin, digest, foreign, read_mark, seal
 from recipes.lra import prepare, report
 from recipes.lra import train as lra_train
@@ -271,7 +272,8 @@ def test_folders_that_a_killed_first_output_made_go_with_it(place: str, mine: st
 
 
 @ALL
-def test_what_another_process_is_writing_is_left_to_it(name: str, home: Path) -> None:
+def test_what_another_process_is_writing_is_left_to_it(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "lock", lambda folder, wait=0.0: lock(folder))  # a second of waiting, seven times
     place = target(name, f"out-{name}")
     with files.staged_directory(home / "elsewhere", "a.command") as aside:
         live = place.with_name(f".{place.name}.partial-999999")

@@ -13,12 +13,12 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.slow
-def test_kills_lose_nothing_and_leave_nothing() -> None:
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_kills_lose_nothing_and_leave_nothing(kills: int) -> None:
     """A few here; `make kills` makes a hundred of each."""
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, HERE / "kills.py", "6"], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, HERE / "kills.py", str(kills)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     told = [json.loads(line) for line in done.stdout.splitlines()]
     assert [each["command"] for each in told] == ["convert.linearize", "recipes.tinystories.train"]
-    assert all(each["kills"] == 6 for each in told)
+    assert all(each["kills"] == kills for each in told)

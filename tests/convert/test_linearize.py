@@ -79,6 +79,7 @@ def test_shards_are_read_one_at_a_time(model_type: str, tmp_path: Path, monkeypa
     assert set(index["weight_map"]) == set(tensors(tmp_path / "out"))
 
 
+@pytest.mark.slow  # test_conversion_memory.py measures the same of a smaller one
 def test_conversion_takes_no_memory_of_the_models_size(tmp_path: Path) -> None:
     """A 256 MB checkpoint in 8 shards is converted, cast included, with less than two shards more than what starting takes."""
     script = f"""

@@ -208,7 +208,7 @@ def test_whatever_a_file_holds(kind: str, place: Place) -> None:
     document, write = place.documents[kind]
 
     @settings(
-        max_examples=round((ASKED or 300) * SHARES[kind]), deadline=None, derandomize=not ASKED, database=None,
+        max_examples=round((ASKED or 150) * SHARES[kind]), deadline=None, derandomize=not ASKED, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(spoiled(document, write))
