@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from convert.errors import ConversionError, stage
+from recipes.common.reading import not_outside, user_path
 
 
 @contextmanager
@@ -26,16 +27,19 @@ def unpacked(source: str, dtype: str | None = None) -> Iterator[str]:
     Raises:
         ConversionError: the package gguf is missing, the folder holds several such files, or the file cannot be read.
     """
-    file = _gguf_file(Path(source).expanduser())
+    file = _gguf_file(user_path(source))
     if file is None:
         yield source
         return
     if find_spec("gguf") is None:
         raise ConversionError(f"{source} is GGUF, which takes the package gguf to read: `pip install gguf`, then run the command again")
     with tempfile.TemporaryDirectory(prefix="linattn-gguf-") as room:
-        folder = Path(room) / file.stem
+        alone, folder = Path(room) / "packed" / file.name, Path(room) / "unpacked" / file.stem
+        alone.parent.mkdir()
+        # Beside the file may lie what Transformers would read too, such as the configuration of an adapter.
+        alone.symlink_to(file.resolve())
         with stage(f"reading {file}", "give a GGUF file of a causal language model that Transformers can read"):
-            _unpack(file, folder, getattr(torch, dtype or "bfloat16"))
+            _unpack(alone, folder, getattr(torch, dtype or "bfloat16"))
         yield str(folder)
 
 
@@ -47,7 +51,7 @@ def _gguf_file(path: Path) -> Path | None:
     files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
         raise ConversionError(f"{path} holds {len(files)} GGUF files: give one of them, such as {files[0]}")
-    return files[0] if files else None
+    return not_outside(path, files[0]) if files else None
 
 
 def _unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from convert.errors import ConversionError, stage
 from convert.options import Decay, DType, Kernel, LinearizeOptions, layer_numbers
 from recipes.common import cli
-from recipes.common.files import check_target, staged_directory
+from recipes.common.files import check_target, output_path, staged_directory
 from recipes.common.reading import refuse_missing_folder
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def linearize(
     Raises:
         ConversionError: the source cannot be converted, an option does not fit it, or the output cannot be written.
     """
-    options, output = options or LinearizeOptions(), Path(output).expanduser()
+    options, output = options or LinearizeOptions(), output_path(output)
     check_target(output, COMMAND, overwrite=options.overwrite, inputs=[source])
     refuse_missing_folder(str(source))
     return _convert(str(source), output, options, on_shard, on_costs)
@@ -118,7 +117,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the random tokens that the check runs it on.")] = 0,
 ) -> None:
     """Convert the softmax checkpoint SOURCE into a linear-attention checkpoint OUTPUT."""
-    console = Console()
+    console = cli.console()
     options = LinearizeOptions(
         kernel=kernel.value,
         decay=decay.value,
@@ -135,7 +134,7 @@ def main(
     )
 
     def tell(costs: Costs) -> None:
-        console.print(f"Generating will take {costs.sentence()} In bytes, by form: {costs.other_forms()}.", soft_wrap=True, highlight=False)
+        console.print(f"Generating will take {costs.sentence()} In bytes, by form: {costs.other_forms()}.", soft_wrap=True)
 
     with console.status("Converting") as status:
         report = linearize(source, output, options, on_shard=lambda shard: status.update(f"Wrote {shard.name}"), on_costs=tell)

@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -59,7 +58,7 @@ def conversion_report(
 
 def summary(output: Path, report: dict[str, Any]) -> Table:
     """The report as a table for the screen."""
-    table = Table(title=escape(f"{report['source']} -> {output}"), show_header=False, title_justify="left")
+    table = Table(title=f"{report['source']} -> {output}", show_header=False, title_justify="left")
     linattn, parameters = report["linattn"], report["parameters"]
     table.add_row("linear layers", f"{len(report['linear_layers'])}, kernel {linattn['kernel']}, decay {linattn['decay']}")
     table.add_row("softmax layers", ", ".join(map(str, linattn["softmax_layers"])) or "none")

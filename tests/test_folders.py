@@ -108,7 +108,7 @@ def tree(home: Path) -> dict[str, str]:
     """Everything below `home`, links as what they say."""
     found = {}
     for path in home.rglob("*"):
-        kind = f"-> {os.readlink(path)}" if path.is_symlink() else "folder" if path.is_dir() else digest(path)
+        kind = f"-> {os.readlink(path)}" if path.is_symlink() else "folder" if path.is_dir() else "pipe" if path.is_fifo() else digest(path)
         found[str(path.relative_to(home))] = kind
     return found
 
@@ -188,6 +188,25 @@ def a_mark_that_never_was_finished(place: Path) -> str:
     return "holds no mark"
 
 
+def a_mark_that_is_a_pipe(place: Path) -> str:
+    (place / MARK).unlink()
+    os.mkfifo(place / MARK)
+    return "holds no mark"
+
+
+def a_mark_that_never_ends(place: Path) -> str:
+    (place / MARK).unlink()
+    (place / MARK).symlink_to("/dev/zero")
+    return "holds no mark"
+
+
+def a_mark_with_a_text_for_a_list(place: Path) -> str:
+    mark = json.loads((place / MARK).read_text())
+    (place / MARK).write_text(json.dumps(mark | {"grows": "*"}))
+    (place / "thesis.txt").write_text("years of work")
+    return "holds no mark"
+
+
 def a_link_to_our_output(place: Path) -> str:
     place.rename(place.with_name("moved"))
     place.symlink_to("moved")
@@ -202,7 +221,8 @@ def a_file_in_its_place(place: Path) -> str:
 
 SPOILT = [
     a_thesis, an_earlier_version, a_file_added, a_file_added_deep_inside, a_link_added, a_file_changed, another_commands_output,
-    a_mark_that_never_was_finished, a_link_to_our_output, a_file_in_its_place,
+    a_mark_that_never_was_finished, a_mark_that_is_a_pipe, a_mark_that_never_ends, a_mark_with_a_text_for_a_list, a_link_to_our_output,
+    a_file_in_its_place,
 ]  # fmt: skip
 
 
@@ -230,6 +250,23 @@ def test_an_output_never_reaches_an_input(name: str, home: Path) -> None:
                 continue
             message = refused(name, place, home, "--overwrite")
             assert "overlaps" in message or (name == "lra train" and "cannot be written" in message), (how, message)
+
+
+@ALL
+def test_an_output_has_a_name(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can take the place of the working folder, nor of one above it; ~ is the home here too, and nobody's is none."""
+    assert "not known here" in refused(name, "~nobody.of.this.name/out", home, "--overwrite")
+    (home / "empty").mkdir()
+    for out in [] if name == "lra train" else [".", "..", "empty/..", "/"]:  # whose folder is seed-0 in the output
+        assert "has no name of its own" in refused(name, out, home, "--overwrite")
+    monkeypatch.setenv("HOME", str(home / "empty"))
+    assert invoke(name, "~/out").exit_code == 0
+    assert read_mark(target(name, home / "empty" / "out")) and not (home / "~").exists()
+
+
+def test_a_folder_of_another_command_is_no_checkpoint(home: Path) -> None:
+    (home / "out-linearize").rename(home / "out-train" / "best")
+    assert "holds best/" in refused("train", "out-train", home, "--overwrite")
 
 
 @ALL

@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from recipes.common.errors import RecipeError, sentence
-from recipes.common.reading import inside, not_outside, read_json, refuse_missing_folder
+from recipes.common.reading import inside, not_outside, read_json, refuse_missing_folder, user_path
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -103,7 +103,7 @@ def open_checkpoint(
 
 def locate(name: str, revision: str | None = None, weights: bool = True) -> tuple[Path, str | None]:
     """The folder of `name`, and its id if that is one of the hub, from which it is then downloaded."""
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if folder.is_dir():
         return folder, None
     if folder.exists():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from recipes.common.errors import exit_with_sentence
 
@@ -23,6 +24,12 @@ SetValues = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 MoreValues = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="More settings after --set.", show_default=False)]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the same run, if there is one.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what this command wrote to the output before.")]
+
+
+def console() -> Console:
+    """The screen. Names and generated text are printed as they are: no markup is read out of them."""
+    return Console(markup=False, highlight=False)
+
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[2]
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 class RecipeError(ValueError):
@@ -86,6 +87,8 @@ def _told(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno is not None:
         remedy = "; free some space and start again, a training with --resume" if error.errno in _FULL else ""
         return f"{error.filename or 'a file of the run'}: {os.strerror(error.errno)}{remedy}", 2
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY):
+        return f"memory does not suffice ({sentence(error)}); lower the batch size or the length, or take a machine with more", 2
     return (
         f"{type(error).__name__} ({sentence(error)}) in {_place(error)}: a bug of this program and not of what it was given; "
         "run the command again with --debug to see the traceback, and report it"

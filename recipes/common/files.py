@@ -21,6 +21,7 @@ from typing import Any
 from recipes.common.errors import RecipeError, stage
 from recipes.common.lock import Lock, lock
 from recipes.common.marks import MARK, begin, foreign, read_mark, remove, seal
+from recipes.common.reading import user_path
 from recipes.common.swap import exchange
 
 _LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(?P<state>partial|old)-\d+")
@@ -51,6 +52,18 @@ def staged_file(path: str | Path) -> Iterator[Path]:
         held.release()
 
 
+def output_path(name: str | Path) -> Path:
+    """The folder that a user names to be written.
+
+    Raises:
+        RecipeError: it has no name by which a new folder could take its place, as . and .. have none.
+    """
+    path = user_path(name)
+    if path.name in ("", ".."):
+        raise RecipeError(f"the output {name} has no name of its own; give the path of a folder to make, such as {path / 'new'}")
+    return path
+
+
 def check_target(target: str | Path, command: str, *, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:
     """Whether `command` may write the folder `target`: called before any work, so that a refusal costs nothing.
 
@@ -63,7 +76,7 @@ def check_target(target: str | Path, command: str, *, overwrite: bool = False, i
     Raises:
         RecipeError: it is, holds or lies in an input; it exists without `overwrite`; or it holds what `command` did not write.
     """
-    target = Path(target)
+    target = output_path(target)
     with stage(f"looking at the output {target}", "choose another place"):
         check_apart(target, inputs)
         above = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
@@ -80,7 +93,7 @@ def check_target(target: str | Path, command: str, *, overwrite: bool = False, i
 def check_apart(target: Path, inputs: Iterable[str | Path]) -> None:
     """Raise RecipeError where `target` is, holds or lies in one of `inputs`, through links."""
     for name in inputs:
-        if _overlap(target, Path(name).expanduser()):
+        if _overlap(target, user_path(name)):
             raise RecipeError(f"the output {target} overlaps the input {name}; choose another place")
 
 
@@ -103,7 +116,7 @@ def staged_directory(
     Raises:
         RecipeError: `check_target` refuses, or the file system does.
     """
-    target = Path(target)
+    target = output_path(target)
     check_target(target, command, overwrite=overwrite, inputs=inputs)
     made = [folder for folder in target.parents if not folder.exists()]
     try:

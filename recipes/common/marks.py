@@ -27,6 +27,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from recipes.common.errors import RecipeError
+from recipes.common.reading import MOST_BYTES, parse_json, read_text
+
 MARK = ".hf_linattn.json"
 LOCK = ".hf_linattn.lock"
 
@@ -46,13 +49,16 @@ class Mark:
 
 def read_mark(folder: Path) -> Mark | None:
     """The mark of `folder`, None where it has none that can be understood."""
-    try:
-        mark = Mark(**json.loads((folder / MARK).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
+    path = folder / MARK
+    if path.is_symlink():
         return None
-    texts = (mark.command, mark.process, *mark.grows, *mark.folders)
-    right = isinstance(mark.files, dict | None) and isinstance(mark.parents, int) and all(isinstance(text, str) for text in texts)
-    return mark if right else None
+    try:
+        mark = Mark(**parse_json(read_text(path, MOST_BYTES), path))
+    except (RecipeError, TypeError):
+        return None
+    lists = isinstance(mark.grows, list) and isinstance(mark.folders, list)
+    right = lists and isinstance(mark.files, dict | None) and isinstance(mark.parents, int)
+    return mark if right and all(isinstance(text, str) for text in (mark.command, mark.process, *mark.grows, *mark.folders)) else None
 
 
 def begin(folder: Path, command: str, parents: int = 0) -> None:
@@ -112,7 +118,7 @@ def _account(root: Path, folder: Path, mark: Mark, compare: bool) -> Iterator[tu
         name = path.relative_to(root).as_posix()
         if path.is_symlink() or not path.is_dir():
             yield path, _is_ours(path, name, mark, compare)
-        elif _matches(name, mark.folders) and (own := read_mark(path)) and own.files is not None:
+        elif _matches(name, mark.folders) and (own := read_mark(path)) and own.files is not None and own.command == mark.command:
             yield from _account(path, path, own, compare)
         else:
             yield from _account(root, path, mark, compare)

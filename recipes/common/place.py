@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.common.errors import RecipeError
-from recipes.common.files import check_target, clear_up, hold
+from recipes.common.files import check_target, clear_up, hold, output_path
 from recipes.common.marks import MARK, read_mark
 
 
@@ -16,7 +16,7 @@ def check_place(
 ) -> None:
     """`check_run` in a process that trains alone. Of several one asks for all, once they know one another: `Run.check`."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        check_run(Path(folder), command, inputs=inputs, resume=resume, overwrite=overwrite)
+        check_run(output_path(folder), command, inputs=inputs, resume=resume, overwrite=overwrite)
 
 
 def check_run(folder: Path, command: str, *, inputs: Sequence[str | Path] = (), resume: bool = False, overwrite: bool = False) -> None:

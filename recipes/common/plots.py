@@ -12,6 +12,8 @@ from matplotlib import pyplot as plt
 
 from recipes.common.files import staged_file
 
+matplotlib.rcParams["text.parse_math"] = False  # names of runs stand in the legends, and may hold any letter
+
 
 def plot_curves(
     path: str | Path, curves: Mapping[str, Sequence[tuple[float, float]]], *, x: str, y: str, title: str = "", log_x: bool = False

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import yaml
 
@@ -73,13 +73,13 @@ def read_json(path: Path) -> Any:
         RecipeError: it cannot be read, or is too large, nested too deep, no JSON, or doubtful: a key twice in one object, a number that
             is not finite.
     """
-    return parse_json(_read(path, MOST_BYTES), path)
+    return parse_json(read_text(path, MOST_BYTES), path)
 
 
 def parse_json(text: str, where: str | Path) -> Any:
     """The value of `text`; `where` names its origin in errors, which are those of `read_json`."""
     try:
-        value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_number, parse_float=_finite)
+        value = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_refuse_number, parse_float=_finite, parse_int=_bounded)
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{where} is not readable as JSON ({sentence(error)}): write, copy or download it again") from None
     if _depth(value) > DEEPEST:
@@ -107,6 +107,11 @@ def _finite(text: str) -> float:
     return value
 
 
+def _bounded(text: str) -> int:
+    _finite(text)  # what no floating-point number can stand for would fail wherever it is first divided
+    return int(text)
+
+
 def _depth(value: Any) -> int:
     depth, level = 0, [value]
     while level:
@@ -122,7 +127,7 @@ def read_yaml(path: Path) -> Any:
         RecipeError: it cannot be read, or is too large, no YAML, or doubtful: a key twice in one mapping, values nested too deep, or
             too many values once every alias stands for what it names.
     """
-    return parse_yaml(_read(path, MOST_YAML_BYTES), path)
+    return parse_yaml(read_text(path, MOST_YAML_BYTES), path)
 
 
 def parse_yaml(text: str, where: str | Path) -> Any:
@@ -178,18 +183,49 @@ def _inner(node: yaml.Node) -> Iterator[yaml.Node]:
         yield from item if isinstance(item, tuple) else (item,)
 
 
-def _read(path: Path, most: int) -> str:
+def open_file(path: Path) -> BinaryIO:
+    """Opens a file to read. What is none, such as a pipe or a device, might never begin or never end.
+
+    Raises:
+        RecipeError: it is none.
+        OSError: it cannot be opened.
+    """
+    if path.exists() and not path.is_file():
+        raise RecipeError(f"{path} is no file but a folder, a pipe or a device; give a file that can be read")
+    return path.open("rb")
+
+
+def read_text(path: Path, most: int) -> str:
+    """The UTF-8 text of a file of at most `most` bytes.
+
+    Raises:
+        RecipeError: it cannot be read, or is larger.
+    """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             data = file.read(most + 1)
         text = data[:most].decode("utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not UTF-8 text ({sentence(error)}); write, copy or download it again") from None
+    except RecipeError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte in it
         raise RecipeError(f"{path} cannot be read ({getattr(error, 'strerror', error)}); give a file that can be") from None
     if len(data) > most:
         raise RecipeError(f"{path} is larger than {most // 2**20} MiB, which no such file is; give the right file")
     return text
+
+
+def user_path(name: str | Path) -> Path:
+    """The path that a user names, where ~ is a home.
+
+    Raises:
+        RecipeError: it begins with ~ and a name, and nobody is called that here.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise RecipeError(f"{name} begins with the home of a user who is not known here; write the path out") from None
 
 
 def refuse_missing_folder(name: str) -> None:
@@ -198,7 +234,7 @@ def refuse_missing_folder(name: str) -> None:
     Raises:
         RecipeError: there is no such folder.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists():
         return
     if not _HUB_ID.fullmatch(name) or name.startswith(".") or "\\" in name:

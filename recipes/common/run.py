@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 
 from recipes.common.config import dump
 from recipes.common.errors import RecipeError, stage
-from recipes.common.files import clear_up, discard, hold, staged_directory, write_json, write_text
+from recipes.common.files import clear_up, discard, hold, output_path, staged_directory, write_json, write_text
 from recipes.common.lock import Lock
 from recipes.common.marks import read_mark, sign
 from recipes.common.place import check_run
@@ -66,7 +66,7 @@ class Run:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        self.folder, self.command, self.accelerator = Path(folder), command, accelerator
+        self.folder, self.command, self.accelerator = output_path(folder), command, accelerator
         self.inputs, self.resume, self.overwrite = inputs, resume, overwrite
         self._held: Lock | None = None
 

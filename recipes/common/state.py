@@ -15,9 +15,11 @@ from typing import Any
 
 from recipes.common.errors import RecipeError
 from recipes.common.marks import account, read_mark
-from recipes.common.reading import parse_json, read_json
+from recipes.common.reading import open_file, parse_json, read_json
 
 LONGEST_RECORD = 2**20
+LARGEST = 10**18
+"""More than any step, loss, count or time that a run could have written."""
 _CHECKPOINT = re.compile(r"step-(\d{1,12})")
 
 
@@ -48,7 +50,7 @@ def read_progress(checkpoint: Path, run: Any, steps: int | None = None) -> dict[
     if not isinstance(step, int) or f"step-{step:08d}" != checkpoint.name or (steps is not None and step > steps):
         raise RecipeError(f"{path}: its step is {step!r:.50}, which is no step of this run; {remedy}")
     for key, value in progress.items():
-        if key != "run" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if key != "run" and not _is_number(value):
             raise RecipeError(f"{path}: {key} is {value!r:.50}, and a number was written; {remedy}")
     return progress
 
@@ -76,14 +78,14 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
-    with path.open("rb") as file:
+    with open_file(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_RECORD), b""), 1):
             if not line.endswith(b"\n") and not file.read(1):
                 return
             where = f"{path}, line {number}"
             record = parse_json(line.decode("utf-8", errors="replace"), where)
             step = record.get("step") if isinstance(record, dict) else None
-            if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            if not isinstance(step, int) or not _is_number(step) or step < 0:
                 raise RecipeError(f"{where} holds no object with a step; take that line out")
             yield record
 
@@ -95,6 +97,10 @@ def number(record: dict[str, Any], key: str, where: str | Path) -> Any:
         RecipeError: it is not there, or is none.
     """
     value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_number(value):
         raise RecipeError(f"{where}: {key} is {json.dumps(value)[:50]}, and a number was expected; give a file as the run wrote it")
     return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST

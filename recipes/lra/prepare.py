@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from recipes.common import cli
 from recipes.common.errors import RecipeError
-from recipes.common.files import check_target, clear_up, staged_directory, write_json
+from recipes.common.files import check_target, clear_up, output_path, staged_directory, write_json
 
 from . import listops, pathfinder
 from .data import HUB, SPLITS, TASKS, Sequences, Split, Task, encode_listops, read_folder, read_hub, read_prepared, shortened
@@ -66,6 +66,7 @@ def prepare(
         request["rules"] = GENERATORS[spec.name].rules
         if spec.side:
             request["images"] = images
+    out = output_path(out)
     clear_up(out.parent, out.name)
     if out.exists() and not overwrite and (out / "prepared.json").is_file():
         there = read_prepared(out)

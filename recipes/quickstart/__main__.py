@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from recipes.common import cli
 from recipes.common.errors import RecipeError
@@ -56,7 +55,7 @@ class Quickstart:
         self.teacher = model or out / "teacher" / "model"
         self.text = data or out / "corpus" / "stories.txt"
         check_apart(out, [path for path in (model, data) if path])
-        self.console = Console()
+        self.console = cli.console()
         self.minutes: dict[str, float] = {}
         asked = {"model": str(model and model.resolve()), "data": str(data and data.resolve()), "scale": scale}
         state = out / "quickstart.json"
@@ -100,9 +99,9 @@ class Quickstart:
         options = ["--data", str(self.text), "--stories", str(held_out), "--out", f"{out}/evaluation", "--overwrite"]
         self.step("5. Evaluate and generate", None, lambda: self.call("recipes.tinystories.evaluate", *named, *options))
         for name, minutes in self.minutes.items():
-            self.console.print(f"{name}: {minutes:.1f} min", highlight=False)
+            self.console.print(f"{name}: {minutes:.1f} min")
         places = {"table": "evaluation/evaluation.md", "picture": "evaluation/evaluation.png", "model": "tuned/model"}
-        self.console.print("   ".join(f"{what}: {out}/{where}" for what, where in places.items()), highlight=False)
+        self.console.print("   ".join(f"{what}: {out}/{where}" for what, where in places.items()))
 
     def train(self, config: str, settings: list[str]) -> None:
         """Run the training script on one of the configs beside this file."""
@@ -136,10 +135,10 @@ class Quickstart:
         root = str(HERE.parent.parent)
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         arguments += ("--debug",) * self.debug
-        self.console.print(f"python -m {module} {' '.join(arguments)}", style="dim", highlight=False, markup=False)
+        self.console.print(f"python -m {module} {' '.join(arguments)}", style="dim")
         status = subprocess.run([sys.executable, "-m", module, *arguments], env={**os.environ, "PYTHONPATH": paths}).returncode
         if status:
-            self.console.print(f"{module} stopped with status {status}; start again to go on from there", style="bold", highlight=False)
+            self.console.print(f"{module} stopped with status {status}; start again to go on from there", style="bold")
             raise SystemExit(2 if status == 2 else 1)
 
     def make_corpus(self) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from recipes.common import cli
@@ -44,7 +43,7 @@ def main(
     table = Table(*TITLES)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    cli.console().print(table)
 
 
 def named_folder(named: str) -> tuple[str, Path]:

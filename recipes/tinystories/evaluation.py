@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from matplotlib import pyplot as plt
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from recipes.common import cli
 from recipes.common.errors import RecipeError
 from recipes.common.plots import save_figure
 from recipes.tinystories.data import by_size, load_tokenizer, start_token
@@ -98,7 +99,7 @@ def score(
     rows.sort(key=lambda row: len(row[0]))
     metric = Prediction(keep_in_memory=True)
     sums, counts = torch.zeros(length, dtype=torch.float64), torch.zeros(length, dtype=torch.float64)
-    for begin in track(range(0, len(rows), batch_size), description=f"scoring {name}", transient=True):
+    for begin in track(range(0, len(rows), batch_size), description=escape(f"scoring {name}"), transient=True):
         batch = rows[begin : begin + batch_size]
         longest = max(len(ids) for ids, _ in batch)
         ids = torch.tensor([row + [start] * (longest - len(row)) for row, _ in batch], device=model.device)
@@ -166,7 +167,7 @@ def markdown(conditions: dict[str, Any], results: Sequence[dict[str, Any]]) -> s
 
 def show(conditions: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     """The report on the screen."""
-    console = Console()
+    console = cli.console()
     for heading, rows in _tables(results):
         table = Table(title=heading, title_justify="left")
         for column, title in enumerate(rows[0]):
@@ -175,10 +176,10 @@ def show(conditions: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
             table.add_row(*row)
         console.print(table)
     for sample in range(len(results[0]["samples"])):
-        console.print(f"\n[bold]{_inline(results[0]['samples'][sample]['prompt'])}[/bold] ...")
+        console.print(f"\n{_line(results[0]['samples'][sample]['prompt'])} ...", style="bold")
         for result in results:
-            console.print(f"  [cyan]{result['name']}[/cyan]:", _inline(result["samples"][sample]["text"]), highlight=False, markup=True)
-    console.print(f"\n{conditions['stories']} stories, {conditions['dtype']}, {conditions['device']}", highlight=False)
+            console.print(f"  {result['name']}: {_line(result['samples'][sample]['text'])}")
+    console.print(f"\n{conditions['stories']} stories, {conditions['dtype']}, {conditions['device']}")
 
 
 def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -220,8 +221,12 @@ def _tables(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]
     return [(heading, rows) for heading, rows in tables if len(rows) > 1]
 
 
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _inline(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("[", "\\[")
+    return _line(text).replace("|", "\\|").replace("[", "\\[")
 
 
 def _positions(model: PreTrainedModel) -> int:

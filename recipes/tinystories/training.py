@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_sc
 import hf_linattn
 from recipes.common.config import to_dict
 from recipes.common.errors import RecipeError, stage
-from recipes.common.files import staged_directory
+from recipes.common.files import output_path, staged_directory
 from recipes.common.plots import plot_curves
 from recipes.common.run import Run
 from recipes.common.state import check_written
@@ -37,7 +37,7 @@ class Training:
             gradient_accumulation_steps=s.gradient_accumulation,
             mixed_precision=s.mixed_precision,
             log_with="tensorboard",
-            project_dir=s.output,
+            project_dir=output_path(s.output),
             # The schedule is stepped once an optimizer step, however many processes share the batch.
             step_scheduler_with_optimizer=False,
         )

@@ -18,6 +18,7 @@ from tiny_softmax import VOCABULARY, softmax_model
 import convert.gguf
 from convert.errors import ConversionError
 from convert.linearize import LinearizeOptions, linearize
+from recipes.common.errors import RecipeError
 
 UNCHECKED = LinearizeOptions(check=False)
 
@@ -131,12 +132,25 @@ def test_an_adapter_is_answered_with_the_remedy(tmp_path: Path) -> None:
 def test_gguf_is_unpacked(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "tiny.gguf").write_bytes(b"GGUF")
-    unpack = lambda file, folder, dtype: softmax_model("llama").to(dtype).save_pretrained(folder)  # noqa: E731
+    (tmp_path / "packed" / "adapter_config.json").write_text('{"base_model_name_or_path": "/private"}')
+
+    def unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
+        assert file.read_bytes() == b"GGUF" and os.listdir(file.parent) == [file.name]  # what lies beside it is not read
+        softmax_model("llama").to(dtype).save_pretrained(folder)
+
     monkeypatch.setattr(convert.gguf, "_unpack", unpack)
     monkeypatch.setattr(convert.gguf, "find_spec", lambda name: name)
     report = linearize(tmp_path / "packed" / given, tmp_path / "out")
     assert report["source"] == str(tmp_path / "packed" / given) and report["check"]["layers"] == 3
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_gguf_by_a_link_out_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "published").mkdir()
+    (tmp_path / "private.gguf").write_bytes(b"GGUF")
+    (tmp_path / "published" / "tiny.gguf").symlink_to(tmp_path / "private.gguf")
+    with pytest.raises(RecipeError, match="tiny.gguf is a link out of its folder"):
+        linearize(tmp_path / "published", tmp_path / "out", UNCHECKED)
 
 
 def test_gguf_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

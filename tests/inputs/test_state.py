@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -146,7 +147,32 @@ COMPARED = {
         "tokens_per_second is null",
     ),
     "no JSON": ("metrics.jsonl", "{\n{\n", "line 1"),
+    "a step of 10^400": ("metrics.jsonl", f'{{"step": {10**400}}}\n', "is too large"),
+    "a step of 10^20": ("metrics.jsonl", f'{{"step": {10**20}}}\n', "no object with a step"),
+    "a loss of 10^308": (
+        "metrics.jsonl",
+        '{"step": 1, "seconds": 1, "valid_loss": 1e308}\n{"step": 1, "tokens": 4}\n',
+        "valid_loss is 1e+308",
+    ),
 }
+
+
+@pytest.mark.parametrize("name", ["$\\x$", "[/]", "a[/b]", "_$_$"])
+def test_things_are_called_what_the_user_likes(name: str, stopped: Path, whole: Path, run: Command, tmp_path: Path) -> None:
+    """Neither a markup of the screen's nor of the picture's is read out of a name."""
+    assert run("recipes.tinystories.compare", f"{name}={stopped}", "--out", tmp_path / "runs" / name) == (0, "")
+    assert json.loads((tmp_path / "runs" / name / "comparison.json").read_text())[0]["name"] == name
+    short = ["--stories", 2, "--length", 16, "--decode", 8, "--tokens", 1, "--device", "cpu"]
+    model, out = f"{name}={whole / 'model'}", tmp_path / "models" / name
+    assert run("recipes.tinystories.evaluate", model, "--data", whole / "text.txt", "--out", out, *short) == (0, "")
+    assert run("convert.linearize", whole / "model", tmp_path / "converted" / name, "--no-check") == (0, "")
+
+
+def test_records_that_are_a_pipe(stopped: Path, run: Command, tmp_path: Path) -> None:
+    (stopped / "metrics.jsonl").unlink()
+    os.mkfifo(stopped / "metrics.jsonl")
+    status, error = run("recipes.tinystories.compare", stopped, "--out", tmp_path / "out")
+    assert status == 2 and "metrics.jsonl is no file" in error
 
 
 @pytest.mark.parametrize("kind", COMPARED)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -140,6 +141,20 @@ def test_a_bug_of_ours_says_so_and_shows_its_traceback_only_when_asked():
     assert (staged.exit_code, staged.stderr) == (2, "error: reading that file failed ('absent'); give another\n")
     assert "KeyError: 'absent'" in run("--how", "stage", "--debug").stderr
     assert run("--no-such-option").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9")],
+    ids=["Python", "a GPU", "torch"],
+)
+def test_memory_that_does_not_suffice_is_no_bug(error):
+    def greedy() -> None:
+        """Asks for too much."""
+        raise error
+
+    done = CliRunner().invoke(cli.app(greedy))
+    assert done.exit_code == 2 and done.stderr.startswith("error: memory does not suffice") and len(done.stderr.splitlines()) == 1
 
 
 def test_a_staged_directory_appears_whole_or_not_at_all(tmp_path):
