@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
+from launched import finish, launch
 from transformers import AutoModelForSequenceClassification
 
 from recipes.common.config import dump, load_config
@@ -261,27 +259,12 @@ def test_several_seeds_by_the_command_and_a_table(tmp_path, capsys):
     assert (tmp_path / "table" / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
-def as_launched(rank: int, config: Path, port: int) -> None:
-    """The command, as one of two processes that a launcher has started."""
-    torch.set_num_threads(1)
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
-    os.environ |= {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    train.main(config)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def test_two_processes_learn_what_one_does(tmp_path):
     changes = {"dropout": "none", "hidden_dropout": 0.0}
     expected = run(settings(tmp_path, output=str(tmp_path / "one"), **changes))
     values = settings(tmp_path, output=str(tmp_path / "two"), **changes)
     (tmp_path / "run.yaml").write_text(dump(values))
-    mp.start_processes(as_launched, (tmp_path / "run.yaml", free_port()), nprocs=2, start_method="fork")  # spared two imports of everything
+    finish(launch(train.main, tmp_path / "run.yaml"))
     found = json.loads((tmp_path / "two" / "seed-0" / "result.json").read_text())
     assert found["test_accuracy"] == expected["test_accuracy"] and found["test_loss"] == pytest.approx(expected["test_loss"], abs=1e-4)
     for one, two in zip(metrics(tmp_path / "one" / "seed-0"), metrics(tmp_path / "two" / "seed-0"), strict=True):

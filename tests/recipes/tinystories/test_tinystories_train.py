@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from launched import finish, launch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import hf_linattn
@@ -22,6 +23,7 @@ from convert.linearize import linearize
 from recipes.common.errors import RecipeError
 from recipes.common.state import read_records
 from recipes.tinystories.model import load_model
+from recipes.tinystories.train import main
 from recipes.tinystories.training import Training
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -147,7 +149,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_losses(settings, config_fil
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "recipes.tinystories.train", "--config", str(config_file(**KILLED, output=str(folder)))]
     process = start(command)
-    wait_for_step(folder, 5, process)
+    wait_for_step(folder, 5, lambda: process.poll() is None)
     process.send_signal(signal.SIGSTOP)
     for how in ({"resume": True}, {"overwrite": True}):
         with pytest.raises(RecipeError, match=f"is being written by process {process.pid} on "):
@@ -168,21 +170,19 @@ def test_two_processes_learn_what_one_does_and_go_on_after_a_kill(settings, conf
     whole = train(settings(**changes, output=str(tmp_path / "whole")))
     folder = tmp_path / "two"
     shared = {**changes, "gradient_accumulation": 1, "output": str(folder)}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "recipes.tinystories.train", "--config", str(config_file(**shared))]
-    process = start(command)
-    wait_for_step(folder, 5, process)
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    config = config_file(**shared)
+    started = launch(main, config)
+    wait_for_step(folder, 5, lambda: not started.join(timeout=0))
+    family = [psutil.Process(pid) for pid in started.pids()]
     for each in family:
         each.suspend()
     with pytest.raises(RecipeError, match="is being written by process (" + "|".join(str(each.pid) for each in family) + ") on "):
         train(settings(**changes, output=str(folder)), resume=True)
-    for each in family:
+    for each in started.processes:
         each.kill()
-    process.wait()
+        each.join()
     assert not (folder / "model").exists()
-    process = start([*command, "--resume"])
-    assert process.wait(timeout=300) == 0
+    finish(launch(main, config, None, None, True))  # with --resume
     assert training_losses(losses(folder)) == pytest.approx(training_losses(whole), abs=1e-4)
     assert [r[3] for r in losses(folder) if r[3]] == pytest.approx([r[3] for r in whole if r[3]], abs=1e-4)
     with pytest.raises(RecipeError, match="processes was 2 and is now 1"):
@@ -194,10 +194,10 @@ def start(command):
     return subprocess.Popen(command, env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
 
 
-def wait_for_step(folder, step, process):
+def wait_for_step(folder, step, is_running):
     end = time.monotonic() + 200
     while not any(r["step"] >= step for r in read_records(folder / "metrics.jsonl")):
-        assert process.poll() is None, "the run ended before it was killed"
+        assert is_running(), "the run ended before it was killed"
         assert time.monotonic() < end
         time.sleep(0.01)
 
