@@ -84,6 +84,8 @@ def _refuse_attention(name: str, attention: nn.Module) -> None:
         raise ValueError(f"{name} adds a position bias to softmax scores, which linear attention has not; {_cure()}")
     if getattr(attention, "indexer", None) is not None:
         raise ValueError(f"{name} attends to the few keys that an indexer selects, which linear attention cannot; {_cure()}")
+    if getattr(attention, "compressor", None) is not None:
+        raise ValueError(f"{name} attends to keys that are made of several tokens each, which linear attention cannot; {_cure()}")
 
 
 def missing_parameters(name: str) -> str:

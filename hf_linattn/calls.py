@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 from transformers.utils import is_torchdynamo_compiling, logging
 
 logger = logging.get_logger(__name__)
@@ -33,6 +35,12 @@ def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: 
             'load the model with attn_implementation="sdpa".'
         )
     if key.shape[-2] != query.shape[-2]:
+        own = _cache_of_its_own(type(module))
+        if own is not None:
+            raise ValueError(
+                f"{name} belongs to a model that makes a cache of its own, {own}, which keeps keys and values and takes no states of linear "
+                'attention; give use_cache=False, or load the model with attn_implementation="sdpa".'
+            )
         raise ValueError(
             f"Linear attention was given {key.shape[-2]} keys for {query.shape[-2]} queries: the cache keeps keys and values. "
             "Make it from the model's config, DynamicCache(config=model.config), after the model got "
@@ -52,6 +60,14 @@ def _is_cross_attention(module: nn.Module) -> bool:
 def _takes_other_states(module_class: Any) -> bool:
     """Whether a class attends to something else than its own hidden states: it says so by its name, or cannot be called without."""
     return "CrossAttention" in module_class.__name__ or bool(_required_arguments(module_class) & OTHER_STATES)
+
+
+@functools.cache
+def _cache_of_its_own(module_class: Any) -> str | None:
+    """The name of the class of caches that is written beside a class of modules, where there is one."""
+    beside = vars(sys.modules[module_class.__module__]).values()
+    own = (value for value in beside if isinstance(value, type) and issubclass(value, Cache) and value.__module__ == module_class.__module__)
+    return next((value.__name__ for value in own), None)
 
 
 @functools.cache

@@ -29,6 +29,12 @@ _TRIED = (
     *("granite", "helium", "hunyuan_v1_dense", "internlm3", "jais2", "jetmoe", "lfm2", "ministral", "ministral3", "nanochat", "nemotron"),
     *("deepseek_v3", "flex_olmo", "granitemoe", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"),
     *("olmo", "olmo2", "olmo3", "opt", "persimmon", "phi3", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma"),
+    *("afmoe", "aria_text", "axk1", "bailing_hybrid", "beam", "cohere2_moe", "cohere_compass_text", "cwm", "deepseek_v2", "diffllama"),
+    *("dots1", "ernie4_5_moe", "exaone_moe", "flint", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt_oss", "granite_swa"),
+    *("granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "iquestcoder", "jamba"),
+    *("kimi_linear", "kolibri1", "lfm3", "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "modernbert-decoder"),
+    *("nemotron_h", "olmo_hybrid", "phi4_multimodal", "phimoe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "solar_open"),
+    *("youtu", "zamba2", "zaya"),
 )
 BASE_MODEL_TYPES = tuple(name for name in _TRIED if name in CONFIG_MAPPING_NAMES)
 """Architectures of which a tiny random model was converted, checked, loaded and run. Not every version of Transformers has all."""

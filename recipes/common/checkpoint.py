@@ -130,7 +130,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
                 "`model.save_pretrained('merged')`, and give that folder"
             )
         raise RecipeError(f"{name} is no checkpoint: it has no config.json")
-    config = read_json(not_outside(folder, path))
+    config = _with_floats(read_json(not_outside(folder, path)))
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise RecipeError(f"{path} names no model_type, so the architecture is unknown")
     # An attention named OWNER/NAME is code of that repository, which Transformers would fetch and run.
@@ -138,6 +138,17 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
         if key in ("attn_implementation", "_attn_implementation", "experts_implementation") and ("/" in value or "|" in value):
             raise RecipeError(f"{path}: {key} {value!r:.100} names code to be fetched and run, which is refused; take that key out")
     return config
+
+
+def _with_floats(value: Any) -> Any:
+    """The same with the floats that JSON has not, which Transformers writes as {"__float__": "Infinity"}, as Mamba's time_step_limit."""
+    if isinstance(value, list):
+        return [_with_floats(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"__float__"} and value["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(value["__float__"])
+    return {key: _with_floats(part) for key, part in value.items()}
 
 
 def open_tokenizer(name: str) -> Path:

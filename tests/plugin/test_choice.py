@@ -38,10 +38,14 @@ REFUSED = {
     # position biases
     "T5EncoderModel": (SMALL_T5, "adds a position bias"),
     "SwinModel": ({"image_size": 32, "patch_size": 4, "embed_dim": 32, "depths": [1], "num_heads": [4], "window_size": 4}, "position bias"),
+    "ParakeetEncoder": ({"num_hidden_layers": 1}, "position bias"),
+    "NemotronAsrStreamingEncoder": ({"num_hidden_layers": 1}, "position bias"),
     "Wav2Vec2BertModel": ({**SIZES, "position_embeddings_type": "relative_key"}, "position bias"),
     # attention to a few keys
     "DeepseekV32ForCausalLM": ({**TEXT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
                                 "moe_intermediate_size": 32}, "an indexer selects"),
+    # keys made of several tokens
+    "DeepseekV4ForCausalLM": ({"num_hidden_layers": 4}, "made of several tokens each"),
 }  # fmt: skip
 
 

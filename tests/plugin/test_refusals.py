@@ -1,6 +1,7 @@
 """What linear attention cannot serve is refused in one sentence that says what to do."""
 
 import pytest
+import sweep.tiny
 import torch
 from tiny_models import tiny_config, tiny_model, tiny_tokens
 from transformers import (
@@ -28,6 +29,18 @@ def test_a_cache_without_the_models_config():
     model(ids[:, :10], past_key_values=cache)
     with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
         model(ids[:, 10:], past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("call", ["a step", "a chunk", "generation"])
+def test_a_cache_that_the_model_makes_itself(call):
+    """Not the user's fault, and not what they can mend by another cache."""
+    model, ids = AutoModelForCausalLM.from_config(sweep.tiny.tiny_config("minimax"), attn_implementation="linattn"), tiny_tokens()
+    past = model(ids[:, :10], use_cache=True).past_key_values
+    new = {"input_ids": ids[:, 10:11] if call == "a step" else ids[:, 10:], "past_key_values": past}
+    with pytest.raises(ValueError, match="makes a cache of its own, MiniMaxCache.* use_cache=False"):
+        model.generate(ids, max_new_tokens=3, pad_token_id=0) if call == "generation" else model(**new)
+    assert model.generate(ids, max_new_tokens=3, pad_token_id=0, use_cache=False).shape == (2, 26)
 
 
 @torch.no_grad()
