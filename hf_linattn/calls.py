@@ -35,10 +35,10 @@ def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: 
             'load the model with attn_implementation="sdpa".'
         )
     if key.shape[-2] != query.shape[-2]:
-        own = _cache_of_its_own(type(module))
+        own = _cache_of_its_own(type(module).__module__)
         if own is not None:
             raise ValueError(
-                f"{name} belongs to a model that makes a cache of its own, {own}, which keeps keys and values and takes no states of linear "
+                f"{name} belongs to a model that makes a cache of its own, {own}, which keeps keys and values and not the state of linear "
                 'attention; give use_cache=False, or load the model with attn_implementation="sdpa".'
             )
         raise ValueError(
@@ -63,11 +63,10 @@ def _takes_other_states(module_class: Any) -> bool:
 
 
 @functools.cache
-def _cache_of_its_own(module_class: Any) -> str | None:
-    """The name of the class of caches that is written beside a class of modules, where there is one."""
-    beside = vars(sys.modules[module_class.__module__]).values()
-    own = (value for value in beside if isinstance(value, type) and issubclass(value, Cache) and value.__module__ == module_class.__module__)
-    return next((value.__name__ for value in own), None)
+def _cache_of_its_own(source: str) -> str | None:
+    """The name of the class of caches that a source file of models has, where it has one."""
+    kinds = [value for value in vars(sys.modules[source]).values() if isinstance(value, type) and issubclass(value, Cache)]
+    return next((kind.__name__ for kind in kinds if kind.__module__ == source), None)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ tensor attached to it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
@@ -50,6 +51,7 @@ def linattn_mask(
     *,
     batch_size: int,
     q_length: int,
+    kv_length: int,
     config: PreTrainedConfig,
     mask_function: MaskFunction = causal_mask_function,
     attention_mask: Tensor | None = None,
@@ -65,6 +67,12 @@ def linattn_mask(
     """
     if not is_tracing(attention_mask):
         require_attention_interface(config)
+    softmax_mask = functools.partial(
+        masking_utils.sdpa_mask, batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function,
+        attention_mask=attention_mask, q_offset=q_offset, device=device, config=config, **kwargs,
+    )  # fmt: skip
+    if "allow_is_bidirectional_skip" in kwargs and kv_length != q_length and isinstance(q_offset, int) and q_offset == 0:
+        return softmax_mask()  # of cross-attention, which is refused where it is ours: a pooling head that computes its own softmax
     asked = _Asked(mask_function, batch_size, q_length, q_offset, device, kwargs, config)
     pattern = asked.pattern()
     pattern.real, pattern.past = read_padding(attention_mask, q_length, q_offset)
@@ -72,10 +80,7 @@ def linattn_mask(
     alone = None if q_length == 1 and attention_mask is None else told  # a compiled step without a mask has no use for it
     if not softmax_layers(config):
         return alone
-    mask = masking_utils.sdpa_mask(
-        batch_size=batch_size, q_length=q_length, mask_function=mask_function, attention_mask=attention_mask, q_offset=q_offset,
-        device=device, config=config, **kwargs,
-    )  # fmt: skip
+    mask = softmax_mask()
     if mask is None:
         return alone
     mask = mask.contiguous()  # as generate() asks for: a copy would lose the attribute

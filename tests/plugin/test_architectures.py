@@ -34,6 +34,8 @@ CROSS_SECTION = [
     ("layoutlm", MASKED, SOFTMAX),  # says nothing of causality
     ("vit", BASE, RIGHT),
     ("swin", BASE, REFUSED),
+    ("paligemma", BASE, RIGHT),  # a prompt seen both ways
+    ("siglip2_vision_model", BASE, RIGHT),  # a softmax of its own in the pooling head
     ("qwen2_5_vl_vision", BASE, RIGHT),  # pictures of several sizes in one row
     ("audio-spectrogram-transformer", BASE, RIGHT),
     ("wav2vec2", BASE, RIGHT),

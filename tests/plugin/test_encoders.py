@@ -4,6 +4,7 @@ import pytest
 import torch
 from ten_lines import by_reference
 from tiny_models import ENCODERS, tiny_model, tiny_tokens
+from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
 TEXT = ["bert", "modernbert"]
 OPTIONS = [{}, {"kernel": "quadratic"}, {"decay": "head"}]
@@ -112,3 +113,19 @@ def test_training_and_checkpointing_give_the_same_gradients(name):
                     module.linattn_dropout_p = 0.0
         grads.append(gradients(model, ids, attention_mask=mask))
     close_and_not_zero(*grads)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [5, 2, 1])
+def test_a_pooling_head_that_computes_its_own_softmax_gets_its_mask(rows):
+    """Siglip2's probe attends past the interface, from one token to all patches: padding is hidden from it too."""
+    torch.manual_seed(0)
+    config = Siglip2VisionConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, patch_size=4)
+    model, patches = Siglip2VisionModel._from_config(config, attn_implementation="linattn").eval(), torch.randn(2, 36, 48)
+    shapes = torch.tensor([[rows, 6], [6, 6]])
+    mask = torch.arange(36) < shapes.prod(-1)[:, None]
+    both = model(patches, pixel_attention_mask=mask.long(), spatial_shapes=shapes).pooler_output
+    alone = model(patches[:1, : 6 * rows], pixel_attention_mask=mask[:1, : 6 * rows].long(), spatial_shapes=shapes[:1]).pooler_output
+    other = model(patches.roll(1, 0), pixel_attention_mask=mask.long(), spatial_shapes=shapes).pooler_output
+    close(both[:1], alone)
+    assert (both - other).abs().max() > 1e-2

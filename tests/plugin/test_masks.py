@@ -265,7 +265,7 @@ def test_a_users_own_chunks_are_documents_or_refused():
     mistral.attention_chunk_size = 4
     own = lambda batch, head, row, column: (row // 4 == column // 4) & (column <= row)  # noqa: E731
     with pytest.raises(ValueError, match="cannot be told from chunks of 4"):
-        linattn_mask(batch_size=1, q_length=16, config=mistral, local_size=4, mask_function=own)
+        linattn_mask(batch_size=1, q_length=16, kv_length=16, config=mistral, local_size=4, mask_function=own)
 
 
 @torch.no_grad()

@@ -19,6 +19,8 @@ def candidates(config: PreTrainedConfig, main_input: str, parameters: list[str])
     """Inputs to try one after the other until the model takes them."""
     if "grid_thw" in parameters or "image_grid_thw" in parameters:
         yield from _packed_pictures(config, parameters)
+    if {"spatial_shapes", "pixel_position_ids"} & set(parameters):
+        yield from _padded_patches(config, parameters)
     if not isinstance(main_input, str):
         return
     if main_input in ("input_ids", "inputs"):
@@ -33,6 +35,8 @@ def candidates(config: PreTrainedConfig, main_input: str, parameters: list[str])
     elif main_input == "past_values":
         yield {"past_values": torch.randn(BATCH, _number(config, "context_length", 32))}
         yield {"past_values": torch.randn(BATCH, _number(config, "context_length", 32), _number(config, "num_input_channels", 1))}
+        series = torch.randn(BATCH, _number(config, "context_length", 64))
+        yield {"past_values": series, "past_values_padding": torch.zeros_like(series).long(), "freq": torch.zeros(BATCH, 1).long()}
     if "inputs_embeds" in parameters:
         yield {"inputs_embeds": torch.randn(BATCH, LENGTH, _number(config, "hidden_size", 64))}
     if "pixel_values" in parameters and main_input != "pixel_values":
@@ -55,7 +59,7 @@ def _spectra(config: PreTrainedConfig, name: str) -> Iterator[dict[str, Tensor]]
     """Frames in either order, and as many as the model was made for."""
     fields = ("num_mel_bins", "feature_size", "input_feat_size", "input_size", "n_mels", "feature_projection_input_dim")
     bands = {_number(part, field, 0) for part in _parts(config) for field in fields}
-    frames = [2 * _number(config, "max_source_positions", 64), 64, 256]
+    frames = [2 * _number(config, "max_source_positions", 64), 64, 256, 2 * _number(config, "n_window", 64)]
     for mel, length in itertools.product(sorted(bands - {0}) or [80], frames):
         yield {name: torch.randn(BATCH, mel, length)}
         yield {name: torch.randn(BATCH, length, mel)}
@@ -93,9 +97,22 @@ def _packed_pictures(config: PreTrainedConfig, parameters: list[str]) -> Iterato
     patches = int(GRID.prod(-1).sum())
     for part in _parts(config):
         patch, channels = _number(part, "patch_size", 0), _number(part, "in_channels", 0) or _number(part, "num_channels", 3)
-        for times in (_number(part, "temporal_patch_size", 1), 1):
+        for times in (_number(part, "temporal_patch_size", 1), 1, 2):
             if patch:
-                yield {first: torch.randn(patches, channels * times * patch * patch), grid: GRID}
+                flat = {first: torch.randn(patches, channels * times * patch * patch), grid: GRID}
+                yield {**flat, "merge_sizes": torch.ones(len(GRID), dtype=torch.long)} if "merge_sizes" in parameters else flat
+                yield {first: torch.randn(patches, channels, patch, patch), grid: GRID}
+
+
+def _padded_patches(config: PreTrainedConfig, parameters: list[str]) -> Iterator[dict[str, Tensor]]:
+    """A row of patches a picture, told apart by their places."""
+    patch, rows, columns = _number(config, "patch_size", 4), 6, 6
+    picture = {"pixel_values": torch.randn(BATCH, rows * columns, 3 * patch * patch)}
+    if "spatial_shapes" in parameters:
+        whole = torch.ones(BATCH, rows * columns, dtype=torch.long)
+        yield {**picture, "pixel_attention_mask": whole, "spatial_shapes": torch.tensor([[rows, columns]] * BATCH)}
+    else:
+        yield {**picture, "pixel_position_ids": torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).expand(BATCH, -1, -1)}
 
 
 def _parts(config: PreTrainedConfig) -> list[Any]:
