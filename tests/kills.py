@@ -8,6 +8,7 @@ this process, so that most of a run is work and not imports. Every second run is
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import random
@@ -26,12 +27,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import recipes.common.files as files
-import recipes.tinystories.training  # noqa: F401 (which the command imports late: here once, and not in every fork)
 from convert import linearize
 from recipes.common import cli
 from recipes.common.marks import digest, foreign, read_mark
 from recipes.quickstart.corpus import stories
 from recipes.tinystories import train
+
+# What the commands import late, once their arguments are right: here once, and not in every fork.
+for module in ("convert.card", "convert.check", "convert.companions", "convert.gguf", "convert.report", "recipes.tinystories.training"):
+    importlib.import_module(module)
 
 START = "<|endoftext|>"
 RUNS_TO_THE_END = 10  # one after so many kills
