@@ -94,7 +94,9 @@ def test_the_order_of_warps_does_not_matter(kernels, dtype, kind, head_dim):
     assert_order_of_warps_does_not_matter(dtype, head_dim=head_dim, value_dim=head_dim, **kind)
 
 
-@pytest.mark.parametrize("dtype, head_dim", [*((torch.float32, d) for d in (32, 64, 128)), (torch.bfloat16, 192)], ids=str)
+@pytest.mark.parametrize("dtype, head_dim", [
+    (torch.float32, 32), *(pytest.param(torch.float32, d, marks=pytest.mark.slow) for d in (64, 128)), (torch.bfloat16, 192),
+], ids=str)  # fmt: skip
 def test_the_order_of_warps_does_not_matter_to_chunks(kernels, dtype, head_dim):
     assert_order_of_warps_does_not_matter(dtype, head_dim=head_dim, value_dim=head_dim, stateful=True, length=270)
 
