@@ -112,7 +112,9 @@ def _of_4d(mask: Tensor, length: int, offset: int | Tensor, causal: bool, window
         rows = torch.arange(length, device=mask.device)
         distance = (rows[:, None] - rows).abs()
         follows_in_window = (given == wanted & (distance < window if causal else distance <= window)).all()
-        past = torch.where(follows, past, SAYS_NOTHING)
+        far = torch.arange(mask.shape[-1], device=mask.device) <= rows[:, None] + offset - window
+        is_windowed = far.any() & ~(every & far).flatten(1).any(-1)  # and then what it hides may be what was counted
+        past = torch.where(follows & ~is_windowed, past, SAYS_NOTHING)
         follows = follows | follows_in_window
     require(follows & (visible == visible[:, :1]).all(), OTHER_PATTERN)
     pattern = Pattern(causal, real, starts, None if is_narrow or (isinstance(offset, int) and offset == 0) else past, whole=True)

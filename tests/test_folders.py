@@ -153,6 +153,15 @@ def an_earlier_version(place: Path) -> str:
     return "holds no mark"
 
 
+def a_byte_behind_the_first_megabyte(place: Path) -> str:
+    path, mark = place / "large", read_mark(place)
+    assert mark
+    path.write_bytes(bytes(3 << 20))
+    seal(place, mark.command, mark.grows, mark.folders)
+    path.write_bytes(bytes((3 << 20) - 1) + b"!")
+    return "holds large"
+
+
 def a_file_added(place: Path) -> str:
     (place / "thesis.txt").write_text("years of work")
     return "holds thesis.txt"
@@ -220,9 +229,9 @@ def a_file_in_its_place(place: Path) -> str:
 
 
 SPOILT = [
-    a_thesis, an_earlier_version, a_file_added, a_file_added_deep_inside, a_link_added, a_file_changed, another_commands_output,
-    a_mark_that_never_was_finished, a_mark_that_is_a_pipe, a_mark_that_never_ends, a_mark_with_a_text_for_a_list, a_link_to_our_output,
-    a_file_in_its_place,
+    a_thesis, an_earlier_version, a_file_added, a_file_added_deep_inside, a_link_added, a_file_changed, a_byte_behind_the_first_megabyte,
+    another_commands_output, a_mark_that_never_was_finished, a_mark_that_is_a_pipe, a_mark_that_never_ends, a_mark_with_a_text_for_a_list,
+    a_link_to_our_output, a_file_in_its_place,
 ]  # fmt: skip
 
 

@@ -60,7 +60,7 @@ TESTS = {
     "recipes/common/state.py": ["inputs/test_state.py", "recipes/tinystories/test_tinystories_train.py"],
     "recipes/lra/": ["recipes/lra/"],
     "recipes/lra/model.py": ["recipes/lra/test_lra_model.py", "recipes/lra/test_lra_train.py"],
-    "recipes/lra/train.py": ["recipes/lra/test_lra_train.py"],
+    "recipes/lra/train": ["recipes/lra/test_lra_train.py"],
     "recipes/lra/batches.py": ["recipes/lra/test_lra_train.py"],
     "recipes/lra/report.py": ["recipes/lra/test_lra_train.py"],
     "recipes/lra/settings.py": ["recipes/lra/test_lra_train.py"],

@@ -78,9 +78,10 @@ def test_generation(model):
     assert torch.equal(model.generate(ids, num_beams=2, **new), model.generate(ids, num_beams=2, use_cache=False, **new))
 
 
+@pytest.mark.parametrize("layers", [1, 3])  # with more than one, the next layer's update would notice too
 @pytest.mark.parametrize("other", ["sdpa", "eager"])
-def test_softmax_over_handed_keys_is_refused_at_prefill(other):
-    model = tiny_model("llama")
+def test_softmax_over_handed_keys_is_refused_at_prefill(other, layers):
+    model = tiny_model("llama", layers=layers)
     cache = DynamicCache(config=model.config)
     model.set_attn_implementation(other)
     with pytest.raises(RuntimeError, match="never read: the model no longer has"):

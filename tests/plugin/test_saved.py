@@ -117,6 +117,20 @@ class TestAdapters:
         assert "trained with attn_implementation='linattn', but LlamaForCausalLM runs 'sdpa'" in caplog.text
 
 
+def test_an_adapter_beside_other_options_of_the_model_is_warned_of(tmp_path, caplog):
+    logging.getLogger("hf_linattn").propagate = True
+    model = peft.get_peft_model(tiny_model("llama", decay="head"), peft.LoraConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path)
+    expected = logits(model)
+    for options, said in (({"decay": "head"}, False), ({"kernel": "quadratic"}, True), ({}, False)):
+        caplog.clear()
+        base = tiny_model("llama", **options)
+        again = peft.PeftModel.from_pretrained(base, tmp_path)
+        assert ("has its own, which run" in caplog.text) == said
+        assert torch.equal(logits(again), expected) != said
+        assert LinAttnConfig.of(base.config).kernel == options.get("kernel", "linear")
+
+
 def test_an_adapter_of_prompts_comes_back(tmp_path):
     tiny_model("llama", "sdpa").save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="linattn")

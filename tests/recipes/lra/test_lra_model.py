@@ -80,6 +80,14 @@ def test_pooling_by_its_definition():
         torch.testing.assert_close(output.pooler_output, expected)
 
 
+def test_states_are_pooled_in_float32():
+    """In bfloat16 a sum of ones would stop at 256."""
+    encoder, states = model_of(max_position_embeddings=2000).encoder, torch.rand(2, 2000, 16).bfloat16()
+    for mask in (None, torch.arange(2000) < torch.tensor([[2000], [700]])):
+        expected = [x[keep].double().mean(0) for x, keep in zip(states, [slice(2000)] * 2 if mask is None else mask, strict=True)]
+        torch.testing.assert_close(encoder.pool(states, mask).double(), torch.stack(expected), rtol=4e-3, atol=0)
+
+
 def test_two_towers_share_the_encoder_and_see_both_sequences():
     model = model_of(towers=2)
     whole = batch(2)

@@ -133,6 +133,8 @@ def test_every_epoch_takes_every_example_once_in_another_order():
     assert spread < 10 < np.mean([np.ptp(batch) for batch in lengths.reshape(60, 4)])
     steps = [float(np.mean(lengths[batch])) for batch in first]
     assert abs(np.corrcoef(steps[:-1], steps[1:])[0, 1]) < 0.5
+    uneven = training_order(lengths, 7, seed=0)  # 34 batches of 7 leave two out, each epoch two others
+    assert set(np.concatenate([next(uneven) for _ in range(34 * 4)])) == set(range(240))
     later = training_order(lengths, 4, seed=0, start=75)
     assert np.array_equal(next(later), second[15])
     assert not np.array_equal(next(training_order(lengths, 4, seed=1)), first[0])
@@ -144,7 +146,7 @@ def test_every_epoch_takes_every_example_once_in_another_order():
 
 @pytest.mark.parametrize(("attention", "dropout"), [("sdpa", "standard"), ("linattn", "none"), ("linattn", "noise"), ("eager", "none")])
 def test_it_learns_and_the_best_checkpoint_is_the_one_tested(tmp_path, attention, dropout):
-    values = settings(tmp_path, attn_implementation=attention, dropout=dropout, steps=40)
+    values = settings(tmp_path, attn_implementation=attention, dropout=dropout, steps=40, eval_batch_size=8)
     result = run(values)
     assert result["test_accuracy"] > 0.9
     folder = tmp_path / "out" / "seed-0"
@@ -154,8 +156,9 @@ def test_it_learns_and_the_best_checkpoint_is_the_one_tested(tmp_path, attention
     assert result["valid_accuracy"] == max(valid.values()) == valid[result["best_step"]]
     best = AutoModelForSequenceClassification.from_pretrained(folder / "best", attn_implementation=attention).eval()
     split = DeviceSplit.of(TEXT, texts(20, 2), torch.device("cpu"))
-    guesses = best(**split.batch(np.arange(20))).logits.argmax(-1)
-    assert accuracy(guesses.numpy(), split.split.labels) == result["test_accuracy"]
+    output = best(**split.batch(np.arange(20)))
+    assert accuracy(output.logits.argmax(-1).numpy(), split.split.labels) == result["test_accuracy"]
+    assert output.loss.item() == pytest.approx(result["test_loss"], rel=1e-4)  # of batches of 8, 8 and 4
     assert result["dropout"] == dropout and result["attention_dropout"] == (0.1 if dropout != "none" else 0)
 
 
@@ -179,9 +182,9 @@ def test_the_test_uses_the_best_weights_not_the_last(tmp_path, monkeypatch):
 
 
 def test_killed_and_resumed_it_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
-    whole = settings(tmp_path, output=str(tmp_path / "whole"))
+    whole = settings(tmp_path, output=str(tmp_path / "whole"), log_every=1)
     expected = run(whole)
-    halved = settings(tmp_path, output=str(tmp_path / "halved"))
+    halved = settings(tmp_path, output=str(tmp_path / "halved"), log_every=1)
     logged = training.Run.log
 
     def die(self, step, **more):
@@ -200,6 +203,52 @@ def test_killed_and_resumed_it_goes_on_to_the_same_numbers(tmp_path, monkeypatch
     before = (tmp_path / "halved" / "seed-0" / "result.json").stat().st_mtime_ns
     assert run(halved, resume=True)["test_accuracy"] == result["test_accuracy"]
     assert (tmp_path / "halved" / "seed-0" / "result.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(("scores", "best"), [([0.75, 0.5, 0.25], 8), ([0.5, 0.75, 0.75], 24), ([0.5, 0.5, 0.25], 16)])
+def test_the_best_score_and_the_time_survive_a_resume(tmp_path, monkeypatch, scores, best):
+    clock = iter(np.arange(0, 100_000, 10.0))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
+    evaluate, left = Training.evaluate, iter(scores)
+    monkeypatch.setattr(
+        Training, "evaluate", lambda self, name, count=None: (next(left), 1.0) if name == "valid" else evaluate(self, name, count)
+    )
+    logged, values = training.Run.log, settings(tmp_path)
+
+    def die(self, step, **more):
+        logged(self, step, **more)
+        if step == 20:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.Run, "log", die)
+        run(values)
+    before = json.loads((tmp_path / "out/seed-0/checkpoints/step-00000016/progress.json").read_text())["seconds"]
+    result = run(values, resume=True)
+    assert (result["best_step"], result["valid_accuracy"]) == (best, max(scores))
+    assert before > 0 and result["seconds"] > before
+    logs = [json.loads(line)["seconds"] for line in (tmp_path / "out/seed-0/metrics.jsonl").read_text().splitlines()]
+    assert logs == sorted(logs)
+
+
+def test_a_loss_that_is_logged_is_the_mean_of_the_steps_since_the_last(tmp_path):
+    losses = []
+    for every in (1, 4):
+        run(settings(tmp_path, output=str(tmp_path / str(every)), steps=10, log_every=every))
+        losses.append([record["loss"] for record in metrics(tmp_path / str(every) / "seed-0") if "loss" in record])
+    assert losses[1] == pytest.approx([np.mean(losses[0][:4]), np.mean(losses[0][4:8]), np.mean(losses[0][8:])], rel=1e-6)
+
+
+def test_the_optimizer_is_as_the_settings_say(tmp_path):
+    """Gradients clipped to 1e-10 move nothing: Adam divides by no less than 1e-6."""
+    values = settings(tmp_path, beta2=0.9, weight_decay=0.3, gradient_clip=1e-10, steps=2, warmup_steps=0, schedule="constant")
+    training = Training(values, 0, load(TEXT, values.data))
+    groups = training.optimizer.param_groups
+    assert [(group["betas"], group["weight_decay"]) for group in groups] == [((0.9, 0.9), 0.3), ((0.9, 0.9), 0.0)]
+    assert all(p.dim() > 1 for p in groups[0]["params"]) and all(p.dim() == 1 for p in groups[1]["params"])
+    before = [p.clone() for p in groups[1]["params"]]
+    training.run_all()
+    assert max((p - old).abs().max() for p, old in zip(groups[1]["params"], before, strict=True)) < 2 * 0.02 * 1e-3
 
 
 def test_resume_of_another_run_and_an_existing_output_are_refused(tmp_path):

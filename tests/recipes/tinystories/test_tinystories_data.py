@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import datasets
 import pytest
 import torch
 
@@ -49,6 +50,25 @@ def test_packing_is_the_stream_of_start_tokens_and_stories(tiny):
     assert packed[:]["input_ids"].flatten().tolist() == stream[: len(stream) // 32 * 32]
 
 
+def test_what_is_left_of_one_batch_goes_on_in_the_next(tiny, monkeypatch):
+    """Texts are tokenized a million characters at a time; here 300."""
+    tokenizer = load_tokenizer(str(tiny.model))
+    train, _ = split_stories([Source(str(tiny.text))], [], 21)
+    monkeypatch.setattr(data.by_size, "__defaults__", (300,))
+    packed = pack(train, tokenizer, 32)
+    stream = [x for text in tiny.texts[:179] for x in [0, *tokenizer(text, add_special_tokens=False)["input_ids"]]]
+    assert packed[:]["input_ids"].flatten().tolist() == stream[: len(stream) // 32 * 32]
+
+
+@pytest.mark.parametrize("row", [0, 999, 1000, 2499])
+def test_a_digest_is_of_every_row(row):
+    rows = [[number, 7] for number in range(2500)]
+    before = data.digest(datasets.Dataset.from_dict({"input_ids": rows}))
+    assert data.digest(datasets.Dataset.from_dict({"input_ids": rows})) == before
+    rows[row] = [rows[row][0], 8]
+    assert data.digest(datasets.Dataset.from_dict({"input_ids": rows})) != before
+
+
 def test_positions_restart_at_every_story():
     ids = torch.tensor([[5, 6, 0, 7, 8, 0, 9], [0, 1, 2, 3, 4, 5, 6]])
     batch = Collator(start=0, separate=True)([{"input_ids": row} for row in ids])
@@ -65,6 +85,7 @@ def test_an_epoch_visits_each_once_and_goes_on_from_any_point():
     assert len(sampler) == 18
     sampler.begin_at(1, 0)
     assert list(sampler) != whole
+    assert list(EpochSampler(size=50, per_epoch=48, seed=3)) == whole != list(EpochSampler(size=50, per_epoch=48, seed=4))
 
 
 @pytest.mark.parametrize(

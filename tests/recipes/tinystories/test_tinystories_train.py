@@ -80,6 +80,55 @@ def test_it_learns_and_leaves_a_model_a_curve_and_a_log(settings):
     assert AutoTokenizer.from_pretrained(folder / "model").bos_token_id == 0
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_model_feels_the_noise_that_the_log_tells_of(settings, tmp_path, monkeypatch, schedule):
+    felt, noise = [], hf_linattn.attention.noise
+
+    def watched(module, *args):
+        given = noise(module, *args)
+        if module.training and module.layer_idx == 0:
+            felt.append(float(given.get("dropout_p", 0.0)))
+        return given
+
+    monkeypatch.setattr(hf_linattn.attention, "noise", watched)
+    s = {**LINEAR, "noise": 0.2, "noise_schedule": schedule, "gradient_accumulation": 2, "batch_size": 2, "eval_every": 100, "samples": 0}
+    logged = [record[6] for record in train(settings(**s)) if record[6] is not None]
+    falls = hf_linattn.DropoutSchedule(schedule, 0.2, 6)
+    assert logged == pytest.approx([falls(step) for step in range(6)])
+    assert felt == pytest.approx([falls(step) for step in range(6) for _ in range(2)])
+
+
+def test_rates_rise_over_the_warm_up_and_fall_to_nothing(settings):
+    records = train(settings(warmup=0.5, learning_rate=0.03, eval_every=100))
+    rates = [record[5] for record in records if record[5] is not None]
+    assert rates == pytest.approx([0.01, 0.02, 0.03, 0.0225, 0.0075, 0.0], abs=1e-9)
+
+
+def test_the_optimizer_is_as_the_settings_say(settings, converted, tmp_path):
+    s = settings(model=str(converted), beta2=0.9, weight_decay=0.3, linattn_learning_rate=0.2, eval_sequences=3)
+    training = Training(s, False, False)
+    groups = training.optimizer.param_groups
+    assert [(group["initial_lr"], group["weight_decay"], group["betas"]) for group in groups] == [
+        (0.01, 0.3, (0.9, 0.9)), (0.01, 0.0, (0.9, 0.9)), (0.2, 0.0, (0.9, 0.9))
+    ]  # fmt: skip
+    assert len(training.valid_loader.dataset) == 3
+    training.run.close()
+
+
+def test_gradients_are_clipped_to_what_the_settings_say(settings, tiny):
+    """Adam moves each weight by its rate, but for gradients below 1e-8, by which it divides: clipped to 1e-12 they move nothing."""
+    s = settings(clip=1e-12, weight_decay=0.0, steps=2, eval_every=100)
+    train(s)
+    before, after = (load_model(str(folder)).state_dict() for folder in (tiny.model, Path(s.output) / "model"))
+    assert 0 < max((after[name] - before[name]).abs().max() for name in before) < 1e-4 * 2 * s.learning_rate
+
+
+def test_a_loss_that_is_logged_is_the_mean_of_the_steps_since_the_last(settings, tmp_path):
+    each = training_losses(train(settings(steps=5, eval_every=100, checkpoint_every=100)))
+    some = training_losses(train(settings(steps=5, log_every=2, eval_every=100, checkpoint_every=100, output=str(tmp_path / "some"))))
+    assert some == pytest.approx([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2, each[4]], rel=1e-6)
+
+
 def test_how_often_it_evaluates_changes_nothing_it_learns(settings, tmp_path):
     often = train(settings(**LINEAR, noise=0.2, eval_every=1, checkpoint_every=1))
     seldom = train(settings(**LINEAR, noise=0.2, eval_every=100, checkpoint_every=100, output=str(tmp_path / "other")))
@@ -136,9 +185,12 @@ def test_per_head_parameters_have_a_rate_of_their_own(settings, converted):
 def test_from_scratch(settings, tiny):
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
     s = settings(model=None, model_type="gpt_neox", model_config=shape, tokenizer=str(tiny.model), steps=2, attn_implementation="sdpa")
-    train(s)
+    first = train(s)
     config = AutoConfig.from_pretrained(Path(s.output) / "model")
     assert (config.model_type, config.vocab_size, config.hidden_size) == ("gpt_neox", 300, 16)
+    torch.rand(7)  # the seed decides, not what was drawn before
+    again, other = (train(settings(**{**vars(s), "seed": seed}), overwrite=True) for seed in (0, 1))
+    assert losses(Path(s.output)) == other and again[0] == first[0] and other[0][3] != first[0][3]
 
 
 KILLED = {**LINEAR, "noise": 0.2, "steps": 8, "gradient_accumulation": 2, "batch_size": 2, "eval_every": 4, "samples": 1}
@@ -163,6 +215,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_losses(settings, config_fil
         file.write('{"step": 7, "lo')
     assert train(settings(**KILLED, output=str(folder)), resume=True) == whole
     same_weights(folder, tmp_path / "whole")
+    seconds = [record["seconds"] for record in read_records(folder / "metrics.jsonl")]
+    assert seconds == sorted(seconds)  # those before the kill are counted
 
 
 def test_two_processes_learn_what_one_does_and_go_on_after_a_kill(settings, config_file, tmp_path):
