@@ -57,6 +57,14 @@ def test_what_is_told_is_what_a_cache_takes(kernel: str, decay: str, model_type:
         assert source_bytes(source, 2000, [layer for layer in range(3) if layer not in keep]) < costs.state
 
 
+def test_no_decay_starts_slower_than_2048_tokens(tmp_path: Path) -> None:
+    """Whatever the model's positions; the check, which knows the bound by itself, agrees."""
+    softmax_model("llama", max_position_embeddings=8192).save_pretrained(tmp_path / "in")
+    linearize(tmp_path / "in", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (-1 / model.model.layers[0].self_attn.linattn()["log_decay"]).max().item() == pytest.approx(2048, rel=1e-5)
+
+
 def test_a_float64_model_has_states_of_twice_the_size(tmp_path: Path) -> None:
     softmax_model("llama").double().save_pretrained(tmp_path / "in")
     report = linearize(tmp_path / "in", tmp_path / "out", LinearizeOptions(check=False))

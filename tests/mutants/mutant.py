@@ -44,7 +44,7 @@ TESTS = {
     "hf_linattn/told.py": ["plugin/test_masks.py", "plugin/test_sequences.py"],
     "hf_linattn/training.py": ["plugin/test_parameter_groups.py"],
     "convert/": ["convert/test_check.py", "convert/test_linearize.py", "convert/test_linearize_refusals.py", "convert/test_companions.py",
-                 "convert/test_costs.py", "convert/test_arguments.py"],
+                 "convert/test_costs.py", "convert/test_arguments.py", "inputs/test_checkpoint_folder.py"],
     "convert/companions.py": ["convert/test_companions.py", "convert/test_linearize.py"],
     "convert/costs.py": ["convert/test_costs.py"],
     "convert/gguf.py": ["convert/test_companions.py"],

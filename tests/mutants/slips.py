@@ -80,7 +80,7 @@ def _nodes(node: ast.AST) -> Iterator[ast.AST]:
         return
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in PICTURES:
         return
-    if isinstance(node, ast.If) and isinstance(node.test, ast.Compare) and getattr(node.test.left, "id", "") in ("__name__", "TYPE_CHECKING"):
+    if isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING"):
         return
     yield node
     for name, value in ast.iter_fields(node):
