@@ -9,6 +9,7 @@ tensor attached to it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any
@@ -42,6 +43,10 @@ WINDOWS = {
 SEES_AHEAD = (
     "The model lets some tokens, such as those of an image, see each other ahead in a causal text, which linear attention "
     'cannot; load it with attn_implementation="sdpa", or its text model alone.'
+)
+OTHER_FUNCTION = (
+    "The model's mask function is neither causal nor bidirectional, packed or not, and linear attention knows no other pattern; load it "
+    'with attn_implementation="sdpa".'
 )
 
 MaskFunction = Callable[..., Any]
@@ -130,6 +135,7 @@ class _Asked:
         self.two_sided = "allow_is_bidirectional_skip" in kwargs
         self.skippable = kwargs.get("allow_is_bidirectional_skip" if self.two_sided else "allow_is_causal_skip", False)
         self.chunked = self.window is not None and self.window == getattr(config, "attention_chunk_size", None)
+        self.own_window = self.window or getattr(config, "sliding_window", None) or math.inf
         self.offset = offset
         self.batch = torch.arange(batch, device=device)
         self.rows = torch.arange(length, device=device) + offset
@@ -159,7 +165,7 @@ class _Asked:
         if self.window is not None and (self.window < 2 or self.chunked) and self.length > self.window:
             self.drop_window()
         pattern = self.read_neighbours() if self.length > 1 else Pattern(True)
-        if self.custom and not is_tracing(self.rows):
+        if self.custom:
             self.refuse_other_patterns(pattern)
         return pattern
 
@@ -190,24 +196,24 @@ class _Asked:
         return Pattern(not sees_ahead, starts=starts if is_packed else None)
 
     def refuse_other_patterns(self, pattern: Pattern) -> None:
-        """Holds a user's own mask function, which may say anything of tokens that are not neighbours, against the whole pattern."""
-        offset = int(self.offset)
-        columns = torch.arange(offset + self.length, device=self.device)
+        """Holds a user's own mask function, which may say anything of tokens that are not neighbours, against the whole pattern.
+
+        A window, that of the layer or the model's own put into the function, may hide what it hides: linear attention drops it. While a
+        graph is traced the past is left out, for its length is not known.
+        """
+        traced = is_tracing(self.rows)
+        columns = self.rows if traced else torch.arange(int(self.offset) + self.length, device=self.device)
         ids = segment_ids(None, pattern.starts, len(self.batch))
         ids = torch.ones(1, self.length, device=self.device) if ids is None else ids
-        ids = torch.cat([torch.ones(ids.shape[0], offset, dtype=ids.dtype, device=self.device), ids], -1)
-        for rows in columns[offset:].split(ROWS_AT_ONCE):
-            wanted = ids[:, rows, None] == ids[:, None]
-            if pattern.causal:
-                wanted = wanted & (columns <= rows[:, None])
-            differs = self.sees(rows[:, None], columns) != wanted
-            if self.window is not None:  # what a window hides is seen all the same
-                differs = differs & ((columns - rows[:, None]).abs() < self.window)
-            if bool(differs.any()):
-                raise ValueError(
-                    "The model's mask function is neither causal nor bidirectional, packed or not, and linear attention knows no other "
-                    'pattern; load it with attn_implementation="sdpa".'
-                )
+        all_ids = torch.cat([torch.ones_like(ids[:, :1]).expand(-1, columns.shape[0] - self.length), ids], -1)
+        matches = []
+        for part, rows in zip(*(x.split(self.length if traced else ROWS_AT_ONCE, -1) for x in (ids, self.rows)), strict=True):
+            same, distance = part[:, :, None] == all_ids[:, None], rows[:, None] - columns
+            near, seen = distance.abs() < self.own_window, self.sees(rows[:, None], columns)
+            causal = same & (distance >= 0)
+            matches.append(torch.stack([(seen == wanted).all() for wanted in (causal, causal & near, same, same & near)]))
+        wanted = {True: slice(0, 2), False: slice(2, 4), None: slice(0, 4)}[pattern.causal]
+        require(torch.stack(matches).all(0)[wanted].any(), OTHER_FUNCTION)
 
 
 def _without_window(function: MaskFunction) -> MaskFunction:

@@ -33,7 +33,7 @@ def _starts_from_positions(positions: Tensor, real: Tensor | None) -> Tensor:
     if real is None:
         before = torch.cat([positions[:, :1] - 1, positions[:, :-1]], -1)
     else:
-        positions = positions.expand(real.shape[0], -1)
+        positions, real = torch.broadcast_tensors(positions, real)
         column = previous_token(real)
         before = torch.where(column < 0, positions - 1, positions.gather(-1, column.clamp(min=0)))
     # A 0 behind a 0 is a sequence of one token before the next; where positions above 0 repeat as well, they are groups.

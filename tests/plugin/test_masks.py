@@ -10,6 +10,8 @@ from transformers import (
     BeitConfig,
     BeitModel,
     DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     PreTrainedModel,
     StaticCache,
@@ -212,6 +214,48 @@ def test_the_last_rows_of_a_long_text_are_looked_at_too(llama, monkeypatch):
             )  # fmt: skip
 
 
+OVERLAYS = {  # of functions that a graph is traced with; whose neighbours look causal
+    "strided": lambda batch, head, row, column: (row - column) % 3 < 2,
+    "hidden": lambda batch, head, row, column: (column != 3) | (row < 5),
+    "other window": lambda batch, head, row, column: column > row - 5,
+}
+
+
+def overlaid(model, embeddings, overlay):
+    mask = masking_utils.create_causal_mask(
+        config=model.config, inputs_embeds=embeddings, attention_mask=None, past_key_values=None, and_mask_function=overlay
+    )
+    return model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False)[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overlay", OVERLAYS.values(), ids=OVERLAYS)
+def test_overlays_are_refused_in_a_traced_graph_too(overlay):
+    model, embeddings = tiny_model("mistral", layers=1), torch.randn(2, 12, 64)
+    torch._dynamo.reset()
+    call = torch.compile(overlaid, backend="eager")
+    close(call(model, embeddings, masking_utils.sliding_window_overlay(8)), model(inputs_embeds=embeddings, use_cache=False)[0])
+    for run in (overlaid, call):
+        with pytest.raises((ValueError, RuntimeError), match="knows no other pattern"):
+            run(model, embeddings, overlay)
+
+
+@torch.no_grad()
+def test_a_window_that_a_model_puts_into_its_mask_function_is_dropped():
+    """As Gemma 3 with a vision tower does, whose processor gives token_type_ids to every text."""
+    text = {**TEXT, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}
+    vision = {**SIZES, "model_type": "siglip_vision_model", "image_size": 16, "patch_size": 4, "vision_use_head": False}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=90)
+    model, ids = twins(config, Gemma3ForConditionalGeneration), tiny_tokens(2, 20)
+    wanted = model(ids)[0]
+    for lengths in ([20], [12, 1, 7]):
+        cache, types = DynamicCache(config=model.config), torch.zeros_like(ids)
+        parts = zip(ids.split(lengths, 1), types.split(lengths, 1), strict=True)
+        close(torch.cat([model(part, token_type_ids=kind, past_key_values=cache)[0] for part, kind in parts], 1), wanted)
+    with pytest.raises(ValueError, match="see each other ahead"):
+        model(ids, token_type_ids=(torch.arange(20) // 4 == 2).long().expand(2, -1))
+
+
 # Packed sequences
 
 
@@ -314,6 +358,42 @@ def test_a_fall_in_position_begins_a_sequence_and_nothing_else_does(llama, case,
     out = llama(ids, position_ids=positions[None], attention_mask=mask)[0]
     wanted = quadratic(llama, ids, position_ids=positions[None], attention_mask=seen, use_cache=False)
     close(out[mask > 0], wanted[mask > 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kind, lengths", [("dynamic", [16]), ("dynamic", [4, 12]), ("static", [16]), ("static", [4, 12]), ("static", [3, 13])])
+def test_sequences_packed_into_a_cache_are_kept_apart(llama, hybrid, kind, lengths, padded):
+    """Whatever was in it before; softmax layers can do so only in a first call of keys that are all new."""
+    positions = torch.cat([torch.arange(9), torch.arange(1), torch.arange(6)])[None]
+    ids, mask = tiny_tokens(2, 16), torch.ones(2, 16, dtype=torch.long)
+    mask[0, : 2 * padded] = 0
+
+    def feed(model):
+        cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=20)
+        ends = torch.tensor(lengths).cumsum(0).tolist()
+        parts = zip(ids.split(lengths, 1), positions.split(lengths, 1), ends, strict=True)
+        more = [{"attention_mask": mask[:, :end]} if padded else {} for end in ends]
+        calls = zip(parts, more, strict=True)
+        return torch.cat([model(part, position_ids=at, past_key_values=cache, **told)[0] for (part, at, _), told in calls], 1)
+
+    runs = (positions == 0).cumsum(-1)
+    seen = visible() & (runs[:, None, :, None] == runs[:, None, None]) & (mask[:, None, None] > 0)
+    close(feed(llama)[mask > 0], quadratic(llama, ids, position_ids=positions, attention_mask=seen, use_cache=False)[mask > 0])
+    if kind == "dynamic" and len(lengths) == 1:
+        wanted = hybrid(ids, position_ids=positions, attention_mask=seen, use_cache=False)[0]
+        return close(feed(hybrid)[mask > 0], wanted[mask > 0])
+    with pytest.raises(ValueError, match="softmax layers of this model cannot tell them apart"):
+        feed(hybrid)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", [None, torch.arange(9)[None], (torch.arange(9) % 6).expand(3, -1)])
+def test_one_row_of_a_mask_is_for_every_row(llama, positions):
+    ids, mask = tiny_tokens(3, 9), torch.tensor([[0, 0, 1, 1, 1, 0, 1, 1, 1]])
+    told = {} if positions is None else {"position_ids": positions}
+    wanted = llama(ids, attention_mask=mask.expand(3, -1), **told)[0]
+    close(llama(ids, attention_mask=mask, **told)[0][:, mask[0] > 0], wanted[:, mask[0] > 0])
 
 
 # Masks of the caller's own
