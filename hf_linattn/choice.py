@@ -70,9 +70,14 @@ def set_attn_implementation(self: PreTrainedModel, attn_implementation: str | di
 
 
 def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
-    """Transformers' own, with "attn_implementation", and the options it ran with, where linear attention was chosen."""
+    """Transformers' own, with "attn_implementation", and the options it ran with, where linear attention was chosen.
+
+    Options alone ask for linear attention, so where another implementation runs beside them it is written as well.
+    """
     output: dict[str, Any] = _to_dict(self)
     chosen = implementation_to_save(self)
+    if chosen is None and getattr(self, NAME, None) is not None and self._attn_implementation is not None:
+        chosen = {"": self._attn_implementation} if self.sub_configs else self._attn_implementation
     if chosen is not None:
         output["attn_implementation"] = chosen
     if self._attn_implementation == NAME and all(getattr(config, NAME, None) is None for config in (self, self.get_text_config())):

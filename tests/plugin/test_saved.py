@@ -37,9 +37,11 @@ def test_saved_by_transformers(name, options, tmp_path):
             assert torch.equal(logits(loaded), logits(model))
     softmax = auto.from_pretrained(tmp_path / "once", attn_implementation="sdpa")
     assert torch.equal(logits(softmax), logits(tiny_model(name, "sdpa")))
-    softmax.set_attn_implementation("sdpa")
-    softmax.save_pretrained(tmp_path / "softmax")
-    assert "attn_implementation" not in json.loads((tmp_path / "softmax" / "config.json").read_text())
+    model.set_attn_implementation("sdpa")
+    for number, other in enumerate((softmax, model)):  # whose options stay, and would ask for linear attention
+        other.save_pretrained(tmp_path / f"softmax {number}")
+        loaded = auto.from_pretrained(tmp_path / f"softmax {number}")
+        assert loaded.config._attn_implementation == "sdpa" and torch.equal(logits(loaded), logits(softmax))
 
 
 def test_nothing_of_it_is_in_the_generation_config(tmp_path):
@@ -55,12 +57,15 @@ def test_saved_by_a_trainer(options, tmp_path):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-1")), logits(model))
 
 
-def test_a_part_with_linear_attention_comes_back_alone(tmp_path):
+def llava():
     vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
               "num_attention_heads": 2, "image_size": 16, "patch_size": 4}  # fmt: skip
     text = {**TEXT, "model_type": "llama", "vocab_size": 120}
-    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=98)
-    cls = transformers.LlavaForConditionalGeneration
+    return transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=98)
+
+
+def test_a_part_with_linear_attention_comes_back_alone(tmp_path):
+    config, cls = llava(), transformers.LlavaForConditionalGeneration
     for asked in ({"text_config": "linattn"}, "linattn"):
         model = cls._from_config(config, attn_implementation=asked)
         model.save_pretrained(tmp_path)
@@ -68,6 +73,18 @@ def test_a_part_with_linear_attention_comes_back_alone(tmp_path):
         for part in ("text_config", "vision_config"):
             assert getattr(loaded.config, part)._attn_implementation == getattr(model.config, part)._attn_implementation
         assert (loaded.config.vision_config._attn_implementation == "linattn") == (asked == "linattn")
+        assert torch.equal(logits(loaded), logits(model))
+
+
+def test_parts_that_went_back_to_softmax_stay_with_theirs(tmp_path):
+    config = llava()
+    LinAttnConfig(decay="head").store(config)
+    model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation="linattn")
+    for asked in ("eager", {"": "sdpa", "text_config": "sdpa", "vision_config": "eager"}, {"text_config": "linattn"}):
+        model.set_attn_implementation(asked)
+        model.save_pretrained(tmp_path)
+        loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+        assert loaded.config.text_config._attn_implementation == model.config.text_config._attn_implementation
         assert torch.equal(logits(loaded), logits(model))
 
 
