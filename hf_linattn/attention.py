@@ -21,8 +21,14 @@ from .packing import segment_ids, sequence_starts
 from .pattern import Pattern, is_packed
 from .rollback import Recurrence
 from .told import made_pattern, pattern_of, refuse_another_past
+from .values import require
 
 Number = float | Tensor
+SDPA_HAS_NOT = ("softcap", "s_aux", "sinks")  # what shapes softmax scores and PyTorch's SDPA has no argument for
+PACKED_IN_A_CACHE = (
+    "Positions fall, so sequences are packed together, and the softmax layers of this model cannot tell them apart in a cache that is "
+    "longer than these tokens; give packed sequences use_cache=False."
+)
 FASTEST, SLOWEST = 1.5, 512.0  # tokens: the time constants of the first and of the last head
 
 
@@ -70,7 +76,7 @@ def linattn_attention(
     if layer is not None and not first:
         refuse_another_past(layer.left_out, pattern)
 
-    segments = segments_of(pattern, position_ids if first else None, cu_seq_lens_q if first else None, length, query.shape[0])
+    segments = segments_of(pattern, position_ids, cu_seq_lens_q, length, query.shape[0])
     numbers = coefficients(module, options, query, scaling)
     chance = noise(module, options, dropout)
     has_state = layer is not None and (causal or ("log_decay" not in numbers and not _is_packed(segments)))
@@ -205,15 +211,22 @@ def softmax_attention(
     is_causal: bool,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
-    """The softmax of a layer that keeps it: SDPA, or the architecture's own eager form where it has a softcap."""
+    """The softmax of a layer that keeps it: SDPA, or the architecture's own eager form where it has a softcap or sinks.
+
+    Raises:
+        ValueError: sequences are packed together behind others in a cache, or in a cache of fixed length.
+    """
     if starts is not None and key.shape[2] == query.shape[2]:
         mask = _same_sequence(mask, starts, is_causal)
+    elif starts is not None:
+        require(~starts.any(), PACKED_IN_A_CACHE)
     common = {"scaling": scaling, "dropout": dropout, **kwargs}
-    if kwargs.get("softcap") is None:
+    if all(kwargs.get(name) is None for name in SDPA_HAS_NOT):
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, is_causal=is_causal, **common)
     eager = sys.modules[type(module).__module__].eager_attention_forward
     if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(key.shape[2] - query.shape[2])
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        mask = mask.tril(key.shape[2] - query.shape[2]) if is_causal else mask
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     return eager(module, query, key, value, mask, **common)[0], None

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tiny_models import CAUSAL, tiny_model, tiny_tokens
+import transformers
+from tiny_models import CAUSAL, TEXT, tiny_model, tiny_tokens
 from transformers import DynamicCache
 
 from hf_linattn import LinearStateLayer
@@ -115,3 +116,32 @@ def test_a_layer_that_is_not_there():
     model.config.linattn = {"softmax_layers": [3]}
     with pytest.raises(ValueError, match="names layer 3, but the model has layers 0 to 2"):
         model(tiny_tokens())
+
+
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+OWN_SOFTMAX = {  # what SDPA does not compute: sinks in the denominator, sinks as a gate, a softcap where all see all
+    "GptOssForCausalLM": {"head_dim": 16, "sliding_window": 8, **EXPERTS},
+    "GraniteMoeSWAForCausalLM": {"sliding_window": 8, **EXPERTS},
+    "GraniteSWAForCausalLM": {"sliding_window": 8},
+    "Gemma2Model": {"head_dim": 16, "attn_logit_softcapping": 0.5, "is_causal": False},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", OWN_SOFTMAX)
+def test_a_kept_layer_computes_the_softmax_of_its_architecture(name):
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        pytest.skip("an architecture of other versions of Transformers")
+    torch.manual_seed(0)
+    eager = cls._from_config(cls.config_class(**TEXT, num_key_value_heads=2, **OWN_SOFTMAX[name]), attn_implementation="eager").eval()
+    for parameter in eager.parameters():
+        parameter.copy_(torch.randn(parameter.shape) * (1.0 if parameter.dim() == 1 else 0.1))
+    config = cls.config_class.from_dict(eager.config.to_dict() | {"linattn": {"softmax_layers": [0, 1, 2]}})
+    hybrid = cls._from_config(config, attn_implementation="linattn").eval()
+    hybrid.load_state_dict(eager.state_dict())
+    ids, mask = tiny_tokens(2, 16), torch.ones(2, 16, dtype=torch.long)
+    mask[0, :3] = 0
+    close(hybrid(ids, use_cache=False)[0], eager(ids, use_cache=False)[0])
+    padded = [model(ids, attention_mask=mask, use_cache=False)[0][mask > 0] for model in (hybrid, eager)]
+    close(*padded)
