@@ -123,15 +123,19 @@ def _kind(cls: Any) -> str | None:
 
 @functools.cache
 def _names(cls: Any) -> frozenset[str]:
-    """The names that the methods of a class use, its local ones included."""
+    """The names that the methods of a class use, its local ones included; not those of a method that another one replaces."""
     found: set[str] = set()
+    replaced: set[str] = set()
     for base in cls.__mro__[: cls.__mro__.index(nn.Module) if nn.Module in cls.__mro__ else None]:
         if base.__module__.startswith("torch."):
             continue
-        for member in vars(base).values():
+        for name, member in vars(base).items():
             function = inspect.unwrap(getattr(member, "__func__", member)) if callable(member) else None
-            if isinstance(function, FunctionType):
-                found.update(_names_in(function.__code__))
+            if name not in replaced and isinstance(function, FunctionType):
+                names = set(_names_in(function.__code__))
+                found |= names
+                if "super" not in names:
+                    replaced.add(name)
     return frozenset(found)
 
 

@@ -141,8 +141,9 @@ def softmax_layers(model_config: PreTrainedConfig) -> set[int]:
         ValueError: the option names a layer that the model does not have.
     """
     kept = set(LinAttnConfig.of(model_config).softmax_layers)
-    if kept and max(kept) >= model_config.num_hidden_layers:
-        last = model_config.num_hidden_layers - 1
+    layers = model_config.get_text_config().num_hidden_layers if kept else 0
+    if kept and max(kept) >= layers:
+        last = layers - 1
         raise ValueError(f"linattn option softmax_layers names layer {max(kept)}, but the model has layers 0 to {last}.")
     return kept
 

@@ -6,7 +6,7 @@ import transformers
 from tiny_models import SIZES, TEXT, tiny_config, tiny_model, tiny_tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from hf_linattn import LinAttnConfig
+from hf_linattn import LinAttnConfig, LinearStateLayer
 
 INTERFACE = "does not use Transformers' attention interface"
 SMALL_T5 = {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 4}
@@ -136,6 +136,34 @@ def test_the_advice_for_a_part_holds(name, late):
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "linattn"
     }
     assert part in linear and all(name.startswith(part) for name in linear)
+
+
+@torch.no_grad()
+def test_layers_of_a_model_of_parts_keep_their_softmax():
+    config = llava()
+    LinAttnConfig(softmax_layers=[1]).store(config)
+    for asked in ("linattn", {"text_config": "linattn"}):
+        model = transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation=asked).eval()
+        linear = [isinstance(layer, LinearStateLayer) for layer in model(tiny_tokens()).past_key_values.layers]
+        assert linear == [layer != 1 for layer in range(model.config.text_config.num_hidden_layers)]
+    LinAttnConfig(softmax_layers=[9]).store(config)
+    with pytest.raises(ValueError, match="names layer 9, but the model has layers 0 to"):
+        transformers.LlavaForConditionalGeneration._from_config(config, attn_implementation="linattn")
+
+
+class OwnSoftmax(transformers.models.llama.modeling_llama.LlamaAttention):
+    def forward(self, hidden_states, **kwargs):
+        return torch.nn.functional.scaled_dot_product_attention(*[hidden_states] * 3, is_causal=True), None
+
+
+class OwnSoftmaxAttention(OwnSoftmax): ...
+
+
+@pytest.mark.parametrize("attention", [OwnSoftmax, OwnSoftmaxAttention])
+def test_a_method_that_replaces_the_interface_counts(attention, monkeypatch):
+    monkeypatch.setattr(transformers.models.llama.modeling_llama, "LlamaAttention", attention)
+    with pytest.raises(ValueError, match=INTERFACE):
+        AutoModelForCausalLM.from_config(tiny_config("llama"), attn_implementation="linattn")
 
 
 @pytest.mark.parametrize("options", [{"learnable": True}, {"learnable": True, "decay": "head"}, {"learnable": True, "kernel": "quadratic"}])
