@@ -377,6 +377,52 @@ READ = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("evaluate", ["--stories", "9" * 30], "--stories 999999999999999999999999999999 is too large"),
+        ("evaluate", ["--decode", str(2**31 - 1)], "expected whole numbers from 1 to"),
+        ("evaluate", ["--separator", ""], "the separator is empty"),
+        ("evaluate", ["--device", "meta"], "--device meta: not usable here"),
+        ("evaluate", ["--data", "json"], "json: no such file"),
+        ("linearize", ["--seed", "9" * 30], "is too large"),
+        ("train", ["seed=-1"], "seed must lie between"),
+        ("train", ["samples=" + "9" * 30], "samples: expected a whole number"),
+        ("train", ["separator=''"], "the separator is empty"),
+        ("train", ["train_data=[text]"], "text: no such file"),
+        ("train", ["train_data=[csv]", "valid_data=[stories.txt]"], "csv: no such file"),
+        ("lra train", ["seeds=[-1]"], "expected numbers between 0 and"),
+        ("prepare", ["--source", "hub:json"], "json is neither a folder nor a data set's id"),
+    ],
+)
+def test_values_that_nothing_can_be_done_with(name: str, arguments: list[str], message: str, home: Path) -> None:
+    """Among them words that `datasets` takes for readers of all files of a kind in the working folder."""
+    (home / "private.json").write_text('{"text": "private"}')
+    (home / "private.csv").write_text("text\nprivate\n")
+    assert message in refused(name, "new", home, *arguments)
+
+
+def test_a_run_of_the_arena_is_not_resumed_on_other_examples_of_equal_number(home: Path) -> None:
+    (home / "out-lra train" / "seed-0" / "result.json").unlink()
+    for split in ("train", "val", "test"):
+        path = home / "listops" / f"basic_{split}.tsv"
+        path.write_text(path.read_text().replace("[MAX 1", "[MAX 2"))
+    assert invoke("prepare", "lra", "--overwrite").exit_code == 0
+    assert "belongs to another run: train was" in refused("lra train", "out-lra train", home, "--resume")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"task": [1]}, {"linattn": 5}, {"seconds": "long"}, {"test_accuracy": 1e308}, {"seed": {}}, {"dropout": None}],
+    ids=lambda change: next(iter(change)),
+)
+def test_a_result_that_is_none_is_named(change: dict[str, Any], home: Path) -> None:
+    path = home / "results" / "one.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    message = refused("report", "new", home)
+    assert "one.json: " + next(iter(change)) in message, message
+
+
 def gone(path: Path) -> None:
     path.unlink()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ _RANGES = (
     (re.compile(r"max_position_embeddings|n_positions"), lambda value: value >= 1, "1 or more"),
 )
 # Tokenizer configurations of real checkpoints name the machine that wrote them here, and nothing opens it.
-_HARMLESS = ("special_tokens_map_file",)
+_HARMLESS = ("special_tokens_map_file", "name_or_path")
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,10 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise RecipeError(f"{path} names no model_type, so the architecture is unknown")
     # An attention named OWNER/NAME is code of that repository, which Transformers would fetch and run.
-    for key, value in _strings(config):
-        if key in ("attn_implementation", "_attn_implementation", "experts_implementation") and ("/" in value or "|" in value):
-            raise RecipeError(f"{path}: {key} {value!r:.100} names code to be fetched and run, which is refused; take that key out")
+    for key, named in ((key, value) for item in _objects(config) for key, value in item.items() if "_implementation" in key):
+        for _, value in _strings(named):
+            if "/" in value or "|" in value:
+                raise RecipeError(f"{path}: {key} {value!r:.100} names code to be fetched and run, which is refused; take that key out")
     return config
 
 
@@ -194,7 +196,7 @@ def _check_tokenizer_config(folder: Path, path: Path) -> None:
         if "--" in value or not module.isidentifier():
             raise RecipeError(f"{path}: {key} {value!r:.100} names code outside this folder, which is refused; take it out of auto_map")
     for key, value in config.items():
-        if key.endswith("_file") and key not in _HARMLESS and isinstance(value, str) and _exists(folder / value):
+        if key not in _HARMLESS and isinstance(value, str) and _is_file(folder / value):
             inside(folder, value, path)
     names = [item.get("name") for item in _objects(config.get("chat_template")) if "name" in item]
     names += list(config["chat_template"]) if isinstance(config.get("chat_template"), dict) else []
@@ -222,8 +224,10 @@ def _find_shards(folder: Path, name: str) -> tuple[Path, ...]:
     if missing or not shards:
         which = f"{len(missing)} of its {len(shards)} weight files ({', '.join(missing)[:200]})"
         raise RecipeError(f"{name} lacks {which}: copy or download them again")
-    present = {key for path in shards.values() for key in _read_shapes(path)}
-    if absent := sorted(set(weight_map) - present):
+    present = Counter(key for path in shards.values() for key in _read_shapes(path))
+    if twice := sorted(key for key, times in present.items() if times > 1):
+        raise RecipeError(f"two weight files of {name} hold {twice[0]:.200}, and which is meant is not said: copy or download them again")
+    if absent := sorted(set(weight_map) - set(present)):
         which = f"{len(absent)} tensors that {INDEX} lists, such as {absent[0]:.200}"
         raise RecipeError(f"the weight files of {name} lack {which}: copy or download them again")
     return tuple(shards.values())
@@ -303,9 +307,9 @@ def _numbers_of(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for name, parameter in model.named_parameters() if ".linattn." not in name)
 
 
-def _exists(path: Path) -> bool:
+def _is_file(path: Path) -> bool:
     try:
-        return path.exists()
+        return path.is_file()
     except (OSError, ValueError):
         return False
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from recipes.common.errors import exit_with_sentence
+from recipes.common.errors import RecipeError, exit_with_sentence
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="The YAML file of settings.", show_default=False)]
 SetValues = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")]
@@ -46,6 +46,9 @@ def app(command: Callable[..., Any]) -> typer.Typer:
             # A polite kill ends as Ctrl-C does, so that what is half written goes.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         with exit_with_sentence(debug, passing=(typer.Exit, typer.Abort, typer.BadParameter)):
+            for name, value in options.items():
+                if isinstance(value, int) and abs(value) >= 2**63:
+                    raise RecipeError(f"--{name.replace('_', '-')} {value} is too large a number; give a smaller one")
             command(*args, **options, **({"debug": debug} if passed_on else {}))
 
     if not passed_on:

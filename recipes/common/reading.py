@@ -24,6 +24,7 @@ MOST_YAML_VALUES = 100_000
 DEEPEST = 50
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_DATA_SET = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def inside(folder: Path, name: Any, where: str | Path) -> Path:
@@ -226,6 +227,12 @@ def user_path(name: str | Path) -> Path:
         return Path(name).expanduser()
     except RuntimeError:
         raise RecipeError(f"{name} begins with the home of a user who is not known here; write the path out") from None
+
+
+def is_data_set(name: str) -> bool:
+    """Whether `name` is OWNER/NAME, a data set's id on the hub. A bare word such as json names a reader of files to the library
+    `datasets`, which then reads all such files in the working folder."""
+    return _DATA_SET.fullmatch(name) is not None
 
 
 def refuse_missing_folder(name: str) -> None:

@@ -6,6 +6,7 @@ sees token + 1, and 0 as padding. A split of any task fits in memory, on the GPU
 
 from __future__ import annotations
 
+import hashlib
 import json
 import lzma
 import random
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from recipes.common.errors import RecipeError, sentence
-from recipes.common.reading import inside, read_json
+from recipes.common.reading import inside, is_data_set, read_json
 
 from .listops import OPERATORS
 
@@ -104,6 +105,14 @@ class Split:
 
     def take(self, indices: np.ndarray) -> Split:
         return Split(tuple(tower.take(indices) for tower in self.towers), self.labels[indices])
+
+    def digest(self) -> str:
+        """A short digest of all examples, to notice that a run is resumed on others."""
+        whole = hashlib.blake2b(self.labels.tobytes(), digest_size=8)
+        for tower in self.towers:
+            whole.update(np.ascontiguousarray(tower.tokens).data)
+            whole.update(np.ascontiguousarray(tower.offsets).data)
+        return whole.hexdigest()
 
     def save(self, path: Path) -> None:
         arrays: dict[str, Any] = {"labels": self.labels.astype(np.uint8)}
@@ -461,6 +470,8 @@ def read_hub(task: Task, name: str, seed: int = 0) -> dict[str, Split]:
     Columns: Source and Target (ListOps); text1, text2 and label (Retrieval); text and label (Text); image or img, and label (the rest)."""
     import datasets
 
+    if not (is_data_set(name) or Path(name).is_dir()):
+        raise RecipeError(f"{name} is neither a folder nor a data set's id on the hub, such as stanfordnlp/imdb; name one of them")
     try:
         found = datasets.load_dataset(name, trust_remote_code=False)
     except Exception as error:  # what load_dataset raises depends on the hub, the network and the data set's own files

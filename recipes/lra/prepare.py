@@ -40,7 +40,7 @@ def prepare(
     train: Annotated[int | None, typer.Option("--train", help="Examples to train on; default: the published number.")] = None,
     valid: Annotated[int | None, typer.Option("--valid", help="Examples to validate on.")] = None,
     test: Annotated[int | None, typer.Option("--test", help="Examples to test on.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Decides what is generated, held out or left out.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Decides what is generated, held out or left out.")] = 0,
     processes: Annotated[int, typer.Option("--processes", help="Default: one for each core.")] = 0,
     images: Annotated[
         Literal["png", "npz"], typer.Option("--images", help="Generated images as the release's PNG files too, or in the .npz only.")

@@ -76,7 +76,11 @@ def read_result(path: Path) -> dict[str, Any]:
     missing = [key for key in wanted if not (isinstance(result, dict) and key in result)]
     if missing:
         raise RecipeError(f"{path}: {', '.join(missing)} is missing; expected a result.json of recipes.lra.train")
-    state.number(result, "test_accuracy", path)
+    kinds = {"task": str, "attn_implementation": str, "dropout": str, "seed": int, "linattn": dict | None}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(result.get(key), kind)]:
+        raise RecipeError(f"{path}: {wrong[0]} is {result[wrong[0]]!r:.50}; expected a result.json of recipes.lra.train")
+    for key in ("test_accuracy", "steps", "seconds"):
+        state.number({key: 0} | result, key, path)
     return result
 
 

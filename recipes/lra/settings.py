@@ -81,6 +81,8 @@ class Settings:
             )
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds is {self.seeds}, expected one or more different numbers")
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise ValueError(f"seeds is {self.seeds}, expected numbers between 0 and {2**32 - 1}")
         if self.learning_rate <= 0 or self.warmup_steps < 0 or (self.max_minutes is not None and self.max_minutes <= 0):
             raise ValueError("learning_rate and max_minutes must be above 0, and warmup_steps not below")
 

@@ -78,7 +78,8 @@ class Training:
         self.noise = None
         if settings.dropout == "noise":
             self.noise = hf_linattn.DropoutSchedule(settings.noise_schedule, settings.attention_dropout, 1_000_000)
-        facts = {"seed": seed, "examples": [len(splits[name]) for name in SPLITS], "parameters": self.bare.num_parameters()}
+        facts = {"seed": seed, "parameters": self.bare.num_parameters()}
+        facts |= {name: [len(splits[name]), splits[name].digest()] for name in SPLITS}
         self.run.open(to_dict(settings), facts)
         self.best, self.best_step, self.seconds = -1.0, 0, 0.0
 

@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from recipes.common.blame import naming_the_key
 from recipes.common.checkpoint import open_tokenizer, read_config
 from recipes.common.errors import RecipeError, sentence, stage
+from recipes.common.reading import is_data_set
 
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 LONGEST_STORY = 2**18
@@ -50,6 +51,10 @@ class Source:
     column: str = "text"
     separator: str = "<|endoftext|>"
 
+    def __post_init__(self) -> None:
+        if not self.separator:
+            raise RecipeError("the separator is empty; give what stands between the stories of a text file")
+
     def stamp(self) -> list[Any]:
         """What changes when the source does: for a local file its path, size and time of change."""
         path = Path(self.name)
@@ -68,7 +73,7 @@ def read_stories(source: Source) -> Iterator[str]:
         raise RecipeError(f"{path} is a folder; give the text file itself, or several of them")
     if path.exists() and path.suffix not in _TABLES:
         texts: Iterable[str] = _split_file(path, source.separator)
-    elif path.exists() or _is_hub_id(source.name):
+    elif path.exists() or (is_data_set(source.name) and path.suffix not in {".txt", *_TABLES}):
         texts = _rows(source)
     else:
         raise RecipeError(f"{source.name}: no such file; give a text file, or a data set's id on the hub such as roneneldan/TinyStories")
@@ -313,10 +318,6 @@ def _rows(source: Source) -> Iterator[str]:
     if source.column not in data.column_names:
         raise RecipeError(f"{source.name} has no column {source.column!r}; set text_column to one of {', '.join(data.column_names)}")
     return (part for batch in data.iter(_ROWS) for row in batch[source.column] for part in _parts(str(row)))
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and Path(name).suffix not in {".txt", *_TABLES}
 
 
 def _cached(generate: Any, key: list[Any], features: datasets.Features | None = None, **arguments: Any) -> datasets.Dataset:

@@ -19,6 +19,7 @@ from recipes.common.files import check_target, staged_directory, write_json, wri
 from recipes.common.reading import refuse_missing_folder
 
 COMMAND = "recipes.tinystories.evaluate"
+LONGEST = 2**24
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -80,8 +81,8 @@ def _lengths(text: str) -> list[int]:
         lengths = [int(word) for word in text.split(",") if word.strip()]
     except ValueError:
         lengths = [0]
-    if any(n < 1 for n in lengths):
-        raise RecipeError(f"--decode {text!r}: expected whole numbers above 0 with commas between, such as 128,512")
+    if not all(1 <= n <= LONGEST for n in lengths):
+        raise RecipeError(f"--decode {text!r}: expected whole numbers from 1 to {LONGEST:,} with commas between, such as 128,512")
     return lengths
 
 

@@ -65,7 +65,7 @@ def usable_device(name: str) -> torch.device:
     """The device of this name; by default a GPU if there is one. Raises RecipeError where it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # the device meta can make tensors and not read them
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try cpu") from None
     return device

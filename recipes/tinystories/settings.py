@@ -96,6 +96,8 @@ class Settings:
         for name in (*counts, *(["steps"] if self.steps is not None else [])):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie between 0 and {2**32 - 1}, got {self.seed}")
         for name in ("learning_rate", "linattn_learning_rate", "epochs", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")

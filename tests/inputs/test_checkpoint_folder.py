@@ -78,6 +78,7 @@ NAMES: dict[str, tuple[Spoil, str]] = {
         lambda folder, outside: edit(folder / "tokenizer_config.json", tokenizer_file=str(secret(outside))),
         "only names inside",
     ),
+    "vocabulary named": (lambda folder, outside: edit(folder / "tokenizer_config.json", vocab=str(secret(outside))), "only names inside"),
     "template named as a path": (
         lambda folder, outside: edit(folder / "tokenizer_config.json", chat_template=[{"name": "../../x", "template": "a"}]),
         "no plain word",
@@ -143,6 +144,9 @@ CODE: dict[str, tuple[Spoil, set[int]]] = {
     "tokenizer elsewhere": (lambda folder, mark: edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": "other/x--y.X"}), {2}),
     "generation": (generating_code, {0, 2}),
     "attention kernel": (lambda folder, mark: edit(folder / "config.json", attn_implementation="someone/kernel"), {2}),
+    "attention kernel of a part": (lambda folder, mark: edit(folder / "config.json", attn_implementation={"": "someone/kernel"}), {2}),
+    "attention kernel inside": (lambda folder, mark: edit(folder / "config.json", _attn_implementation_internal="a/b"), {2}),
+    "experts kernel": (lambda folder, mark: edit(folder / "config.json", text_config={"_experts_implementation": ["a/b"]}), {2}),
     "pickled weights": (pickled, {2}),
 }
 
@@ -231,6 +235,16 @@ def test_a_model_from_scratch_has_bounds(kind: str, whole: Path, run: Callable[.
     if kind in ("layers", "width"):
         with pytest.raises(RecipeError, match="model"):
             new_model(build(Settings, {"task": "listops", "data": "d", "output": "o", "model": ASKED[kind]}, "test"))
+
+
+def test_a_tensor_in_two_files(checkpoint: Path) -> None:
+    index(checkpoint, "shard.safetensors")
+    weights = load_file(checkpoint / "shard.safetensors")
+    save_file({"model.norm.weight": weights["model.norm.weight"] + 1}, checkpoint / "other.safetensors", metadata={"format": "pt"})
+    files = dict.fromkeys(weights, "shard.safetensors") | {"model.norm.weight": "other.safetensors"}
+    edit(checkpoint / "model.safetensors.index.json", weight_map=files)
+    with pytest.raises(RecipeError, match="two weight files of .* hold model.norm.weight"):
+        open_checkpoint(str(checkpoint))
 
 
 JSON = {
