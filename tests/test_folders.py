@@ -387,7 +387,7 @@ READ = {
         ("evaluate", ["--data", "json"], "json: no such file"),
         ("linearize", ["--seed", "9" * 30], "is too large"),
         ("train", ["seed=-1"], "seed must lie between"),
-        ("train", ["samples=" + "9" * 30], "samples: expected a whole number"),
+        ("train", ["samples=" + "9" * 30], "is too large a number"),
         ("train", ["separator=''"], "the separator is empty"),
         ("train", ["train_data=[text]"], "text: no such file"),
         ("train", ["train_data=[csv]", "valid_data=[stories.txt]"], "csv: no such file"),

@@ -140,13 +140,15 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             number = math.nan
         if math.isfinite(number):
             return number
-    if hint in (bool, int, str) and isinstance(value, hint) and not (hint is int and (isinstance(value, bool) or abs(value) >= 2**63)):
+    if hint in (bool, int, str) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        if hint is int and abs(value) >= 2**63:
+            raise RecipeError(f"{where}: {value!r:.40} is too large a number; give a smaller one")
         return value
     raise RecipeError(f"{where}: expected {_name(hint)}, got {value!r:.200}")
 
 
 def _name(hint: Any) -> str:
-    names = {bool: "true or false", int: "a whole number of at most 19 digits", float: "a number", str: "text"}
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join("nothing (null)" if option is type(None) else _name(option) for option in get_args(hint))
     if get_origin(hint) is list:

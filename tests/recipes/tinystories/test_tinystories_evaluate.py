@@ -111,7 +111,7 @@ def test_the_report(tiny, converted, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decode": "8,x"}, "expected whole numbers above 0"),
+        ({"decode": "8,x"}, "expected whole numbers from 1 to"),
         ({"dtype": "int8"}, "expected float32, bfloat16 or float16"),
         ({"device": "nonsense"}, "--device nonsense: not usable here"),
     ],
