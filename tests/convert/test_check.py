@@ -66,12 +66,13 @@ def test_a_right_conversion_is_never_refused(name: str, request: pytest.FixtureR
 
 
 def test_the_bar_is_the_worst_of_all_precisions(llama: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, each = llama.check().bar, []
-    for precision in (torch.bfloat16, torch.float32):
+    both = (torch.bfloat16, torch.float32)
+    bars = {}
+    for precisions in (both[:1], both[1:], both, both[::-1]):
         with monkeypatch.context() as patch:
-            patch.setattr("convert.check.precisions", lambda dtype, precision=precision: (precision,))
-            each.append(llama.check().bar)
-    assert whole == max(each) > min(each)
+            patch.setattr("convert.check.precisions", lambda dtype, precisions=precisions: precisions)
+            bars[precisions] = llama.check().bar
+    assert bars[both] == bars[both[::-1]] == max(bars.values()) > min(bars.values())
 
 
 def heads_flipped(attend: Any, query: Tensor, key: Tensor, value: Tensor, *state: Tensor, **options: Any) -> Any:

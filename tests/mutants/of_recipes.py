@@ -96,7 +96,7 @@ MUTANTS = [
          "recipes/lra/test_lra_model.py"),
         ("a deviation of the whole and not of a sample", "recipes/lra/report.py", "float(np.std(accuracies, ddof=1))",
          "float(np.std(accuracies))",
-         "recipes/lra/test_lra_train.py::test_several_seeds_by_the_command_and_a_table"),
+         "recipes/lra/test_lra_train.py::test_a_cell_is_the_mean_of_its_seeds_and_the_deviation_of_a_sample"),
         # files
         ("changes to a file not noticed", "recipes/common/marks.py", "written == [path.stat().st_size, digest(path)]",
          "written[0] == path.stat().st_size",

@@ -308,6 +308,16 @@ def test_several_seeds_by_the_command_and_a_table(tmp_path, capsys):
     assert (tmp_path / "table" / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_cell_is_the_mean_of_its_seeds_and_the_deviation_of_a_sample():
+    common = {"task": "text", "attn_implementation": "sdpa", "dropout": "none", "seconds": 2.0}
+    runs = ((3, 0.5, 100), (1, 0.6, 300), (2, 0.7, 200))
+    made = [{**common, "seed": seed, "test_accuracy": score, "steps": steps} for seed, score, steps in runs]
+    cell = report.gather(made)["softmax"]["text"]
+    assert cell.pop("seeds") == [1, 2, 3]
+    assert cell == pytest.approx({"mean": 60.0, "deviation": 10.0, "steps": 200.0, "seconds": 2.0})
+    assert report.gather(made[:1])["softmax"]["text"]["deviation"] is None
+
+
 def test_two_processes_learn_what_one_does(tmp_path):
     changes = {"dropout": "none", "hidden_dropout": 0.0}
     expected = run(settings(tmp_path, output=str(tmp_path / "one"), **changes))
