@@ -44,12 +44,16 @@ def import_what_is_slow() -> None:
 
 
 def copy_checkout(root: Path, place: Path) -> None:
-    """Copies what git knows or would add."""
+    """Copies what git knows or would add; kernels compiled for the emulator before are shared, for their names tell what they are of."""
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True, check=True).stdout
     for name in listed.decode().split("\0"):
         if name and (root / name).is_file():
             (place / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / name, place / name)
+    compiled = root / "build" / "emulated-objects"
+    compiled.mkdir(parents=True, exist_ok=True)
+    (place / "build").mkdir()
+    (place / "build" / compiled.name).symlink_to(compiled)
 
 
 def attempt(mutant: Mutant, copy: Path, seconds: float) -> Outcome:
