@@ -114,7 +114,15 @@ def test_no_layer_numbers(text: str) -> None:
         layer_numbers(text)
 
 
-@pytest.mark.parametrize("options", [{"kernel": "cubic"}, {"decay": "token"}, {"dtype": "int8"}, {"temperature": -1.0}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"kernel": "cubic"}, {"decay": "token"}, {"dtype": "int8"}),
+        *({"temperature": -1.0}, {"temperature": 0.0}, {"temperature": float("nan")}, {"temperature": float("inf")}),
+        *({"dropout": 1.0}, {"dropout": -0.00001}, {"dropout": float("nan")}),
+    ],
+    ids=str,
+)
 def test_options_out_of_bounds(options: dict) -> None:
     with pytest.raises(ConversionError, match=next(iter(options))):
         LinearizeOptions(**options)

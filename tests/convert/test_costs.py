@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
 
 import hf_linattn
-from convert.costs import LARGEST_STATE, generating_costs
+from convert.costs import LARGEST_STATE, _break_even, generating_costs
 from convert.linearize import LinearizeOptions, app, linearize
 from hf_linattn.config import sliding_windows
 from hf_linattn.models import config_class_for
@@ -55,6 +55,18 @@ def test_what_is_told_is_what_a_cache_takes(kernel: str, decay: str, model_type:
         assert source_bytes(source, costs.break_even, linear) >= costs.state > source_bytes(source, costs.break_even - 1, linear)
     else:
         assert source_bytes(source, 2000, [layer for layer in range(3) if layer not in keep]) < costs.state
+
+
+@pytest.mark.parametrize(
+    ("state", "windows", "length"),
+    [
+        *((119, [None], 12), (120, [None], 12), (121, [None], 13), (120, [None, None], 6)),
+        *((120, [5, None], 8), (80, [5, 5], 4), (81, [5, 5], None)),
+    ],
+)
+def test_break_even_is_the_least_length_that_holds_as_much(state: int, windows: list[int | None], length: int | None) -> None:
+    """At 10 bytes a token and layer; a window keeps one token less than it sees."""
+    assert _break_even(state, 10, windows) == length
 
 
 def test_no_decay_starts_slower_than_2048_tokens(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tokenizers
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from shared_data import require_shared_data
 from tiny_softmax import LAYERS, MODEL_TYPES, softmax_model
@@ -77,6 +78,9 @@ def test_shards_are_read_one_at_a_time(model_type: str, tmp_path: Path, monkeypa
     index = read_json(tmp_path / "out" / "model.safetensors.index.json")
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors(tmp_path / "out").values())
     assert set(index["weight_map"]) == set(tensors(tmp_path / "out"))
+    for file in (tmp_path / "out").glob("*.safetensors"):  # older versions of Transformers refuse files without
+        with safe_open(file, framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
 
 
 @pytest.mark.slow  # test_conversion_memory.py measures the same of a smaller one

@@ -103,12 +103,13 @@ def test_moment_variance_is_its_formula_over_the_whole_matrix(sequence, causal, 
     """p / (1 - p) sum_n a_in^2 (v_n - out)^2, the weights a written out."""
     query, key, value = (x[0, 0].double() for x in sequence)
     steps = torch.arange(80)
-    weights = 1 + 0.5 * torch.nn.functional.normalize(query, dim=-1) @ torch.nn.functional.normalize(key, dim=-1).T
+    weights = 1.5 + 0.7 * 0.8 * torch.nn.functional.normalize(query, dim=-1) @ torch.nn.functional.normalize(key, dim=-1).T
     weights = weights * (rate * (steps[:, None] - steps).abs()).exp()
     weights = weights.tril() if causal else weights
     weights = weights / weights.sum(-1, keepdim=True)
     variance = 0.25 * (weights[..., None] ** 2 * (value - (weights @ value)[:, None]) ** 2).sum(1)
-    noisy = many(sequence, 1000, causal=causal, dropout_p=0.2, dropout_kind="moment", log_decay=torch.tensor([rate]))
+    noisy = many(sequence, 1000, a=1.5, b=0.7, temperature=0.8, causal=causal, dropout_p=0.2, dropout_kind="moment",
+                 log_decay=torch.tensor([rate]))  # fmt: skip
     varied = variance > 1e-6  # the first token of a causal row has one weight
     assert varied.sum() >= 79 * 6 and noisy.var(0)[~varied].max().item() < 1e-9 if causal else varied.all()
     ratio = (noisy.var(0) / variance)[varied]
