@@ -63,6 +63,7 @@ def test_a_right_conversion_is_never_refused(name: str, request: pytest.FixtureR
     assert len({report.error for report in reports}) > 1  # the seed reaches the probe
     assert all(report.layers == 3 and report.error > 0 and report.step_error > 0 for report in reports)
     assert max(report.bar for report in reports) < 0.6
+    assert min(report.bar for report in reports) > 0.06  # the bar is felt: ten times as much would be refused
 
 
 def test_the_bar_is_the_worst_of_all_precisions(llama: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,9 +36,10 @@ def test_starting_values() -> None:
     linear = params(temperature=0.5)()
     torch.testing.assert_close(linear["temperature"], torch.full((4,), 0.5))
     assert params()()["temperature"].tolist() == pytest.approx([0.98] * 4, abs=1e-5)
-    quadratic = params("quadratic", temperature=2.0)()
-    for name, value in {"a": 1.0, "b": 1.0, "c": 0.5, "temperature": 2.0}.items():
-        torch.testing.assert_close(quadratic[name], torch.full((4,), value))
+    for numbers in ({"a": 1.0, "b": 1.0, "c": 0.5, "temperature": 2.0}, {"a": 0.8, "b": 0.6, "c": 1.7, "temperature": 0.3}):
+        quadratic = params("quadratic", **numbers)()
+        for name, value in numbers.items():
+            torch.testing.assert_close(quadratic[name], torch.full((4,), value))
 
 
 def test_time_constants_start_spread_geometrically() -> None:

@@ -57,6 +57,18 @@ def another_runs_checkpoint(run: Path, kept: SimpleNamespace) -> None:
     shutil.copytree(checkpoint(kept.two), checkpoint(run))
 
 
+def a_step_beyond_the_runs_end(run: Path, kept: SimpleNamespace) -> None:
+    beyond = checkpoint(run).rename(checkpoint(run).with_name("step-00000005"))
+    path = beyond / "progress.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"step": 5}))
+    seal(beyond, TRAIN)
+
+
+def a_fact_that_is_known_no_more(run: Path, kept: SimpleNamespace) -> None:
+    path = run / "facts.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"devices": 8}))
+
+
 def progress(**changes: object) -> Callable[[Path, SimpleNamespace], None]:
     """Other progress with a mark that fits it: by somebody who knows of marks."""
 
@@ -92,6 +104,8 @@ DAMAGE: dict[str, tuple[Callable[[Path, SimpleNamespace], object], str]] = {
     "weights of equal shapes": (another_models_weights, "model.safetensors is not as it was written"),
     "another run's checkpoint": (another_runs_checkpoint, "this checkpoint is another run's"),
     "an empty checkpoint": (lambda run, kept: [path.unlink() for path in checkpoint(run).iterdir()], "no mark"),
+    "a step beyond the run's end": (a_step_beyond_the_runs_end, "its step is 5, which is no step of this run"),
+    "a fact that is known no more": (a_fact_that_is_known_no_more, "belongs to another run: devices was 8"),
     "a step of 10^9": (progress(step=10**9), "no step of this run"),
     "a step before the first": (progress(step=-4), "no step of this run"),
     "a step that is text": (progress(step="4"), "no step of this run"),
