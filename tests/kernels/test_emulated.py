@@ -154,6 +154,11 @@ def test_generic(kernels, dtype, kind):
     check(dtype, **kind)
 
 
+def test_generic_states_end_with_their_run(kernels):
+    """Several chunks, and runs that end inside them."""
+    check(torch.float32, head_dim=24, value_dim=8, length=400, segments="packed")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_one_token(kernels, dtype, kind):

@@ -12,7 +12,7 @@ MUTANTS = [
         ("a state carried over the end of a run", "kernels/generic/scan.cu",
          "run_behind(segments, stop) != run_before(segments, start)) return 0.0f;",
          "run_behind(segments, stop) < run_before(segments, start)) return 0.0f;",
-         "kernels/test_emulated.py::test_generic"),
+         "kernels/test_emulated.py::test_generic_states_end_with_their_run"),
         ("a row's last column in padding", "kernels/generic/slope.cu", "row_last[tid] = !u.real(n) ? 0.0f : REVERSE",
          "row_last[tid] = REVERSE",
          "kernels/test_emulated.py::test_generic"),
