@@ -48,9 +48,11 @@ MUTANTS = [
          "pass",
          "plugin/test_export.py"),
         # masks
-        ("the second thousand rows of a mask function never looked at", MASK, "require(torch.stack(matches).all(0)[wanted]", "require(torch.stack(matches[:1]).all(0)[wanted]",
+        ("the second thousand rows of a mask function never looked at", MASK,
+         "require(torch.stack(matches).all(0)[wanted]", "require(torch.stack(matches[:1]).all(0)[wanted]",
          "plugin/test_masks.py::test_the_last_rows_of_a_long_text_are_looked_at_too"),
-        ("what lies just outside a window held against it", MASK, "distance.abs() < self.own_window", "distance.abs() <= self.own_window",
+        ("what lies just outside a window held against it", MASK,
+         "distance.abs() < self.own_window", "distance.abs() <= self.own_window",
          "plugin/test_masks.py::test_documents_within_a_window"),
         ("a bias of hundreds taken for a mask", TOLD, "NEVER_SEEN = -1e4", "NEVER_SEEN = -1e2",
          "plugin/test_masks.py::test_a_bias_is_refused"),
