@@ -205,6 +205,17 @@ def test_what_a_plan_says_fits_the_card(kernels, monkeypatch, kilobytes):
                     assert plan.engine != "none" and plan.shared_bytes <= kilobytes * 1024, (dtype, head_dim, kind, plan)
 
 
+@pytest.mark.parametrize("degree", [1, 2])
+@pytest.mark.parametrize("length", [1, 1000, 100_000])
+def test_workspace_is_linear_in_length(kernels, degree, length):
+    """A few numbers a token and head dimension; nothing is computed."""
+    query, key = torch.empty(2, 4, length, 64, dtype=torch.bfloat16), torch.empty(2, 2, length, 64, dtype=torch.bfloat16)
+    state = 2 * 2 * (65 if degree == 1 else 2145) * 65 * 4
+    tensors = 1 if degree == 1 else 3  # of float32, as large as the query
+    for plan in cuda.plans(query, key, key, degree=degree):
+        assert plan.engine != "none" and 0 <= plan.workspace_bytes <= tensors * 4 * query.numel() + 4 * state + 65536
+
+
 @pytest.mark.parametrize("kilobytes", CARDS[:2])
 @pytest.mark.parametrize("dtype, head_dim, kind", [
     (torch.bfloat16, 64, {}), (torch.bfloat16, 64, {"decay": "key_token", "segments": "packed"}), (torch.bfloat16, 80, {}),
