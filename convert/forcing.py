@@ -13,9 +13,7 @@ from hf_linattn.models import attention_modules
 
 
 @torch.no_grad()
-def teacher_forced(
-    model: Any, hidden: dict[str, Tensor], tokens: Tensor, pieces: tuple[int, ...], dtype: torch.dtype
-) -> dict[str, Tensor]:
+def teacher_forced(model: Any, hidden: dict[str, Tensor], tokens: Tensor, pieces: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
     """What each attention layer gives when ``hidden`` enters it; rotary embedding, masks and cache are the model's own.
 
     Args:

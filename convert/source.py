@@ -48,5 +48,3 @@ def check_architecture(config: dict[str, Any], name: str) -> None:
 
 def _is_encoder(model_type: str, architectures: list[str]) -> bool:
     return model_type in _ENCODERS and not any(str(architecture).endswith(_DECODER_HEADS) for architecture in architectures)
-
-

@@ -83,7 +83,7 @@ class LinAttnConfig:
                 raise ValueError(f'linattn option c={c} needs kernel="quadratic"; kernel="linear" has c = 0.')
             if self.normalize_qk and a < abs(b) * temperature:
                 raise ValueError(
-                    f"linattn options a={a}, b={b}, temperature={temperature} let a weight go below 0; kernel=\"linear\" needs "
+                    f'linattn options a={a}, b={b}, temperature={temperature} let a weight go below 0; kernel="linear" needs '
                     "a >= |b| * temperature."
                 )
         elif c <= 0 or b * b > 4 * a * c:

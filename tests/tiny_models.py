@@ -58,9 +58,7 @@ def tiny_config(name: str, layers: int = 3, **options: Any) -> PreTrainedConfig:
     return config
 
 
-def tiny_model(
-    name: str, attn_implementation: str = "linattn", scale: float = 2.0, layers: int = 3, **options: Any
-) -> PreTrainedModel:
+def tiny_model(name: str, attn_implementation: str = "linattn", scale: float = 2.0, layers: int = 3, **options: Any) -> PreTrainedModel:
     """A tiny model in evaluation mode, its weights `scale` times the usual ones: attention that matters, logits that differ."""
     torch.manual_seed(0)
     auto = AutoModel if name in ENCODERS else AutoModelForCausalLM

@@ -53,9 +53,7 @@ def query_features(query: Tensor, a: Tensor, b: Tensor, c: Tensor, degree: int) 
     return torch.cat(parts, -1)
 
 
-def query_features_backward(
-    grad: Tensor, query: Tensor, b: Tensor, c: Tensor, degree: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def query_features_backward(grad: Tensor, query: Tensor, b: Tensor, c: Tensor, degree: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query (..., D) and, one a row (...), of a, b and c, from that of `query_features`."""
     dim = query.shape[-1]
     linear, grad_a = grad[..., :dim], grad[..., dim]

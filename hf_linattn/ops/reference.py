@@ -18,7 +18,7 @@ def reference(query: Tensor, key: Tensor, value: Tensor, a=1.0, b=1.0, c=0.0, *,
     per_query_head = lambda x: x.repeat_interleave(heads // x.shape[-3], -3)  # noqa: E731
     column = lambda x: x.to(query)[:, None, None] if isinstance(x, Tensor) else x  # noqa: E731
     q, k, v = unit(query) if normalize_qk else query, per_query_head(unit(key) if normalize_qk else key), per_query_head(value)
-    s = column(temperature) * (q @ k.mT)                                           # (B, Hq, N, N)
+    s = column(temperature) * (q @ k.mT)  # (B, Hq, N, N)
     weights = column(a) + column(b) * s + column(c) * s * s
     steps = torch.arange(n, device=query.device)
     visible = steps <= steps[:, None] - lag if causal else torch.ones(n, n, dtype=torch.bool, device=query.device)
@@ -28,9 +28,9 @@ def reference(query: Tensor, key: Tensor, value: Tensor, a=1.0, b=1.0, c=0.0, *,
     if log_decay is not None:
         rate = log_decay[None, :, None].expand(len(query), -1, n) if log_decay.dim() == 1 else log_decay
         if segment_ids is not None:
-            rate = rate.masked_fill((segment_ids == 0)[:, None], 0)                # padding takes no time
-        total = per_query_head(rate.to(query).cumsum(-1)[..., None])               # G (B, Hq, N, 1)
+            rate = rate.masked_fill((segment_ids == 0)[:, None], 0)  # padding takes no time
+        total = per_query_head(rate.to(query).cumsum(-1)[..., None])  # G (B, Hq, N, 1)
         weights = weights * (-(total - total.mT).abs()).exp()
     weights = weights.masked_fill(~visible, 0)
-    mass = weights.sum(-1, keepdim=True)                                           # g
+    mass = weights.sum(-1, keepdim=True)  # g
     return weights @ v / mass.masked_fill(mass == 0, 1)

@@ -76,6 +76,7 @@ def new_model(
     _change(config, {**known, **settings}, linattn, "model_config")
     if config.vocab_size < len(tokenizer):
         raise RecipeError(f"model_config: vocab_size {config.vocab_size} is less than the tokenizer's {len(tokenizer)}; leave it out")
+
     # The config is built anew so that what follows from a setting (such as head_dim from hidden_size) follows.
     def build() -> PreTrainedModel:
         fresh = AutoConfig.for_model(model_type, **{**known, **settings}, **({"linattn": linattn} if linattn else {}))

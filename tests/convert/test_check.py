@@ -201,4 +201,3 @@ def test_weights_that_the_config_has_no_place_for(tmp_path: Path) -> None:
         with pytest.raises(ConversionError, match=f"has no place for, such as .*{lost}"):
             linearize(tmp_path / name, tmp_path / "out")
         assert not (tmp_path / "out").exists()
-

@@ -81,9 +81,7 @@ def test_auto_classes_load_what_was_saved(model_type: str, converted: Converted,
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_starting_values_survive_a_load_that_lacks_the_parameters(
-    model_type: str, softmax_checkpoint: Callable[..., Path]
-) -> None:
+def test_starting_values_survive_a_load_that_lacks_the_parameters(model_type: str, softmax_checkpoint: Callable[..., Path]) -> None:
     config_class = config_class_for(model_type)
     folder = softmax_checkpoint(model_type)
     model, info = model_class_for(config_class).from_pretrained(

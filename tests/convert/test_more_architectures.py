@@ -25,9 +25,7 @@ KINDS = (
     *("lfm2", "granitemoehybrid", "zamba2", "kimi_linear", "qwen3_5_text", "olmo_hybrid"),  # layers of other kinds between or beside
     *("aria_text", "phi4_multimodal"),  # parts of models that see and hear
 )
-TRIED = [
-    pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in BASE_MODEL_TYPES if name not in MODEL_TYPES
-]
+TRIED = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in BASE_MODEL_TYPES if name not in MODEL_TYPES]
 
 
 @pytest.mark.parametrize("model_type", TRIED)

@@ -53,7 +53,7 @@ def test_gradient_of_a_slow_decay(heads, key_heads, length, head_dim, per_token)
     for seed in range(3):  # a head's rate is one number, and its error a matter of luck
         (query, key, value), _ = make_inputs(1, heads, key_heads, length, head_dim, head_dim, dtype=torch.float32, seed=seed, learned=False)
         rate = -torch.logspace(-0.2, -2.7, heads)
-        rate = (rate[None, :, None] * torch.rand(1, heads, length, generator=torch.Generator().manual_seed(seed)) if per_token else rate)
+        rate = rate[None, :, None] * torch.rand(1, heads, length, generator=torch.Generator().manual_seed(seed)) if per_token else rate
         for results, function, dtype in ((exact, reference, torch.float64), (plain, reference, None), (ours, linear_attention, None)):
             tensors, leaf = [x.to(dtype) for x in (query, key, value)], rate.to(dtype).requires_grad_()
             results.append(gradients(function, tensors, {"log_decay": leaf})[1]["log_decay"].flatten())

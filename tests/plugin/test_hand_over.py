@@ -16,8 +16,17 @@ MODELS = {
     "expands a latent": ("DeepseekV3", LATENT | EXPERTS),
     "expands a latent without experts": ("MiniCPM3", LATENT),
     "repeats its heads": ("JetMoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "kv_channels": 16}),
-    "shares with later layers": ("Gemma3nForCausalLM", SHARED | {"vocab_size_per_layer_input": 97, "hidden_size_per_layer_input": 8,
-        "laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4}),  # fmt: skip
+    "shares with later layers": (
+        "Gemma3nForCausalLM",
+        SHARED
+        | {
+            "vocab_size_per_layer_input": 97,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 8,
+            "altup_num_inputs": 2,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
+    ),  # fmt: skip
 }
 
 

@@ -749,4 +749,3 @@ def test_all_ones_cost_nothing(llama, monkeypatch):
     llama(tiny_tokens(2, 3), attention_mask=torch.ones(2, 9), past_key_values=cache)
     llama(tiny_tokens(2, 6), position_ids=torch.arange(6)[None], use_cache=False)
     assert given == [None] * 9 and cache.layers[0].left_out is None
-

@@ -52,9 +52,7 @@ def attend(
     return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def _visible(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None, kwargs: dict[str, Any]
-) -> Tensor:
+def _visible(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None, kwargs: dict[str, Any]) -> Tensor:
     """Which key each query sees, as SDPA takes it; broadcasts to (B, H, queries, keys)."""
     if kwargs.get("position_bias") is not None:
         raise NotAMask("A position bias came beside the mask.")
