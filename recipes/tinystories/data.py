@@ -13,7 +13,6 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -22,12 +21,11 @@ from typing import Any
 import datasets
 import torch
 from datasets.exceptions import DatasetGenerationError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from recipes.common.blame import naming_the_key
-from recipes.common.checkpoint import open_tokenizer, read_config
 from recipes.common.errors import RecipeError, sentence, stage
 from recipes.common.reading import is_data_set
+from recipes.common.tokenizing import start_token
 
 _TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 LONGEST_STORY = 2**18
@@ -148,39 +146,6 @@ def by_size(texts: Iterable[str], most: int = _TOGETHER) -> Iterator[list[str]]:
         size += len(text)
     if batch:
         yield batch
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder or hub id, or a bare tokenizer.json."""
-    bare = Path(name).is_file()
-    folder = Path(name) if bare else open_tokenizer(name)
-    try:
-        if bare:
-            tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_file=name)
-            if "<|endoftext|>" in tokenizer.get_vocab():
-                tokenizer.add_special_tokens({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"})
-        else:
-            where = folder / "config.json"  # which tells the tokenizer's class
-            with naming_the_key(read_config(folder, name), where) if where.is_file() else nullcontext():
-                tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except RecipeError:
-        raise
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise RecipeError(
-            f"{name}: no tokenizer can be loaded from it ({sentence(error)}); give a checkpoint or a tokenizer.json"
-        ) from None
-    start_token(tokenizer)
-    return tokenizer
-
-
-def start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that stands in front of every story."""
-    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if token is None:
-        raise RecipeError(
-            "the tokenizer has neither a bos nor an eos token, one of which must mark where a story starts; set bos_token in it"
-        )
-    return int(token)
 
 
 def pack(stories: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> datasets.Dataset:

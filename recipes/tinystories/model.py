@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_linattn
-from recipes.common.blame import naming_the_key
-from recipes.common.checkpoint import check_fits, check_size, open_checkpoint, without_memory
+from recipes.common.checkpoint import check_size
 from recipes.common.errors import RecipeError, sentence
-from recipes.tinystories.data import start_token
+from recipes.common.loading import load_causal_lm
+from recipes.common.tokenizing import start_token
 
 
 def load_model(
@@ -23,40 +23,18 @@ def load_model(
     overrides: dict[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """A causal language model from a checkpoint folder or hub id; safetensors only, pickled weights are refused.
+    """`load_causal_lm`, with changes to the checkpoint's config.
 
     Args:
         attn_implementation: None keeps what the checkpoint says.
         linattn: values laid over the checkpoint's `config.linattn`.
         overrides: values of other config keys.
     """
-    checkpoint = open_checkpoint(name)
-    folder, where = str(checkpoint.folder), checkpoint.folder / "config.json"
 
-    def build() -> PreTrainedModel:
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, trust_remote_code=False)
-
-    with naming_the_key(checkpoint.config, where):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    def change(config: PretrainedConfig) -> None:
         _change(config, overrides or {}, linattn or {}, name)
-        check_fits(checkpoint, without_memory(build, where))
-    model: PreTrainedModel
-    info: dict[str, Any]
-    try:
-        model, info = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
-            folder,
-            config=config,
-            attn_implementation=attn_implementation,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers, safetensors and the hub client each raise their own
-        raise RecipeError(f"{name}: its weights cannot be loaded ({sentence(error)}); give a whole checkpoint in safetensors") from None
-    if missing := sorted(info["missing_keys"]):
-        raise RecipeError(f"{name} lacks {len(missing)} of the model's weights, such as {missing[0]}; give a whole checkpoint")
-    return model
+
+    return load_causal_lm(name, attn_implementation=attn_implementation, dtype=dtype, change=change)
 
 
 def new_model(

@@ -23,7 +23,8 @@ from recipes.common.files import output_path, staged_directory
 from recipes.common.plots import plot_curves
 from recipes.common.run import Run
 from recipes.common.state import check_written
-from recipes.tinystories.data import Collator, EpochSampler, Source, digest, first_words, load_tokenizer, pack, split_stories, start_token
+from recipes.common.tokenizing import load_tokenizer, start_token
+from recipes.tinystories.data import Collator, EpochSampler, Source, digest, first_words, pack, split_stories
 from recipes.tinystories.model import check_length, go_on, is_linear, load_model, new_model
 from recipes.tinystories.settings import COMMAND, Settings
 

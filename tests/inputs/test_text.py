@@ -24,7 +24,8 @@ MIB = 2**20
 MEASURE = """
 import resource, sys, datasets
 from pathlib import Path
-from recipes.tinystories.data import Source, load_tokenizer, pack, read_stories, split_stories
+from recipes.common.tokenizing import load_tokenizer
+from recipes.tinystories.data import Source, pack, read_stories, split_stories
 file, small, tokenizer, cache = sys.argv[1:]
 datasets.config.HF_DATASETS_CACHE = Path(cache)
 datasets.disable_progress_bars()

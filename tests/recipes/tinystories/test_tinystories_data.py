@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from recipes.common.errors import RecipeError
+from recipes.common.tokenizing import load_tokenizer, start_token
 from recipes.tinystories import data
-from recipes.tinystories.data import Collator, EpochSampler, Source, load_tokenizer, pack, read_stories, split_stories, start_token
+from recipes.tinystories.data import Collator, EpochSampler, Source, pack, read_stories, split_stories
 
 MARK = "<|endoftext|>"
 

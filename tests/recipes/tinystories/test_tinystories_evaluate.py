@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from convert.linearize import linearize
 from recipes.common.errors import RecipeError
+from recipes.common.tokenizing import load_tokenizer
 from recipes.tinystories import evaluate, evaluation
-from recipes.tinystories.data import load_tokenizer
 from recipes.tinystories.metrics import Prediction
 from recipes.tinystories.model import go_on, load_model
 
