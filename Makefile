@@ -6,7 +6,7 @@ OUT ?= out
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test test-slow pytest lint kills mutants kernels test-gpu test-oldest sweep sweep-oldest benchmark clean
+.PHONY: quickstart test test-slow pytest lint kills mutants wheel kernels test-gpu test-oldest sweep sweep-oldest benchmark clean
 
 # MODEL=DIR and DATA=FILE run it from a checkpoint and a text of your own
 quickstart: $(VENV)/.quickstart
@@ -35,6 +35,14 @@ kills: $(VENV)/.test
 # ARGS="--random 60 --seed 3" for slips at places that nobody chose
 mutants: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m mutants $(ARGS)
+
+# builds dist/*.whl, with the CUDA kernels where nvcc is, and tries the command `linattn` in an environment that has nothing but the wheel
+wheel:
+	rm -rf dist .venv-wheel
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/pip install --quiet $(TORCH) "$$(ls dist/*.whl)[convert]"
+	.venv-wheel/bin/python tests/installed.py
 
 # compiles the CUDA kernels into the checkout; needs nvcc
 kernels: $(VENV)/.test
@@ -75,4 +83,4 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-oldest $(OUT) build *.egg-info hf_linattn/_kernels.so
+	rm -rf $(VENV) .venv-oldest .venv-wheel $(OUT) build dist *.egg-info hf_linattn/_kernels.so

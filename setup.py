@@ -1,8 +1,13 @@
-"""Builds the compiled library, hf_linattn/_kernels.so, where nvcc is found; everything else about the package stands in pyproject.toml.
+"""Builds the compiled library, hf_linattn/_kernels.so, where nvcc is found, and puts `convert` and `recipes` below hf_linattn in a wheel;
+everything else about the package stands in pyproject.toml.
 
-`pip install .` builds it on the way; `python setup.py build_kernels` builds it into a checkout. The library has a C interface and no torch
+`pip install .` builds the library on the way; `python setup.py build_kernels` builds it into a checkout. It has a C interface and no torch
 headers, so one wheel serves every Python and every torch. Environment: HF_LINATTN_REQUIRE_CUDA=1 makes a missing nvcc an error,
 HF_LINATTN_REQUIRE_CUDA=0 leaves the library out, MAX_JOBS sets the number of compilers that run at once, NVCC names the compiler.
+
+At the top of site-packages the names `convert` and `recipes` would stand in everybody's way. A checkout has them at its top all the same,
+for `python -m convert.linearize` and `accelerate launch -m recipes...`, from where no relative import leads from one to the other; so the
+imports among them become relative on their way into a wheel.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Command, Distribution, setup
+from setuptools import Command, Distribution, find_namespace_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -26,6 +31,7 @@ OBJECTS = ROOT / "build" / "kernels"
 LIBRARY = "_kernels.so"
 ARCHITECTURES = "sm_80 compute_80 sm_90a"  # compute_80 is the code that drivers translate for cards to come
 FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC"]
+BELOW = ("convert", "recipes")
 
 
 def find_nvcc() -> str | None:
@@ -141,15 +147,32 @@ def library_is_wanted() -> bool:
     return False
 
 
-class BuildWithKernels(build_py):
+def relative_imports(text: str, package: str) -> str:
+    """The text of a module of `package`, below hf_linattn, with its imports of `convert` and `recipes` made relative."""
+    up = "." * len(package.split("."))
+    return re.sub(rf"^(\s*from )(?=(?:{'|'.join(BELOW)})[. ])", rf"\1{up}", text, flags=re.MULTILINE)
+
+
+class BuildWheel(build_py):
     def run(self) -> None:
         target = ROOT / "hf_linattn" / LIBRARY if self.editable_mode else Path(self.build_lib) / "hf_linattn" / LIBRARY
         wanted = library_is_wanted()
+        if not self.editable_mode:
+            shutil.rmtree(self.build_lib, ignore_errors=True)  # it may hold modules that are no more
+            found = find_namespace_packages(str(ROOT), include=[f"{name}*" for name in BELOW])
+            self.packages = [*self.packages, *(f"hf_linattn.{name}" for name in found)]
+            self.package_dir = {**self.package_dir, **{f"hf_linattn.{name}": name for name in BELOW}}
         super().run()
         if not self.editable_mode:
-            target.unlink(missing_ok=True)  # what lies in a checkout or in an old build may be of other sources
+            target.unlink(missing_ok=True)  # what lies in a checkout may be of other sources
         if wanted:
             build_library(target)
+
+    def build_module(self, module: str, module_file: str, package: str) -> None:
+        super().build_module(module, module_file, package)
+        if package.startswith(tuple(f"hf_linattn.{name}" for name in BELOW)):
+            made = Path(self.get_module_outfile(self.build_lib, package.split("."), module))
+            made.write_text(relative_imports(made.read_text(encoding="utf-8"), package), encoding="utf-8")
 
 
 class BuildKernels(Command):
@@ -176,4 +199,4 @@ class WheelForEveryPython(bdist_wheel):
         return "py3", "none", platform
 
 
-setup(cmdclass={"build_py": BuildWithKernels, "build_kernels": BuildKernels, "bdist_wheel": WheelForEveryPython}, distclass=MaybeCompiled)
+setup(cmdclass={"build_py": BuildWheel, "build_kernels": BuildKernels, "bdist_wheel": WheelForEveryPython}, distclass=MaybeCompiled)

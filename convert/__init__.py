@@ -1,1 +1,1 @@
-"""A softmax checkpoint in, a linear-attention checkpoint out. Run from a checkout: ``python -m convert.linearize --help``."""
+"""A softmax checkpoint in, a linear-attention checkpoint out. See ``linattn convert --help``."""

@@ -1,4 +1,4 @@
-"""Swaps a checkpoint's softmax attention for linear attention: ``python -m convert.linearize SOURCE OUTPUT``."""
+"""Swaps a checkpoint's softmax attention for linear attention: ``linattn convert SOURCE OUTPUT``."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def missing_parameters(name: str) -> str:
     """What to say of `learnable=True` where there is nothing to learn."""
     return (
         f"config.linattn of {name} asks for learnable parameters, which only the classes of converted checkpoints have; convert the "
-        "checkpoint (python -m convert.linearize) and load the result, or set learnable to false."
+        "checkpoint (linattn convert) and load the result, or set learnable to false."
     )
 
 

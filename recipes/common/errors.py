@@ -98,5 +98,9 @@ def _told(error: Exception) -> tuple[str, int]:
 def _place(error: Exception) -> str:
     """The last line of our own that the error passed."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_ROOT) and "site-packages" not in frame.filename] or frames
+    ours = [frame for frame in frames if _is_ours(Path(frame.filename))] or frames
     return f"{Path(ours[-1].filename).name}, line {ours[-1].lineno}"
+
+
+def _is_ours(file: Path) -> bool:
+    return file.is_relative_to(_ROOT) and "site-packages" not in file.relative_to(_ROOT).parts

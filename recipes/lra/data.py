@@ -142,7 +142,7 @@ def load(task: Task, folder: str | Path) -> dict[str, Split]:
     Raises RecipeError where neither is there, and where a file is bad."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise RecipeError(f"{folder}: no such folder; make it with: python -m recipes.lra.prepare {task.name} --out {folder}")
+        raise RecipeError(f"{folder}: no such folder; make it with: python -m {__package__}.prepare {task.name} --out {folder}")
     if (folder / "prepared.json").is_file():
         prepared = read_prepared(folder)
         if prepared.get("task") != task.name:

@@ -28,6 +28,7 @@ from recipes.quickstart.corpus import MARK, stories
 
 HERE = Path(__file__).parent
 COMMAND = "recipes.quickstart"
+PROJECT = __package__.removesuffix(COMMAND)  # "hf_linattn." in a wheel, which has all of this below it
 
 
 def main(
@@ -83,7 +84,7 @@ class Quickstart:
             self.step("1. Make a corpus and its tokenizer", out / "corpus", self.make_corpus)
             settings = [f"output={out}/teacher", f"tokenizer={out}/corpus", f"steps={self.steps(300)}", *text]
             self.step("2. Train a small softmax Llama", self.teacher, lambda: self.train("teacher", settings))
-        self.step("3. Convert it", out / "swapped", lambda: self.call("convert.linearize", str(self.teacher), f"{out}/swapped"))
+        self.step("3. Convert it", out / "swapped", lambda: self.call(f"{PROJECT}convert.linearize", str(self.teacher), f"{out}/swapped"))
         tuning = [
             f"output={out}/tuned",
             f"model={out}/swapped",
@@ -97,7 +98,7 @@ class Quickstart:
         self.step("4. Fine-tune it with noise dropout", out / "tuned" / "model", lambda: self.train("finetune", tuning))
         named = [f"teacher={self.teacher}", f"swapped={out}/swapped", f"fine-tuned={out}/tuned/model"]
         options = ["--data", str(self.text), "--stories", str(held_out), "--out", f"{out}/evaluation", "--overwrite"]
-        self.step("5. Evaluate and generate", None, lambda: self.call("recipes.tinystories.evaluate", *named, *options))
+        self.step("5. Evaluate and generate", None, lambda: self.call(f"{PROJECT}recipes.tinystories.evaluate", *named, *options))
         for name, minutes in self.minutes.items():
             self.console.print(f"{name}: {minutes:.1f} min")
         places = {"table": "evaluation/evaluation.md", "picture": "evaluation/evaluation.png", "model": "tuned/model"}
@@ -105,7 +106,7 @@ class Quickstart:
 
     def train(self, config: str, settings: list[str]) -> None:
         """Run the training script on one of the configs beside this file."""
-        self.call("recipes.tinystories.train", "--config", f"{HERE}/{config}.yaml", "--resume", "--set", *settings)
+        self.call(f"{PROJECT}recipes.tinystories.train", "--config", f"{HERE}/{config}.yaml", "--resume", "--set", *settings)
 
     def step(self, title: str, result: Path | None, work: Callable[[], object]) -> None:
         """Do `work`, which leaves `result`, unless that is there already."""
@@ -132,7 +133,7 @@ class Quickstart:
 
     def call(self, module: str, *arguments: str) -> None:
         """Run a script of the project as a user would."""
-        root = str(HERE.parent.parent)
+        root = str(HERE.parents[__package__.count(".")])
         paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         arguments += ("--debug",) * self.debug
         self.console.print(f"python -m {module} {' '.join(arguments)}", style="dim")

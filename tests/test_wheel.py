@@ -1,0 +1,135 @@
+"""The wheel: what is in it, and that the command `linattn` works from it where there is no checkout."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import Distribution, distributions
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+from tiny_softmax import softmax_model
+
+from linattn import STAGES
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILT_OF = ("hf_linattn", "convert", "recipes", "linattn.py", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+# The command, and then which of the modules that take seconds, or that a checkout alone has at its top, it has imported.
+RUN = """
+import sys
+from importlib.metadata import entry_points
+[command] = entry_points(group="console_scripts", name="linattn")
+try:
+    command.load()(prog_name="linattn")
+finally:
+    print("imported", *sorted({"torch", "transformers", "convert", "recipes"} & set(sys.modules)))
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the wheel was unpacked into, built without kernels of a copy with leftovers of an older build."""
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in BUILT_OF:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copyfile(ROOT / name, source / name)
+    (source / "build" / "lib" / "hf_linattn").mkdir(parents=True)
+    (source / "build" / "lib" / "hf_linattn" / "gone.py").touch()
+    (source / "hf_linattn" / "_kernels.so").touch()
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder)]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options, "."], cwd=source, env=os.environ | {"HF_LINATTN_REQUIRE_CUDA": "0"}, check=True
+    )
+    [wheel] = folder.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    wheel.unlink()
+    return folder
+
+
+def metadata(installed: Path) -> Distribution:
+    [found] = distributions(path=[str(installed)])
+    return found
+
+
+def files_of(folder: Path, *patterns: str) -> set[str]:
+    return {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.rglob(pattern)}
+
+
+def test_the_wheel_holds_all_that_runs_below_two_names(installed: Path) -> None:
+    assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"hf_linattn", "linattn.py"}
+    for name, place in {"hf_linattn": "hf_linattn", "convert": "hf_linattn/convert", "recipes": "hf_linattn/recipes"}.items():
+        wanted = files_of(ROOT / name, "*.py", "*.yaml", "py.typed")
+        found = files_of(installed / place, "*.py", "*.yaml", "py.typed")
+        below = {file for file in found if place == "hf_linattn" and file.startswith(("convert/", "recipes/"))}
+        assert wanted and found - below == wanted
+    assert not files_of(installed, "*.so", "*.pyc", "*.png")
+
+
+def test_the_metadata_is_complete(installed: Path) -> None:
+    told = metadata(installed)
+    [command] = told.entry_points
+    assert (command.name, command.group) == ("linattn", "console_scripts")
+    assert {"convert", "recipes", "test"} == set(told.metadata.get_all("Provides-Extra") or [])
+    assert (told.read_text("top_level.txt") or "").split() == ["hf_linattn", "linattn"]
+    assert told.metadata.get_all("Classifier") and told.metadata["License-Expression"] == "Apache-2.0"
+
+
+def test_every_import_of_the_projects_own_leads_into_the_wheel(installed: Path) -> None:
+    """Those inside functions too."""
+    for file in sorted(installed.rglob("*.py")):
+        package = ".".join(file.relative_to(installed).parts[:-1])
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [resolve_name("." * node.level + (node.module or ""), package)]
+            for name in names:
+                assert name.split(".")[0] not in ("convert", "recipes"), (file, name)
+                place = installed / name.replace(".", "/")
+                assert not name.startswith("hf_linattn.") or place.is_dir() or place.with_suffix(".py").is_file(), (file, name)
+
+
+def run(installed: Path, folder: Path, *arguments: str | Path) -> tuple[int, str, str]:
+    environment = os.environ | {"PYTHONPATH": str(installed), "COLUMNS": "200", "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--help"], 0, list(STAGES)),
+        (["chess"], 2, ["No such command 'chess'"]),
+        (["convert", "--help"], 0, ["linattn convert", "--keep-softmax"]),
+        (["convert", "./absent", "new"], 2, ["error: there is no folder"]),
+        (["convert", "--debug", "./absent", "new"], 2, ["RecipeError", "hf_linattn/convert/linearize.py"]),
+        (["convert", "--", "--absent", "there"], 2, ["exists already"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_the_command_says_what_is_wrong_before_it_imports_torch(
+    arguments: list[str], status: int, said: list[str], installed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "thesis").touch()
+    ended, out, error = run(installed, tmp_path, *arguments)
+    assert ended == status and all(word in out + error for word in said), out + error
+    assert out.splitlines()[-1] == "imported"
+
+
+@pytest.mark.slow
+def test_the_command_converts(installed: Path, tmp_path: Path) -> None:
+    softmax_model("llama").save_pretrained(tmp_path / "source")
+    ended, out, error = run(installed, tmp_path, "convert", "source", "converted", "--keep-softmax", "1")
+    assert ended == 0 and out.splitlines()[-1] == "imported torch transformers", error
+    assert (tmp_path / "converted" / "conversion.json").is_file()
