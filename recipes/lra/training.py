@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 import hf_linattn
@@ -21,6 +19,7 @@ from recipes.common.checkpoint import check_size
 from recipes.common.config import to_dict
 from recipes.common.errors import RecipeError, sentence, stage
 from recipes.common.files import staged_directory, write_json
+from recipes.common.loop import Loop, Pace
 from recipes.common.run import Run
 from recipes.common.state import check_written
 
@@ -34,8 +33,10 @@ from .settings import COMMAND, Settings
 STEPS_BETWEEN_CLOCK_READINGS = 20
 
 
-class Training:
+class Training(Loop):
     """One seed's run: everything is made in __init__, so that bad input is refused before anything is written but the run's folder."""
+
+    counts_validation = True
 
     def __init__(
         self,
@@ -81,74 +82,54 @@ class Training:
         facts = {"seed": seed, "parameters": self.bare.num_parameters()}
         facts |= {name: [len(splits[name]), splits[name].digest()] for name in SPLITS}
         self.run.open(to_dict(settings), facts)
-        self.best, self.best_step, self.seconds = -1.0, 0, 0.0
+        self.best, self.best_step = -1.0, 0
+        self.pace = Pace(settings.steps, settings.log_every, settings.eval_every, settings.save_every)
 
     def run_all(self) -> dict[str, Any]:
         """Train from where the run stands to its end, test the best checkpoint, let go of the folder; return what result.json says."""
-        with closing(self.run):
-            return self.train()
-
-    def train(self) -> dict[str, Any]:
-        """The steps that are left, and the test."""
-        s, accelerator = self.settings, self.accelerator
         finished = self.run.folder / "result.json"
-        if finished.is_file():
-            accelerator.print(f"{self.run.folder} is finished")
-            return read_result(finished)
-        progress = self.run.restore(s.steps)
-        step = int(progress["step"])
-        self.best, self.best_step = float(progress.get("best", -1.0)), int(progress.get("best_step", 0))
-        self.seconds = before = float(progress.get("seconds", 0.0))
-        rank, share = accelerator.process_index, s.batch_size // accelerator.num_processes
-        order = training_order(self.splits["train"].lengths, s.batch_size, self.seed, start=step)
-        began = time.perf_counter()
-        losses = torch.zeros((), device=accelerator.device)
-        counted = 0
-        self.bare.train()
-        bar = tqdm(total=s.steps, initial=step, disable=not accelerator.is_main_process, dynamic_ncols=True, unit="step", mininterval=1)
-        while step < s.steps and (s.max_minutes is None or self.seconds < s.max_minutes * 60):
-            self.set_rates(step)
-            own = slice(rank * share, (rank + 1) * share)
-            turned = drawn_positions(s.batch_size, self.seed, step)[own] if s.turn_pictures else None
-            batch = self.splits["train"].batch(next(order)[own], turned)
-            with accelerator.autocast():
-                loss = self.call(**batch).loss
-            accelerator.backward(loss)
-            accelerator.clip_grad_value_(self.model.parameters(), s.gradient_clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            losses += loss.detach()
-            counted += 1
-            step += 1
-            bar.update()
-            if step % STEPS_BETWEEN_CLOCK_READINGS == 0:
-                self.read_clock(before + time.perf_counter() - began)
-            if step % s.log_every == 0 or step == s.steps:
-                self.read_clock(before + time.perf_counter() - began)
-                mean = float(accelerator.reduce(losses / counted, "mean"))
-                if not math.isfinite(mean):
-                    raise RecipeError(f"{self.run.folder}: the loss at step {step} is {mean}; lower learning_rate and start anew")
-                self.run.log(step, loss=mean, learning_rate=self.optimizer.param_groups[0]["lr"], seconds=round(self.seconds, 2))
-                bar.set_postfix(loss=f"{mean:.4f}", best=f"{max(self.best, 0):.2%}")
-                losses.zero_()
-                counted = 0
-            if step % s.eval_every == 0:
-                self.validate(step)
-            if step % s.save_every == 0:
-                self.read_clock(before + time.perf_counter() - began)
-                self.run.save(step, {"best": self.best, "best_step": self.best_step, "seconds": self.seconds})
-        bar.close()
-        self.read_clock(before + time.perf_counter() - began)
-        if step % s.eval_every:
-            self.validate(step)
-        return self.finish(step)
+        with closing(self.run):
+            if finished.is_file():
+                self.accelerator.print(f"{self.run.folder} is finished")
+                return read_result(finished)
+            self.train()
+            return self.finish()
 
-    def read_clock(self, seconds: float) -> None:
-        """The first process's clock decides for all, so that they stop at the same step."""
-        if self.accelerator.num_processes > 1:
-            reading = torch.tensor(seconds if self.accelerator.is_main_process else 0.0, device=self.accelerator.device)
-            seconds = float(self.accelerator.reduce(reading, "sum"))
-        self.seconds = seconds
+    def restored(self, progress: dict[str, Any]) -> None:
+        """Take back the best score and its step."""
+        self.best, self.best_step = float(progress.get("best", -1.0)), int(progress.get("best_step", 0))
+
+    def progress(self) -> dict[str, float]:
+        """The best score and its step."""
+        return {"best": self.best, "best_step": self.best_step}
+
+    def batches(self, step: int) -> Iterator[dict[str, torch.Tensor | None]]:
+        """This process's share of each batch."""
+        s, accelerator = self.settings, self.accelerator
+        share = s.batch_size // accelerator.num_processes
+        own = slice(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        for number, indices in enumerate(training_order(self.splits["train"].lengths, s.batch_size, self.seed, start=step), step):
+            turned = drawn_positions(s.batch_size, self.seed, number)[own] if s.turn_pictures else None
+            yield self.splits["train"].batch(indices[own], turned)
+
+    def losses(self, batch: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+        """The mean cross-entropy of the examples."""
+        with self.accelerator.autocast():
+            return {"loss": self.call(**batch).loss}
+
+    def clip(self) -> None:
+        """Bound each number of the gradient."""
+        self.accelerator.clip_grad_value_(self.model.parameters(), self.settings.gradient_clip)
+
+    def before_step(self) -> None:
+        """Set rates and noise, by steps and by the clock."""
+        if self.step % STEPS_BETWEEN_CLOCK_READINGS == 0:
+            self.read_clock()
+        self.set_rates(self.step)
+
+    def over(self) -> bool:
+        """Whether the minutes are used up."""
+        return self.settings.max_minutes is not None and self.seconds >= self.settings.max_minutes * 60
 
     def done(self, step: int) -> float:
         """The share of the run after warm-up that is over, by steps or by the clock, whichever is more."""
@@ -171,12 +152,12 @@ class Training:
         if self.noise is not None:
             hf_linattn.set_dropout(self.bare, self.noise(round(done * 1_000_000)))
 
-    def validate(self, step: int) -> None:
+    def validate(self) -> None:
         """Log the validation accuracy and keep the weights in best/ if it is the best so far; the later one of equals."""
         score, loss = self.evaluate("valid", self.settings.validation_examples)
-        self.run.log(step, valid_accuracy=score, valid_loss=loss, seconds=round(self.seconds, 2))
+        self.run.log(self.step, valid_accuracy=score, valid_loss=loss, seconds=round(self.seconds, 2))
         if score >= self.best:
-            self.best, self.best_step = score, step
+            self.best, self.best_step = score, self.step
             if self.accelerator.is_main_process:
                 folder = self.run.folder / "best"
                 with (
@@ -206,7 +187,7 @@ class Training:
         guesses, total = accelerator.reduce(guesses, "sum"), accelerator.reduce(total, "sum")
         return accuracy(guesses.cpu().numpy(), split.split.labels[:count]), float(total) / len(lengths)
 
-    def finish(self, step: int) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Test best/ and write result.json."""
         s, accelerator = self.settings, self.accelerator
         check_written(self.run.folder / "best", "start anew, for the weights of the best validation are lost")
@@ -225,7 +206,7 @@ class Training:
             "test_loss": loss,
             "valid_accuracy": self.best,
             "best_step": self.best_step,
-            "steps": step,
+            "steps": self.step,
             "batch_size": s.batch_size,
             "seconds": round(self.seconds, 1),
             "parameters": self.bare.num_parameters(),

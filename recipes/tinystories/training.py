@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 import hf_linattn
 from recipes.common.config import to_dict
 from recipes.common.errors import RecipeError, stage
 from recipes.common.files import output_path, staged_directory
+from recipes.common.loop import Loop, Pace
 from recipes.common.plots import plot_curves
 from recipes.common.run import Run
 from recipes.common.state import check_written
@@ -29,8 +28,10 @@ from recipes.tinystories.model import check_length, go_on, is_linear, load_model
 from recipes.tinystories.settings import COMMAND, Settings
 
 
-class Training:
+class Training(Loop):
     """One run: everything is made in __init__, so that bad input is refused before anything is written but the run's folder."""
+
+    remedy = "lower learning_rate or linattn_learning_rate and start anew"
 
     def __init__(self, settings: Settings, resume: bool, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
         self.settings = s = settings
@@ -67,14 +68,15 @@ class Training:
                 f"the text packs to {len(train)} sequences of {s.length} tokens and one step takes {taken}; "
                 "give more text or lower batch_size, gradient_accumulation or length"
             )
-        self.steps = s.steps or max(1, round(s.epochs * self.steps_per_epoch))
+        steps = s.steps or max(1, round(s.epochs * self.steps_per_epoch))
+        self.pace = Pace(steps, s.log_every, s.eval_every, s.checkpoint_every, s.gradient_accumulation)
         self.tokens_per_step = taken * s.length
         self.sampler = EpochSampler(len(train), self.steps_per_epoch * taken, s.seed)
-        self.noise = hf_linattn.DropoutSchedule(s.noise_schedule, s.noise, self.steps) if s.noise else None
+        self.noise = hf_linattn.DropoutSchedule(s.noise_schedule, s.noise, steps) if s.noise else None
 
         groups = hf_linattn.parameter_groups(model, s.learning_rate, s.linattn_learning_rate, s.weight_decay)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, s.beta2))
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(s.warmup * self.steps), self.steps)
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(s.warmup * steps), steps)
         collate = Collator(start_token(tokenizer), s.separate_stories)
         # A generator of their own keeps the loaders from drawing on the random numbers that dropout uses, which a resume must repeat.
         loader = DataLoader(train, s.batch_size, sampler=self.sampler, collate_fn=collate, generator=torch.Generator())
@@ -87,78 +89,46 @@ class Training:
     def run_all(self) -> None:
         """Train from where the run stands to its end and write model/; then let go of the folder."""
         with closing(self.run):
+            if (model := self.run.folder / "model").exists():
+                check_written(model, "remove that folder to have it written again with --resume", compare=False)
+                self.accelerator.print(f"{self.run.folder} is finished; its model is in {model}")
+                return
+            self.accelerator.init_trackers("tensorboard")
             self.train()
+            self.save_model()
+            self.accelerator.end_training()
 
-    def train(self) -> None:
-        """The steps that are left."""
-        s, accelerator = self.settings, self.accelerator
-        if (model := self.run.folder / "model").exists():
-            check_written(model, "remove that folder to have it written again with --resume", compare=False)
-            accelerator.print(f"{self.run.folder} is finished; its model is in {model}")
-            return
-        progress = self.run.restore(self.steps)
-        step, seconds = int(progress["step"]), float(progress.get("seconds", 0.0))
-        if step:
-            accelerator.print(f"going on after step {step} of {self.steps}")
-        accelerator.init_trackers("tensorboard")
-        bar = tqdm(total=self.steps, initial=step, disable=not accelerator.is_main_process, dynamic_ncols=True, unit="step")
-        if step == 0:
-            self.evaluate(0, seconds)
-        sums = torch.zeros(2, device=accelerator.device)
-        began = time.perf_counter()
-        for losses, norm in self.optimizer_steps(step):
-            step += 1
-            sums += losses
-            last = step == self.steps
-            bar.update()
-            if step % s.log_every == 0 or last:
-                loss, entropy = (accelerator.reduce(sums, "mean") / ((step - 1) % s.log_every + 1)).tolist()
-                if not math.isfinite(loss):
-                    raise RecipeError(f"the loss at step {step} is {loss}; lower learning_rate or linattn_learning_rate and start anew")
-                sums.zero_()
-                now = time.perf_counter()
-                seconds, began = seconds + now - began, now
-                self.report(step, seconds, loss, entropy, float(norm))
-                bar.set_postfix(loss=f"{loss:.4f}")
-            if step % s.eval_every == 0 or last:
-                self.evaluate(step, seconds)
-            if step % s.checkpoint_every == 0 or last:
-                self.run.save(step, {"seconds": seconds})
-            if step % s.log_every == 0:
-                began = time.perf_counter()
-        bar.close()
-        self.save_model()
-        accelerator.end_training()
+    def start(self) -> None:
+        """Measure what training starts from."""
+        self.validate()
 
-    def optimizer_steps(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """One item for each optimizer step after `step`: this process's mean (loss, cross-entropy) and the gradient's norm."""
+    def batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches of one epoch after another."""
         s, accelerator = self.settings, self.accelerator
-        while step < self.steps:
-            epoch, within = divmod(step, self.steps_per_epoch)
-            self.sampler.begin_at(epoch, within * s.batch_size * s.gradient_accumulation * accelerator.num_processes)
-            self.model.train()
-            total = torch.zeros(2, device=accelerator.device)
-            norm = torch.zeros(())
-            for batch in self.loader:
-                if self.noise is not None:
-                    hf_linattn.set_dropout(accelerator.unwrap_model(self.model), self.noise(step))
-                with accelerator.accumulate(self.model):
-                    loss, entropy = self.objective(batch)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(self.model.parameters(), s.clip)
-                    self.optimizer.step()
-                    if accelerator.sync_gradients:
-                        self.schedule.step()
-                    self.optimizer.zero_grad()
-                total += torch.stack([loss.detach(), entropy.detach()]).float() / s.gradient_accumulation
-                if accelerator.sync_gradients:
-                    step += 1
-                    yield total, norm
-                    total = torch.zeros_like(total)
-                    self.model.train()
-                    if step == self.steps:
-                        return
+        epoch, within = divmod(step, self.steps_per_epoch)
+        self.sampler.begin_at(epoch, within * s.batch_size * s.gradient_accumulation * accelerator.num_processes)
+        while True:
+            yield from self.loader
+            epoch += 1
+            self.sampler.begin_at(epoch, 0)
+
+    def before_step(self) -> None:
+        """Lower the noise."""
+        if self.noise is not None:
+            hf_linattn.set_dropout(self.accelerator.unwrap_model(self.model), self.noise(self.step))
+
+    def losses(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The loss, and the text's cross-entropy in nats a token."""
+        loss, entropy = self.objective(batch)
+        return {"loss": loss, "cross_entropy": entropy}
+
+    def clip(self) -> torch.Tensor | None:
+        """Bound the gradient's norm."""
+        return self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+
+    def figures(self, means: dict[str, Any]) -> dict[str, Any]:
+        """The noise of the step that is reported."""
+        return {} if self.noise is None else {"noise": float(self.noise(self.step - 1))}
 
     def objective(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss, and the text's cross-entropy in nats a token, of input_ids (B, N)."""
@@ -172,25 +142,7 @@ class Training:
         weight = self.settings.teacher_weight
         return weight * divergence + (1 - weight) * entropy, entropy
 
-    def report(self, step: int, seconds: float, loss: float, entropy: float, norm: float) -> None:
-        """Log the training loss of the steps since the last report."""
-        values = {
-            "loss": loss,
-            "cross_entropy": entropy,
-            "learning_rate": self.schedule.get_last_lr()[0],
-            "gradient_norm": norm,
-            "tokens": step * self.tokens_per_step,
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(step * self.tokens_per_step / seconds, 1),
-        }
-        if self.noise is not None:
-            values["noise"] = float(self.noise(step - 1))
-        if self.accelerator.device.type == "cuda":
-            values["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-        self.run.log(step, **values)
-        self.accelerator.log(values, step=step)
-
-    def evaluate(self, step: int, seconds: float) -> None:
+    def validate(self) -> None:
         """Log the cross-entropy of the validation sequences, in nats a token, and stories gone on with; draw the curve."""
         losses = []
         self.model.eval()
@@ -201,9 +153,9 @@ class Training:
                 losses.append(self.accelerator.gather_for_metrics(nats))
             loss = torch.cat(losses).mean().item()
             samples = self.sample()
-        self.run.log(step, valid_loss=loss, seconds=round(seconds, 3), **({"samples": samples} if samples else {}))
+        self.run.log(self.step, valid_loss=loss, seconds=round(self.seconds, 3), **({"samples": samples} if samples else {}))
         texts = {"samples": "\n\n".join(f"**{x['prompt']}** {x['text']}" for x in samples)} if samples else {}
-        self.accelerator.log({"valid_loss": loss, **texts}, step=step)
+        self.accelerator.log({"valid_loss": loss, **texts}, step=self.step)
         if self.accelerator.is_main_process:
             draw(self.run)
         self.accelerator.wait_for_everyone()

@@ -56,6 +56,7 @@ TESTS = {
     "recipes/common/checkpoint.py": ["inputs/test_checkpoint_folder.py", "convert/test_linearize_refusals.py", "convert/test_linearize.py",
                                      "test_folders.py"],
     "recipes/common/config.py": ["recipes/test_common_config.py"],
+    "recipes/common/loop.py": ["recipes/test_loop.py", "recipes/lra/test_lra_train.py", "recipes/tinystories/test_tinystories_train.py"],
     "recipes/common/run.py": ["inputs/test_state.py", "recipes/tinystories/test_tinystories_train.py", "recipes/lra/test_lra_train.py"],
     "recipes/common/state.py": ["inputs/test_state.py", "recipes/tinystories/test_tinystories_train.py"],
     "recipes/lra/": ["recipes/lra/"],

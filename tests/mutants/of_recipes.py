@@ -3,19 +3,17 @@
 from .mutant import RECIPES, named
 
 STORIES, DATA, RUN = "recipes/tinystories/training.py", "recipes/tinystories/data.py", "recipes/common/run.py"
-ARENA, BATCHES, STATE = "recipes/lra/training.py", "recipes/lra/batches.py", "recipes/common/state.py"
+LOOP, ARENA, BATCHES, STATE = "recipes/common/loop.py", "recipes/lra/training.py", "recipes/lra/batches.py", "recipes/common/state.py"
 
 MUTANTS = [
     *named(
         RECIPES,
         # noise, which the log tells of and the model feels
-        ("noise one step late in the model, right in the log", STORIES, "self.noise(step))\n                with",
-         "self.noise(max(step - 1, 0)))\n                with",
+        ("noise one step late in the model, right in the log", STORIES, "self.noise(self.step))\n", "self.noise(max(self.step - 1, 0)))\n",
          "recipes/tinystories/test_tinystories_train.py::test_the_model_feels_the_noise_that_the_log_tells_of"),
-        ("noise never lowered in the model, right in the log", STORIES, "self.noise(step))\n                with",
-         "self.noise(0))\n                with",
+        ("noise never lowered in the model, right in the log", STORIES, "self.noise(self.step))\n", "self.noise(0))\n",
          "recipes/tinystories/test_tinystories_train.py::test_the_model_feels_the_noise_that_the_log_tells_of"),
-        ("noise one step late in the log", STORIES, "float(self.noise(step - 1))", "float(self.noise(max(step - 2, 0)))",
+        ("noise one step late in the log", STORIES, "float(self.noise(self.step - 1))", "float(self.noise(max(self.step - 2, 0)))",
          "recipes/tinystories/test_tinystories_train.py::test_the_model_feels_the_noise_that_the_log_tells_of"),
         ("noise of the arena never lowered", ARENA, "self.noise(round(done * 1_000_000))", "self.noise(0)",
          "recipes/lra/test_lra_train.py::test_noise_and_learning_rate_come_down_to_nothing"),
@@ -23,11 +21,8 @@ MUTANTS = [
         ("the best score forgotten by a resume", ARENA, 'self.best, self.best_step = float(progress.get("best", -1.0))',
          "self.best, self.best_step = float(-1.0)",
          "recipes/lra/test_lra_train.py::test_the_best_score_and_the_time_survive_a_resume"),
-        ("the time before a resume forgotten", ARENA, 'self.seconds = before = float(progress.get("seconds", 0.0))',
-         "self.seconds = before = 0.0",
+        ("the time before a resume forgotten", LOOP, 'float(progress.get("seconds", 0.0))', "0.0",
          "recipes/lra/test_lra_train.py::test_the_best_score_and_the_time_survive_a_resume"),
-        ("the time before a resume forgotten, of stories", STORIES, 'float(progress.get("seconds", 0.0))', "0.0",
-         "recipes/tinystories/test_tinystories_train.py::test_killed_at_any_moment_it_goes_on_to_the_same_losses"),
         ("a resume that skips accumulated batches by half", STORIES,
          "within * s.batch_size * s.gradient_accumulation * accelerator.num_processes",
          "within * s.batch_size * accelerator.num_processes",
@@ -50,12 +45,12 @@ MUTANTS = [
          "recipes/tinystories/test_tinystories_data.py"),
         ("tokens left over between batches dropped", DATA, "            del stream[:whole]", "            stream.clear()",
          "recipes/tinystories/test_tinystories_data.py"),
-        ("a mean over all of log_every where the run ends before", STORIES, "/ ((step - 1) % s.log_every + 1)).tolist()",
-         "/ s.log_every).tolist()",
-         "recipes/tinystories/test_tinystories_train.py::test_a_loss_that_is_logged_is_the_mean_of_the_steps_since_the_last"),
-        ("a mean over all of log_every in the arena", ARENA, "accelerator.reduce(losses / counted",
-         "accelerator.reduce(losses / s.log_every",
+        ("a mean over one step more than there were", LOOP, "        self.steps += 1\n", "        self.steps += 1 + (self.steps == 0)\n",
          "recipes/lra/test_lra_train.py::test_a_loss_that_is_logged_is_the_mean_of_the_steps_since_the_last"),
+        ("a loss that is no number after one that is", LOOP, "torch.where(self.bad == 0, wrong, self.bad)", "wrong",
+         "recipes/test_loop.py"),
+        ("weights that are no numbers kept", LOOP, "~torch.isfinite(weight.detach()).all()", "torch.isnan(weight.detach()).all()",
+         "recipes/test_loop.py"),
         ("a mean of batches of unlike size", ARENA, "total += output.loss * len(indices)",
          "total += output.loss * self.settings.eval_batch_size",
          "recipes/lra/test_lra_train.py::test_it_learns_and_the_best_checkpoint_is_the_one_tested"),
@@ -70,7 +65,7 @@ MUTANTS = [
         ("gradients of the arena hardly clipped", ARENA, "self.model.parameters(), s.gradient_clip)",
          "self.model.parameters(), 1000 * s.gradient_clip)",
          "recipes/lra/test_lra_train.py::test_the_optimizer_is_as_the_settings_say"),
-        ("no warm-up", STORIES, "round(s.warmup * self.steps)", "round(0 * self.steps)",
+        ("no warm-up", STORIES, "round(s.warmup * steps)", "round(0 * steps)",
          "recipes/tinystories/test_tinystories_train.py::test_rates_rise_over_the_warm_up_and_fall_to_nothing"),
         ("beta2 left at its default", STORIES, "betas=(0.9, s.beta2)", "betas=(0.9, 0.999)",
          "recipes/tinystories/test_tinystories_train.py::test_the_optimizer_is_as_the_settings_say"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -171,9 +172,9 @@ def test_the_test_uses_the_best_weights_not_the_last(tmp_path, monkeypatch):
     kept = {}
     validate = training.validate
 
-    def keep(step):
-        kept[step] = {name: value.clone() for name, value in training.bare.state_dict().items()}
-        validate(step)
+    def keep():
+        kept[training.step] = {name: value.clone() for name, value in training.bare.state_dict().items()}
+        validate()
 
     monkeypatch.setattr(training, "validate", keep)
     assert training.run_all()["best_step"] == 8
@@ -208,7 +209,7 @@ def test_killed_and_resumed_it_goes_on_to_the_same_numbers(tmp_path, monkeypatch
 @pytest.mark.parametrize(("scores", "best"), [([0.75, 0.5, 0.25], 8), ([0.5, 0.75, 0.75], 24), ([0.5, 0.5, 0.25], 16)])
 def test_the_best_score_and_the_time_survive_a_resume(tmp_path, monkeypatch, scores, best):
     clock = iter(np.arange(0, 100_000, 10.0))
-    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     evaluate, left = Training.evaluate, iter(scores)
     monkeypatch.setattr(
         Training, "evaluate", lambda self, name, count=None: (next(left), 1.0) if name == "valid" else evaluate(self, name, count)
@@ -273,7 +274,7 @@ def test_noise_and_learning_rate_come_down_to_nothing(tmp_path):
 
 def test_a_budget_of_minutes_ends_the_run_with_the_rate_at_nothing(tmp_path, monkeypatch):
     clock = iter(np.arange(0, 10_000, 0.05))
-    monkeypatch.setattr(training.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(training, "STEPS_BETWEEN_CLOCK_READINGS", 1)
     result = run(settings(tmp_path, steps=100_000, max_minutes=0.02))
     assert 15 < result["steps"] < 40 and 1.1 < result["seconds"] < 1.4
