@@ -60,7 +60,8 @@ MUTANTS = [
          "rng.permutation(per_epoch * batch_size)",
          "recipes/lra/test_lra_train.py::test_every_epoch_takes_every_example_once_in_another_order"),
         # the optimizer
-        ("gradients hardly clipped", STORIES, "self.model.parameters(), self.settings.clip)", "self.model.parameters(), 1e3 * self.settings.clip)",
+        ("gradients hardly clipped", STORIES, "self.model.parameters(), self.settings.clip)",
+         "self.model.parameters(), 1e3 * self.settings.clip)",
          "recipes/tinystories/test_tinystories_train.py::test_gradients_are_clipped_to_what_the_settings_say"),
         ("gradients of the arena hardly clipped", ARENA, "self.model.parameters(), self.settings.gradient_clip)",
          "self.model.parameters(), 1e3 * self.settings.gradient_clip)",
