@@ -1,4 +1,4 @@
-"""Tiny softmax checkpoints of every supported architecture, on disk."""
+"""Tiny softmax checkpoints of every supported architecture, on disk; and what is evaluated."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from byte_models import START, byte_model, byte_tokenizer
 from tiny_softmax import VOCABULARY, softmax_model
+
+from convert.linearize import linearize
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -31,3 +34,17 @@ def softmax_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[...
 def tokens() -> torch.Tensor:
     """(2, 13) token ids without special ones."""
     return torch.randint(3, VOCABULARY, (2, 13), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """teacher/, student/ and text.txt. Tests must not write into it."""
+    home = tmp_path_factory.mktemp("evaluated")
+    byte_model().save_pretrained(home / "teacher")
+    byte_tokenizer().save_pretrained(home / "teacher")
+    linearize(home / "teacher", home / "student")
+    words = ["the", "grey", "mill", "stood", "beside", "seven", "quiet", "wells", "while", "nobody", "counted", "höher", "steps"]
+    generator = torch.Generator().manual_seed(0)
+    documents = [" ".join(words[i] for i in torch.randint(len(words), (60,), generator=generator)) for _ in range(40)]
+    (home / "text.txt").write_text(f"\n{START}\n".join(documents), encoding="utf-8")
+    return home

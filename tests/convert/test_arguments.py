@@ -36,6 +36,14 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "absent/model there": "exists already",
         "absent/model thesis/new --overwrite": "cannot be written",
     },
+    "convert.evaluate": {
+        "--help": "",
+        "x --teacher t": "Missing option '--data'",
+        "x --teacher t --data absent.txt": "absent.txt: no such file",
+        "x --teacher t --data text --length 1": "--length",
+        "x --teacher t --data text --out there": "exists already",
+        "x --teacher ./absent --data text": "there is no folder",
+    },
     "recipes.tinystories.train": {
         "--help": "",
         "--config absent.yaml": "absent.yaml",

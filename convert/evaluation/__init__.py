@@ -1,0 +1,1 @@
+"""What `convert.evaluate` and `convert.select_layers` measure, draw and write."""

@@ -1,0 +1,117 @@
+"""The command: what it stores, that it goes on where it stopped, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from byte_models import byte_model, byte_tokenizer
+from typer.testing import CliRunner
+
+from convert import evaluate
+from convert.errors import ConversionError
+from convert.evaluation.options import EvaluationOptions, chosen, whole_numbers
+from recipes.common import cli
+
+SHORT = ["--rows", "2", "--length", "32", "--recall", "none", "--decode", "", "--device", "cpu"]
+
+
+def run(home: Path, out: Path, *more: str, models: tuple[str, ...] = ("student",), data: str = "text.txt") -> Any:
+    arguments = [*(str(home / model) for model in models), "--teacher", str(home / "teacher"), "--data", str(home / data)]
+    return CliRunner().invoke(cli.app(evaluate.main), [*arguments, "--out", str(out), *SHORT, *more])
+
+
+def measured(out: Path) -> dict[str, dict[str, Any]]:
+    """What was found, by model and measurement."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(out.glob("measured/*/*.json")):
+        stored = json.loads(path.read_text())
+        found.setdefault(stored["subject"], {})[path.stem] = stored["found"]
+    return found
+
+
+def test_loss_of_teacher_control_and_student(evaluated: Path, tmp_path: Path) -> None:
+    done = run(evaluated, tmp_path / "out", "--window-control", "8")
+    assert done.exit_code == 0, done.output
+    found = measured(tmp_path / "out")
+    assert set(found) == {"teacher", "teacher, window 8 + 4", "student"}
+    teacher, control, student = (found[name]["loss-0-32"] for name in ("teacher", "teacher, window 8 + 4", "student"))
+    assert "kl" not in teacher and control["kl"] > 0 and student["kl"] > 0 and student["device"].startswith("CPU")
+    assert teacher["tokens"] == student["tokens"] == 62
+
+
+def test_it_goes_on_where_it_stopped(evaluated: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert run(evaluated, out).exit_code == 0
+    assert "exists already" in run(evaluated, out).stderr
+    before = {path: path.read_bytes() for path in out.glob("measured/*/*.json")}
+    lost = next(path for path in before if "student" in str(path))
+    lost.unlink()
+    done = run(evaluated, out, "--resume", "--length", "32,64")
+    assert done.exit_code == 0, done.output
+    assert "teacher: loss-0-32\n" not in done.stdout and "student: loss-0-32\n" in done.stdout and "student: loss-0-64\n" in done.stdout
+    assert json.loads(lost.read_text())["found"] == json.loads(before[lost])["found"]
+    for path in set(before) - {lost}:
+        assert path.read_bytes() == before[path]
+    assert "with rows = 2, and now it is 3; resume with the same" in run(evaluated, out, "--resume", "--rows", "3").stderr
+    assert run(evaluated, out, "--overwrite", "--rows", "3").exit_code == 0
+
+
+def test_a_model_that_changed_is_not_taken_for_the_one_measured(evaluated: Path, tmp_path: Path) -> None:
+    shutil.copytree(evaluated / "student", tmp_path / "student")
+    shutil.copytree(evaluated / "teacher", tmp_path / "teacher")
+    shutil.copy(evaluated / "text.txt", tmp_path)
+    assert run(tmp_path, tmp_path / "out").exit_code == 0
+    byte_model(5).save_pretrained(tmp_path / "student")
+    assert "was measured with model =" in run(tmp_path, tmp_path / "out", "--resume").stderr
+
+
+def test_another_vocabulary_or_tokenizer_is_refused(evaluated: Path, tmp_path: Path) -> None:
+    byte_model(vocab_size=300).save_pretrained(tmp_path / "more")
+    byte_tokenizer().save_pretrained(tmp_path / "more")
+    byte_model().save_pretrained(tmp_path / "other")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["mill"])
+    tokenizer.save_pretrained(tmp_path / "other")
+    for name, said in {"more": "more has 300 tokens and the teacher 257", "other": "the tokenizer of other is not the teacher's"}.items():
+        done = run(evaluated, tmp_path / f"out-{name}", models=(str(tmp_path / name),))
+        assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--length", "99999"], "too few for a row of 99,999"),
+        (["--length", "1"], "--length '1': expected whole numbers from 2"),
+        (["--recall", "passkey"], "--recall passkey: unknown; give all, none, or some of needle"),
+        (["--tasks", "mmlu"], "--tasks mmlu: unknown"),
+        (["--dtype", "int8"], "--dtype int8: expected one of float32"),
+        (["--device", "meta"], "--device meta: not usable here"),
+        (["--filler", "absent.txt"], "absent.txt: no such file"),
+        (["--task-rows", "absent"], "--task-rows absent: no such folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(more: list[str], said: str, evaluated: Path, tmp_path: Path) -> None:
+    done = run(evaluated, tmp_path / "out", *more)
+    assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.stderr, done.output
+
+
+def test_rows_have_names_of_their_own(evaluated: Path, tmp_path: Path) -> None:
+    student, data = str(evaluated / "student"), (evaluated / "text.txt",)
+    twice: dict[str, Any] = {"models": (student, student), "teacher": str(evaluated / "teacher"), "data": data}
+    with pytest.raises(ConversionError, match="two models are called student"):
+        EvaluationOptions(**twice)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    named = EvaluationOptions(**twice | {"models": (f"first={student}", str(tmp_path / "run" / "model"))})
+    assert [subject.name for subject in named.subjects()] == ["teacher", "first", "run"]
+
+
+def test_lists() -> None:
+    assert whole_numbers("512, 128,512", "--x") == (128, 512) and whole_numbers("", "--x") == ()
+    assert chosen("b,a", "--x", ("a", "b", "c")) == ("a", "b") and chosen("all", "--x", ("a", "b")) == ("a", "b")
+    for text in ("a", "0", "-1", "1.5", str(2**40)):
+        with pytest.raises(ConversionError, match="--x"):
+            whole_numbers(text, "--x")
