@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 from tiny_softmax import softmax_model
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import hf_linattn.attention
-from convert.check import CheckReport, check_converted
+from convert.check import PROBE_TOKENS, CheckReport, check_converted
 from convert.errors import ConversionError
 from convert.linearize import LinearizeOptions, linearize
 from convert.source import Source, open_source
+from convert.truth import LayerTruth, layer_truths
 from hf_linattn import LinAttnParams
 from hf_linattn.models import config_class_for, model_class_for
 
@@ -32,9 +35,12 @@ class Conversion:
         linearize(folder / "source", self.folder, LinearizeOptions(check=False, **options))
         self.source: Source = open_source(str(folder / "source"))
 
+    @property
+    def model_class(self) -> Any:
+        return model_class_for(config_class_for(self.model_type))
+
     def check(self, seed: int = 0, **changes: Any) -> CheckReport:
-        model_class = model_class_for(config_class_for(self.model_type))
-        return check_converted(self.folder, model_class, self.source, LinearizeOptions(**self.options | changes, seed=seed))
+        return check_converted(self.folder, self.model_class, self.source, LinearizeOptions(**self.options | changes, seed=seed))
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +82,63 @@ def test_the_bar_is_the_worst_of_all_precisions(llama: Conversion, monkeypatch: 
     assert bars[both] == bars[both[::-1]] == max(bars.values()) > min(bars.values())
 
 
+def test_errors_are_shares_of_the_exact_result_and_the_bar_is_twice_plain_pytorch(
+    llama_float32: Conversion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With plain PyTorch off by a thousandth, or twice what is right: by how much it errs, and not by how much the right one would."""
+
+    def truths(factor: float) -> Callable[..., dict[str, LayerTruth]]:
+        def off(model: Any, tokens: Tensor, options: LinearizeOptions) -> dict[str, LayerTruth]:
+            assert tokens.shape == (1, PROBE_TOKENS)
+            found = layer_truths(model, tokens, options)
+            return {name: replace(truth, plain=dict.fromkeys(truth.plain, factor * truth.exact)) for name, truth in found.items()}
+
+        return off
+
+    monkeypatch.setattr("convert.check.layer_truths", truths(1.001))
+    report = llama_float32.check()
+    assert report.plain_error == pytest.approx(1e-3, rel=1e-9)
+    assert report.bar == pytest.approx(max(report.error, report.step_error) / 2.002e-3, rel=1e-9)
+    monkeypatch.setattr("convert.check.layer_truths", truths(2))
+    assert llama_float32.check().plain_error == pytest.approx(1, rel=1e-9)
+    monkeypatch.undo()
+    attend = hf_linattn.attention.linear_attention
+    monkeypatch.setattr(hf_linattn.attention, "linear_attention", lambda *x, **options: 2 * attend(*x, **options))
+    with pytest.raises(ConversionError, match=r"is 1\.0e\+00 away from the source's layer .* and rounding explains [1-9]\.\de-06:"):
+        llama_float32.check()
+
+
+@pytest.mark.parametrize("learnable", [True, False])
+@pytest.mark.parametrize("decay", ["head", "none"])
+def test_any_start_is_the_one_that_is_promised(decay: str, learnable: bool, tmp_path: Path) -> None:
+    """A temperature within two hundredths of its bound stays where it is only if it is not stored; no decay is slower than 2,048 tokens."""
+    softmax_model("llama", max_position_embeddings=4096).save_pretrained(tmp_path / "source")
+    options = LinearizeOptions(decay=decay, learnable=learnable, temperature=0.99)
+    started = linearize(tmp_path / "source", tmp_path / "out", options)["starting_values"]
+    stored = learnable or decay == "head"
+    assert started["temperature"] == ([0.98] * 4 if stored else 0.99)
+    assert "log_decay" not in started or -1 / started["log_decay"][-1] == pytest.approx(2048, rel=2e-3)  # six digits are reported
+
+
+def test_what_cannot_be_loaded_is_named(llama: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise RuntimeError("boom")
+
+    for owner, doing in (
+        (LlamaForCausalLM, "loading .*source as LlamaForCausalLM"),
+        (llama.model_class, "loading the converted checkpoint"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(ConversionError, match=rf"^{doing} failed \(boom\); nothing was kept$"):
+            patch.setattr(owner, "from_pretrained", fail)
+            llama.check()
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ConversionError, match=r"^running the converted model failed \(boom\); nothing was kept$"),
+    ):
+        patch.setattr(llama.model_class, "forward", fail)
+        llama.check()
+
+
 def heads_flipped(attend: Any, query: Tensor, key: Tensor, value: Tensor, *state: Tensor, **options: Any) -> Any:
     out = attend(query, key, value, *state, **options)
     return (out[0].flip(1), *out[1:]) if isinstance(out, tuple) else out.flip(1)
@@ -110,7 +173,8 @@ def test_a_slip_in_the_operator_is_refused(slip: str, where: Any, llama: Convers
     for name in where:
         attend = getattr(hf_linattn.attention, name)
         monkeypatch.setattr(hf_linattn.attention, name, lambda *x, attend=attend, **options: OPERATOR_SLIPS[slip](attend, *x, **options))
-    with pytest.raises(ConversionError, match=r"self_attn in .* away from the source's layer"):
+    how = "in cached steps" if len(where) == 1 else "in a forward pass"
+    with pytest.raises(ConversionError, match=rf"self_attn in .*, {how}, is .* away from the source's layer"):
         llama.check(seed=len(slip))
 
 

@@ -73,6 +73,7 @@ def test_shards_are_read_one_at_a_time(model_type: str, tmp_path: Path, monkeypa
     written: list[Path] = []
     linearize(source, tmp_path / "out", LinearizeOptions(dtype="bfloat16"), on_shard=written.append)
     assert len(written) == len(alive) + 1 == len(shards) + 1
+    assert [file.name for file in written] == sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
     # In bfloat16 each piece is half of one shard of the float32 source; nothing ever holds two of them.
     assert all(2 * size <= shard.stat().st_size for size, shard in zip(alive, shards, strict=True))
     index = read_json(tmp_path / "out" / "model.safetensors.index.json")
@@ -184,6 +185,24 @@ def test_what_is_dropped_is_said(model_type: str, expected: dict[str, Any], soft
         assert f"; layers {words} keep softmax" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, ["f(s) = a + b s, normalised", "with a learned decay per query head; 3 of 3 layers are linear.", "are the source's, and"]),
+        ({"kernel": "quadratic", "learnable": False}, ["f(s) = a + b s + c s^2, normalised", "with a fixed decay per query head;"]),
+        ({"decay": "none", "dtype": "bfloat16"}, ["cosine of query and key; 3 of 3 layers", "are the source's, cast to bfloat16, and"]),
+    ],
+    ids=str,
+)
+def test_the_card_says_what_it_is(options: dict[str, Any], words: list[str], softmax_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(softmax_checkpoint(), tmp_path / "tiny-llama"))
+    (source / "README.md").write_text("---\nlicense: [apache-2.0\n---\nA card whose metadata nobody can read.\n")
+    linearize(source, tmp_path / "out", LinearizeOptions(check=False, **options))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(word in card for word in ["# tiny-llama, with linear attention", "pipeline_tag: text-generation", *words]), card
+    assert "license:" not in card and "base_model" not in card
+
+
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     softmax_model("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "source")
     linearize(tmp_path / "source", tmp_path / "out")
@@ -259,6 +278,7 @@ def test_other_heads(auto: Any, tmp_path: Path, softmax_checkpoint: Checkpoint, 
     auto.from_pretrained(softmax_checkpoint()).save_pretrained(tmp_path / "source")
     report = linearize(tmp_path / "source", tmp_path / "out")
     assert report["check"]["layers"] == LAYERS
+    assert "pipeline_tag" not in (tmp_path / "out" / "README.md").read_text()
     model, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and type(model).__name__.startswith("LinAttnLlama")
 

@@ -64,7 +64,7 @@ TESTS = {
     "recipes/lra/train": ["recipes/lra/test_lra_train.py"],
     "recipes/lra/batches.py": ["recipes/lra/test_lra_train.py"],
     "recipes/lra/report.py": ["recipes/lra/test_lra_train.py"],
-    "recipes/lra/settings.py": ["recipes/lra/test_lra_train.py"],
+    "recipes/lra/settings.py": ["recipes/test_settings.py", "recipes/lra/test_lra_train.py"],
     "recipes/lra/listops.py": ["recipes/lra/test_lra_listops.py"],
     "recipes/lra/pathfinder/": ["recipes/lra/test_lra_pathfinder.py"],
     "recipes/lra/data.py": ["recipes/lra/test_lra_data.py", "inputs/test_text.py"],
@@ -74,6 +74,7 @@ TESTS = {
     "recipes/tinystories/data.py": ["recipes/tinystories/test_tinystories_data.py", "inputs/test_text.py",
                                     "recipes/tinystories/test_tinystories_train.py"],
     "recipes/tinystories/evaluate.py": ["recipes/tinystories/test_tinystories_evaluate.py"],
+    "recipes/tinystories/settings.py": ["recipes/test_settings.py", "recipes/tinystories/test_tinystories_train.py"],
     "recipes/tinystories/metrics.py": ["recipes/tinystories/test_tinystories_evaluate.py"],
     "kernels/": ["kernels/test_emulated.py"],
 }  # fmt: skip
@@ -104,7 +105,8 @@ class Mutant:
         if self.test:
             return [f"tests/{self.test}"]
         place = max((place for place in TESTS if self.file.startswith(place)), key=len)
-        return [f"tests/{name}" for name in TESTS[place]]
+        of_all = ["test_defaults.py"] if self.kind in (CONVERTER, RECIPES) else []
+        return [f"tests/{name}" for name in [*of_all, *TESTS[place]]]
 
     def applied(self, root: Path) -> str:
         """The file's text with the slip in it.

@@ -17,7 +17,7 @@ from shared_data import require_shared_data
 
 from recipes.common.errors import RecipeError
 from recipes.lra import data
-from recipes.lra.data import LISTOPS_SYMBOLS, TASKS, Split, encode_listops, load, read_folder
+from recipes.lra.data import LISTOPS_SYMBOLS, TASKS, Sequences, Split, encode_listops, load, read_folder
 from recipes.lra.prepare import prepare
 
 ROOT = Path(__file__).parents[3]
@@ -156,6 +156,21 @@ def test_the_real_reviews_and_images(tmp_path):
     images = data.read_jpegs(tmp_path / "some.npz", TASKS["image"])
     assert np.bincount(labels).tolist() == [1000] * 10 and len(images) == 200
     assert 100 < images.towers[0].tokens.mean() < 150
+
+
+def test_a_seed_leaves_out_the_same_examples_in_every_version():
+    """A table's runs would else be tested on what others of it were trained on."""
+    split = Split((Sequences.of(np.full(1 + i % 5, i, np.uint8) for i in range(100)),), np.arange(100) % 2)
+    assert split.digest() == "41afd81193237b99"
+    held, shared = data.hold_out(split, 3), data.shares(split, 3)
+    assert {name: part.digest() for name, part in held.items()} == {"train": "74deee050199cd92", "valid": "838c849d5a8bfbd4"}
+    assert [shared[name].digest() for name in data.SPLITS] == ["09730c58549cc0b0", "aa7f873dc8904396", "fc1bb82ab4f35a54"]
+    assert data.shortened(split, 10, 3).digest() == "0fa51f6076015e69"
+    assert data.shortened(split, None, 3) is split is data.shortened(split, 100, 3)
+    for count in (0, 101):
+        with pytest.raises(RecipeError, match=f"{count} examples are asked for and there are 100; ask for 1 to 100"):
+            data.shortened(split, count, 3)
+    assert len(data.shortened(split, 1, 3)) == 1 and len(data.shortened(split, 99, 3)) == 99
 
 
 # -- prepare ---------------------------------------------------------------------------------------------------------

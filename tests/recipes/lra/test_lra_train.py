@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState
 from launched import finish, launch
 from transformers import AutoModelForSequenceClassification
 
-from recipes.common.config import dump, load_config
+from recipes.common.config import dump, load_config, to_dict
 from recipes.common.errors import RecipeError
 from recipes.lra import report, train, training
 from recipes.lra.accuracy import accuracy, metric_class
@@ -142,6 +145,23 @@ def test_every_epoch_takes_every_example_once_in_another_order():
     assert sorted(np.concatenate(list(evaluation_order(lengths, 7)))) == list(range(240))
 
 
+def test_a_seed_gives_the_same_batches_in_every_version():
+    """Else a run that is resumed with a newer one would see some examples twice."""
+
+    def digest(arrays) -> str:
+        return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()[:16]
+
+    lengths = np.arange(1, 241) % 37 + 1
+    assert digest(islice(training_order(lengths, 7, 3, start=70), 80)) == "b65aa9194540978c"
+    assert digest(islice(training_order(np.full(240, 5), 7, 3, start=70), 80)) == "016a4a62f2db2464"
+    assert digest(evaluation_order(lengths, 7)) == "cbec01cd69d8c9a9"
+    assert digest(drawn_positions(16, 3, step) for step in range(4)) == "f2a4c22db03f6495"
+    for count in (7, 8):
+        assert len(next(training_order(np.full(count, 5), 7, 0))) == 7
+    with pytest.raises(ValueError, match="6 examples do not fill a batch of 7"):
+        next(training_order(np.full(6, 5), 7, 0))
+
+
 # -- training --------------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +258,49 @@ def test_a_loss_that_is_logged_is_the_mean_of_the_steps_since_the_last(tmp_path)
         run(settings(tmp_path, output=str(tmp_path / str(every)), steps=10, log_every=every))
         losses.append([record["loss"] for record in metrics(tmp_path / str(every) / "seed-0") if "loss" in record])
     assert losses[1] == pytest.approx([np.mean(losses[0][:4]), np.mean(losses[0][4:8]), np.mean(losses[0][8:])], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "shares"),
+    [
+        ("linear", 2, [0.5, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ("linear", 0, [1 - step / 8 for step in range(8)]),
+        ("cosine", 2, [0.5, 1, *(0.5 + 0.5 * np.cos(np.pi * step / 6) for step in range(6))]),
+        ("constant", 4, [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+        ("inverse_sqrt", 2, [0.5, 1, *((2 / step) ** 0.5 for step in range(2, 8))]),
+        ("inverse_sqrt", 0, [1, *(step**-0.5 for step in range(1, 8))]),
+    ],
+)
+def test_the_rate_of_every_step(tmp_path, schedule, warmup, shares):
+    values = settings(tmp_path, schedule=schedule, warmup_steps=warmup, steps=8, log_every=1, eval_every=100)
+    run(values)
+    rates = [record["learning_rate"] for record in metrics(tmp_path / "out" / "seed-0") if "learning_rate" in record]
+    assert rates == pytest.approx([0.02 * share for share in shares], rel=1e-9)
+
+
+def test_what_a_run_leaves_says_what_ran(tmp_path, capsys):
+    values = settings(tmp_path, steps=10, dropout="noise", attention_dropout=0.25, seeds=[3])
+    splits = load(TEXT, values.data)
+    found = run(values, seed=3)
+    folder = tmp_path / "out" / "seed-3"
+    assert found == json.loads((folder / "result.json").read_text())
+    parameters = sum(p.numel() for p in training.new_model(values).parameters())
+    scores = {key: found.pop(key) for key in ("test_accuracy", "test_loss", "valid_accuracy", "best_step", "seconds")}
+    assert found == {
+        "task": "text", "attn_implementation": "linattn", "linattn": {}, "dropout": "noise", "attention_dropout": 0.25, "seed": 3,
+        "steps": 10, "batch_size": 8, "parameters": parameters, "examples": {"train": 64, "valid": 24, "test": 20},
+        "settings": to_dict(values), "device": "cpu", "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }  # fmt: skip
+    facts = json.loads((folder / "facts.json").read_text())
+    assert facts == facts | {"seed": 3, "parameters": parameters} | {name: [len(splits[name]), splits[name].digest()] for name in SPLITS}
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "valid_loss" in record] == [8, 10]  # the last one too
+    assert [record["step"] for record in records if "loss" in record] == [4, 8, 10]
+    assert all(set(record) - {"step", "seconds"} in ({"loss", "learning_rate"}, {"valid_accuracy", "valid_loss"}) for record in records)
+    said = "text, seed 3: test accuracy {test_accuracy:.2%} (validation {valid_accuracy:.2%} at step {best_step})".format(**scores)
+    assert said in capsys.readouterr().out
+    assert run(values, seed=3, resume=True)["best_step"] == scores["best_step"]
+    assert f"{folder} is finished" in capsys.readouterr().out
 
 
 def test_the_optimizer_is_as_the_settings_say(tmp_path):

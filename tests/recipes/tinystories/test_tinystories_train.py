@@ -129,6 +129,25 @@ def test_a_loss_that_is_logged_is_the_mean_of_the_steps_since_the_last(settings,
     assert some == pytest.approx([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2, each[4]], rel=1e-6)
 
 
+def test_what_is_logged_says_what_was_trained_on(settings):
+    s = settings(steps=5, log_every=2, eval_every=4, checkpoint_every=100, sample_tokens=3)
+    train(s)
+    records = list(read_records(Path(s.output) / "metrics.jsonl"))
+    training = [record for record in records if "loss" in record]
+    assert [record["step"] for record in training] == [2, 4, 5]
+    assert [record["tokens"] for record in training] == [step * s.batch_size * s.length for step in (2, 4, 5)]
+    names = {"step", "loss", "cross_entropy", "learning_rate", "gradient_norm", "tokens", "seconds", "tokens_per_second"}
+    assert all(set(record) == names for record in training)
+    for record in training:  # seconds are rounded to thousandths
+        assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"], rel=0.001 / record["seconds"] + 1e-3)
+    evaluations = [record for record in records if "valid_loss" in record]
+    assert [record["step"] for record in evaluations] == [0, 4, 5]
+    assert all(len(record["samples"]) == s.samples for record in evaluations)
+    assert all(len(sample["prompt"].split()) <= 8 and sample["text"] for record in evaluations for sample in record["samples"])
+    facts = json.loads((Path(s.output) / "facts.json").read_text())
+    assert facts["sequences"] > 0 and facts["parameters"] == load_model(str(s.model)).num_parameters()
+
+
 def test_how_often_it_evaluates_changes_nothing_it_learns(settings, tmp_path):
     often = train(settings(**LINEAR, noise=0.2, eval_every=1, checkpoint_every=1))
     seldom = train(settings(**LINEAR, noise=0.2, eval_every=100, checkpoint_every=100, output=str(tmp_path / "other")))

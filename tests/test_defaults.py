@@ -1,0 +1,116 @@
+"""What commands and functions do where nothing is said: the README's tables and the settings' docstrings promise it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import convert.linearize
+import recipes.lra.prepare
+import recipes.lra.settings
+import recipes.quickstart.__main__
+import recipes.tinystories.evaluate
+import recipes.tinystories.settings
+from convert.options import LinearizeOptions
+from recipes.lra.data import TASKS
+from recipes.lra.model import LRAConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+# By parameter, wherever one of that name has a default: nothing is replaced, gone on with or allowed that was not asked for.
+EVERYWHERE = {"overwrite": False, "resume": False, "debug": False, "large_state": False, "seed": 0}
+SIGNATURES: dict[Callable[..., Any], dict[str, Any]] = {
+    convert.linearize.main: {
+        "kernel": "linear", "decay": "head", "keep_softmax": "", "temperature": None, "dropout": None, "learnable": True, "dtype": None,
+        "revision": None, "overwrite": False, "large_state": False, "check": True, "seed": 0,
+    },
+    recipes.tinystories.evaluate.main: {
+        "out": Path("out/evaluation"), "prompt": None,
+        "stories": 500, "length": 512, "decode": "128,512,2048", "tokens": 80, "split": "validation", "column": "text",
+        "separator": "<|endoftext|>", "batch_size": 16, "device": "", "dtype": "float32", "overwrite": False,
+    },
+    recipes.lra.prepare.prepare: {
+        "source": None, "train": None, "valid": None, "test": None, "seed": 0, "processes": 0, "images": "png", "overwrite": False,
+    },
+    recipes.quickstart.__main__.main: {"model": None, "data": None, "out": Path("out"), "scale": 1.0, "debug": False},
+    LRAConfig.__init__: {
+        "vocab_size": 257, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
+        "max_position_embeddings": 1024, "hidden_act": "gelu", "hidden_dropout": 0.1, "attention_dropout": 0.0, "layer_norm_eps": 1e-5,
+        "initializer_range": 0.02, "pooling": "mean", "norm": "pre", "attention_size": None, "towers": 1, "pad_token_id": 0,
+    },
+}  # fmt: skip
+SETTINGS: dict[type, dict[str, Any]] = {
+    LinearizeOptions: {
+        "kernel": "linear", "decay": "head", "keep_softmax": (), "temperature": None, "dropout": None, "learnable": True, "dtype": None,
+        "revision": None, "overwrite": False, "large_state": False, "check": True, "seed": 0,
+    },
+    recipes.lra.settings.Settings: {
+        "attn_implementation": "linattn", "linattn": {}, "dropout": "none", "attention_dropout": 0.1, "noise_schedule": "linear",
+        "hidden_dropout": 0.1, "model": {}, "seeds": [0], "batch_size": 32, "learning_rate": 1e-4, "schedule": "linear",
+        "warmup_steps": 1000, "steps": 5000, "max_minutes": None, "weight_decay": 0.0, "beta2": 0.999, "gradient_clip": 1.0,
+        "eval_every": 500, "eval_batch_size": 64, "validation_examples": None, "log_every": 100, "save_every": 1000, "pad_multiple": 128,
+        "blank_is_padding": False, "turn_pictures": False, "mixed_precision": "no", "compile": "none",
+    },
+    recipes.tinystories.settings.Settings: {
+        "model": None, "model_type": None, "model_config": {}, "tokenizer": None, "attn_implementation": None, "linattn": {},
+        "train_data": ["roneneldan/TinyStories"], "valid_data": [], "train_split": "train", "valid_split": "validation",
+        "text_column": "text", "separator": "<|endoftext|>", "valid_stories": 500, "length": 512, "separate_stories": False,
+        "steps": None, "epochs": 1.0, "batch_size": 8, "gradient_accumulation": 1, "learning_rate": 1e-3, "linattn_learning_rate": 0.1,
+        "weight_decay": 0.01, "beta2": 0.95, "warmup": 0.05, "clip": 1.0, "noise": 0.0, "noise_schedule": "linear", "teacher": None,
+        "teacher_weight": 1.0, "mixed_precision": None, "gradient_checkpointing": False, "seed": 0, "log_every": 10, "eval_every": 100,
+        "eval_sequences": 64, "checkpoint_every": 100, "samples": 2, "sample_tokens": 60,
+    },
+}  # fmt: skip
+
+
+def every_function() -> Iterator[Callable[..., Any]]:
+    """All functions and methods of convert and recipes."""
+    for path in sorted(path for package in ("convert", "recipes") for path in (ROOT / package).rglob("*.py")):
+        module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
+        for owner in (module, *(found for _, found in inspect.getmembers(module, inspect.isclass))):
+            for _, function in inspect.getmembers(owner, inspect.isfunction):
+                if function.__module__ == module.__name__:
+                    yield function
+
+
+def test_nothing_is_done_that_was_not_asked_for() -> None:
+    met = set()
+    for function in every_function():
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name in EVERYWHERE and parameter.default is not parameter.empty:
+                met.add(name)
+                assert parameter.default == EVERYWHERE[name], f"{function.__module__}.{function.__qualname__}: {name}"
+    assert met == set(EVERYWHERE)
+
+
+@pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: f"{function.__module__}.{function.__qualname__}")
+def test_the_defaults_of_a_command(function: Callable[..., Any]) -> None:
+    found = {name: each.default for name, each in inspect.signature(function).parameters.items() if each.default is not each.empty}
+    assert {name: getattr(value, "value", value) for name, value in found.items()} == SIGNATURES[function]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: f"{settings.__module__}.{settings.__qualname__}")
+def test_the_defaults_of_a_config_file(settings: type) -> None:
+    made = ((each.name, each.default_factory() if each.default is MISSING else each.default) for each in fields(settings)  # type: ignore
+            if each.default is not MISSING or each.default_factory is not MISSING)  # fmt: skip
+    assert dict(made) == SETTINGS[settings]
+
+
+def test_the_tasks_of_the_arena_are_the_published_ones() -> None:
+    """Symbols, tokens at most, classes, examples to train, validate and test on, pixels of a side, sequences (Tay et al. 2020)."""
+    found = {name: (task.vocabulary, task.length, task.classes, task.sizes, task.side, task.towers) for name, task in TASKS.items()}
+    pictures = (160_000, 20_000, 20_000)
+    assert found == {
+        "listops": (15, 2000, 10, (96_000, 2_000, 2_000), 0, 1),
+        "text": (256, 4000, 2, (22_500, 2_500, 25_000), 0, 1),
+        "retrieval": (256, 4000, 2, (147_086, 18_090, 17_437), 0, 2),
+        "image": (256, 1024, 10, (45_000, 5_000, 10_000), 32, 1),
+        "pathfinder": (256, 1024, 2, pictures, 32, 1),
+        "pathfinder64": (256, 4096, 2, pictures, 64, 1),
+        "pathx": (256, 16384, 2, pictures, 128, 1),
+    }
