@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import transformers
 
+from convert.evaluation.costs import STEPS, measure_costs
 from convert.evaluation.loss import measure_loss
 from convert.evaluation.models import Loaded, Models, check_length, stamp
 from convert.evaluation.options import EvaluationOptions, Subject
+from convert.evaluation.prompts import Prompt, Prompts
+from convert.evaluation.recall import measure_recall
 from convert.evaluation.store import Store
 from convert.evaluation.text import first_rows
+
+_LIGHTER = 4
+"""How many times the tokens of a batch of text fit where only the last logits of a row are wanted."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,10 @@ def _work(measurement: Measurement, subject: Subject, models: Models, tell: Call
 def _plan(options: EvaluationOptions, models: Models) -> Iterator[Measurement]:
     for length in options.lengths:
         yield from _losses(options, models, length)
+    for kind in options.recall:
+        yield _recall(options, models, kind)
+    if options.decode:
+        yield Measurement("costs", {"lengths": list(options.decode)}, lambda loaded, teacher: _costs(loaded, options.decode))
 
 
 def _losses(options: EvaluationOptions, models: Models, length: int) -> Iterator[Measurement]:
@@ -80,3 +91,30 @@ def _losses(options: EvaluationOptions, models: Models, length: int) -> Iterator
             return measure_loss(loaded.model, teacher and teacher.model, rows, max(models.batch_tokens // length, 1))
 
         yield Measurement(f"loss-{number}-{length}", {"data": stamp(str(path)), "rows": count, "length": length}, find)
+
+
+def _recall(options: EvaluationOptions, models: Models, kind: str) -> Measurement:
+    filler = options.filler or options.data[0]
+    asked = {"filler": stamp(str(filler)), "distances": list(options.distances), "needles": options.needles, "seed": options.seed}
+
+    @cache
+    def prompts() -> dict[int, list[Prompt]]:
+        maker = Prompts(filler, models.teacher.tokenizer, options.recall_length, options.seed)
+        return {distance: maker.make(kind, distance, options.needles) for distance in options.distances}
+
+    def find(loaded: Loaded, teacher: Loaded | None) -> dict[str, Any]:
+        found = {}
+        for distance, made in prompts().items():
+            length = len(made[0].ids)
+            check_length(loaded.model, length, "--distances")
+            batch = max(_LIGHTER * models.batch_tokens // length, 1)
+            found[str(distance)] = measure_recall(loaded.model, loaded.tokenizer, made, batch)
+        return {"by_distance": found}
+
+    return Measurement(f"recall-{kind}", asked | {"length": options.recall_length}, find)
+
+
+def _costs(loaded: Loaded, lengths: Sequence[int]) -> dict[str, Any]:
+    for length in lengths:
+        check_length(loaded.model, length + STEPS, "--decode")
+    return measure_costs(loaded.model, lengths)

@@ -43,6 +43,17 @@ def test_loss_of_teacher_control_and_student(evaluated: Path, tmp_path: Path) ->
     assert teacher["tokens"] == student["tokens"] == 62
 
 
+def test_recall_and_costs(evaluated: Path, tmp_path: Path) -> None:
+    asked = ["--recall", "needle,key-value", "--distances", "60,90", "--needles", "3", "--recall-length", "256", "--decode", "8,16"]
+    done = run(evaluated, tmp_path / "out", *asked)
+    assert done.exit_code == 0, done.output
+    found = measured(tmp_path / "out")["student"]
+    assert set(found) == {"loss-0-32", "recall-needle", "recall-key-value", "costs"}
+    assert set(found["recall-needle"]["by_distance"]) == {"60", "90"} and len(found["recall-needle"]["by_distance"]["60"]["hits"]) == 3
+    assert [at["length"] for at in found["costs"]["by_length"]] == [8, 16]
+    assert "question alone takes" in run(evaluated, tmp_path / "near", "--recall", "needle", "--distances", "5").stderr
+
+
 def test_it_goes_on_where_it_stopped(evaluated: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(evaluated, out).exit_code == 0

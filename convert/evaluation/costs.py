@@ -1,0 +1,83 @@
+"""What generating costs: bytes of the cache and time of a token, by length, and from which length on a student's cache is the smaller."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+STEPS = 24
+"""Tokens whose time is taken."""
+
+
+@torch.no_grad()
+def measure_costs(model: Any, lengths: Sequence[int]) -> dict[str, Any]:
+    """For one sequence of each length, ``by_length``: ``cache_bytes`` that are held then, and ``ms``, the median time of one more token."""
+    return {"by_length": [{"length": length, **_at(model, length)} for length in lengths]}
+
+
+def break_even(student: dict[str, Any], teacher: dict[str, Any]) -> int | None:
+    """The least length at which the student's cache is no larger than the teacher's, by lines through the two longest measured lengths.
+
+    Returns:
+        None where it never is, or where fewer than two lengths were measured.
+    """
+    lines = [_line(found["by_length"]) for found in (student, teacher)]
+    if None in lines:
+        return None
+    (start, slope), (start_of_teacher, slope_of_teacher) = lines  # type: ignore[misc]
+    if start <= start_of_teacher and slope <= slope_of_teacher:
+        return 0
+    if slope >= slope_of_teacher:
+        return None
+    return max(-int(-(start - start_of_teacher) // (slope_of_teacher - slope)), 0)
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes of all tensors that a cache holds, however deep; each once."""
+    tensors = {id(tensor): tensor for tensor in _tensors(getattr(cache, "layers", cache), set())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _at(model: Any, length: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
+    cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    size, times = held_bytes(cache), []
+    for _ in range(STEPS):
+        began = time.perf_counter()
+        cache = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).past_key_values
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        times.append(time.perf_counter() - began)
+    return {"cache_bytes": size, "ms": round(1000 * statistics.median(times), 3)}
+
+
+def _line(by_length: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """Where the line through the two longest begins, and its slope, in bytes and bytes a token."""
+    if len(by_length) < 2:
+        return None
+    first, last = by_length[-2:]
+    slope = (last["cache_bytes"] - first["cache_bytes"]) / (last["length"] - first["length"])
+    return last["cache_bytes"] - slope * last["length"], slope
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if id(value) in seen or isinstance(value, torch.nn.Module):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part, seen)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors(part, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, type):
+        yield from _tensors(vars(value), seen)

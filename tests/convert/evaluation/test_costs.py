@@ -1,0 +1,39 @@
+"""Bytes of caches that are known, and the length from which on a student's is the smaller."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from byte_models import byte_model
+from transformers import AutoModelForCausalLM
+
+from convert.evaluation.costs import break_even, measure_costs
+
+
+def test_bytes_of_a_softmax_cache_and_of_a_state(evaluated: Path) -> None:
+    teacher = measure_costs(byte_model(), (16, 64))["by_length"]
+    assert [(x["length"], x["cache_bytes"]) for x in teacher] == [(n, n * 3 * 2 * 2 * 8 * 4) for n in (16, 64)]  # layers, kv, heads, dim
+    student = measure_costs(AutoModelForCausalLM.from_pretrained(evaluated / "student").eval(), (16, 64))["by_length"]
+    assert [x["cache_bytes"] for x in student] == [3 * 4 * 9 * 9 * 4] * 2  # layers, heads, features, values and a sum
+    assert all(x["ms"] > 0 for x in (*teacher, *student))
+
+
+def costs(*sizes: tuple[int, int]) -> dict[str, Any]:
+    return {"by_length": [{"length": length, "cache_bytes": size} for length, size in sizes]}
+
+
+@pytest.mark.parametrize(
+    ("student", "even"),
+    [
+        (costs((10, 1000), (20, 1000)), 100),
+        (costs((10, 1005), (20, 1005)), 101),
+        (costs((10, 1050), (20, 1100)), 200),  # 1,000 and 5 a token
+        (costs((10, 1100), (20, 1200)), None),
+        (costs((10, 100), (20, 200)), 0),
+        (costs((10, 1000)), None),
+    ],
+)
+def test_break_even(student: dict[str, Any], even: int | None) -> None:
+    assert break_even(student, costs((5, 7), (10, 100), (20, 200))) == even
