@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from hf_linattn.ops import cuda, one_token
+from hf_linattn.ops.call import Call
 from hf_linattn.ops.features import feature_count
 
 # (query heads, key heads, heads of the state, head dim, degree)
@@ -83,9 +84,12 @@ def measure(layer: tuple[int, int, int, int, int], batch: int, bandwidth: float)
     coefficients = torch.tensor([[1.0], [0.9], [0.5 * (degree - 1)], [1.0]], device="cuda").expand(4, heads).contiguous()
     rates = -torch.rand(state_heads, device="cuda")
 
+    query, key, value = tokens
+    call = Call(query, key, value, coefficients, rates, degree=degree)
+
     def run(step: Step) -> None:
         for state in states:
-            step(*tokens, state, coefficients, rates, None, degree, True)
+            step(call, state)
 
     return {
         "state_bytes": size,

@@ -13,6 +13,7 @@ from operator_cases import gradients, make_inputs
 
 from hf_linattn import linear_attention
 from hf_linattn.ops import chunked, cuda, reference
+from hf_linattn.ops.call import Call
 from hf_linattn.ops.features import feature_count, key_features, query_features
 from hf_linattn.ops.noise import paper_factor, standard_normal
 from hf_linattn.ops.segments import canonical_segments
@@ -86,7 +87,7 @@ def operator_case(dtype, *, degree=1, causal=True, decay=None, segments=None, st
     coefficients = torch.stack([options["a"], options["b"], options.get("c", torch.zeros_like(options["a"])), options["temperature"]])
     log_decay = options.get("log_decay")
     runs = canonical_segments(options["segment_ids"], batch, length) if segments else None
-    state_heads = chunked.state_heads(*tensors[:2], log_decay)
+    state_heads = Call(*tensors, coefficients, log_decay).state_heads
     shape = batch, state_heads, feature_count(head_dim, degree), value_dim + 1
     generator = torch.Generator(device).manual_seed(seed)
     random = lambda *s: torch.randn(*s, generator=generator, device=device)  # noqa: E731
@@ -95,7 +96,7 @@ def operator_case(dtype, *, degree=1, causal=True, decay=None, segments=None, st
         before = {"length": 50, "head_dim": head_dim, "value_dim": value_dim, "dtype": torch.float32, "device": device, "seed": seed + 1}
         past, _ = make_inputs(batch, heads, key_heads, grad=False, **before)
         rate = None if log_decay is None else (log_decay if log_decay.dim() == 1 else log_decay[..., :1].expand(-1, -1, 50).contiguous())
-        initial = chunked.forward(*past, coefficients, rate, None, None, None, None, None, degree, causal, True, True)[2]
+        initial = chunked.forward(Call(*past, coefficients, rate, degree=degree, causal=causal), True)[2]
         assert initial.shape == shape
     p, noise_seed = (torch.tensor(0.2, device=device), torch.tensor(2**40 + 7, device=device)) if noisy else (None, None)
     inputs = [*(x.to(dtype) for x in tensors), coefficients, log_decay, runs, runs, initial, p, noise_seed, degree, causal, True]
@@ -106,17 +107,18 @@ def operator_case(dtype, *, degree=1, causal=True, decay=None, segments=None, st
 def run(module, inputs, upstream, stateful, dtype=None):
     cast = lambda x: x.to(dtype) if dtype is not None and isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
     inputs, upstream = [cast(x) for x in inputs], [cast(x) for x in upstream]
-    out, mass, state = module.forward(*inputs, stateful)
-    grads = module.backward(*upstream, *inputs[:10], out, mass, *inputs[10:])
+    call = Call(*inputs)
+    out, mass, state = module.forward(call, stateful)
+    grads = module.backward(call, out, mass, *upstream)
     names = ("query", "key", "value", "coefficients", "log_decay", "initial_state")
     results = {"out": out, "mass": mass, "state": state} | {f"gradient of {name}": x for name, x in zip(names, grads, strict=True)}
-    return {name: x for name, x in results.items() if x.numel()}
+    return {name: x for name, x in results.items() if x is not None}
 
 
 def rate_gradient(inputs, upstream):
     """Autograd's gradient of log_decay through all pairs, the tokens of the state ahead and of the state behind, all in query's dtype."""
     query, key, value, coefficients, log_decay, runs, _, initial, p, seed, degree, _, _ = inputs
-    dtype, (batch, heads, length, _), state_heads = query.dtype, query.shape, chunked.state_heads(query, key, log_decay)
+    dtype, (batch, heads, length, _), state_heads = query.dtype, query.shape, Call(*inputs).state_heads
     leaf = log_decay.detach().clone().requires_grad_()
     rate = leaf[None, :, None].expand(batch, -1, length) if leaf.dim() == 1 else leaf
     total = rate.to(dtype).cumsum(-1).repeat_interleave(heads // state_heads, 1)

@@ -4,12 +4,13 @@ import accuracy_bar
 import torch
 
 from hf_linattn.ops import cuda, one_token
+from hf_linattn.ops.call import Call
 from hf_linattn.ops.features import feature_count
 
 
 def step_case(dtype, *, degree=1, decay=None, padded=False, batch=2, heads=4, key_heads=2, state_heads=None, head_dim=64, value_dim=64,
               normalize_qk=True, seed=0, device="cpu"):  # fmt: skip
-    """The operator's arguments; the state is what some tokens left. decay: None, "head" or "token"."""
+    """The call and the state that some tokens left. decay: None, "head" or "token"."""
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
     state_heads = state_heads or key_heads
@@ -28,21 +29,22 @@ def step_case(dtype, *, degree=1, decay=None, padded=False, batch=2, heads=4, ke
     state = torch.zeros(batch, state_heads, feature_count(head_dim, degree), value_dim + 1, device=device)
     for t in range(40):
         token = past_key[:, :, t : t + 1], past_key[:, :, t : t + 1], past_value[:, :, t : t + 1]
-        one_token.step(*token, state, coefficients[:, :state_heads].contiguous(), None, None, degree, True)
-    return [query.to(dtype), key.to(dtype), value.to(dtype), state, coefficients, rate, segments, degree, normalize_qk]
+        one_token.step(Call(*token, coefficients[:, :state_heads].contiguous(), degree=degree), state)
+    rows = query.to(dtype), key.to(dtype), value.to(dtype)
+    return Call(*rows, coefficients, rate, segments, segments, degree=degree, normalize_qk=normalize_qk), state
 
 
 def check_step(dtype, **kind):
     """Output and state: at most twice the error of the PyTorch form in the same dtypes."""
-    arguments = step_case(dtype, **kind)
-    double = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
-    plain = [x.clone() if isinstance(x, torch.Tensor) else x for x in arguments]
-    exact_out, plain_out, out = one_token.step(*double), one_token.step(*plain), cuda.step(*arguments)
+    call, state = step_case(dtype, **kind)
+    double, plain = state.double(), state.clone()
+    exactly = Call(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in call))
+    exact_out, plain_out, out = one_token.step(exactly, double), one_token.step(call, plain), cuda.step(call, state)
     accuracy_bar.assert_bar("out", out, plain_out, exact_out, 2, dtype)
-    accuracy_bar.assert_bar("state", arguments[3], plain[3], double[3], 2, torch.float32)
-    if arguments[6] is not None:
-        padding = arguments[6][:, 0] <= 0
-        assert torch.equal(out[padding], torch.zeros_like(out[padding])) and torch.equal(arguments[3][padding], plain[3][padding])
+    accuracy_bar.assert_bar("state", state, plain, double, 2, torch.float32)
+    if call.key_segments is not None:
+        padding = call.key_segments[:, 0] <= 0
+        assert torch.equal(out[padding], torch.zeros_like(out[padding])) and torch.equal(state[padding], plain[padding])
 
 
 KINDS = [

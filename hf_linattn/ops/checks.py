@@ -1,6 +1,7 @@
 """What may be passed to the operator, said in one sentence where it may not."""
 
 import math
+from functools import lru_cache
 from numbers import Real
 
 import torch
@@ -44,6 +45,9 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, lag: int, causal: b
 
 def check_weights(a, b, c, temperature, heads: int, normalize_qk: bool) -> None:
     """f(s) = a + b s + c s^2 must be able to be a weight: finite, and nowhere negative over the s that can occur."""
+    if type(a) is type(b) is type(c) is type(temperature) is float and not torch.compiler.is_compiling():
+        _check_row(a, b, c, temperature, normalize_qk=normalize_qk)
+        return
     table: list = []
     readable = True
     for name, x in (("a", a), ("b", b), ("c", c), ("temperature", temperature)):
@@ -63,6 +67,7 @@ def check_weights(a, b, c, temperature, heads: int, normalize_qk: bool) -> None:
         _check_row(*row, normalize_qk=normalize_qk)
 
 
+@lru_cache(maxsize=256)
 def _check_row(a: float, b: float, c: float, temperature: float, *, normalize_qk: bool) -> None:
     shown = f"a={a:g}, b={b:g}, c={c:g}, temperature={temperature:g}"
     if not all(math.isfinite(x) for x in (a, b, c, temperature)):

@@ -13,13 +13,13 @@ about D^2 / 2 rows; below `DIRECT_LENGTH` D^2 tokens it is cheaper to form all t
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .call import Call, Forward, Gradients
 from .decay_gradient import DecayGradient
-from .features import feature_count, key_features, key_features_backward, query_features, query_features_backward
+from .features import key_features, key_features_backward, query_features, query_features_backward
 from .noise import paper_factor, standard_normal
 from .unit import unit, unit_backward
 
@@ -27,47 +27,19 @@ CHUNK = 128  # tokens: the pairs inside a chunk then cost about what the state d
 DIRECT_LENGTH = 1.0  # of D^2 tokens, up to which second-degree weights are formed pair by pair
 
 
-def empty_like_query(query: Tensor, width: int) -> Tensor:
-    """An uninitialised (B, Hq, N, width) in the memory order of `query`, so that Transformers' transpose back costs no copy."""
-    batch, heads, length, _ = query.shape
-    if query.stride(1) < query.stride(2):
-        return query.new_empty(batch, length, heads, width).transpose(1, 2)
-    return query.new_empty(batch, heads, length, width)
-
-
-def state_heads(query: Tensor, key: Tensor, log_decay: Tensor | None) -> int:
-    """Heads of the state: the key heads, or the query heads where each has a decay of its own."""
-    return key.shape[1] if log_decay is None else log_decay.shape[-2 if log_decay.dim() == 3 else 0]
-
-
-@dataclass
 class Problem:
-    """One call, cut into chunks. Rows are queries, columns are keys; heads fold to (B, Hs, r), r query heads to a state."""
+    """A call cut into chunks. Rows are queries, columns are keys; heads fold to (B, Hs, r), r query heads to a state."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    coefficients: Tensor
-    log_decay: Tensor | None
-    query_segments: Tensor | None
-    key_segments: Tensor | None
-    initial_state: Tensor | None
-    dropout_p: Tensor | None
-    seed: Tensor | None
-    degree: int
-    causal: bool
-    normalize_qk: bool
-    stateful: bool  # a state comes in or is asked for
-
-    def __post_init__(self) -> None:
+    def __init__(self, call: Call, stateful: bool) -> None:
+        """`stateful`: a state comes in or is asked for."""
+        self.query, self.key, self.value, coefficients, self.log_decay, self.query_segments, self.key_segments = call[:7]
+        self.initial_state, self.dropout_p, self.seed, self.degree, self.causal, self.normalize_qk = call[7:]
         self.batch, self.heads, self.length, self.head_dim = self.query.shape
         self.key_length, self.value_dim = self.value.shape[2:]
-        self.states = state_heads(self.query, self.key, self.log_decay)
+        self.states, self.dtype, self.state_shape = call.state_heads, call.dtype, call.state_shape
         self.group = self.heads // self.states
-        self.dtype = torch.float64 if self.query.dtype == torch.float64 else torch.float32
-        coefficients = self.coefficients.to(self.dtype).view(4, self.states, self.group, 1, 1)
-        self.a, self.b, self.c, self.temperature = coefficients.unbind()
-        self.direct = self.degree == 2 and not self.stateful and self.key_length <= DIRECT_LENGTH * self.head_dim**2
+        self.a, self.b, self.c, self.temperature = coefficients.to(self.dtype).view(4, self.states, self.group, 1, 1).unbind()
+        self.direct = self.degree == 2 and not stateful and self.key_length <= DIRECT_LENGTH * self.head_dim**2
         self.state_degree = 1 if self.direct else self.degree  # of the features in use
         self.total_decay = None  # G, in float64: only its differences are used, and they may be small
         if self.log_decay is not None:
@@ -150,8 +122,7 @@ class Problem:
     # ---- the state
 
     def empty_state(self) -> Tensor:
-        rows = feature_count(self.head_dim, self.degree)
-        return self.query.new_zeros(self.batch, self.states, rows, self.value_dim + 1, dtype=self.dtype)
+        return self.query.new_zeros(self.state_shape, dtype=self.dtype)
 
     def first_state(self) -> Tensor:
         return self.empty_state() if self.initial_state is None else self.initial_state.to(self.dtype)
@@ -229,16 +200,14 @@ def scaled(x: Tensor, factor: Tensor | None) -> Tensor:
     return x if factor is None else x * factor
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None, query_segments: Tensor | None,
-            key_segments: Tensor | None, initial_state: Tensor | None, dropout_p: Tensor | None, seed: Tensor | None, degree: int,
-            causal: bool, normalize_qk: bool, return_state: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """out (B, Hq, N, Dv), mass g (B, Hq, N) and the state behind the last key, or an empty tensor where it is not asked for."""
-    problem = Problem(query, key, value, coefficients, log_decay, query_segments, key_segments, initial_state, dropout_p, seed, degree,
-                      causal, normalize_qk, return_state or initial_state is not None)  # fmt: skip
-    out = empty_like_query(query, problem.value_dim)
+def forward(call: Call, return_state: bool) -> Forward:
+    """out (B, Hq, N, Dv), mass g (B, Hq, N) and the state behind the last key, or None where it is not asked for."""
+    query, causal = call.query, call.causal
+    problem = Problem(call, return_state or call.initial_state is not None)
+    out = call.empty_out()
     mass = query.new_empty(query.shape[:3], dtype=problem.dtype)
     state = problem.first_state() if causal or problem.direct else problem.whole_state()
-    has_past = initial_state is not None or not causal
+    has_past = call.initial_state is not None or not causal
     for rows in problem.chunks(problem.length):
         q = problem.queries(rows)
         phi, parts = problem.phi(q), []
@@ -255,16 +224,14 @@ def forward(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log
         if causal and not problem.direct and (return_state or rows.stop < problem.length):
             state = problem.advance(state, psi, values, rows)
             has_past = True
-    return out, mass, state if return_state else query.new_empty(0, dtype=problem.dtype)
+    return out, mass, state if return_state else None
 
 
-def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-             coefficients: Tensor, log_decay: Tensor | None, query_segments: Tensor | None, key_segments: Tensor | None,
-             initial_state: Tensor | None, dropout_p: Tensor | None, seed: Tensor | None, out: Tensor, mass: Tensor, degree: int,
-             causal: bool, normalize_qk: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key, value, coefficients (4, Hq), log_decay and initial_state; the last two empty where the input is None."""
-    p = Problem(query, key, value, coefficients, log_decay, query_segments, key_segments, initial_state, dropout_p, seed, degree,
-                causal, normalize_qk, grad_state is not None or initial_state is not None)  # fmt: skip
+def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | None) -> Gradients:
+    """Gradients of query, key, value, coefficients (4, Hq), log_decay and initial_state; the last two None where the input is."""
+    query, key, value, coefficients, log_decay, query_segments, key_segments, initial_state, *_ = call
+    degree, causal, normalize_qk = call.degree, call.causal, call.normalize_qk
+    p = Problem(call, grad_state is not None or initial_state is not None)
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     grad_coefficients = coefficients.new_zeros(4, p.states, p.group, dtype=p.dtype)
 
@@ -355,8 +322,8 @@ def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | No
         per_key_head = lambda x: p.real(x.unflatten(1, (key.shape[1], -1)).sum(2), key_segments, columns)  # noqa: B023, E731
         grad_key[:, :, columns], grad_value[:, :, columns] = per_key_head(grad_k), per_key_head(grad_values[..., :-1])
 
-    grad_log_decay = query.new_empty(0, dtype=p.dtype)
+    grad_log_decay = None
     if log_decay is not None and rate is not None:
         grad_log_decay = (rate.total().sum((0, -1)) if log_decay.dim() == 1 else rate.total()).to(log_decay.dtype)
-    grad_initial = reverse if initial_state is not None else query.new_empty(0, dtype=p.dtype)
+    grad_initial = None if initial_state is None else reverse
     return grad_query, grad_key, grad_value, grad_coefficients.flatten(1).to(coefficients.dtype), grad_log_decay, grad_initial

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import chunked, one_token
-from .features import feature_count
+from .call import Call, Forward, Gradients
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_kernels.so"
 OLDEST_CARD = (8, 0)
@@ -134,26 +134,28 @@ def cannot_run(device: int = 0) -> str:
     return ""
 
 
-def _cannot_take(query: Tensor, key: Tensor, value: Tensor) -> str:
+def _cannot_take(call: Call) -> str:
     """Why the kernels cannot take this problem, or ""."""
-    if query.dtype not in _DTYPES:
-        return f"the kernels take float32, float16 and bfloat16, not {query.dtype}"
-    if max(query.shape[-1], value.shape[-1]) > MAX_DIM:
-        return f"the kernels take head dimensions up to {MAX_DIM}, not {max(query.shape[-1], value.shape[-1])}"
-    if key.shape[2] != query.shape[2]:
-        return f"the kernels need as many keys as queries, not {key.shape[2]} and {query.shape[2]}"
+    length, head_dim = call.query.shape[2:]
+    keys, value_dim = call.value.shape[2:]
+    if call.query.dtype not in _DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {call.query.dtype}"
+    if head_dim > MAX_DIM or value_dim > MAX_DIM:
+        return f"the kernels take head dimensions up to {MAX_DIM}, not {max(head_dim, value_dim)}"
+    if keys != length:
+        return f"the kernels need as many keys as queries, not {keys} and {length}"
     return ""
 
 
 _warned: set[str] = set()
 
 
-def _falls_back(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def _falls_back(call: Call) -> bool:
     """Whether the PyTorch form is to run; warns once for each cause."""
     wish = backend()
-    if wish == "torch" or query.numel() == 0 or value.numel() == 0:
+    if wish == "torch" or call.query.numel() == 0 or call.value.numel() == 0:
         return True
-    cause = cannot_run(query.device.index or 0) or _cannot_take(query, key, value)
+    cause = cannot_run(call.query.device.index or 0) or _cannot_take(call)
     if not cause:
         return False
     if wish == "cuda":
@@ -186,40 +188,41 @@ def _plain(x: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor
     return x.to(device=device, dtype=dtype).contiguous()
 
 
+def _rows_of_segments(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
 def _describe(x: Tensor) -> _Tensor:
-    batch, head, token, _ = x.stride()
-    return _Tensor(x.data_ptr(), batch, head, token)
+    return _Tensor(x.data_ptr(), *x.stride()[:3])
 
 
 def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-class _Call:
-    """One problem as the library sees it, and every tensor behind its pointers, kept alive until the launch."""
+class _Launch:
+    """A call as the library sees it, and every tensor behind its pointers, kept alive until it is launched."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None,
-                 query_segments: Tensor | None, key_segments: Tensor | None, initial_state: Tensor | None, dropout_p: Tensor | None,
-                 seed: Tensor | None, degree: int, causal: bool, normalize_qk: bool) -> None:  # fmt: skip
-        device = query.device
-        self.query, self.key, self.value = _rows(query), _rows(key), _rows(value)
-        noisy = dropout_p is not None and seed is not None
-        floats = [_plain(x, torch.float32, device) for x in (coefficients, log_decay, initial_state, dropout_p if noisy else None)]
-        segments = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query_segments, key_segments)]
-        seed = _plain(seed, torch.int64, device) if noisy else None
-        self.kept = (*floats, *segments, seed)
-        problem = _Problem()
-        problem.batch, problem.query_heads, problem.length, problem.head_dim = query.shape
-        problem.key_heads, problem.value_dim = key.shape[1], value.shape[-1]
-        problem.state_heads = chunked.state_heads(query, key, log_decay)
-        problem.dtype, problem.degree, problem.causal, problem.normalize_qk = _DTYPES[query.dtype], degree, causal, normalize_qk
-        problem.query, problem.key, problem.value = _describe(self.query), _describe(self.key), _describe(self.value)
-        problem.coefficients, problem.log_decay, problem.initial_state, problem.dropout_p = map(_pointer, floats)
-        problem.log_decay_per_token = log_decay is not None and log_decay.dim() == 3
-        problem.query_segments, problem.key_segments = map(_pointer, segments)
-        problem.query_segments_stride, problem.key_segments_stride = (0 if x is None else x.stride(0) for x in segments)
-        problem.seed = _pointer(seed)
-        self.problem = problem
+    def __init__(self, call: Call) -> None:
+        query, key, value = _rows(call.query), _rows(call.key), _rows(call.value)
+        self.device = device = query.device
+        noisy = call.dropout_p is not None and call.seed is not None
+        coefficients, log_decay, initial_state = (
+            _plain(x, torch.float32, device) for x in (call.coefficients, call.log_decay, call.initial_state)
+        )
+        dropout_p = _plain(call.dropout_p, torch.float32, device) if noisy else None
+        seed = _plain(call.seed, torch.int64, device) if noisy else None
+        query_segments, key_segments = _rows_of_segments(call.query_segments), _rows_of_segments(call.key_segments)
+        self.kept = query, key, value, coefficients, log_decay, initial_state, dropout_p, seed, query_segments, key_segments
+        batch, heads, length, head_dim = query.shape
+        self.problem = _Problem(
+            batch, heads, key.shape[1], call.state_heads, head_dim, value.shape[3], length,
+            _DTYPES[query.dtype], call.degree, call.causal, call.normalize_qk, _describe(query), _describe(key), _describe(value),
+            _pointer(coefficients), _pointer(log_decay), log_decay is not None and log_decay.dim() == 3,
+            _pointer(query_segments), _pointer(key_segments),
+            0 if query_segments is None else query_segments.stride(0), 0 if key_segments is None else key_segments.stride(0),
+            _pointer(initial_state), _pointer(dropout_p), _pointer(seed),
+        )  # fmt: skip
 
     def plan(self, library: ctypes.CDLL, name: str, results: Structure) -> _Plan:
         """How the library will do this call on the current device."""
@@ -227,16 +230,15 @@ class _Call:
         getattr(library, f"linattn_plan_{name}")(byref(self.problem), byref(results), byref(plan))
         return plan
 
-    def launch(self, name: str, results: Structure) -> None:
+    def run(self, name: str, results: Structure) -> None:
         library, _ = load_library()
         assert library is not None
-        device = self.query.device
-        index = device.index
+        index = self.device.index
         with nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
             plan = self.plan(library, name, results)
-            workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device)
+            workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=self.device)
             self.problem.workspace = workspace.data_ptr()
-            self.problem.stream = torch.cuda.current_stream(index).cuda_stream
+            self.problem.stream = torch._C._cuda_getCurrentRawStream(index)
             code = getattr(library, f"linattn_{name}")(byref(self.problem), byref(results), byref(plan))
         if code:
             raise RuntimeError(f"the {name} kernels of linear attention failed: {library.linattn_error_string(code).decode()}.")
@@ -270,19 +272,20 @@ def plans(query: Tensor, key: Tensor, value: Tensor, *, degree: int = 1, causal:
     The tensors are as the operators take them: log_decay (Hs,) or (B, Hs, N), segments (B, N) int32, dropout_p without dimensions.
     """
     library, _ = load_library()
-    if library is None or cannot_run(query.device.index or 0) or _cannot_take(query, key, value) or backend() == "torch":
-        return Plan("torch"), Plan("torch")
     coefficients = query.new_ones(4, query.shape[1], dtype=torch.float32)
     seed = None if dropout_p is None else dropout_p.new_zeros((), dtype=torch.int64)
-    call = _Call(
+    call = Call(
         query, key, value, coefficients, log_decay, segments, segments, initial_state, dropout_p, seed, degree, causal, normalize_qk
     )
-    out = _describe(chunked.empty_like_query(query, value.shape[-1]))
+    if library is None or cannot_run(query.device.index or 0) or _cannot_take(call) or backend() == "torch":
+        return Plan("torch"), Plan("torch")
+    launch = _Launch(call)
+    out = _describe(call.empty_out())
     asked = coefficients.data_ptr() if return_state else None  # of the state only whether it is asked for is read
     data = _BackwardData(out=out, grad_out=out, grad_query=_describe(query), grad_key=_describe(key), grad_value=_describe(value))
     data.grad_state = asked
     with torch.cuda.device(query.device):
-        found = call.plan(library, "forward", _ForwardResult(out, None, asked)), call.plan(library, "backward", data)
+        found = launch.plan(library, "forward", _ForwardResult(out, None, asked)), launch.plan(library, "backward", data)
     return tuple(
         Plan(library.linattn_engine_name(x.engine).decode(), x.chunk, x.segments, x.shared_bytes, x.workspace_bytes) for x in found
     )  # type: ignore[return-value]
@@ -294,58 +297,45 @@ def paths(*tensors: Tensor, **options) -> tuple[str, str]:
     return forward.engine, backward.engine
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None, query_segments: Tensor | None,
-            key_segments: Tensor | None, initial_state: Tensor | None, dropout_p: Tensor | None, seed: Tensor | None, degree: int,
-            causal: bool, normalize_qk: bool, return_state: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def forward(call: Call, return_state: bool) -> Forward:
     """As `chunked.forward`, on a CUDA device."""
-    inputs = query, key, value, coefficients, log_decay, query_segments, key_segments, initial_state, dropout_p, seed
-    if _falls_back(query, key, value):
-        return chunked.forward(*inputs, degree, causal, normalize_qk, return_state)
-    call = _Call(*inputs, degree, causal, normalize_qk)
-    out = chunked.empty_like_query(query, value.shape[-1])
+    if _falls_back(call):
+        return chunked.forward(call, return_state)
+    query, launch = call.query, _Launch(call)
+    out = call.empty_out()
     mass = query.new_empty(query.shape[:3], dtype=torch.float32)
-    shape = (query.shape[0], call.problem.state_heads, feature_count(query.shape[-1], degree), value.shape[-1] + 1)
-    state = query.new_empty(shape if return_state else 0, dtype=torch.float32)
-    call.launch("forward", _ForwardResult(_describe(out), mass.data_ptr(), state.data_ptr() if return_state else None))
+    state = query.new_empty(call.state_shape, dtype=torch.float32) if return_state else None
+    launch.run("forward", _ForwardResult(_describe(out), mass.data_ptr(), _pointer(state)))
     return out, mass, state
 
 
-def backward(grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | None, query: Tensor, key: Tensor, value: Tensor,
-             coefficients: Tensor, log_decay: Tensor | None, query_segments: Tensor | None, key_segments: Tensor | None,
-             initial_state: Tensor | None, dropout_p: Tensor | None, seed: Tensor | None, out: Tensor, mass: Tensor, degree: int,
-             causal: bool, normalize_qk: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | None) -> Gradients:
     """As `chunked.backward`, on a CUDA device."""
-    inputs = query, key, value, coefficients, log_decay, query_segments, key_segments, initial_state, dropout_p, seed
-    if _falls_back(query, key, value):
-        return chunked.backward(grad_out, grad_mass, grad_state, *inputs, out, mass, degree, causal, normalize_qk)
-    call = _Call(*inputs, degree, causal, normalize_qk)
-    grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    if _falls_back(call):
+        return chunked.backward(call, out, mass, grad_out, grad_mass, grad_state)
+    query, coefficients, launch = call.query, call.coefficients, _Launch(call)
+    grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(call.key), torch.empty_like(call.value)
     grad_coefficients = query.new_empty(coefficients.shape, dtype=torch.float32)
-    grad_log_decay = query.new_empty(0 if log_decay is None else log_decay.shape, dtype=torch.float32)
-    grad_initial = query.new_empty(0 if initial_state is None else initial_state.shape, dtype=torch.float32)
-    device = query.device
+    grad_log_decay = None if call.log_decay is None else query.new_empty(call.log_decay.shape, dtype=torch.float32)
+    grad_initial = None if call.initial_state is None else query.new_empty(call.initial_state.shape, dtype=torch.float32)
     out, grad_out = _rows(out), _aligned_rows(grad_out.to(query.dtype))
-    kept = [_plain(x, torch.float32, device) for x in (mass, grad_mass, grad_state)]
-    data = _BackwardData()
-    data.out, data.grad_out = _describe(out), _describe(grad_out)
-    data.mass, data.grad_mass, data.grad_state = map(_pointer, kept)
-    data.grad_query, data.grad_key, data.grad_value = _describe(grad_query), _describe(grad_key), _describe(grad_value)
-    data.grad_coefficients = grad_coefficients.data_ptr()
-    data.grad_log_decay = None if log_decay is None else grad_log_decay.data_ptr()
-    data.grad_initial_state = None if initial_state is None else grad_initial.data_ptr()
-    call.launch("backward", data)
+    mass, grad_mass, grad_state = (_plain(x, torch.float32, query.device) for x in (mass, grad_mass, grad_state))  # type: ignore[assignment]
+    data = _BackwardData(
+        _describe(out), _describe(grad_out), mass.data_ptr(), _pointer(grad_mass), _pointer(grad_state),
+        _describe(grad_query), _describe(grad_key), _describe(grad_value),
+        grad_coefficients.data_ptr(), _pointer(grad_log_decay), _pointer(grad_initial),
+    )  # fmt: skip
+    launch.run("backward", data)
     return grad_query, grad_key, grad_value, grad_coefficients.to(coefficients.dtype), grad_log_decay, grad_initial
 
 
-def step(query: Tensor, key: Tensor, value: Tensor, state: Tensor, coefficients: Tensor, log_decay: Tensor | None, segments: Tensor | None,
-         degree: int, normalize_qk: bool) -> Tensor:  # fmt: skip
+def step(call: Call, state: Tensor) -> Tensor:
     """As `one_token.step`, on a CUDA device."""
-    if _falls_back(query, key, value):
-        return one_token.step(query, key, value, state, coefficients, log_decay, segments, degree, normalize_qk)
-    call = _Call(query, key, value, coefficients, log_decay, segments, segments, None, None, None, degree, True, normalize_qk)
-    out = query.new_empty(*query.shape[:3], value.shape[-1])
+    if _falls_back(call):
+        return one_token.step(call, state)
+    out = call.query.new_empty(*call.query.shape[:3], call.value.shape[-1])
     dense = state.contiguous()
-    call.launch("step", _ForwardResult(_describe(out), None, dense.data_ptr()))
+    _Launch(call).run("step", _ForwardResult(_describe(out), None, dense.data_ptr()))
     if dense is not state:
         state.copy_(dense)
     return out

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks
-from .chunked import state_heads
+from .call import Call, Forward
 from .features import feature_count
 from .operators import forward, noise_like, step
 from .reference import reference
@@ -132,58 +132,28 @@ def linear_attention(
     checks.check_tensors(query, key, value, lag, causal, initial_state is not None)
     checks.check_weights(a, b, c, temperature, query.shape[1], normalize_qk)
     checks.check_dropout(dropout_p, dropout_kind)
+    noisy = isinstance(dropout_p, Tensor) or dropout_p > 0
     if torch.compiler.is_compiling() and _is_for_onnx():
-        if initial_state is not None or return_state or isinstance(dropout_p, Tensor) or dropout_p > 0:
+        if initial_state is not None or return_state or noisy:
             raise ValueError("ONNX takes linear attention without state and without dropout: export model.eval() with use_cache=False.")
         return _by_pairs(query, key, value, a, b, c, causal=causal, normalize_qk=normalize_qk, temperature=temperature,
                          log_decay=log_decay, lag=lag, segment_ids=segment_ids)  # fmt: skip
-    batch, heads, length, head_dim = query.shape
-    degree = _degree(c)
     coefficients = _coefficients(query, a, b, c, temperature)
-    packed = segment_ids is not None and segment_ids.dtype != torch.bool
-    segments = None if segment_ids is None else canonical_segments(segment_ids, batch, key.shape[2])
-    decay = _canonical_decay(log_decay, query, key, segments)
-    if segments is not None and not causal and key.shape[2] != length:
-        raise ValueError(f"segment_ids need as many keys as queries, but there are {key.shape[2]} and {length}.")
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    if initial_state is not None:
-        rows = feature_count(head_dim, degree)
-        checks.check_state(initial_state, (batch, state_heads(query, key, decay), rows, value.shape[-1] + 1), dtype)
-
-    noisy = isinstance(dropout_p, Tensor) or dropout_p > 0
-    p_tensor = seed_tensor = None
-    if noisy:
-        p_tensor = dropout_p if isinstance(dropout_p, Tensor) else torch.full((), float(dropout_p), device=query.device)
-        p_tensor = p_tensor.detach().to(query.device, torch.float32)
-        seed_tensor = _seed(seed, query.device)
-
-    two_sided = not causal and (decay is not None or packed)
+    call = _canonical(query, key, value, coefficients, log_decay, segment_ids, initial_state, _degree(c), causal, normalize_qk)
+    two_sided = not causal and (call.log_decay is not None or (segment_ids is not None and segment_ids.dtype != torch.bool))
     if two_sided and (initial_state is not None or return_state):
         raise ValueError("a state goes with causal attention, or with bidirectional attention without log_decay and packed segments.")
-    if noisy and dropout_kind == "moment" and (degree == 2 or initial_state is not None):
-        raise ValueError('dropout_kind="moment" needs c = 0 and no initial_state: its variance takes the square of f over all keys.')
-
-    def attend(values: Tensor, table: Tensor, rate: Tensor | None, power: int, state_wanted: bool, in_kernel_p: Tensor | None):
-        if two_sided:
-            return *_two_sided(query, key, values, table, rate, segments, power, normalize_qk), None
-        return _one_sided(query, key, values, table, rate, segments, initial_state, in_kernel_p, seed_tensor, power, causal, normalize_qk,
-                          lag, state_wanted)  # fmt: skip
-
-    result_dtype = query.dtype
-    if noisy and dropout_kind == "moment":
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-
-    in_kernel = p_tensor if noisy and dropout_kind == "paper" and not two_sided else None
-    out, mass, state = attend(value, coefficients, decay, degree, return_state, in_kernel)
-    if p_tensor is not None and in_kernel is None:
-        if dropout_kind == "paper":
-            out = noise_like(out, p_tensor, seed_tensor)
+    if noisy:
+        noise = _dropout(dropout_p, query.device), _seed(seed, query.device)
+        if dropout_kind == "moment":
+            out, state = _with_moment_noise(call, lag, return_state, two_sided, *noise)
+        elif two_sided:
+            out, state = noise_like(_two_sided(call)[0], *noise), None
         else:
-            squared = _squared_weights(coefficients)
-            moments, mass2, _ = attend(torch.cat([value * value, value], -1), squared, None if decay is None else 2 * decay, 2, False, None)
-            deviation = _dropout_deviation(out, mass, moments, mass2, p_tensor)
-            out = (out + noise_like(deviation, None, seed_tensor)).to(result_dtype)
-    return (out, state) if return_state else out
+            out, _, state = _one_sided(call._replace(dropout_p=noise[0], seed=noise[1]), lag, return_state)
+    else:
+        out, _, state = _attend(call, lag, return_state, two_sided)
+    return out if state is None or not return_state else (out, state)
 
 
 @torch.compiler.assume_constant_result  # else a strict export, which ONNX tries second, takes it for False
@@ -199,6 +169,24 @@ def _by_pairs(query: Tensor, key: Tensor, value: Tensor, *coefficients: Coeffici
     return out.to(query.dtype)
 
 
+def _canonical(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None, segment_ids: Tensor | None,
+               initial_state: Tensor | None, degree: int, causal: bool, normalize_qk: bool) -> Call:  # fmt: skip
+    """The operators' form of what a user gives, without noise; raises where the decay, the segments or the state do not fit."""
+    segments = None if segment_ids is None else canonical_segments(segment_ids, query.shape[0], key.shape[2])
+    decay = _canonical_decay(log_decay, query, key, segments)
+    if segments is not None and not causal and key.shape[2] != query.shape[2]:
+        raise ValueError(f"segment_ids need as many keys as queries, but there are {key.shape[2]} and {query.shape[2]}.")
+    call = Call(query, key, value, coefficients, decay, segments, segments, initial_state, None, None, degree, causal, normalize_qk)
+    if initial_state is not None:
+        checks.check_state(initial_state, call.state_shape, call.dtype)
+    return call
+
+
+def _dropout(dropout_p: float | Tensor, device: torch.device) -> Tensor:
+    p = dropout_p if isinstance(dropout_p, Tensor) else torch.full((), float(dropout_p), device=device)
+    return p.detach().to(device, torch.float32)
+
+
 def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(0, 2**62, (), device=device)
@@ -209,45 +197,58 @@ def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
-def _one_sided(query, key, value, coefficients, decay, segments, initial_state, dropout_p, seed, degree, causal, normalize_qk, lag,
-               return_state):  # fmt: skip
+def _attend(call: Call, lag: int, return_state: bool, two_sided: bool) -> Forward:
+    return _two_sided(call) if two_sided else _one_sided(call, lag, return_state)
+
+
+def _one_sided(call: Call, lag: int, return_state: bool) -> Forward:
     """One call of the operator. A lag is a shift of the rows against the columns: row i meets the columns up to i - lag.
 
     The shift leaves out the decay between i - lag and i. It is one factor a row, and the division by the mass cancels it.
     """
+    if not lag:
+        return forward(call, return_state)
+    query, key, value, segments = call.query, call.key, call.value, call.query_segments
     padding, length = 0, query.shape[2]
-    query_segments = segments
-    if lag and key.shape[2] > length:  # the state covers all but the tokens in front, so the shift is in the keys already
-        key, value = key[:, :, :length], value[:, :, :length]
-        query_segments = None if segments is None else segments[:, lag:]
-    elif lag:
-        padding = min(lag, length)
-        kept = length - padding
-        query, key, value = query[:, :, padding:], key[:, :, :kept], value[:, :, :kept]
-        query_segments = None if segments is None else segments[:, padding:]
-    count = key.shape[2]
-    segments = None if segments is None else segments[:, :count]
-    if decay is not None and decay.dim() == 3:
-        decay = decay[:, :, :count]
-    out, mass, state = forward(query, key, value, coefficients, decay, query_segments, segments, initial_state, dropout_p, seed, degree,
-                               causal, normalize_qk, return_state)  # fmt: skip
+    if key.shape[2] > length:  # the state covers all but the tokens in front, so the shift is in the keys already
+        count, ahead = length, lag
+    else:
+        padding = ahead = min(lag, length)
+        count = length - padding
+        query = query[:, :, padding:]
+    decay = call.log_decay
+    out, mass, state = forward(
+        call._replace(
+            query=query,
+            key=key[:, :, :count],
+            value=value[:, :, :count],
+            log_decay=decay[:, :, :count] if decay is not None and decay.dim() == 3 else decay,
+            query_segments=None if segments is None else segments[:, ahead:],
+            key_segments=None if segments is None else segments[:, :count],
+        ),
+        return_state,
+    )
     if padding:
         out, mass = F.pad(out, (0, 0, padding, 0)), F.pad(mass, (padding, 0))
     return out, mass, state
 
 
-def _two_sided(query, key, value, coefficients, decay, segments, degree, normalize_qk) -> tuple[Tensor, Tensor]:
+def _two_sided(call: Call) -> Forward:
     """Bidirectional attention with a decay or with packed segments: what lies behind each token and what lies ahead, joined by mass."""
+    query, key, value, _, decay, segments, *_ = call
     length = query.shape[2]
     rate = decay[None, :, None].expand(query.shape[0], -1, length) if decay is not None and decay.dim() == 1 else decay
-    rest = None, None, None, degree, True, normalize_qk
-    behind, mass_behind, _ = _one_sided(query, key, value, coefficients, rate, segments, *rest, 0, False)
+    call = call._replace(log_decay=rate, causal=True)
+    behind, mass_behind, _ = _one_sided(call, 0, False)
     if length < 2:
-        return behind, mass_behind
+        return behind, mass_behind, None
     # read from the end, token i decays by the rate of token i + 1; the row's own factor is given back, since two masses are added here
     shifted = None if rate is None else F.pad(rate.flip(-1)[..., :-1], (1, 0))
     runs = None if segments is None else reversed_segments(segments)
-    ahead, mass_ahead, _ = _one_sided(query.flip(2), key.flip(2), value.flip(2), coefficients, shifted, runs, *rest, 1, False)
+    backwards = call._replace(
+        query=query.flip(2), key=key.flip(2), value=value.flip(2), log_decay=shifted, query_segments=runs, key_segments=runs
+    )
+    ahead, mass_ahead, _ = _one_sided(backwards, 1, False)
     ahead, mass_ahead = ahead.flip(2), mass_ahead.flip(-1)
     if rate is not None:
         next_rate = F.pad(rate[..., 1:], (0, 1)).exp()
@@ -257,7 +258,26 @@ def _two_sided(query, key, value, coefficients, decay, segments, degree, normali
     out = share * behind + (1 - share) * ahead
     if segments is not None:
         out = out.masked_fill((segments <= 0)[:, None, :, None], 0)
-    return out.to(query.dtype), mass
+    return out.to(query.dtype), mass, None
+
+
+def _with_moment_noise(call: Call, lag: int, return_state: bool, two_sided: bool, p: Tensor, seed: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Noise of the variance that dropout of the weights would have; the moments take a second call, with the weights squared."""
+    if call.degree == 2 or call.initial_state is not None:
+        raise ValueError('dropout_kind="moment" needs c = 0 and no initial_state: its variance takes the square of f over all keys.')
+    result_dtype, dtype = call.query.dtype, call.dtype
+    query, key, value, decay = call.query.to(dtype), call.key.to(dtype), call.value.to(dtype), call.log_decay
+    call = call._replace(query=query, key=key, value=value)
+    out, mass, state = _attend(call, lag, return_state, two_sided)
+    squares = call._replace(
+        value=torch.cat([value * value, value], -1),
+        coefficients=_squared_weights(call.coefficients),
+        log_decay=None if decay is None else 2 * decay,
+        degree=2,
+    )
+    moments, squared_mass, _ = _attend(squares, lag, False, two_sided)
+    deviation = _dropout_deviation(out, mass, moments, squared_mass, p)
+    return (out + noise_like(deviation, None, seed)).to(result_dtype), state
 
 
 def _squared_weights(coefficients: Tensor) -> Tensor:
@@ -312,10 +332,7 @@ def linear_attention_step(
     checks.check_weights(a, b, c, temperature, query.shape[1], normalize_qk)
     if query.shape[2] != 1:
         raise ValueError(f"linear_attention_step takes one token a call, not {query.shape[2]}: use linear_attention for more.")
-    degree = _degree(c)
-    segments = None if segment_ids is None else canonical_segments(segment_ids, query.shape[0], 1)
-    decay = _canonical_decay(log_decay, query, key, segments)
-    rows = feature_count(query.shape[-1], degree)
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    checks.check_state(state, (query.shape[0], state_heads(query, key, decay), rows, value.shape[-1] + 1), dtype)
-    return step(query, key, value, state, _coefficients(query, a, b, c, temperature), decay, segments, degree, normalize_qk)
+    coefficients = _coefficients(query, a, b, c, temperature)
+    call = _canonical(query, key, value, coefficients, log_decay, segment_ids, None, _degree(c), True, normalize_qk)
+    checks.check_state(state, call.state_shape, call.dtype)
+    return step(query, key, value, state, coefficients, call.log_decay, call.key_segments, call.degree, normalize_qk)

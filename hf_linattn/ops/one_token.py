@@ -3,22 +3,23 @@
 import torch
 from torch import Tensor
 
+from .call import Call
 from .features import key_features, query_features
 from .unit import unit
 
 
-def step(query: Tensor, key: Tensor, value: Tensor, state: Tensor, coefficients: Tensor, log_decay: Tensor | None, segments: Tensor | None,
-         degree: int, normalize_qk: bool) -> Tensor:  # fmt: skip
-    """out (B, Hq, 1, Dv); `state` (B, Hs, F, Dv + 1) is changed in place. The other arguments are those of the operator."""
+def step(call: Call, state: Tensor) -> Tensor:
+    """out (B, Hq, 1, Dv); `state` (B, Hs, F, Dv + 1) is changed in place."""
+    query, key, value, coefficients, log_decay, _, segments, *_ = call
     dtype, heads, groups = state.dtype, state.shape[1], query.shape[1] // state.shape[1]
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
     padding = None if segments is None else (segments <= 0)[:, :, None, None]
     if padding is not None:
         q, k, v = q.masked_fill(padding, 0), k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-    if normalize_qk:
+    if call.normalize_qk:
         q, k = unit(q), unit(k)
     a, b, c, temperature = coefficients.to(dtype).view(4, heads, groups, 1).unbind()
-    features = key_features(k, degree)
+    features = key_features(k, call.degree)
     values = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     if padding is not None:
         features = features.masked_fill(padding, 0)
@@ -30,7 +31,7 @@ def step(query: Tensor, key: Tensor, value: Tensor, state: Tensor, coefficients:
         state.mul_(rate.to(dtype).exp()[..., None])
     state.add_(new)
     q = q.view(*q.shape[:1], heads, groups, -1) * temperature
-    num = query_features(q, a, b, c, degree) @ state
+    num = query_features(q, a, b, c, call.degree) @ state
     mass = num[..., -1:]
     out = num[..., :-1] / mass.masked_fill(mass == 0, 1)
     if padding is not None:

@@ -7,25 +7,24 @@ decay and one run. What is absent is None on the way in and an empty tensor on t
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import chunked, cuda, noise, one_token
-from .features import feature_count
+from .call import TENSORS, Call, Forward
 
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor coefficients, Tensor? log_decay, Tensor? query_segments, "
-    "Tensor? key_segments, Tensor? initial_state, Tensor? dropout_p, Tensor? seed"
+_CALL = (
+    "Tensor query, Tensor key, Tensor value, Tensor coefficients, Tensor? log_decay, Tensor? query_segments, Tensor? key_segments, "
+    "Tensor? initial_state, Tensor? dropout_p, Tensor? seed, int degree, bool causal, bool normalize_qk"
 )
 _library = torch.library.Library("linattn", "DEF")
+_library.define(f"forward({_CALL}, bool return_state) -> (Tensor out, Tensor mass, Tensor state)")
 _library.define(
-    f"forward({_INPUTS}, int degree, bool causal, bool normalize_qk, bool return_state) -> (Tensor out, Tensor mass, Tensor state)"
-)
-_library.define(
-    f"backward(Tensor grad_out, Tensor? grad_mass, Tensor? grad_state, {_INPUTS}, Tensor out, Tensor mass, int degree, bool causal, "
-    "bool normalize_qk) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    f"backward({_CALL}, Tensor out, Tensor mass, Tensor grad_out, Tensor? grad_mass, Tensor? grad_state) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     "step(Tensor query, Tensor key, Tensor value, Tensor(a!) state, Tensor coefficients, Tensor? log_decay, Tensor? segments, int degree, "
@@ -33,69 +32,88 @@ _library.define(
 )
 _library.define("noise(Tensor x, Tensor? dropout_p, Tensor seed) -> Tensor")
 
-forward = torch.ops.linattn.forward
 step = torch.ops.linattn.step
 noise_like = torch.ops.linattn.noise
-
-
-def _accumulated(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
 
 
 def _in_full_precision(kernel: Callable) -> Callable:
     """Autocast has brought the inputs to its dtype before; the sums inside stay float32."""
 
     @wraps(kernel)
-    def run(*args):
-        device = next(x.device.type for x in args if isinstance(x, Tensor))
+    def run(call: Call, *rest):
+        device = call.query.device.type
         if not torch.is_autocast_enabled(device):
-            return kernel(*args)
+            return kernel(call, *rest)
         with torch.autocast(device, enabled=False):
-            return kernel(*args)
+            return kernel(call, *rest)
 
     return run
 
 
 # ---- forward and backward
 
-_library.impl("forward", _in_full_precision(chunked.forward), "CPU")
-_library.impl("backward", _in_full_precision(chunked.backward), "CPU")
-_library.impl("forward", _in_full_precision(cuda.forward), "CUDA")
-_library.impl("backward", _in_full_precision(cuda.backward), "CUDA")
+_FORWARD = {"cpu": _in_full_precision(chunked.forward), "cuda": _in_full_precision(cuda.forward)}
+_BACKWARD = {"cpu": _in_full_precision(chunked.backward), "cuda": _in_full_precision(cuda.backward)}
+_FIELDS = len(Call._fields)
+
+
+def _present(call: Call, results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """The results with an empty tensor for each that is None."""
+    return tuple(call.query.new_empty(0, dtype=call.dtype) if x is None else x for x in results)
+
+
+def _by_device(kernels: dict[str, Callable]) -> Callable:
+    """A kernel as torch.library calls it: by flat arguments, and without None among its results."""
+
+    def run(*flat):
+        call = Call(*flat[:_FIELDS])
+        return _present(call, kernels[call.query.device.type](call, *flat[_FIELDS:]))
+
+    return run
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("forward", _by_device(_FORWARD), _device)
+    _library.impl("backward", _by_device(_BACKWARD), _device)
 
 
 @torch.library.register_fake("linattn::forward")
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None, query_segments, key_segments,
-                  initial_state, dropout_p, seed, degree: int, causal, normalize_qk, return_state: bool):  # fmt: skip
-    dtype = _accumulated(query)
-    out = chunked.empty_like_query(query, value.shape[-1])
-    mass = query.new_empty(query.shape[:3], dtype=dtype)
-    heads = chunked.state_heads(query, key, log_decay)
-    shape = (query.shape[0], heads, feature_count(query.shape[-1], degree), value.shape[-1] + 1) if return_state else (0,)
-    return out, mass, query.new_empty(shape, dtype=dtype)
+def _forward_fake(*flat):
+    call, return_state = Call(*flat[:_FIELDS]), flat[_FIELDS]
+    mass = call.query.new_empty(call.query.shape[:3], dtype=call.dtype)
+    return _present(call, (call.empty_out(), mass, call.query.new_empty(call.state_shape, dtype=call.dtype) if return_state else None))
 
 
 @torch.library.register_fake("linattn::backward")
-def _backward_fake(grad_out, grad_mass, grad_state, query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor,
-                   log_decay: Tensor | None, query_segments, key_segments, initial_state: Tensor | None, *rest):  # fmt: skip
-    dtype = _accumulated(query)
-    return (
-        torch.empty_like(query),
-        torch.empty_like(key),
-        torch.empty_like(value),
-        torch.empty_like(coefficients),
-        query.new_empty(0, dtype=dtype) if log_decay is None else torch.empty_like(log_decay),
-        query.new_empty(0, dtype=dtype) if initial_state is None else torch.empty_like(initial_state, dtype=dtype),
-    )
+def _backward_fake(*flat):
+    call = Call(*flat[:_FIELDS])
+    initial = None if call.initial_state is None else torch.empty_like(call.initial_state, dtype=call.dtype)
+    given = call.query, call.key, call.value, call.coefficients, call.log_decay
+    return _present(call, (*(None if x is None else torch.empty_like(x) for x in given), initial))
+
+
+_PLAIN = (Tensor, Parameter)  # not what derives from them: a subclass may have its own say
+
+
+def _reaches_kernels(call: Call, *others: Tensor | None) -> bool:
+    """Whether nothing that traces, transforms or watches stands between these tensors and a kernel, so that torch.library's dispatcher,
+    which takes a tenth of a small call's time whenever it is passed, leads there and nowhere else."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._are_functorch_transforms_active() or call.query.device.type not in _FORWARD:
+        return False
+    for x in (*call.tensors, *others):  # noqa: SIM110 (all() over a generator takes twice as long)
+        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
+            return False
+    return True
 
 
 class _Forward(torch.autograd.Function):
-    """The derivative of `linattn::forward` is `linattn::backward`."""
+    """The derivative of `linattn::forward`, by whichever way `kernel` takes there, is `linattn::backward`."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            out, mass, state = forward(*inputs)
+    def forward(ctx, kernel, *inputs):
+        out, mass, state = kernel(*inputs)
         *tensors, ctx.degree, ctx.causal, ctx.normalize_qk, _ = inputs
         ctx.save_for_backward(*tensors, out, mass)
         ctx.set_materialize_grads(False)
@@ -103,35 +121,67 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_mass, grad_state):
-        *inputs, out, mass = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError("linear attention has no second derivative: take its gradient without create_graph=True.")
+        *tensors, out, mass = ctx.saved_tensors
+        call = Call(*tensors, ctx.degree, ctx.causal, ctx.normalize_qk)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if grad_state is not None and grad_state.numel() == 0:  # the state was not asked for
             grad_state = None
-        query, key, value, coefficients, log_decay, initial_state = torch.ops.linattn.backward(
-            grad_out, grad_mass, grad_state, *inputs, out, mass, ctx.degree, ctx.causal, ctx.normalize_qk
-        )
+        given = out, mass, grad_out, grad_mass, grad_state
+        if _reaches_kernels(call, *given):
+            gradients = _BACKWARD[call.query.device.type](call, *given)
+        else:
+            gradients = torch.ops.linattn.backward(*call, *given)
+        query, key, value, coefficients, log_decay, initial_state = gradients
         return (
-            query, key, value, coefficients, log_decay if inputs[4] is not None else None, None, None,
-            initial_state.to(inputs[7].dtype) if inputs[7] is not None else None, None, None, None, None, None, None,
+            None, query, key, value, coefficients, log_decay if call.log_decay is not None else None, None, None,
+            initial_state.to(call.initial_state.dtype) if call.initial_state is not None else None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
-def _forward_with_gradient(*inputs):
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return _Forward.apply(*inputs)
+def _straight(*inputs) -> Forward:
+    call = Call(*inputs[:_FIELDS])
+    return _FORWARD[call.query.device.type](call, inputs[_FIELDS])
+
+
+def _below_autograd(*inputs) -> tuple[Tensor, ...]:
     with torch._C._AutoDispatchBelowAutograd():
-        return forward(*inputs)
+        return torch.ops.linattn.forward(*inputs)
+
+
+def _differentiable(kernel: Callable, *inputs) -> Forward:
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:TENSORS])
+    return _Forward.apply(kernel, *inputs) if wanted else kernel(*inputs)
 
 
 # Not torch.library.register_autograd: it reads the schema anew at every call, which takes longer than all of the rest.
-_library.impl("forward", _forward_with_gradient, "Autograd")
+_library.impl("forward", partial(_differentiable, _below_autograd), "Autograd")
+
+
+def forward(call: Call, return_state: bool = False) -> Forward:
+    """out (B, Hq, N, Dv), mass (B, Hq, N) and, where it is asked for, the state behind the last key; differentiable."""
+    if _reaches_kernels(call):
+        return _differentiable(_straight, *call, return_state)
+    return torch.ops.linattn.forward(*call, return_state)
+
 
 # ---- one new token
 
 
-_library.impl("step", _in_full_precision(one_token.step), "CompositeExplicitAutograd")
-_library.impl("step", _in_full_precision(cuda.step), "CUDA")
+def _on_a_state(kernel: Callable) -> Callable:
+    """A kernel of one token as torch.library calls it."""
+
+    def run(query, key, value, state, coefficients, log_decay, segments, degree, normalize_qk):
+        call = Call(query, key, value, coefficients, log_decay, segments, segments, degree=degree, normalize_qk=normalize_qk)
+        return _in_full_precision(kernel)(call, state)
+
+    return run
+
+
+_library.impl("step", _on_a_state(one_token.step), "CompositeExplicitAutograd")
+_library.impl("step", _on_a_state(cuda.step), "CUDA")
 
 
 @torch.library.register_fake("linattn::step")

@@ -15,7 +15,7 @@ def use(path: Path, monkeypatch) -> None:
     library, cause = cuda.load_library.__wrapped__(path)
     assert library is not None, cause
 
-    def launch(self, name: str, results: Structure) -> None:
+    def run(self, name: str, results: Structure) -> None:
         plan = self.plan(library, name, results)
         workspace = torch.full((plan.workspace_bytes + 1024,), 0xFF, dtype=torch.uint8)  # NaN wherever it is read before it is written
         self.problem.workspace = workspace.data_ptr() + -workspace.data_ptr() % 1024
@@ -23,7 +23,7 @@ def use(path: Path, monkeypatch) -> None:
         assert getattr(library, f"linattn_{name}")(byref(self.problem), byref(results), byref(plan)) == 0
 
     monkeypatch.setattr(cuda, "load_library", lambda: (library, ""))
-    monkeypatch.setattr(cuda, "_falls_back", lambda *tensors: False)
+    monkeypatch.setattr(cuda, "_falls_back", lambda call: False)
     monkeypatch.setattr(cuda, "cannot_run", lambda device: "")
-    monkeypatch.setattr(cuda._Call, "launch", launch)
+    monkeypatch.setattr(cuda._Launch, "run", run)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))

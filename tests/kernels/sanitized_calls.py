@@ -8,6 +8,7 @@ from accuracy_bar import operator_case, run
 from step_cases import step_case
 
 from hf_linattn.ops import cuda
+from hf_linattn.ops.call import Call
 
 KINDS = [
     {},
@@ -38,12 +39,12 @@ if __name__ == "__main__":
         print(kind, flush=True)
     if dtype == torch.bfloat16 and head_dim in (32, 64):
         long = {"degree": 2, "length": 112 * head_dim + 65, "batch": 1, "heads": 2, "key_heads": 1}  # the second degree by states
-        cuda.forward(*next(case(dtype, head_dim, **long)), True)
+        cuda.forward(Call(*next(case(dtype, head_dim, **long))), True)
         torch.cuda.synchronize()
         print(long, flush=True)
     for kind in ({"decay": "head"}, {"degree": 2, "padded": True, "heads": 9, "key_heads": 3, "state_heads": 9, "decay": "token"}):
-        made = step_case(dtype, head_dim=head_dim, value_dim=head_dim, **kind)
-        cuda.step(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in made))
+        call, state = step_case(dtype, head_dim=head_dim, value_dim=head_dim, **kind)
+        cuda.step(Call(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in call)), state.cuda())
         torch.cuda.synchronize()
         print("one token", kind, flush=True)
     print("every call ran")

@@ -129,7 +129,7 @@ def test_opcheck(quadratic):
     out, mass, state = torch.ops.linattn.forward(*plain)
     *rest, degree, causal, normalize_qk, _ = plain
     upstream = torch.rand_like(out), torch.rand_like(mass), torch.rand_like(state)
-    opcheck(torch.ops.linattn.backward.default, (*upstream, *rest, out, mass, degree, causal, normalize_qk))
+    opcheck(torch.ops.linattn.backward.default, (*rest, degree, causal, normalize_qk, out, mass, *upstream))
 
 
 def test_transformers_layout_strides_and_broadcasts():

@@ -6,6 +6,7 @@ from accuracy_bar import assert_bar, check, operator_case
 
 from hf_linattn import linear_attention
 from hf_linattn.ops import chunked, cuda, reference
+from hf_linattn.ops.call import Call
 
 pytestmark = pytest.mark.gpu
 DIMS = (32, 64, 80, 96, 128)
@@ -61,14 +62,14 @@ def test_without_unit_length():
 @pytest.mark.parametrize("head_dim", DIMS)
 def test_mass_is_the_sum_of_weights_and_every_result_is_written(dtype, head_dim):
     inputs, _ = operator_case(dtype, degree=2, length=333, head_dim=head_dim, value_dim=head_dim)
-    exact_out, exact_mass, _ = chunked.forward(*(x.double() if isinstance(x, torch.Tensor) else x for x in inputs), False)
+    exact_out, exact_mass, _ = chunked.forward(Call(*(x.double() if isinstance(x, torch.Tensor) else x for x in inputs)), False)
     poison = [torch.full((2, 4, 333, head_dim), float("nan"), dtype=dtype, device="cuda") for _ in range(4)]
     del poison  # the allocator hands the same memory out again
-    out, mass, _ = cuda.forward(*inputs, False)
+    out, mass, _ = cuda.forward(Call(*inputs), False)
     assert ((mass - exact_mass).norm() / exact_mass.norm()).item() < 1e-5
     assert ((out - exact_out).norm() / exact_out.norm()).item() < (5e-3 if dtype == torch.bfloat16 else 6e-4)
     for _ in range(3):
-        again = cuda.forward(*inputs, False)
+        again = cuda.forward(Call(*inputs), False)
         assert torch.equal(out, again[0]) and torch.equal(mass, again[1])
 
 
@@ -84,11 +85,11 @@ def test_long_sequences(head_dim, length, heads, key_heads):
     kind = {"length": length, "head_dim": head_dim, "value_dim": head_dim, "batch": 1, "heads": heads, "key_heads": key_heads}
     inputs, _ = operator_case(torch.bfloat16, degree=2, **kind)
     inputs[2] = inputs[2] + 0.5  # so that sums over many tokens keep something
-    exact = chunked.forward(*(x.double() if isinstance(x, torch.Tensor) else x for x in inputs), True)
-    plain, ours = chunked.forward(*inputs, True), cuda.forward(*inputs, True)
+    exact = chunked.forward(Call(*(x.double() if isinstance(x, torch.Tensor) else x for x in inputs)), True)
+    plain, ours = chunked.forward(Call(*inputs), True), cuda.forward(Call(*inputs), True)
     for name, x, beside, truth in zip(("out", "mass", "state"), ours, plain, exact, strict=True):
         assert_bar(name, x, beside, truth, 2, torch.bfloat16)
-    again = cuda.forward(*inputs, False)
+    again = cuda.forward(Call(*inputs), False)
     assert torch.equal(again[0], ours[0]) and torch.equal(again[1], ours[1])
 
 
@@ -96,16 +97,16 @@ def test_long_sequences(head_dim, length, heads, key_heads):
 def test_long_sequences_without_unit_length():
     inputs, _ = operator_case(torch.bfloat16, degree=2, length=7300, head_dim=64, value_dim=64, batch=1)
     inputs[-1] = False
-    exact = chunked.forward(*(x.double() if isinstance(x, torch.Tensor) else x for x in inputs), False)
-    plain, ours = chunked.forward(*inputs, False), cuda.forward(*inputs, False)
+    exact = chunked.forward(Call(*(x.double() if isinstance(x, torch.Tensor) else x for x in inputs)), False)
+    plain, ours = chunked.forward(Call(*inputs), False), cuda.forward(Call(*inputs), False)
     for name, x, beside, truth in zip(("out", "mass"), ours, plain, exact, strict=False):
         assert_bar(name, x, beside, truth, 2, torch.bfloat16)
 
 
 def test_state_asked_for():
     inputs, _ = operator_case(torch.bfloat16, degree=2, length=333, head_dim=64, value_dim=64)
-    exact = chunked.forward(*(x.double() if isinstance(x, torch.Tensor) else x for x in inputs), True)
-    ours = cuda.forward(*inputs, True)
+    exact = chunked.forward(Call(*(x.double() if isinstance(x, torch.Tensor) else x for x in inputs)), True)
+    ours = cuda.forward(Call(*inputs), True)
     for x, truth in zip(ours, exact, strict=True):
         assert ((x - truth).norm() / truth.norm()).item() < 5e-3
 
@@ -175,11 +176,11 @@ def test_what_others_take():
 
 def test_graph_capture():
     inputs, _ = operator_case(torch.bfloat16, degree=2, length=333, head_dim=64, value_dim=64)
-    out, mass, _ = cuda.forward(*inputs, False)
+    out, mass, _ = cuda.forward(Call(*inputs), False)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = cuda.forward(*inputs, False)
+        captured = cuda.forward(Call(*inputs), False)
     captured[0].zero_()
     graph.replay()
     torch.cuda.synchronize()

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_linattn import linear_attention
 from hf_linattn.ops import chunked
+from hf_linattn.ops.call import Call
 
 
 class PeakBytes(TorchDispatchMode):
@@ -40,13 +41,13 @@ def peaks(length, head_dim, degree, causal=True, log_decay=None):
     torch.manual_seed(0)
     query, key, value, grad = (torch.randn(1, 2, length, head_dim) for _ in range(4))
     coefficients = torch.tensor([[1.0], [0.5], [0.5], [1.0]]).expand(4, 2).contiguous()
-    absent = (log_decay, *(None,) * 5)
+    call = Call(query, key, value, coefficients, log_decay, degree=degree, causal=causal)
     unit = query.numel() * 4
     with PeakBytes(query, key, value, coefficients) as forward:
-        out, mass, _ = chunked.forward(query, key, value, coefficients, *absent, degree, causal, True, False)
+        out, mass, _ = chunked.forward(call, False)
     with PeakBytes(query, key, value, coefficients, grad, out, mass) as backward:
-        grads = chunked.backward(grad, None, None, query, key, value, coefficients, *absent, out, mass, degree, causal, True)
-    assert all(x.isfinite().all() for x in grads)
+        grads = chunked.backward(call, out, mass, grad, None, None)
+    assert all(x.isfinite().all() for x in grads if x is not None)
     return [(mode.peak / unit, mode.largest / unit) for mode in (forward, backward)]
 
 

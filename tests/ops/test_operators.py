@@ -38,7 +38,7 @@ def test_opcheck_backward(case):
     grad_state = torch.rand_like(state) if return_state else None
     opcheck(
         torch.ops.linattn.backward.default,
-        (torch.rand_like(out), torch.rand_like(mass), grad_state, *tensors, out, mass, degree, causal, normalize_qk),
+        (*tensors, degree, causal, normalize_qk, out, mass, torch.rand_like(out), torch.rand_like(mass), grad_state),
     )
 
 
@@ -107,6 +107,57 @@ def test_export_keeps_the_operator_and_dynamic_shapes():
     assert any("linattn" in str(node.target) for node in program.graph.nodes)
     others, _ = make_inputs(batch=3, length=51, dtype=torch.float32, learned=False, grad=False)
     torch.testing.assert_close(program.module()(*others), linear_attention(*others))
+
+
+class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+    """Names the operators of ours that pass torch's dispatcher."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names += [function.name()] if "linattn" in function.name() else []
+        return function(*args, **(kwargs or {}))
+
+
+class Marked(torch.Tensor):
+    calls = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.calls.append(str(function))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def operators_recorded(run):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    return [event.key for event in profile.key_averages() if "linattn" in event.key]
+
+
+def test_the_dispatcher_is_passed_where_something_watches_and_only_there():
+    (query, key, value), _ = make_inputs(length=9, dtype=torch.float32, learned=False)
+    run = lambda *x: linear_attention(*x).sum().backward()  # noqa: E731
+    assert operators_recorded(lambda: run(query, key, value)) == []
+    with Watched() as mode:
+        run(query, key, value)
+    assert mode.names == ["linattn::forward", "linattn::backward"]
+    linear_attention(query, key.as_subclass(Marked), value)
+    assert any("linattn.forward" in name for name in Marked.calls)
+    assert torch.vmap(linear_attention)(*(x.detach()[None] for x in (query, key, value))).shape == (1, 2, 4, 9, 6)
+
+
+def test_views_of_conjugates():
+    x = torch.complex(*torch.randn(2, 1, 2, 5, 8)).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(linear_attention(x, x, x), linear_attention(*[x.resolve_neg()] * 3))
+
+
+def test_a_second_derivative_is_refused():
+    tensors, _ = make_inputs(length=9, learned=False)
+    with pytest.raises(RuntimeError, match="no second derivative.*create_graph"):
+        torch.autograd.grad(linear_attention(*tensors).square().sum(), tensors, create_graph=True)
 
 
 def test_autocast_brings_mixed_inputs_to_its_dtype():
