@@ -8,6 +8,8 @@ three methods of `PreTrainedModel`, which `install` wraps. Each calls Transforme
 - `post_init` is the last line of every model's `__init__`: now the modules can be looked at;
 - `set_attn_implementation` changes a built model, and only logs a warning where a class cannot follow.
 
+Whoever sets `config._attn_implementation` of a built model by hand goes past all three, so that property is wrapped too.
+
 Transformers never writes the implementation in use into config.json, but honours the key `attn_implementation` that it finds there. So
 `PreTrainedConfig.to_dict` is wrapped as well, to write it where it is ours: what was saved comes back.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -26,6 +29,8 @@ UNASKED = "_linattn_unasked"  # a model that was given no implementation, and to
 
 _resolve, _post_init = PreTrainedModel.get_correct_attn_implementation, PreTrainedModel.post_init
 _set, _to_dict = PreTrainedModel.set_attn_implementation, PreTrainedConfig.to_dict
+_implementation: Any = PreTrainedConfig._attn_implementation
+_built: WeakSet[PreTrainedModel] = WeakSet()
 
 
 def get_correct_attn_implementation(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
@@ -45,6 +50,7 @@ def post_init(self: PreTrainedModel) -> None:
     """Transformers' own; then the model is looked through, if it or a part of it is to use linear attention."""
     _post_init(self)
     refuse_model(self)
+    _built.add(self)
 
 
 def set_attn_implementation(self: PreTrainedModel, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
@@ -54,7 +60,7 @@ def set_attn_implementation(self: PreTrainedModel, attn_implementation: str | di
         ValueError: linear attention cannot serve this model, or a part that was to have it.
     """
     models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
-    before = {id(config): (config, config._attn_implementation) for model in models for config in _tree(model.config)}
+    before = _implementations(*(model.config for model in models))
     try:
         wanted = {id(config) for config in _asked(self.config, attn_implementation)}
         for model in models:
@@ -63,10 +69,30 @@ def set_attn_implementation(self: PreTrainedModel, attn_implementation: str | di
         _set(self, attn_implementation, *args, **kwargs)
         refuse_model(self)
     except Exception:
-        for config, implementation in before.values():
-            config._attn_implementation_internal = implementation
+        _put_back(before)
         raise
     self.__dict__.pop(UNASKED, None)
+
+
+def set_by_hand(self: PreTrainedConfig, implementation: str | dict | None) -> None:
+    """Transformers' own setter of `config._attn_implementation`, all or nothing for the models that were built with the config.
+
+    Raises:
+        ValueError: linear attention cannot serve one of them.
+    """
+    before = _implementations(self)
+    try:
+        _implementation.fset(self, implementation)
+        changed = {id(config) for config, old in before if old != NAME == config._attn_implementation}
+        models = [model for model in list(_built) if id(model.config) in changed] if changed else []
+        for model in models:
+            refuse_class(type(model))
+            refuse_model(model)
+    except Exception:
+        _put_back(before)
+        raise
+    for model in models:
+        model.__dict__.pop(UNASKED, None)
 
 
 def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
@@ -107,6 +133,16 @@ def _tree(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
         yield from _tree(part)
 
 
+def _implementations(*configs: PreTrainedConfig) -> list[tuple[PreTrainedConfig, str | None]]:
+    """What the configs, of models and their parts, say now."""
+    return [(each, getattr(each, "_attn_implementation_internal", None)) for config in configs for each in _tree(config)]
+
+
+def _put_back(before: list[tuple[PreTrainedConfig, str | None]]) -> None:
+    for config, implementation in before:
+        config._attn_implementation_internal = implementation
+
+
 def _asked(config: PreTrainedConfig, implementation: Any) -> Iterator[PreTrainedConfig]:
     """The configs, of a model and its parts, that an implementation or a dictionary of them gives linear attention."""
     by_part = isinstance(implementation, dict)
@@ -117,8 +153,9 @@ def _asked(config: PreTrainedConfig, implementation: Any) -> Iterator[PreTrained
 
 
 def install() -> None:
-    """Wraps the four methods."""
+    """Wraps the four methods and the property."""
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation  # type: ignore[method-assign]
     PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
     PreTrainedModel.set_attn_implementation = set_attn_implementation  # type: ignore[method-assign]
     PreTrainedConfig.to_dict = to_dict  # type: ignore[method-assign]
+    PreTrainedConfig._attn_implementation = _implementation.setter(set_by_hand)

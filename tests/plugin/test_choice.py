@@ -66,11 +66,19 @@ def by_setting(cls, config):
     cls(config).set_attn_implementation("linattn")
 
 
+def by_hand(cls, config):
+    model = cls(config)
+    try:
+        model.config._attn_implementation = "linattn"
+    finally:
+        assert model.config._attn_implementation != "linattn"
+
+
 def by_a_dictionary(cls, config):
     cls._from_config(config, attn_implementation={"": "linattn", **dict.fromkeys(config.sub_configs, "linattn")})
 
 
-@pytest.mark.parametrize("way", [by_from_config, by_construction, by_setting, by_a_dictionary])
+@pytest.mark.parametrize("way", [by_from_config, by_construction, by_setting, by_hand, by_a_dictionary])
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_in_a_sentence(name, way):
     with torch.device("meta"), pytest.raises(ValueError) as caught:
@@ -88,6 +96,32 @@ def test_refused_by_from_pretrained(name, tmp_path):
         with pytest.raises(ValueError, match=REFUSED[name][1]):
             load.from_pretrained(tmp_path, attn_implementation="linattn")
     assert cls.from_pretrained(tmp_path).config._attn_implementation != "linattn"
+
+
+@pytest.mark.parametrize("name", ["XLNetModel", "MambaModel", "DebertaV2Model", "SwinModel"])
+def test_set_by_hand_on_a_built_model_nothing_changes_where_it_is_refused(name):
+    options = {"XLNetModel": {"vocab_size": 97, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 32}}
+    cls = getattr(transformers, name)
+    options = options.get(name) or REFUSED.get(name, REFUSED["MambaForCausalLM"])[0]
+    model, other = (cls(cls.config_class(**options)).eval() for _ in range(2))
+    given = {"pixel_values": torch.rand(1, 3, 32, 32)} if name == "SwinModel" else {"input_ids": tiny_tokens(1, 6)}
+    before = model(**given)[0]
+    with pytest.raises(ValueError, match=name.removesuffix("Model")):
+        model.config._attn_implementation = "linattn"
+    assert torch.equal(model(**given)[0], before)
+    other.config._attn_implementation = "sdpa" if other._supports_sdpa else "eager"  # other names are nobody's business
+    del model
+    cls.config_class(**options)._attn_implementation = "linattn"  # no model has been built with this one
+
+
+def test_set_by_hand_on_a_built_model_it_is_what_setting_gives():
+    model, other = tiny_model("llama", "sdpa"), tiny_model("llama", "sdpa")
+    other.load_state_dict(model.state_dict())
+    model.config._attn_implementation = "linattn"
+    other.set_attn_implementation("linattn")
+    tokens = tiny_tokens(2, 9)
+    assert torch.equal(model(tokens).logits, other(tokens).logits)
+    assert model.config.to_dict() == other.config.to_dict()
 
 
 @pytest.mark.parametrize("name", ["BloomForCausalLM", "T5EncoderModel", "ClapModel"])

@@ -75,10 +75,10 @@ def test_a_cache_of_other_heads_or_batch():
 
 
 def test_an_architecture_without_the_attention_interface():
-    """Chosen by writing into the config of a built model, which nothing can refuse: the first call does."""
+    """Chosen past every place where it could be refused: the first call does."""
     config = BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=97)
     model = AutoModelForCausalLM.from_config(config)
-    model.config._attn_implementation = "linattn"
+    model.config._attn_implementation_internal = "linattn"
     for use_cache in (True, False):
         with pytest.raises(ValueError, match="does not use Transformers' attention interface"):
             model(tiny_tokens(), use_cache=use_cache)
@@ -102,7 +102,7 @@ def chosen_afterwards(model):
     """As a model in which nothing refused it."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            module.config._attn_implementation = "linattn"
+            module.config._attn_implementation_internal = "linattn"
     return model
 
 
