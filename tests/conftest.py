@@ -2,6 +2,14 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_tokens(tmp_path_factory):
+    """Text is tokenized into a cache of the session's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_LINATTN_CACHE", str(tmp_path_factory.mktemp("tokens")))
+        yield
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

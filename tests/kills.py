@@ -20,7 +20,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -134,7 +133,7 @@ def main(kills: int, seed: int = 0) -> None:
     for command in (linearize.main, train.main):
         with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as cache:
             home = Path(place)
-            datasets.config.HF_DATASETS_CACHE = Path(cache)
+            os.environ["HF_LINATTN_CACHE"] = cache
             forked(lambda home=home: make_user(home), None)
             paths = [home / "model", home / "out"] if command is linearize.main else ["--config", home / "config.yaml"]
             run = functools.partial(cli.app(command), [*map(str, paths), "--overwrite"])

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import yaml
 from accelerate.state import AcceleratorState
@@ -74,7 +73,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (home / "lra.yaml").write_text(yaml.safe_dump({**settings, "model": sizes}))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", home.parent / "cache")
         assert invoke("prepare", "lra").exit_code == 0
         for name in COMMANDS:
             done = invoke(name, f"out-{name}")
@@ -87,7 +85,6 @@ def home(written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     """A copy of it, as the working directory."""
     place = Path(shutil.copytree(written, tmp_path / "home", symlinks=True))
     monkeypatch.chdir(place)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", written.parent / "cache")
     yield place
     AcceleratorState._reset_state(reset_partial_state=True)
 

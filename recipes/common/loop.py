@@ -105,6 +105,12 @@ class Loop(ABC):
         """Whether the run ends before its last step."""
         return False
 
+    def prepare(self, model: Any, optimizer: Any, schedule: Any, batch_size: int) -> None:
+        """Hand model, optimizer and schedule to accelerate; `batch_size` is a process's."""
+        if plugin := getattr(self.accelerator.state, "deepspeed_plugin", None):
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size  # which it would else ask a DataLoader for
+        self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
+
     # -- the steps -------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:

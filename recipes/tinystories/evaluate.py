@@ -52,7 +52,8 @@ def main(
     # Late, since importing torch takes seconds: what is wrong with the arguments has been said by now.
     from transformers.utils import logging
 
-    from recipes.tinystories.data import Source, first_words, last_stories
+    from recipes.common.documents import Source
+    from recipes.tinystories.data import first_words, last_stories
     from recipes.tinystories.evaluation import draw, machine, markdown, measure, show, usable_device
 
     logging.set_verbosity_error()

@@ -20,7 +20,7 @@ from recipes.common import cli
 from recipes.common.errors import RecipeError
 from recipes.common.plots import save_figure
 from recipes.common.tokenizing import load_tokenizer, start_token
-from recipes.tinystories.data import by_size
+from recipes.common.tokens import by_size
 from recipes.tinystories.metrics import Prediction
 from recipes.tinystories.model import go_on, is_linear, load_model
 

@@ -31,12 +31,13 @@ class Settings:
 
     # The text
     train_data: list[str] = field(default_factory=lambda: ["roneneldan/TinyStories"])
-    """Text files or hub ids."""
+    """Text files, tables, folders of them, or hub ids."""
     valid_data: list[str] = field(default_factory=list)
-    """Text files or hub ids; none: the last `valid_stories` of the training text are held out."""
+    """As train_data; none: the last `valid_stories` of the training text are held out."""
     train_split: str = "train"
     valid_split: str = "validation"
     text_column: str = "text"
+    """Of a table: it holds a text in each row, or a conversation, which the tokenizer's chat template makes text of."""
     separator: str = "<|endoftext|>"
     valid_stories: int = 500
     length: int = 512

@@ -11,19 +11,21 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 import hf_linattn
 from recipes.common.config import to_dict
+from recipes.common.documents import Source
 from recipes.common.errors import RecipeError, stage
 from recipes.common.files import output_path, staged_directory
 from recipes.common.loop import Loop, Pace
 from recipes.common.plots import plot_curves
 from recipes.common.run import Run
 from recipes.common.state import check_written
-from recipes.common.tokenizing import load_tokenizer, start_token
-from recipes.tinystories.data import Collator, EpochSampler, Source, digest, first_words, pack, split_stories
+from recipes.common.tokenizing import load_tokenizer
+from recipes.common.tokens import chat_template, tokenized
+from recipes.common.windows import Windows, own_batches, training_order
+from recipes.tinystories.data import Stories, first_words
 from recipes.tinystories.model import check_length, go_on, is_linear, load_model, new_model
 from recipes.tinystories.settings import COMMAND, Settings
 
@@ -50,41 +52,38 @@ class Training(Loop):
         tokenizer = load_tokenizer(s.tokenizer or str(s.model))
         model = self._model(tokenizer)
         self.teacher = self._teacher(model)
+        stories = Stories(
+            [Source(name, s.train_split, s.text_column, s.separator) for name in s.train_data],
+            [Source(name, s.valid_split, s.text_column, s.separator) for name in s.valid_data],
+            s.valid_stories,
+            chat_template(tokenizer),
+        )
         with self.accelerator.main_process_first():
-            train_text, valid_text = split_stories(
-                [Source(name, s.train_split, s.text_column, s.separator) for name in s.train_data],
-                [Source(name, s.valid_split, s.text_column, s.separator) for name in s.valid_data],
-                s.valid_stories,
+            train, valid = (
+                Windows(tokenized(texts, stories.key(part), tokenizer, what), s.length, s.separate_stories)
+                for texts, part, what in ((stories.train, "train", "text"), (stories.valid, "valid", "validation text"))
             )
-            train, valid = pack(train_text, tokenizer, s.length), pack(valid_text, tokenizer, s.length)
-        valid = valid.select(range(min(len(valid), s.eval_sequences)))
+        self.train_rows, self.valid_rows = train, valid
         self.tokenizer = tokenizer
-        self.prompts = first_words(valid_text[: s.samples]["text"], s.samples, 8) if s.samples else []
+        self.prompts = first_words(stories.valid(), s.samples, 8) if s.samples else []
 
         taken = s.batch_size * s.gradient_accumulation * self.accelerator.num_processes
-        self.steps_per_epoch = len(train) // taken
-        if not self.steps_per_epoch:
+        if not (steps_per_epoch := len(train) // taken):
             raise RecipeError(
                 f"the text packs to {len(train)} sequences of {s.length} tokens and one step takes {taken}; "
                 "give more text or lower batch_size, gradient_accumulation or length"
             )
-        steps = s.steps or max(1, round(s.epochs * self.steps_per_epoch))
+        steps = s.steps or max(1, round(s.epochs * steps_per_epoch))
         self.pace = Pace(steps, s.log_every, s.eval_every, s.checkpoint_every, s.gradient_accumulation)
         self.tokens_per_step = taken * s.length
-        self.sampler = EpochSampler(len(train), self.steps_per_epoch * taken, s.seed)
         self.noise = hf_linattn.DropoutSchedule(s.noise_schedule, s.noise, steps) if s.noise else None
 
         groups = hf_linattn.parameter_groups(model, s.learning_rate, s.linattn_learning_rate, s.weight_decay)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, s.beta2))
         schedule = get_cosine_schedule_with_warmup(optimizer, round(s.warmup * steps), steps)
-        collate = Collator(start_token(tokenizer), s.separate_stories)
-        # A generator of their own keeps the loaders from drawing on the random numbers that dropout uses, which a resume must repeat.
-        loader = DataLoader(train, s.batch_size, sampler=self.sampler, collate_fn=collate, generator=torch.Generator())
-        valid_loader = DataLoader(valid, s.batch_size, collate_fn=collate, generator=torch.Generator())  # type: ignore[arg-type]
-        self.model, self.optimizer, self.loader, self.valid_loader, self.schedule = self.accelerator.prepare(
-            model, optimizer, loader, valid_loader, schedule
-        )
-        self.run.open(to_dict(s), {"sequences": len(train), "text": digest(train), "parameters": model.num_parameters()})
+        self.prepare(model, optimizer, schedule, s.batch_size)
+        facts = {"sequences": len(train), "text": train.tokens.digest, "parameters": model.num_parameters()}
+        self.run.open(to_dict(s), facts)
 
     def run_all(self) -> None:
         """Train from where the run stands to its end and write model/; then let go of the folder."""
@@ -103,14 +102,12 @@ class Training(Loop):
         self.validate()
 
     def batches(self, step: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches of one epoch after another."""
+        """This process's rows of each batch."""
         s, accelerator = self.settings, self.accelerator
-        epoch, within = divmod(step, self.steps_per_epoch)
-        self.sampler.begin_at(epoch, within * s.batch_size * s.gradient_accumulation * accelerator.num_processes)
-        while True:
-            yield from self.loader
-            epoch += 1
-            self.sampler.begin_at(epoch, 0)
+        parts = s.gradient_accumulation * accelerator.num_processes
+        for rows in training_order(len(self.train_rows), s.batch_size * parts, s.seed, step):
+            for own in rows.reshape(parts, s.batch_size)[accelerator.process_index :: accelerator.num_processes]:
+                yield self.train_rows.batch(own, accelerator.device)
 
     def before_step(self) -> None:
         """Lower the noise."""
@@ -144,14 +141,17 @@ class Training(Loop):
 
     def validate(self) -> None:
         """Log the cross-entropy of the validation sequences, in nats a token, and stories gone on with; draw the curve."""
-        losses = []
+        s, accelerator = self.settings, self.accelerator
+        count = min(len(self.valid_rows), s.eval_sequences)
+        total = torch.zeros((), device=accelerator.device)
         self.model.eval()
         with torch.no_grad():
-            for batch in self.valid_loader:
+            for rows, counted in own_batches(count, s.batch_size, accelerator.process_index, accelerator.num_processes):
+                batch = self.valid_rows.batch(rows, accelerator.device)
                 logits = self.model(**batch).logits[:, :-1].float()
                 nats = F.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none").mean(1)
-                losses.append(self.accelerator.gather_for_metrics(nats))
-            loss = torch.cat(losses).mean().item()
+                total += nats[:counted].sum()
+            loss = float(accelerator.reduce(total, "sum")) / count
             samples = self.sample()
         self.run.log(self.step, valid_loss=loss, seconds=round(self.seconds, 3), **({"samples": samples} if samples else {}))
         texts = {"samples": "\n\n".join(f"**{x['prompt']}** {x['text']}" for x in samples)} if samples else {}

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -45,10 +44,8 @@ def checkpoint(whole: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def own_state(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Every test with a data-set cache of the session's own, no hub, nothing on standard input, and a fresh accelerate."""
-    cache = tmp_path_factory.getbasetemp() / "datasets"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+def own_state(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Every test without the hub, with nothing on standard input, and a fresh accelerate."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("builtins.input", lambda *asked: pytest.fail(f"a question was asked: {asked}"))
     yield

@@ -12,34 +12,33 @@ from pathlib import Path
 
 import pytest
 
+from recipes.common import documents
+from recipes.common.documents import Source, read_documents
 from recipes.common.errors import RecipeError
 from recipes.lra import data as lra
-from recipes.tinystories import data
-from recipes.tinystories.data import Source, by_size, last_stories, read_stories
 
 Command = Callable[..., tuple[int, str]]
 MIB = 2**20
 
 # Growth of the peak memory, in MiB, over reading `file` and over tokenizing a piece of it.
 MEASURE = """
-import resource, sys, datasets
-from pathlib import Path
+import resource, sys
 from recipes.common.tokenizing import load_tokenizer
-from recipes.tinystories.data import Source, pack, read_stories, split_stories
-file, small, tokenizer, cache = sys.argv[1:]
-datasets.config.HF_DATASETS_CACHE = Path(cache)
-datasets.disable_progress_bars()
+from recipes.common.documents import Source, read_documents
+from recipes.common.tokens import tokenized
+from recipes.tinystories.data import Stories
+file, small, tokenizer = sys.argv[1:]
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 words = load_tokenizer(tokenizer)
-pack(split_stories([Source(small)], [], 3)[0], words, 16)
+tokenized(Stories([Source(small)], held_out=3).train, ["small"], words)
 before = peak()
-characters = sum(map(len, read_stories(Source(file))))
+characters = sum(map(len, read_documents(Source(file))))
 read = peak()
-train, _ = split_stories([Source(file)], [], 3)
+assert sum(map(len, Stories([Source(file)], held_out=3).train())) > 0
 made = peak()
 with open(file + ".part", "w") as part:
-    part.write(open(file).read(2 * 2**20))
-pack(split_stories([Source(file + ".part")], [], 3)[0], words, 512)
+    part.write(open(file).read(4 * 2**20))
+tokenized(Stories([Source(file + ".part")], held_out=3).train, ["part"], words)
 print(characters, read - before, made - before, peak() - before)
 """
 
@@ -50,8 +49,8 @@ def test_what_reading_takes_does_not_grow_with_a_line(whole: Path, tmp_path: Pat
     with file.open("w") as out:
         for number in range(20):
             out.write(f"{number} " + "the cat sat on a mat " * (MIB // 21))
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", MEASURE, file, whole / "text.txt", whole / "model", tmp_path / "cache"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_LINATTN_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", MEASURE, file, whole / "text.txt", whole / "model"]
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=True)
     characters, read, made, tokenized = map(float, done.stdout.split())
     assert characters > 0.99 * 20 * MIB * 21 / 21.1
@@ -60,10 +59,10 @@ def test_what_reading_takes_does_not_grow_with_a_line(whole: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("separator", ["<|endoftext|>", "\n\n", " | "])
 def test_long_stories_are_cut_at_blanks_and_nothing_is_lost(separator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "LONGEST_STORY", 40)
+    monkeypatch.setattr(documents, "LONGEST_DOCUMENT", 40)
     stories = ["one " * 30, "short", "x" * 95, "two\nwords " * 9, "é" * 41]
     (tmp_path / "a.txt").write_text(separator.join(stories), encoding="utf-8")
-    found = list(read_stories(Source(str(tmp_path / "a.txt"), separator=separator)))
+    found = list(read_documents(Source(str(tmp_path / "a.txt"), separator=separator)))
     assert max(map(len, found)) <= 40
     assert "".join("".join(found).split()) == "".join("".join(stories).split())
     assert all(word in ("one", "short", "two", "words") or set(word) in ({"x"}, {"é"}) for story in found for word in story.split())
@@ -71,16 +70,10 @@ def test_long_stories_are_cut_at_blanks_and_nothing_is_lost(separator: str, tmp_
 
 
 def test_the_parts_of_a_table_are_cut_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "LONGEST_STORY", 40)
+    monkeypatch.setattr(documents, "LONGEST_DOCUMENT", 40)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "one " * 30}) + "\n" + json.dumps({"text": "two"}) + "\n")
-    found = list(read_stories(Source(str(tmp_path / "a.jsonl"))))
+    found = list(read_documents(Source(str(tmp_path / "a.jsonl"))))
     assert found[-1] == "two" and max(map(len, found)) <= 40 and " ".join(found[:-1]).split() == ["one"] * 30
-
-
-def test_the_last_stories_and_groups_by_size(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("<|endoftext|>".join(["a", "b", "c", "a", "d"]))
-    assert last_stories([Source(str(tmp_path / "a.txt"))], 2) == ["c", "d"]
-    assert list(by_size(["aa", "b", "cccc", "d", "e"], most=3)) == [["aa", "b"], ["cccc"], ["d", "e"]]
 
 
 def test_what_is_no_text_is_refused(whole: Path, run: Command, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from .mutant import RECIPES, named
 
-STORIES, DATA, RUN = "recipes/tinystories/training.py", "recipes/tinystories/data.py", "recipes/common/run.py"
+STORIES, TOKENS, RUN = "recipes/tinystories/training.py", "recipes/common/tokens.py", "recipes/common/run.py"
 LOOP, ARENA, BATCHES, STATE = "recipes/common/loop.py", "recipes/lra/training.py", "recipes/lra/batches.py", "recipes/common/state.py"
 
 MUTANTS = [
@@ -23,9 +23,7 @@ MUTANTS = [
          "recipes/lra/test_lra_train.py::test_the_best_score_and_the_time_survive_a_resume"),
         ("the time before a resume forgotten", LOOP, 'float(progress.get("seconds", 0.0))', "0.0",
          "recipes/lra/test_lra_train.py::test_the_best_score_and_the_time_survive_a_resume"),
-        ("a resume that skips accumulated batches by half", STORIES,
-         "within * s.batch_size * s.gradient_accumulation * accelerator.num_processes",
-         "within * s.batch_size * accelerator.num_processes",
+        ("a resume that begins the epoch again", STORIES, "s.batch_size * parts, s.seed, step)", "s.batch_size * parts, s.seed, 0)",
          "recipes/tinystories/test_tinystories_train.py::test_killed_at_any_moment_it_goes_on_to_the_same_losses"),
         ("records beyond the checkpoint kept", RUN, 'if record["step"] <= step]', 'if record["step"] <= step + 1]',
          "recipes/lra/test_lra_train.py::test_killed_and_resumed_it_goes_on_to_the_same_numbers"),
@@ -40,11 +38,11 @@ MUTANTS = [
         ("an older score that equals the newer kept", ARENA, "if score >= self.best:", "if score > self.best:",
          "recipes/lra/test_lra_train.py::test_the_best_score_and_the_time_survive_a_resume"),
         # the second of many
-        ("a digest of the first thousand sequences", DATA, '        whole.update(batch["input_ids"].tobytes())\n',
-         '        whole.update(batch["input_ids"].tobytes())\n        break\n',
-         "recipes/tinystories/test_tinystories_data.py"),
-        ("tokens left over between batches dropped", DATA, "            del stream[:whole]", "            stream.clear()",
-         "recipes/tinystories/test_tinystories_data.py"),
+        ("a digest of the first document", TOKENS, "            whole.update(data)\n",
+         "            whole.update(data if not count else b'')\n",
+         "recipes/test_text.py"),
+        ("tokens of the first texts alone", TOKENS, "for ids in _ids(tokenizer, together):", "for ids in _ids(tokenizer, together[:2]):",
+         "recipes/test_text.py"),
         ("a mean over one step more than there were", LOOP, "        self.steps += 1\n", "        self.steps += 1 + (self.steps == 0)\n",
          "recipes/lra/test_lra_train.py::test_a_loss_that_is_logged_is_the_mean_of_the_steps_since_the_last"),
         ("a loss that is no number after one that is", LOOP, "torch.where(self.bad == 0, wrong, self.bad)", "wrong",
@@ -79,15 +77,15 @@ MUTANTS = [
          "recipes/lra/test_lra_train.py::test_the_optimizer_is_as_the_settings_say"),
         ("the run's seed left out", STORIES, "        set_seed(s.seed)\n", "",
          "recipes/tinystories/test_tinystories_train.py::test_from_scratch"),
-        ("an epoch's order without the seed", DATA, "self.seed * 1_000_003 + self.epoch", "self.epoch",
-         "recipes/tinystories/test_tinystories_data.py"),
+        ("an epoch's order without the seed", "recipes/common/windows.py", "seed * 1_000_003 + epoch", "epoch",
+         "recipes/test_text.py"),
         # measures
         ("a perplexity in bits", "recipes/tinystories/metrics.py", "math.exp(min(mean, 700.0))", "2.0 ** min(mean, 700.0)",
          "recipes/tinystories/test_tinystories_evaluate.py"),
         ("an error of the whole and not of a sample", "recipes/tinystories/metrics.py", "ddof=1", "ddof=0",
          "recipes/tinystories/test_tinystories_evaluate.py"),
-        ("more validation than asked for", STORIES, "min(len(valid), s.eval_sequences)", "len(valid)",
-         "recipes/tinystories/test_tinystories_train.py::test_the_optimizer_is_as_the_settings_say"),
+        ("more validation than asked for", STORIES, "min(len(self.valid_rows), s.eval_sequences)", "len(self.valid_rows)",
+         "recipes/tinystories/test_tinystories_train.py::test_it_validates_on_as_many_rows_as_the_settings_say"),
         ("sums of a pooled state in half precision", "recipes/lra/model.py", "hidden.sum(1, dtype=torch.float32)", "hidden.sum(1)",
          "recipes/lra/test_lra_model.py"),
         ("a deviation of the whole and not of a sample", "recipes/lra/report.py", "float(np.std(accuracies, ddof=1))",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 import yaml
@@ -51,11 +50,8 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def own_state(tmp_path_factory, monkeypatch):
-    """Every test with a data-set cache of the session's own and a fresh accelerate."""
-    cache = tmp_path_factory.getbasetemp() / "datasets"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
+def own_state(monkeypatch):
+    """Every test without the hub, with a fresh accelerate."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     yield
     for state in (AcceleratorState, GradientState, PartialState):

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -111,8 +112,16 @@ def test_the_optimizer_is_as_the_settings_say(settings, converted, tmp_path):
     assert [(group["initial_lr"], group["weight_decay"], group["betas"]) for group in groups] == [
         (0.01, 0.3, (0.9, 0.9)), (0.01, 0.0, (0.9, 0.9)), (0.2, 0.0, (0.9, 0.9))
     ]  # fmt: skip
-    assert len(training.valid_loader.dataset) == 3
     training.run.close()
+
+
+def test_it_validates_on_as_many_rows_as_the_settings_say(settings, tiny):
+    s = settings(eval_sequences=3, steps=1, samples=0)
+    (valid, *_) = [record[3] for record in train(s) if record[3] is not None]
+    model, rows = load_model(str(tiny.model)).eval(), Training(settings(output=s.output + "-2"), False, False).valid_rows
+    batch = rows.batch(np.arange(3))["input_ids"]
+    with torch.no_grad():
+        assert model(batch, labels=batch).loss.item() == pytest.approx(valid, rel=1e-5)
 
 
 def test_gradients_are_clipped_to_what_the_settings_say(settings, tiny):
@@ -167,7 +176,7 @@ def test_accumulated_and_checkpointed_gradients_are_the_whole_batchs(settings, t
 def test_a_run_goes_on_into_the_next_epoch(settings, tmp_path):
     s = settings(steps=None, epochs=2.0, length=64, batch_size=40, eval_every=100, checkpoint_every=100)
     training = Training(s, False, False)
-    assert training.pace.steps == 2 * training.steps_per_epoch
+    assert training.pace.steps == 2 * (len(training.train_rows) // 40)
     training.run_all()
     assert len(training_losses(losses(Path(s.output)))) == training.pace.steps
 
