@@ -52,8 +52,13 @@ def conversion_report(
         "costs": asdict(costs),
         "parameters": {"source": source.numbers, "added": sum(tensor.numel() for tensor in added.values())},
         "check": asdict(checked) if checked else None,
-        "versions": {package: _version(package) for package in _PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide what a conversion gives, and of Python."""
+    return {package: _version(package) for package in _PACKAGES} | {"python": platform.python_version()}
 
 
 def summary(output: Path, report: dict[str, Any]) -> Table:

@@ -129,7 +129,7 @@ class Run:
     def log(self, step: int, **values: Any) -> None:
         """Append one line to metrics.jsonl, from the main process; numbers that are not finite as null."""
         if self.accelerator.is_main_process:
-            finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+            finite = {key: _finite(value) for key, value in values.items()}
             with self.metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **finite}, ensure_ascii=False) + "\n")
 
@@ -191,6 +191,12 @@ class Run:
 
     def _id(self) -> Any:
         return read_json(self.folder / "facts.json").get(ID)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _by_main(accelerator: Accelerator, work: Callable[[], None]) -> None:

@@ -1,0 +1,176 @@
+"""What a training stage is told, by the command line or by a recipe. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+import typer
+
+from convert.errors import ConversionError
+from recipes.common.config import build
+from recipes.common.documents import Source
+from recipes.common.reading import refuse_missing_folder, user_path
+
+O = TypeVar("O", bound="StageOptions")  # noqa: E741
+_RESUME = "Go on from the newest checkpoint of the same run, if there is one."
+_OVERWRITE = "Replace what this command wrote to the output before."
+
+
+def argument(text: str) -> Any:
+    """A field that the command line takes by its place."""
+    return field(metadata={"typer": typer.Argument(help=text, show_default=False)})
+
+
+def option(default: Any, text: str, **bounds: Any) -> Any:
+    """A field that the command line takes by its name. `bounds`: min and max, which the library typer checks, and `__post_init__` too."""
+    metadata = {"typer": typer.Option(help=text, **bounds), "bounds": bounds}
+    return (
+        field(default_factory=lambda: list(default), metadata=metadata)
+        if isinstance(default, list)
+        else field(default=default, metadata=metadata)
+    )
+
+
+@dataclass(kw_only=True)
+class StageOptions:
+    """What every stage is told. Each field is an option of the command, with its help, and a key of a recipe."""
+
+    student: str = argument("Folder of a converted checkpoint, or of the run of an earlier stage.")
+    output: str = argument("Folder of the run: metrics, pictures, checkpoints, and at the end model/.")
+    teacher: str = option("", "Folder, GGUF file or hub id of the softmax checkpoint that the student was converted from.")
+    data: list[str] = option([], "Text to train on: files, folders of them, or hub ids; may be repeated.")
+    valid_data: list[str] = option([], "Text to validate on. Without it rows of the training text are kept out, evenly spread.")
+    split: str = option("train", "Split of a hub data set.")
+    column: str = option("text", "Column of a table that holds the text, or a conversation.")
+    separator: str = option("<|endoftext|>", "What stands between the documents of a text file.")
+    separate: bool = option(False, "Hide documents that share a row from one another.")
+    length: int = option(1024, "Tokens a row.", min=2)
+    batch_size: int = option(16, "Rows a process and forward pass.", min=1)
+    gradient_accumulation: int = option(1, "Forward passes a step.", min=1)
+    tokens: int = option(1_000_000, "Tokens to train on.", min=1)
+    learning_rate: float = option(5e-4, "Of the weights; the new matrices, such as gates, learn at four times this.")
+    head_learning_rate: float = option(0.03, "Of the new numbers that are one a head, such as decays.")
+    warmup: float = option(0.0, "Share of the steps over which the rates rise from 0.", min=0, max=0.5)
+    final_rate: float = option(0.02, "What is left of the rates at the end of the cosine.", min=0, max=1)
+    clip: float = option(1.0, "Bound of the gradient's norm.")
+    mixed_precision: str = option("", "no, bf16 or fp16; by default what accelerate is configured for.")
+    gradient_checkpointing: bool = option(False, "Compute activations twice, for less memory.")
+    seed: int = option(0, "Of the order of the rows.", min=0, max=2**32 - 1)
+    log_every: int = option(10, "Steps between two lines of metrics.jsonl.", min=1)
+    validate_every: int = option(100, "Steps between two validations.", min=1)
+    save_every: int = option(100, "Steps between two checkpoints.", min=1)
+    valid_rows: int = option(32, "Rows to validate on.", min=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "What the trained weights are stored as.")
+
+    def __post_init__(self) -> None:
+        """Refuses what no student could make right.
+
+        Raises:
+            ValueError: an option is missing or out of its bounds.
+        """
+        for one in fields(self):
+            value, bounds = getattr(self, one.name), one.metadata.get("bounds", {})
+            low, high = bounds.get("min", -math.inf), bounds.get("max", math.inf)
+            if isinstance(value, int | float) and not low <= value <= high:
+                raise ValueError(f"{one.name} is {value}; expected {f'{low} to {high}' if high < math.inf else f'at least {low}'}")
+        for name in ("learning_rate", "head_learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")
+        if self.mixed_precision not in ("", "no", "bf16", "fp16"):
+            raise ValueError(f"mixed_precision is {self.mixed_precision!r}; expected no, bf16 or fp16")
+        if self.save_every % self.log_every:
+            raise ValueError(f"save_every ({self.save_every}) must be a multiple of log_every ({self.log_every})")
+        if not self.teacher:
+            raise ValueError("no teacher is given; name the softmax checkpoint that the student was converted from, by --teacher")
+        if not self.data:
+            raise ValueError("no text is given; name files, folders or hub ids, by --data")
+
+    def sources(self, names: list[str]) -> list[Source]:
+        """Where the text comes from."""
+        return [Source(name, self.split, self.column, self.separator) for name in names]
+
+    def reads(self) -> list[str]:
+        """The files, folders and hub ids that the stage reads."""
+        return [self.student, self.teacher, *self.data, *self.valid_data]
+
+    def check_paths(self) -> None:
+        """Refuses a student or a teacher that is nowhere: before torch is imported, and before the hub is asked.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        self.student = student_folder(self.student)
+        for name in (self.student, self.teacher):
+            refuse_missing_folder(name)
+
+
+def student_folder(name: str) -> str:
+    """The checkpoint in `name`: of a stage's run it is model/."""
+    folder = user_path(name)
+    inside = folder / "model"
+    if folder.is_dir() and not (folder / "config.json").exists() and (folder / "config.yaml").exists() and not inside.exists():
+        raise ConversionError(f"{name} is the run of a stage that has not come to its end; start that stage again with --resume")
+    return str(inside) if (inside / "config.json").exists() and not (folder / "config.json").exists() else name
+
+
+def command(options: type[O], run: Callable[[O, bool, bool], None]) -> Callable[..., None]:
+    """A function for the command line whose parameters are the fields of `options`, with --resume and --overwrite; it calls `run`."""
+
+    def main(resume: bool = False, overwrite: bool = False, **values: Any) -> None:
+        given = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        run(build(options, given, "the arguments"), resume, overwrite)
+
+    hints = get_type_hints(options)
+    parameters = [_parameter(one.name, hints[one.name], one.metadata["typer"], _default(one)) for one in fields(options)]
+    for name, text in (("resume", _RESUME), ("overwrite", _OVERWRITE)):
+        parameters.append(_parameter(name, bool, typer.Option(f"--{name}", help=text), False))
+    main.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    main.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    main.__doc__ = (run.__doc__ or "").splitlines()[0]
+    return main
+
+
+def _parameter(name: str, kind: Any, info: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+def _default(one: Field[Any]) -> Any:
+    if one.default_factory is not MISSING:
+        return one.default_factory()
+    return inspect.Parameter.empty if one.default is MISSING else one.default
+
+
+@dataclass(kw_only=True)
+class TransferOptions(StageOptions):
+    """What `convert.transfer` is told."""
+
+    train: Literal["attention", "new"] = option(
+        "attention", "What learns: all of the linear attention layers, or only what is new in them."
+    )
+
+
+@dataclass(kw_only=True)
+class DistillOptions(StageOptions):
+    """What `convert.distill` is told."""
+
+    tokens: int = option(20_000_000, "Tokens to train on.", min=1)
+    kl_weight: float = option(1.0, "Weight of the KL divergence to the teacher's predictions.", min=0)
+    text_weight: float = option(0.0, "Weight of the text's own cross-entropy.", min=0)
+    lora: int = option(0, "Rank of LoRA on the attention layers' matrices, merged at the end; 0: all parameters learn.", min=0)
+    long_length: int = option(0, "Tokens a row of the last steps; 0: as all others.", min=0)
+    long_share: float = option(0.2, "Share of the steps with rows of long_length.", min=0, max=1)
+    repeat: int = option(0, "In so many of 16 rows, stretches of their own tokens come again later: it teaches recall.", min=0, max=16)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.kl_weight + self.text_weight > 0:
+            raise ValueError("kl_weight and text_weight are both 0, so nothing would be learned; give one of them a weight")
+        if self.long_length and (self.long_length <= self.length or self.batch_size * self.length % self.long_length):
+            raise ValueError(
+                f"long_length {self.long_length} must be more than length ({self.length}) and divide the tokens of a batch "
+                f"({self.batch_size * self.length}), so that every step has as many tokens"
+            )
