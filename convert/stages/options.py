@@ -20,9 +20,9 @@ _RESUME = "Go on from the newest checkpoint of the same run, if there is one."
 _OVERWRITE = "Replace what this command wrote to the output before."
 
 
-def argument(text: str) -> Any:
-    """A field that the command line takes by its place."""
-    return field(metadata={"typer": typer.Argument(help=text, show_default=False)})
+def argument(name: str, text: str) -> Any:
+    """A field that the command line takes by its place, and calls `name`."""
+    return field(metadata={"typer": typer.Argument(metavar=name, help=text, show_default=False)})
 
 
 def option(default: Any, text: str, **bounds: Any) -> Any:
@@ -39,8 +39,8 @@ def option(default: Any, text: str, **bounds: Any) -> Any:
 class StageOptions:
     """What every stage is told. Each field is an option of the command, with its help, and a key of a recipe."""
 
-    student: str = argument("Folder of a converted checkpoint, or of the run of an earlier stage.")
-    output: str = argument("Folder of the run: metrics, pictures, checkpoints, and at the end model/.")
+    student: str = argument("STUDENT", "Folder of a converted checkpoint, or of the run of an earlier stage.")
+    output: str = argument("OUTPUT", "Folder of the run: metrics, pictures, checkpoints, and at the end model/.")
     teacher: str = option("", "Folder, GGUF file or hub id of the softmax checkpoint that the student was converted from.")
     data: list[str] = option([], "Text to train on: files, folders of them, or hub ids; may be repeated.")
     valid_data: list[str] = option([], "Text to validate on. Without it rows of the training text are kept out, evenly spread.")

@@ -44,6 +44,22 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "x --teacher t --data text --out there": "exists already",
         "x --teacher ./absent --data text": "there is no folder",
     },
+    "convert.transfer": {
+        "--help": "",
+        "absent new --data text": "no teacher is given",
+        "absent new --teacher t": "no text is given",
+        "absent new --teacher t --data text --length 1": "length",
+        "absent new --teacher t --data text --train all": "train",
+        "absent there --teacher t --data text": "exists already",
+        "absent there --teacher t --data text --resume": "holds no mark",
+        "./absent new --teacher t --data text": "there is no folder ./absent",
+    },
+    "convert.distill": {
+        "--help": "",
+        "absent new --teacher t --data text --kl-weight 0": "nothing would be learned",
+        "absent new --teacher t --data text --long-length 1000": "divide the tokens of a batch",
+        "there new --teacher ./absent --data text": "there is no folder ./absent",
+    },
     "recipes.tinystories.train": {
         "--help": "",
         "--config absent.yaml": "absent.yaml",
