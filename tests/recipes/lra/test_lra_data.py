@@ -371,3 +371,106 @@ def test_a_bad_command_is_one_sentence_and_status_2(tmp_path, arguments, message
     )
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def split_of(lengths: list[int], token: int, labels: list[int], towers: int = 1) -> Split:
+    return Split(tuple(Sequences.of(np.full(length, token, np.uint8) for length in lengths) for _ in range(towers)), np.array(labels))
+
+
+@pytest.mark.parametrize(
+    ("task", "lengths", "token", "labels", "message"),
+    [
+        ("listops", [1, 2000], 14, [0, 9], None),
+        ("listops", [1, 2000], 15, [0, 9], "token 15 is outside the 15 tokens of listops"),
+        ("listops", [1, 2001], 14, [0, 9], "sequences have 1 to 2001 tokens, listops allows 1 to 2000"),
+        ("listops", [0, 2000], 14, [0, 9], "sequences have 0 to 2000 tokens"),
+        ("listops", [1, 2], 14, [0, 10], "labels reach from 0 to 10, listops has classes 0 to 9"),
+        ("listops", [1, 2], 14, [-1, 9], "labels reach from -1 to 9"),
+        ("listops", [], 14, [], "there is no example"),
+        ("image", [1024, 1024], 255, [0, 9], None),
+        ("image", [1023, 1024], 255, [0, 9], "sequences have 1023 to 1024 tokens, image allows exactly 1024"),
+        ("text", [1, 4000], 255, [0, 1], None),
+        ("text", [1, 4000], 255, [0, 2], "labels reach from 0 to 2"),
+    ],
+)
+def test_what_a_task_allows_and_one_more(task, lengths, token, labels, message):
+    if message is None:
+        data.check(TASKS[task], split_of(lengths, token, labels), "here")
+        return
+    with pytest.raises(RecipeError, match=f"here: .*{message}"):
+        data.check(TASKS[task], split_of(lengths, token, labels), "here")
+
+
+def test_what_is_read_into_a_class():
+    for text, label in (("0", 0), ("9.0", 9), (3, 3), ("9", 9)):
+        assert data.parse_label(text, 10) == label
+    for text in ("-1", "10", "0.5", "nan", "x", None):
+        with pytest.raises(ValueError, match="expected a whole number from 0 to 9"):
+            data.parse_label(text, 10)
+    assert data.encode_text("", 5).tobytes() == b" " and data.encode_text("abcdef", 5).tobytes() == b"abcde"
+
+
+def test_words_for_labels_and_the_longest_line(tmp_path, monkeypatch):
+    rows = [{"text": "ab", "label": label} for label in ("neg", "pos", 0, "1")]
+    lines = [json.dumps(row) for row in rows]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    assert data.read_jsonl(path, TASKS["text"]).labels.tolist() == [0, 1, 0, 1]
+    longest = max(map(len, lines)) + 1  # with its end
+    monkeypatch.setattr(data, "LONGEST_LINE", longest)
+    assert len(data.read_jsonl(path, TASKS["text"])) == 4
+    monkeypatch.setattr(data, "LONGEST_LINE", longest - 1)
+    with pytest.raises(RecipeError, match=f"rows.jsonl, line 1: the line has more than {longest - 1} characters"):
+        data.read_jsonl(path, TASKS["text"])
+
+
+def test_pictures_and_labels_that_do_not_fit_and_objects_in_arrays(tmp_path):
+    path = tmp_path / "cifar10_test_jpeg.npz"
+    jpegs(path, [np.zeros((32, 32, 3), np.uint8)] * 3, [0, 1, 2])
+    with np.load(path) as arrays:
+        whole = dict(arrays)
+    assert data.read_jpegs(path, TASKS["image"]).labels.tolist() == [0, 1, 2]
+    for change in ({"labels": whole["labels"][:2]}, {"offsets": whole["offsets"][:3]}, {"jpeg": whole["jpeg"][:-1]}):
+        np.savez(path, **{**whole, **change})
+        with pytest.raises(RecipeError, match="the file is damaged"):
+            data.read_jpegs(path, TASKS["image"])
+    objects = np.array([{"x": 1}], dtype=object)
+    np.savez(path, **{**whole, "labels": objects})
+    with pytest.raises(RecipeError, match="expected an .npz with jpeg, offsets and labels"):
+        data.read_jpegs(path, TASKS["image"])
+    np.savez(tmp_path / "split.npz", tokens0=whole["jpeg"], offsets0=whole["offsets"], labels=objects)
+    with pytest.raises(RecipeError, match="not a whole prepared split"):
+        Split.load(tmp_path / "split.npz", TASKS["image"])
+    for change in ({"labels": np.zeros(2)}, {"tokens0": whole["jpeg"][:-1]}):
+        np.savez(tmp_path / "split.npz", **{"tokens0": whole["jpeg"], "offsets0": whole["offsets"], "labels": np.zeros(3), **change})
+        with pytest.raises(RecipeError, match="do not fit each other"):
+            Split.load(tmp_path / "split.npz", TASKS["image"])
+    np.save(tmp_path / "metadata", objects)
+    with pytest.raises(RecipeError, match="not a metadata file"):
+        data.read_metadata(tmp_path / "metadata.npy")
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_pathfinder_is_found_from_any_folder_above_it_and_needs_four_columns(tmp_path, depth):
+    root = write_pathfinder(tmp_path)
+    assert data.pathfinder_root([root, root.parent, tmp_path][depth], TASKS["pathfinder"]) == root
+    lines = (root / "metadata" / "1.npy").read_text().splitlines()
+    (root / "metadata" / "1.npy").write_text("\n".join(" ".join(line.split()[:4]) for line in lines))
+    assert len(data.read_pathfinder(tmp_path, TASKS["pathfinder"])) == 20
+
+
+@pytest.mark.parametrize("column", ["img", "image"])
+def test_a_hub_set_of_pictures_with_splits_of_its_own(tmp_path, column):
+    datasets = pytest.importorskip("datasets")
+    for split, count in (("train", 4), ("validation", 3), ("test", 2)):
+        pictures = [Image.fromarray(np.full((32, 32, 3), i, np.uint8)) for i in range(count)]
+        made = datasets.Dataset.from_dict({column: pictures, "label": list(range(count))})
+        made.to_parquet(tmp_path / "set" / f"{split}.parquet")
+    found = data.read_hub(TASKS["image"], str(tmp_path / "set"))
+    assert [len(found[name]) for name in data.SPLITS] == [4, 3, 2]
+    assert found["valid"].towers[0][2].tolist() == [2] * 1024 and found["valid"].labels.tolist() == [0, 1, 2]
+    (tmp_path / "set" / "test.parquet").unlink()
+    with pytest.raises(RecipeError, match="there is no test split; it has train, validation"):
+        data.read_hub(TASKS["image"], str(tmp_path / "set"))
+    with pytest.raises(RecipeError, match="neither a folder nor a data set's id"):
+        data.read_hub(TASKS["image"], str(tmp_path / "absent"))

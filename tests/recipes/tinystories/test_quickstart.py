@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from recipes.common import cli
 from recipes.common.errors import RecipeError
 from recipes.common.files import staged_directory
+from recipes.quickstart import __main__ as quickstart_module
 from recipes.quickstart.__main__ import Quickstart, main
 from recipes.quickstart.corpus import COLOURS, stories
 
@@ -53,6 +55,44 @@ def test_the_whole_job(tmp_path, monkeypatch):
     assert [x["name"] for x in report["models"]] == ["teacher", "swapped", "fine-tuned"]
     assert [x["attention"] for x in report["models"]] == ["softmax", "linear, decay", "linear, decay"]
     assert (out / "evaluation" / "evaluation.png").exists()
+
+
+def commands(monkeypatch, quickstart) -> list[str]:
+    """What a quickstart would run, in order."""
+    asked: list[str] = []
+    monkeypatch.setattr(quickstart, "call", lambda module, *arguments: asked.append(" ".join([module, *arguments])))
+    monkeypatch.setattr(quickstart, "make_corpus", lambda: asked.append("make_corpus"))
+    quickstart.run()
+    return asked
+
+
+@pytest.mark.parametrize(("scale", "steps", "held"), [(1.0, (300, 150), 300), (0.5, (150, 75), 150), (4.0, (1200, 600), 300)])
+def test_what_the_job_consists_of(scale, steps, held, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    text = f'train_data=["{out}/corpus/stories.txt"] valid_stories={held}'
+    configs = Path(quickstart_module.__file__).parent
+    assert commands(monkeypatch, Quickstart(None, None, out, scale)) == [
+        "make_corpus",
+        f"recipes.tinystories.train --config {configs}/teacher.yaml --resume --set output={out}/teacher tokenizer={out}/corpus "
+        f"steps={steps[0]} {text}",
+        f"convert.linearize {out}/teacher/model {out}/swapped",
+        f"recipes.tinystories.train --config {configs}/finetune.yaml --resume --set output={out}/tuned model={out}/swapped "
+        f"teacher={out}/teacher/model steps={steps[1]} {text}",
+        f"recipes.tinystories.evaluate teacher={out}/teacher/model swapped={out}/swapped fine-tuned={out}/tuned/model "
+        f"--data {out}/corpus/stories.txt --stories {held} --out {out}/evaluation --overwrite",
+    ]
+
+
+@pytest.mark.parametrize(("positions", "length", "batch"), [(256, 256, 16), (4096, 512, 8), (8192, 512, 8), (None, 512, 8)])
+def test_what_the_job_of_ones_own_model_consists_of(positions, length, batch, tiny, tmp_path, monkeypatch):
+    out, model = tmp_path / "out", tmp_path / "model"
+    model.mkdir()
+    config = {"model_type": "llama"} | ({"max_position_embeddings": positions} if positions else {})
+    (model / "config.json").write_text(json.dumps(config))
+    asked = commands(monkeypatch, Quickstart(model, tiny.text, out, 0.5))
+    assert [command.split()[0] for command in asked] == ["convert.linearize", "recipes.tinystories.train", "recipes.tinystories.evaluate"]
+    assert asked[1].endswith(f"steps=125 train_data=[{json.dumps(str(tiny.text))}] valid_stories=250 length={length} batch_size={batch}")
+    assert f"teacher={model} swapped={out}/swapped" in asked[2]
 
 
 def test_a_step_that_fails_ends_the_job_with_its_status(tiny, tmp_path, capfd):
