@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from convert.costs import Costs
 from convert.source import Source
+from hf_linattn.config import LinAttnConfig
 from recipes.common.reading import not_outside
 
 
@@ -37,9 +38,7 @@ def _body(source: Source, config: Any, report: dict[str, Any], costs: Costs) -> 
     kept, name = options["softmax_layers"], source.hub_id or source.folder.name
     layers = f"{config.num_hidden_layers - len(kept)} of {config.num_hidden_layers} layers are linear"
     kept_text = f"; layers {_ranges(kept)} keep softmax attention and a growing key-value cache" if kept else ""
-    formula = "a + b s" if options["kernel"] == "linear" else "a + b s + c s^2"
-    learned = "learned" if options["learnable"] else "fixed"
-    decay = f", with a {learned} decay per query head" if options["decay"] == "head" else ""
+    formula = LinAttnConfig(**options).attention.formula(options["learnable"])
     cast = report["options"].get("dtype")
     weights = f"Its weights are the source's, cast to {cast}," if cast else "Its weights are the source's,"
     lost = "".join(
@@ -51,7 +50,7 @@ def _body(source: Source, config: Any, report: dict[str, Any], costs: Costs) -> 
 This checkpoint was converted from `{name}` with `hf_linattn` and **has not been trained since**. {weights} and its attention is another
 function: it has to be fine-tuned before it predicts well. How well it predicts now has not been measured.
 
-- Attention weights are f(s) = {formula}, normalised, of s = temperature times the cosine of query and key{decay}; {layers}{kept_text}.
+- Attention weights are {formula}; {layers}{kept_text}.
 - {parameters["added"]:,} parameters were added to {parameters["source"]:,}. `conversion.json` holds all options and starting values.
 - Generating takes {costs.sentence()}
 {lost}

@@ -68,7 +68,7 @@ def check_converted(folder: Path, model_class: Any, source: Source, options: Lin
     generator = torch.Generator().manual_seed(options.seed)
     tokens = torch.randint(original.config.get_text_config().vocab_size, (1, PROBE_TOKENS), generator=generator)
     digests, tensors = _digests(original), len({value.data_ptr() for value in original.state_dict().values()})
-    truths = layer_truths(original, tokens, options)
+    truths = layer_truths(original, tokens, options.linattn())
     del original
     model = _load_converted(model_class, folder)
     _compare_weights(digests, _digests(model), source)
@@ -125,9 +125,10 @@ def _compare_weights(wanted: dict[str, str], found: dict[str, str], source: Sour
 def _compare_numbers(model: Any, truths: dict[str, LayerTruth]) -> None:
     for name, module in attention_modules(model):
         wanted = truths[name].numbers if name in truths else None
-        for key, number in (wanted or {}).items() if hasattr(module, "linattn") else ():
+        stored_numbers = module.linattn.at_rest() if wanted and hasattr(module, "linattn") else {}
+        for key, number in (wanted or {}).items() if stored_numbers else ():
             exact = torch.as_tensor(number, dtype=torch.float64)
-            stored = torch.as_tensor(module.linattn().get(key, 0.0), dtype=torch.float64)
+            stored = torch.as_tensor(stored_numbers.get(key, 0.0), dtype=torch.float64)
             if not (stored - exact).abs().max() <= _NUMBERS_BAR * exact.abs().max():
                 raise ConversionError(f"{name} starts with another {key} than it was to; nothing was kept")
 

@@ -9,7 +9,6 @@ from convert.losses import dropped_features
 from convert.options import LinearizeOptions
 from convert.source import Source
 from convert.weights import floating_dtype
-from hf_linattn.config import LinAttnConfig
 from hf_linattn.models import auto_map, config_class_for, model_class_for
 
 # The attention that a source names gives way to ours, whether it is installed or not.
@@ -40,17 +39,7 @@ def converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, An
     if len(kept) == count:
         raise ConversionError(f"--keep-softmax names every layer of {source.name}: nothing is left to convert")
     dropped = dropped_features(config, [layer not in kept for layer in range(count)])
-    try:
-        config.linattn = LinAttnConfig(
-            kernel=options.kernel,
-            decay=options.decay,
-            temperature=options.starting_temperature,
-            softmax_layers=kept,
-            dropout=options.dropout,
-            learnable=options.learnable,
-        ).to_dict()
-    except (TypeError, ValueError) as error:
-        raise ConversionError(str(error)) from error
+    config.linattn = options.linattn().to_dict()
     config.attn_implementation = "linattn"
     config.auto_map = auto_map(config_class)
     config.architectures = [model_class.__name__]

@@ -9,9 +9,7 @@ from typing import Any
 import torch
 
 from convert.errors import ConversionError
-from convert.options import Decay, Kernel
-from hf_linattn.config import sliding_windows
-from hf_linattn.ops.features import feature_count
+from hf_linattn.config import LinAttnConfig, sizes_of, sliding_windows
 
 LARGEST_STATE = 2**30
 """Bytes of state a sequence, beyond which a conversion must be asked for by --large-state."""
@@ -63,7 +61,7 @@ class Costs:
 
     def other_forms(self) -> str:
         """What the state would be in every form."""
-        return ", ".join(f"{name} {size:,}" for name, size in self.forms.items())
+        return _listed(self.forms)
 
 
 def generating_costs(config: Any, large_state: bool = False) -> Costs:
@@ -79,25 +77,20 @@ def generating_costs(config: Any, large_state: bool = False) -> Costs:
     linattn, windows = config.linattn, sliding_windows(config)
     linear = [window for layer, window in enumerate(windows) if layer not in linattn["softmax_layers"]]
     kept = [window for layer, window in enumerate(windows) if layer in linattn["softmax_layers"]]
-    token = 2 * _key_heads(config) * _head_dim(config) * _dtype(config).itemsize  # bytes a token and layer of keys and values
-    forms = {_name(kernel, decay): _state(config, kernel, decay, len(linear)) for kernel in Kernel for decay in Decay}
-    state = forms[_name(linattn["kernel"], linattn["decay"])]
+    form, sizes, dtype = LinAttnConfig(**linattn).attention, sizes_of(config), _dtype(config)
+    token = (sizes.head_dim + sizes.value_dim) * sizes.key_heads * dtype.itemsize  # bytes a token and layer of keys and values
+    state = len(linear) * form.state_bytes(sizes, dtype)
+    forms = {other.describe(): len(linear) * other.state_bytes(sizes, dtype) for other in form.alternatives()}
     if state > LARGEST_STATE and not large_state:
         raise ConversionError(
             f"generating would take {state / 1e9:.2f} GB of state a sequence, all of it read and written for every token "
             f"({_duration(SLOWER[1] * 2 * state / BANDWIDTH)} in plain PyTorch on one core of a CPU), and more than "
-            f"{LARGEST_STATE / 1e9:.2f} GB must be asked for: give --large-state, --kernel linear or --keep-softmax with more layers"
+            f"{LARGEST_STATE / 1e9:.2f} GB must be asked for: give --large-state, --keep-softmax with more layers, or another "
+            f"form, of which these are the bytes: {_listed(forms)}"
         )
     lengths = (1024, 8192, 65536)
     source = {str(length): token * sum(_tokens(window, length) for window in windows) for length in lengths}
     return Costs(state, 2 * state, 2 * state / BANDWIDTH, BANDWIDTH, forms, token * len(kept), source, _break_even(state, token, linear))
-
-
-def _state(config: Any, kernel: str, decay: str, layers: int) -> int:
-    """Bytes of float32 (heads, features, head_dim + 1) in each layer; query heads of a group share a state where nothing decays."""
-    heads, size = config.num_attention_heads if decay == Decay.head else _key_heads(config), _head_dim(config)
-    number = 8 if _dtype(config) == torch.float64 else 4
-    return layers * heads * feature_count(size, 2 if kernel == Kernel.quadratic else 1) * (size + 1) * number
 
 
 def _break_even(state: int, token: int, windows: list[int | None]) -> int | None:
@@ -123,17 +116,9 @@ def _dtype(config: Any) -> torch.dtype:
     return dtype
 
 
-def _key_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def _head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-
-
 def _duration(seconds: float) -> str:
     return f"{seconds:.2g} s" if seconds >= 0.1 else f"{1000 * seconds:.2g} ms"
 
 
-def _name(kernel: str, decay: str) -> str:
-    return str(Kernel(kernel).value) + (" with decay" if decay == Decay.head else "")
+def _listed(forms: dict[str, int]) -> str:
+    return ", ".join(f"{name} {size:,}" for name, size in forms.items())

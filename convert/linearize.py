@@ -67,7 +67,7 @@ def _convert(
     from convert.gguf import unpacked
     from convert.report import conversion_report
     from convert.source import open_source
-    from convert.weights import new_parameters, write_weights
+    from convert.weights import new_parameters, stored_tensors, write_weights
     from hf_linattn.models import write_stub
     from recipes.common.blame import naming_the_key
 
@@ -76,19 +76,19 @@ def _convert(
         opened = replace(open_source(name, options.revision), name=source)
         with naming_the_key(opened.config, opened.folder / "config.json"):
             config, model_class, dropped = converted_config(opened, options)
-            added = new_parameters(opened, model_class, config)
+            parameters = new_parameters(opened, model_class, config)
         costs = generating_costs(config, options.large_state)
         on_costs(costs)
         dtype = getattr(torch, options.dtype) if options.dtype else None
         with staged_directory(output, COMMAND, overwrite=options.overwrite, inputs=[opened.folder]) as folder, stage(f"writing {output}"):
             _require_space(folder, opened.nbytes)
-            write_weights(opened, added, folder, dtype, on_shard)
+            write_weights(opened, stored_tensors(parameters), folder, dtype, on_shard)
             config.save_pretrained(folder)
             write_stub(type(config), folder)
             copy_companions(opened.folder, folder)
             checked = check_converted(folder, model_class, opened, options) if options.check else None
             given = asdict(options) | {"keep_softmax": list(options.keep_softmax)}
-            report = conversion_report(opened, config, given, dropped, added, costs, checked)
+            report = conversion_report(opened, config, given, dropped, parameters, costs, checked)
             (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             (folder / "README.md").write_text(model_card(opened, config, report, costs), encoding="utf-8")
     return report
@@ -103,8 +103,10 @@ def _require_space(folder: Path, needed: int) -> None:
 def main(
     source: Annotated[str, typer.Argument(help="Folder of the checkpoint, a GGUF file, or a hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder to write, which must not exist.")],
-    kernel: Annotated[Kernel, typer.Option(help="Attention weight: a + b s, or a + b s + c s^2.")] = Kernel.linear,
-    decay: Annotated[Decay, typer.Option(help="A learned decay per query head, or none.")] = Decay.head,
+    kernel: Annotated[
+        Kernel | None, typer.Option(help="Attention weight a + b s (default), or a + b s + c s^2.", show_default=False)
+    ] = None,
+    decay: Annotated[Decay | None, typer.Option(help="What a learned decay is kept for (default: head).", show_default=False)] = None,
     keep_softmax: Annotated[str, typer.Option(help="Layers that stay softmax, such as 0-5,8.")] = "",
     temperature: Annotated[float | None, typer.Option(help="Its start (default 0.98 linear, 2 quadratic).", show_default=False)] = None,
     dropout: Annotated[float | None, typer.Option(help="Noise dropout in training (default: the model's own).", show_default=False)] = None,
@@ -119,8 +121,8 @@ def main(
     """Convert the softmax checkpoint SOURCE into a linear-attention checkpoint OUTPUT."""
     console = cli.console()
     options = LinearizeOptions(
-        kernel=kernel.value,
-        decay=decay.value,
+        kernel=kernel.value if kernel else None,
+        decay=decay.value if decay else None,
         keep_softmax=layer_numbers(keep_softmax),
         temperature=temperature,
         dropout=dropout,

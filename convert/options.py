@@ -6,12 +6,16 @@ import math
 import re
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from convert.errors import ConversionError
 
-STARTING_TEMPERATURE = {"linear": 0.98, "quadratic": 2.0}
-"""For the linear kernel, the largest that a trained temperature may start at: 0.98 of its bound."""
+if TYPE_CHECKING:
+    from hf_linattn.config import LinAttnConfig
 
+FORM = "polynomial"
+OF_THE_FORM = ("kernel", "decay", "temperature")
+"""Options that are the form's, by the same names."""
 MOST_LAYERS = 9999
 """The highest layer number that a range may name."""
 
@@ -24,10 +28,12 @@ class Kernel(str, Enum):
 
 
 class Decay(str, Enum):
-    """No decay with distance, or one learned rate per query head."""
+    """No decay with distance, or a learned rate per query head, per key head, or per token and key head."""
 
     none = "none"
     head = "head"
+    key_head = "key_head"
+    token = "token"
 
 
 class DType(str, Enum):
@@ -43,8 +49,8 @@ class LinearizeOptions:
     """How to convert. The command line's options, by the same names; README.md says what each does.
 
     Attributes:
-        kernel: ``linear`` or ``quadratic``.
-        decay: ``head`` or ``none``.
+        kernel: ``linear`` or ``quadratic``; None: ``linear``.
+        decay: ``none``, ``head``, ``key_head`` or ``token``; None: ``head``.
         keep_softmax: indices of the layers that keep softmax attention.
         temperature: where the temperature starts; None: 0.98 (linear), 2 (quadratic).
         dropout: probability of noise dropout in training; None: the model's own attention dropout.
@@ -57,8 +63,8 @@ class LinearizeOptions:
         seed: of the random tokens that the check runs it on.
     """
 
-    kernel: str = "linear"
-    decay: str = "head"
+    kernel: str | None = None
+    decay: str | None = None
     keep_softmax: tuple[int, ...] = ()
     temperature: float | None = None
     dropout: float | None = None
@@ -85,10 +91,25 @@ class LinearizeOptions:
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise ConversionError(f"the dropout must be in [0, 1), not {self.dropout}")
 
-    @property
-    def starting_temperature(self) -> float:
-        """Where the temperature starts."""
-        return STARTING_TEMPERATURE[self.kernel] if self.temperature is None else self.temperature
+    def linattn(self) -> LinAttnConfig:
+        """What the checkpoint's linear layers are to compute.
+
+        Raises:
+            ConversionError: options that do not go together.
+        """
+        from hf_linattn.config import LinAttnConfig  # late, since importing torch takes seconds
+        from hf_linattn.forms import FORMS
+
+        given = {name: getattr(self, name) for name in OF_THE_FORM}
+        try:
+            return LinAttnConfig(
+                **FORMS[FORM].converted(given),
+                softmax_layers=sorted(set(self.keep_softmax)),
+                dropout=self.dropout,
+                learnable=self.learnable,
+            )
+        except (TypeError, ValueError) as error:
+            raise ConversionError(str(error)) from error
 
 
 def layer_numbers(text: str) -> tuple[int, ...]:

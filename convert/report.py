@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from torch import Tensor
 
 from convert.check import CheckReport
 from convert.costs import Costs
 from convert.source import Source
+from convert.weights import stored_tensors
 from hf_linattn.config import LinAttnConfig
-from hf_linattn.layers import LinAttnParams
+from hf_linattn.forms import LinAttnParams
 
 _PACKAGES = ("hf_linattn", "torch", "transformers", "safetensors")
 
@@ -25,7 +25,7 @@ def conversion_report(
     config: Any,
     options: dict[str, Any],
     dropped: list[dict[str, Any]],
-    added: dict[str, Tensor],
+    added: dict[str, LinAttnParams],
     costs: Costs,
     checked: CheckReport | None,
 ) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def conversion_report(
         config: the converted configuration.
         options: as they were given.
         dropped: what linear layers leave behind.
-        added: the new parameters by name.
+        added: the new parameters by the name of their module.
         costs: what generating takes.
         checked: what the check found, None where it was left out.
     """
@@ -50,7 +50,7 @@ def conversion_report(
         "starting_values": _starting_values(config, added),
         "dropped": dropped,
         "costs": asdict(costs),
-        "parameters": {"source": source.numbers, "added": sum(tensor.numel() for tensor in added.values())},
+        "parameters": {"source": source.numbers, "added": sum(tensor.numel() for tensor in stored_tensors(added).values())},
         "check": asdict(checked) if checked else None,
         "versions": versions(),
     }
@@ -65,7 +65,7 @@ def summary(output: Path, report: dict[str, Any]) -> Table:
     """The report as a table for the screen."""
     table = Table(title=f"{report['source']} -> {output}", show_header=False, title_justify="left")
     linattn, parameters = report["linattn"], report["parameters"]
-    table.add_row("linear layers", f"{len(report['linear_layers'])}, kernel {linattn['kernel']}, decay {linattn['decay']}")
+    table.add_row("linear layers", f"{len(report['linear_layers'])}, {LinAttnConfig(**linattn).attention.describe()}")
     table.add_row("softmax layers", ", ".join(map(str, linattn["softmax_layers"])) or "none")
     table.add_row("parameters", f"{parameters['source']:,} + {parameters['added']:,} new")
     for item in report["dropped"]:
@@ -83,20 +83,16 @@ def summary(output: Path, report: dict[str, Any]) -> Table:
     return table
 
 
-def _starting_values(config: Any, added: dict[str, Tensor]) -> dict[str, Any]:
-    """What linear layers start with: a list of H numbers, or one for all, for each of temperature, a, b, c, log_decay; where layers
-    differ, because of their windows, a list for each layer by its number."""
+def _starting_values(config: Any, added: dict[str, LinAttnParams]) -> dict[str, Any]:
+    """What linear layers start with: a list of a number a head for each of temperature, a, b, c, log_decay; where layers differ, because of
+    their windows, a list for each layer by its number; the options where a layer has nothing of its own."""
     if not added:
-        return {name: config.linattn[name] for name in ("temperature", "a", "b", "c")}
-    layers: dict[str, dict[str, Tensor]] = {}
-    for name, value in added.items():
-        path, _, key = name.rpartition(".")
-        layers.setdefault(next(part for part in path.split(".") if part.isdecimal()), {})[key] = value
+        options = LinAttnConfig(**config.linattn).options
+        return {name: value for name, value in asdict(options).items() if isinstance(value, float)}
     starts: dict[str, dict[str, list[float]]] = {}
-    for layer, stored in layers.items():
-        parameters = LinAttnParams(config.num_attention_heads, LinAttnConfig(**config.linattn))
-        parameters.load_state_dict(stored, strict=False)
-        for name, values in parameters().items():
+    for path, module in added.items():
+        layer = next(part for part in path.split(".") if part.isdecimal())
+        for name, values in module.at_rest().items():
             starts.setdefault(name, {})[layer] = [round(number, 6) for number in values.tolist()]
     return {name: each if len(set(map(str, each.values()))) > 1 else next(iter(each.values())) for name, each in starts.items()}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,15 +16,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from convert.errors import ConversionError
-from convert.options import LinearizeOptions
 from hf_linattn.config import LinAttnConfig
+from hf_linattn.forms import Call, Numbers
 from hf_linattn.models import attention_modules
-from hf_linattn.ops import reference
 
 _QUADRATIC_FORM = "linattn_quadratic_form"
-_SHORTEST, _LONGEST = 1.5, 2048  # tokens: the time constants of the first and, at most, of the last head
-
-Numbers = dict[str, Any]
+_LONGEST = 2048  # tokens: at most the time constant of the slowest head
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class LayerTruth:
         hidden: what enters it (1, N, width), in the checkpoint's dtype.
         exact: what must leave it (1, N, width), by the formula in float64.
         plain: the same formula in plain PyTorch, by dtype: the checkpoint's, and float32 where that is less.
-        numbers: a, b, c, temperature and, with a decay, log_decay: a number or float64 (H,) each; None for a layer that keeps softmax.
+        numbers: what the form starts with: a number or float64 (heads,) each; None for a layer that keeps softmax.
     """
 
     hidden: Tensor
@@ -45,7 +42,7 @@ class LayerTruth:
 
 
 @torch.no_grad()
-def layer_truths(model: PreTrainedModel, tokens: Tensor, options: LinearizeOptions) -> dict[str, LayerTruth]:
+def layer_truths(model: PreTrainedModel, tokens: Tensor, options: LinAttnConfig) -> dict[str, LayerTruth]:
     """The truth of every attention layer by its name; ``model`` is the source's, with ``attn_implementation="eager"``.
 
     Raises:
@@ -64,19 +61,6 @@ def layer_truths(model: PreTrainedModel, tokens: Tensor, options: LinearizeOptio
     config: Any = model.config.get_text_config(decoder=True)
     longest = min(getattr(config, "max_position_embeddings", None) or _LONGEST, _LONGEST)
     return {name: _layer_truth(name, modules[name], call, options, longest) for name, call in calls.items()}
-
-
-def starting_numbers(options: LinearizeOptions, longest: int, heads: int) -> Numbers:
-    """The numbers that README.md promises for the start, computed apart from the parameters that hold them."""
-    coefficients = LinAttnConfig(kernel=options.kernel)
-    a, b, c = coefficients.a, coefficients.b, coefficients.c or 0.0
-    numbers: Numbers = {"a": a, "b": b, "c": c, "temperature": options.starting_temperature}
-    if options.learnable or options.decay == "head":
-        name, bound = ("temperature", a / b) if options.kernel == "linear" else ("b", 2 * (a * c) ** 0.5)
-        numbers[name] = min(numbers[name], 0.98 * bound)
-    if options.decay == "head":
-        numbers["log_decay"] = -1 / (_SHORTEST * (longest / _SHORTEST) ** torch.linspace(0, 1, heads, dtype=torch.float64))
-    return numbers
 
 
 def precisions(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
@@ -103,13 +87,13 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return {key: cast(item, dtype) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _layer_truth(name: str, module: nn.Module, call: tuple[Any, Any], options: LinearizeOptions, longest: int) -> LayerTruth:
+def _layer_truth(name: str, module: nn.Module, call: tuple[Any, Any], options: LinAttnConfig, longest: int) -> LayerTruth:
     hidden = hidden_states(*call)
     copied: Any = copy.deepcopy(module)
-    linear = module.layer_idx not in options.keep_softmax
+    linear = module.layer_idx not in options.softmax_layers
     if linear:
         copied.config._attn_implementation = _QUADRATIC_FORM
-        copied.numbers_for = lambda heads, window: starting_numbers(options, min(longest, window or longest), heads)
+        copied.options, copied.longest = options, longest
     plain = {dtype: _run(copied, call, dtype) for dtype in precisions(hidden.dtype)}
     if linear and not hasattr(copied, "numbers"):
         raise ConversionError(f"{name} ({type(module).__name__}) does not call Transformers' attention interface; nothing was kept")
@@ -125,8 +109,10 @@ def _quadratic_form(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, sliding_window: int | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention as the interface calls it; the window that it is called with bounds where a decay starts."""
-    module.numbers = module.numbers_for(query.shape[1], sliding_window)
-    return reference(query, key, value, **module.numbers).transpose(1, 2).contiguous(), None
+    call, form = Call(query, key, value, scaling=kwargs.get("scaling")), module.options.attention
+    sizes = replace(call.sizes, longest=min(module.longest, sliding_window or module.longest))
+    module.numbers = form.starting_numbers(sizes, module.options.learnable)
+    return form.reference(call, module.numbers).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_QUADRATIC_FORM, _quadratic_form)

@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from convert.source import INDEX, Source
-from hf_linattn.layers import LinAttnParams
+from hf_linattn.forms import LinAttnParams
+from hf_linattn.forms.parameters import OFFSET
 from recipes.common.checkpoint import check_fits, without_memory
 
 
-def new_parameters(source: Source, model_class: Any, config: Any) -> dict[str, Tensor]:
-    """The parameters that conversion adds to a model of ``model_class``, by name, float32 (H,) each, at their starting values.
+def new_parameters(source: Source, model_class: Any, config: Any) -> dict[str, LinAttnParams]:
+    """The parameters that conversion adds to a model of ``model_class``, by the name of their module, at their starting values.
 
     The model itself is built on the meta device and takes no memory.
 
@@ -38,8 +39,14 @@ def new_parameters(source: Source, model_class: Any, config: Any) -> dict[str, T
         if isinstance(module, LinAttnParams):
             started = module.to_empty(device="cpu")
             started.reset_parameters()
-            added.update({f"{name}.{key}": value for key, value in started.named_buffers()})
+            added[name] = started
     return added
+
+
+def stored_tensors(parameters: dict[str, LinAttnParams]) -> dict[str, Tensor]:
+    """What is written of new parameters, by name: all but what was learned since the start, which is 0."""
+    stored = ((f"{path}.{name}", value) for path, module in parameters.items() for name, value in module.state_dict().items())
+    return {name: value for name, value in stored if not name.endswith(OFFSET)}
 
 
 def write_weights(

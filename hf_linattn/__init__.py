@@ -8,10 +8,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from . import adapters, cache, choice, models  # noqa: F401  (models registers the Auto classes)
 from .attention import linattn_attention
-from .cache import LinearStateLayer, StaticLinearStateLayer
+from .cache import LinearStateLayer, StaticLinearStateLayer, cache_bytes
 from .config import NAME, LinAttnConfig
 from .dropout import DropoutCallback, DropoutSchedule, set_dropout
-from .layers import LinAttnParams
+from .forms import LinAttnParams
 from .mask import linattn_mask
 from .ops import empty_state, linear_attention, linear_attention_step
 from .support import require_attention_interface
@@ -30,6 +30,7 @@ __all__ = [
     "LinAttnParams",
     "LinearStateLayer",
     "StaticLinearStateLayer",
+    "cache_bytes",
     "empty_state",
     "linear_attention",
     "linear_attention_step",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import sys
 from typing import Any
 
@@ -16,10 +15,9 @@ from .architectures import missing_parameters
 from .cache import LinearStateLayer, take
 from .calls import refuse_unknown_calls, warn_about_dropped
 from .config import NAME, LinAttnConfig
-from .ops import linear_attention, linear_attention_step
+from .forms import Call, Form, LinAttnParams, Numbers
 from .packing import segment_ids, sequence_starts
 from .pattern import Pattern, is_packed
-from .rollback import Recurrence
 from .told import made_pattern, pattern_of, refuse_another_past
 from .values import require
 
@@ -29,7 +27,6 @@ PACKED_IN_A_CACHE = (
     "Positions fall, so sequences are packed together, and the softmax layers of this model cannot tell them apart in a cache that is "
     "longer than these tokens; give packed sequences use_cache=False."
 )
-FASTEST, SLOWEST = 1.5, 512.0  # tokens: the time constants of the first and of the last head
 
 
 def linattn_attention(
@@ -77,15 +74,16 @@ def linattn_attention(
         refuse_another_past(layer.left_out, pattern)
 
     segments = segments_of(pattern, position_ids, cu_seq_lens_q, length, query.shape[0])
-    numbers = coefficients(module, options, query, scaling)
-    chance = noise(module, options, dropout)
-    has_state = layer is not None and (causal or ("log_decay" not in numbers and not _is_packed(segments)))
-    if layer is not None and not has_state:
-        layer.is_incomplete = True
-    if layer is None or not has_state:
-        out: Any = linear_attention(query, key, value, causal=causal, segment_ids=segments, **numbers, **chance)
+    form, parameters = options.attention, parameters_of(module, options)
+    hidden = None if parameters is None else parameters.take_hidden_states()
+    call = Call(query, key, value, segments, causal, scaling, noise(module, options, dropout), hidden)
+    numbers = form.numbers(call, parameters)
+    if layer is None or not form.keeps_state(call, numbers):
+        if layer is not None:
+            layer.is_incomplete = True
+        out = form.attend(call, numbers)
     else:
-        out = attend_with_state(layer, first, causal, query, key, value, segments, numbers, chance)
+        out = attend_with_state(form, layer, first, call, numbers)
         if pattern.real is not None:
             layer.leave_out(~pattern.real.expand(query.shape[0], -1))
     return out.transpose(1, 2).contiguous(), None
@@ -100,41 +98,19 @@ def segments_of(pattern: Pattern, position_ids: Tensor | None, cu_seq_lens: Tens
     return segment_ids(pattern.real, starts, batch)
 
 
-def attend_with_state(
-    layer: LinearStateLayer,
-    first: bool,
-    causal: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Tensor | None,
-    numbers: dict[str, Any],
-    noise: dict[str, Any],
-) -> Tensor:
+def attend_with_state(form: Form, layer: LinearStateLayer, first: bool, call: Call, numbers: Numbers) -> Tensor:
     """Attention over the state and the new tokens; leaves the state after them in `layer`."""
-    log_decay = numbers.get("log_decay")
-    recurrence = Recurrence(query.shape[1], not _is_zero(numbers["c"]), numbers["normalize_qk"], log_decay)
-    heads = key.shape[1] if log_decay is None else log_decay.shape[0]
-    before = None if first else layer.allocate(key, value, heads, recurrence.quadratic)
-    if _is_packed(segments):
+    length = call.query.shape[2]
+    before = None if first else layer.allocate(form, call.sizes, length)
+    if call.is_packed:
         layer.forget_recent()
     else:
-        layer.record(recurrence, key, value, segments, before)
-    if before is not None and query.shape[2] == 1 and not noise and not _needs_grad(query, key, value):
-        return linear_attention_step(query, key, value, before, segment_ids=segments, **numbers)
-    out, after = linear_attention(
-        query, key, value, causal=causal, segment_ids=segments, initial_state=before, return_state=True, **numbers, **noise
-    )
+        layer.record(form, call, numbers, before)
+    if before is not None and length == 1 and not call.noise and not _needs_grad(call.query, call.key, call.value):
+        return form.step(call, numbers, before)
+    out, after = form.attend_from(call, numbers, before)
     layer.write(after)
     return out
-
-
-def _is_packed(segments: Tensor | None) -> bool:
-    return segments is not None and segments.dtype != torch.bool
-
-
-def _is_zero(c: Number) -> bool:
-    return not isinstance(c, Tensor) and c == 0
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -168,24 +144,16 @@ def keeps_softmax(module: nn.Module, options: LinAttnConfig) -> bool:
     return index in options.softmax_layers
 
 
-def coefficients(module: nn.Module, options: LinAttnConfig, query: Tensor, scaling: float | None) -> dict[str, Any]:
-    """a, b, c, temperature, log_decay and normalize_qk of a layer: its parameters where it has some, else the config's numbers."""
-    numbers: dict[str, Any] = {"a": options.a, "b": options.b, "c": options.c, "temperature": options.temperature}
-    if options.decay == "head":
-        numbers["log_decay"] = starting_log_decay(query.shape[1], query.device)
-    if hasattr(module, NAME):
-        numbers.update(getattr(module, NAME)())
-    elif options.learnable:
+def parameters_of(module: nn.Module, options: LinAttnConfig) -> LinAttnParams | None:
+    """What a layer has learned, None where it has nothing of its own.
+
+    Raises:
+        ValueError: the options say that it has, and it has not.
+    """
+    parameters: LinAttnParams | None = getattr(module, NAME, None)
+    if parameters is None and options.learnable:
         raise ValueError(missing_parameters(type(module).__name__))
-    if not options.normalize_qk:
-        numbers["temperature"] = numbers["temperature"] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    numbers["normalize_qk"] = options.normalize_qk
-    return numbers
-
-
-def starting_log_decay(heads: int, device: torch.device | None = None) -> Tensor:
-    """-1 / tau, float32 (heads,), tau from 1.5 to 512 tokens in equal ratios: the fixed rates of a model without parameters."""
-    return -torch.logspace(-math.log10(FASTEST), -math.log10(SLOWEST), heads, device=device, dtype=torch.float32)
+    return parameters
 
 
 def noise(module: nn.Module, options: LinAttnConfig, dropout: Number) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A cache of constant size: each linear layer keeps one float32 state instead of its keys and values.
+"""A cache of constant size: each linear layer keeps what its form of attention says instead of its keys and values.
 
 Transformers asks one function, `cache_utils.get_layer_types_and_kwargs`, which layer a cache holds for each layer of a model.
 Wrapping it is the only patch. `update()` cannot compute attention, for it has no query: it hands itself to the attention
@@ -7,6 +7,7 @@ function on the tensors it returns (see `hand_over`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +19,9 @@ from transformers.utils import is_torchdynamo_compiling
 
 from .config import NAME, LinAttnConfig, softmax_layers
 from .counted import digest, joined
+from .forms import Call, Form, Numbers, Sizes, State
 from .hand_over import FILLED, NEVER_READ, hand_over, receive
-from .ops import empty_state
-from .rollback import RecentTokens, Recurrence
+from .rollback import RecentTokens
 from .support import require_attention_interface
 
 MIXED = NAME + "_mixed"
@@ -31,10 +32,10 @@ OUR_TYPES = {
 
 
 class LinearStateLayer(CacheLayerMixin):
-    """The state of one linear attention layer: float32 (B, Hs, F, Dv + 1), whatever the number of tokens (float64 in such a model).
+    """The state of one linear attention layer, as its form lays it out, whatever the number of tokens.
 
-    Hs, F and the meaning of the state are those of `linear_attention`. The layer reports the masks of full attention
-    (every token seen so far), so that softmax layers of a hybrid model get the masks they need.
+    The layer reports the masks of full attention (every token seen so far), so that softmax layers of a hybrid model get the masks they
+    need.
 
     Where the attention function reads one update several times, as differential attention and layers that share keys do, each
     reader has a state of its own: the first one this layer's, the n-th that of the n-th in `_more`.
@@ -44,9 +45,10 @@ class LinearStateLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, decaying_heads: int | None = None, quadratic: bool = False, **kwargs: Any) -> None:
+    def __init__(self, form: Form | None = None, query_heads: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.decaying_heads, self.quadratic = decaying_heads, quadratic
+        self._form, self._query_heads = form, query_heads
+        self._state: State | None = None
         self.cumulative_length: Any = 0
         self.record_past = False
         self.is_incomplete = False  # whether there were tokens that no state could take in, seen both ways under a decay or packed
@@ -56,13 +58,19 @@ class LinearStateLayer(CacheLayerMixin):
         self._more: list[LinearStateLayer] = []
 
     @property
-    def state(self) -> Tensor | None:
-        """Under the name of what Transformers registers as a buffer to export, and moves."""
-        return self.keys
+    def state(self) -> State | None:
+        """What the form keeps of all tokens so far, by name; None before the first."""
+        return self._state
 
     @state.setter
-    def state(self, state: Tensor | None) -> None:
-        self.keys = state
+    def state(self, state: State) -> None:
+        self._state = state
+        self.keys = next(iter(state.values()))  # under the name of what Transformers registers as a buffer to export, and moves
+
+    def nbytes(self) -> int:
+        """Bytes of the state, of all readers."""
+        own = 0 if self._state is None else sum(tensor.nbytes for tensor in self._state.values())
+        return own + sum(reader.nbytes() for reader in self._more)
 
     @property
     def left_out(self) -> Tensor | None:
@@ -76,8 +84,9 @@ class LinearStateLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
         self.is_initialized = True
-        if key_states.shape[-2] == 0:  # ahead of the first token, to export
-            self.allocate(key_states, value_states, self.decaying_heads or key_states.shape[1], self.quadratic)
+        if key_states.shape[-2] == 0 and self._form is not None:  # ahead of the first token, to export
+            heads = self._query_heads or key_states.shape[1]
+            self.allocate(self._form, Sizes(heads, key_states.shape[1], key_states.shape[-1], value_states.shape[-1]), 0)
             self.left_out = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -138,32 +147,32 @@ class LinearStateLayer(CacheLayerMixin):
     def _remember(self, left_out: Tensor) -> None:
         self.left_out = left_out
 
-    def allocate(self, key: Tensor, value: Tensor, heads: int, quadratic: bool) -> Tensor:
-        """The state for keys (B, Hk, N, D) and values (B, Hk, N, Dv), made of zeros if there is none yet."""
-        if self.state is None:
-            dtype = torch.float64 if key.dtype == torch.float64 else torch.float32
-            batch, head_dim, value_dim = key.shape[0], key.shape[-1], value.shape[-1]
-            self.state = empty_state(batch, heads, head_dim, value_dim, degree=2 if quadratic else 1, device=key.device, dtype=dtype)
-        elif not is_torchdynamo_compiling() and self.state.is_inference() and not torch.is_inference_mode_enabled():
-            self.state = self.state.clone()  # made under torch.inference_mode(), it could not be written outside
-        return self.state
+    def allocate(self, form: Form, sizes: Sizes, tokens: int) -> State:
+        """The state before the `tokens` just counted, empty if there is none yet."""
+        state = self.state
+        if state is None:
+            state = self.state = form.empty_state(sizes, self.batch_size, self.dtype, self.device)
+        elif not is_torchdynamo_compiling() and not torch.is_inference_mode_enabled() and any(x.is_inference() for x in state.values()):
+            state = self.state = _each(torch.clone, state)  # made under torch.inference_mode(), it could not be written outside
+        return state
 
     def forget_recent(self) -> None:
         """No token seen so far can be taken back: what was packed together is not taken apart again."""
         self._recent = None
 
-    def record(self, recurrence: Recurrence, key: Tensor, value: Tensor, real: Tensor | None, before: Tensor | None) -> None:
+    def record(self, form: Form, call: Call, numbers: Numbers, before: State | None) -> None:
         """Keeps new tokens for a later `crop`, if `activate_past_recording` asked for it; `before` is the state before them."""
         if not self.record_past:
             self._recent = None
             return
         if self._recent is None:
-            self._recent = RecentTokens(None if before is None else before.clone(), recurrence)
-        self._recent.append(key, value, real)
+            advance = functools.partial(form.advance, numbers=numbers, query_heads=call.query.shape[1])
+            self._recent = RecentTokens(None if before is None else _each(torch.clone, before), advance)
+        self._recent.append(form.tokens(call, numbers), call.segments)
 
-    def write(self, state: Tensor) -> None:
+    def write(self, state: State) -> None:
         """Puts a new state in place of the old one. No gradient flows from one call of the model to the next."""
-        self.state = state.detach()
+        self.state = _each(Tensor.detach, state)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -201,18 +210,18 @@ class LinearStateLayer(CacheLayerMixin):
         self._advance(-count)
 
     def _take_back(self, count: int) -> None:
-        if self.left_out is not None and self._recent is not None and self._recent.real is not None:
-            dropped = digest(~self._recent.real[:, self._recent.count - count :], self.seen_before(count))
+        if self.left_out is not None and self._recent is not None:
+            dropped = digest(self._recent.padding(count), self.seen_before(count))
             self._remember(joined(self.left_out, -dropped))
         state = None if self._recent is None else self._recent.drop(count)
         if self.state is not None:
-            self.write(torch.zeros_like(self.state) if state is None else state.clone())
+            self.write(_each(torch.zeros_like, self.state) if state is None else _each(torch.clone, state))
 
     def reset(self) -> None:
         self._advance(-self.cumulative_length)
         for reader in (self, *self._more):
             if reader.state is not None:
-                reader.write(torch.zeros_like(reader.state))
+                reader.write(_each(torch.zeros_like, reader.state))
             if reader.left_out is not None:
                 reader._remember(torch.zeros_like(reader.left_out))
             reader._recent, reader.is_incomplete = None, False
@@ -226,8 +235,8 @@ class LinearStateLayer(CacheLayerMixin):
 
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.state is not None:
-            self.state = function(self.state)
-            self.batch_size = self.state.shape[0]
+            self.state = _each(function, self.state)
+            self.batch_size = next(iter(self.state.values())).shape[0]
         if self.left_out is not None:
             self.left_out = function(self.left_out)
         if self._recent is not None:
@@ -271,26 +280,28 @@ class StaticLinearStateLayer(LinearStateLayer):
     def is_first(self, tokens: int) -> bool:
         return False  # not known without waiting for the device; a state of zeros says the same
 
-    def allocate(self, key: Tensor, value: Tensor, heads: int, quadratic: bool) -> Tensor:
+    def allocate(self, form: Form, sizes: Sizes, tokens: int) -> State:
         is_new, exporting = self.state is None, torch.compiler.is_exporting()
         if is_new and exporting:
             raise RuntimeError(
                 "torch.export can carry only a state that is there before it begins (cache.early_initialization makes it): not that of a "
                 "second reader of one update, nor of a layer that holds a recurrence besides."
             )
-        state = super().allocate(key, value, heads, quadratic)
-        if is_new and not is_torchdynamo_compiling():
-            torch._dynamo.mark_static_address(state)
-        if exporting:  # an exported program has no reset: Transformers begins a new text in it by setting the length to 0
-            state.masked_fill_(self.cumulative_length == key.shape[-2], 0)
+        state = super().allocate(form, sizes, tokens)
+        for tensor in state.values():
+            if is_new and not is_torchdynamo_compiling():
+                torch._dynamo.mark_static_address(tensor)
+            if exporting:  # an exported program has no reset: Transformers begins a new text in it by setting the length to 0
+                tensor.masked_fill_(self.cumulative_length == tokens, 0)
         return state
 
-    def write(self, state: Tensor) -> None:
-        saved_for_backward = torch.is_grad_enabled() and state.requires_grad and not torch.compiler.is_exporting()
-        if self.state is None or saved_for_backward:
-            self.state = state.detach()
-        else:
-            self.state.copy_(state.detach())
+    def write(self, state: State) -> None:
+        saved_for_backward = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        if self.state is None or (saved_for_backward and any(tensor.requires_grad for tensor in state.values())):
+            self.state = _each(Tensor.detach, state)
+            return
+        for name, tensor in self.state.items():
+            tensor.copy_(state[name].detach())
 
     def _remember(self, left_out: Tensor) -> None:
         if self.left_out is not None and (is_torchdynamo_compiling() or not self.left_out.is_inference()):
@@ -363,6 +374,10 @@ def take(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Lin
     return key, value, layer.next_reader()
 
 
+def _each(function: Callable[[Tensor], Tensor], state: State) -> State:
+    return {name: function(tensor) for name, tensor in state.items()}
+
+
 def _received_by_update(tensor: Tensor) -> Tensor:
     """Raises if the tensor was computed from what another layer handed over, and nobody has read that."""
     tensor, layer = receive(tensor)
@@ -376,6 +391,17 @@ def _reads_differ(now: int, before: int) -> str:
         f"The attention function has read one update of a linear attention cache {now} times, and the one before {before} times, so that "
         "the states of its readers no longer belong together. Every call of a model with one cache must run the same layers."
     )
+
+
+def cache_bytes(cache: cache_utils.Cache) -> int:
+    """Bytes that a cache of Transformers holds: keys and values, and the states of linear layers."""
+    held = 0
+    for layer in cache.layers:
+        if isinstance(layer, LinearStateLayer):
+            held += layer.nbytes()
+        else:
+            held += sum(value.nbytes for value in vars(layer).values() if isinstance(value, Tensor))
+    return held
 
 
 _layer_types = cache_utils.get_layer_types_and_kwargs
@@ -398,10 +424,9 @@ def get_layer_types_and_kwargs(config: PreTrainedConfig) -> tuple[list[str], Any
                 "Layers of this model share keys, and a softmax and a linear layer cannot: leave linattn option softmax_layers empty."
             )
         types = [kind if layer in kept else _our_type(kind) for layer, kind in enumerate(types)]
-        options = LinAttnConfig.of(config)
-        heads = getattr(config, "num_attention_heads", None) if options.decay == "head" else None
+        form, heads = LinAttnConfig.of(config).attention, getattr(config, "num_attention_heads", None)
         for layer_kwargs in kwargs if isinstance(kwargs, list) else [kwargs]:  # older Transformers have one for all layers
-            layer_kwargs.update(decaying_heads=heads, quadratic=options.kernel == "quadratic")
+            layer_kwargs.update(form=form, query_heads=heads)
     return types, kwargs
 
 

@@ -3,94 +3,86 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .forms import FORMS, Form, Sizes
+from .forms.options import one_of, require_bool, require_number
+
 NAME = "linattn"
 PREFIX = "linattn_"  # of the model types of converted checkpoints
-KERNELS = ("linear", "quadratic")
-DECAYS = ("none", "head")
 DROPOUT_KINDS = ("paper", "moment")
+OPTIONS = {name: tuple(field.name for field in dataclasses.fields(form.Options)) for name, form in FORMS.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class LinAttnConfig:
-    """What `attn_implementation="linattn"` computes: weights f(s) = a + b s + c s^2 of s = temperature * cos(q, k), normalised.
+    """What `attn_implementation="linattn"` computes: a form of attention with its options, in all layers but those that keep softmax.
+
+    `LinAttnConfig(kernel="quadratic", decay="head", softmax_layers=[3])` takes the form's options beside its own, and gives them as
+    attributes: `config.kernel`.
 
     Args:
-        kernel: "linear" (c = 0, a state of D + 1 rows a head) or "quadratic" (c > 0, 1 + D + D (D + 1) / 2 rows).
-        a, b, c: the coefficients of f, the same for all heads. Bounds: a > 0; "linear" a >= |b| temperature; "quadratic" c > 0
-            and b^2 <= 4 a c; then f >= 0. c = None stands for 0 ("linear") or 0.5 ("quadratic").
-        temperature: above 0.
-        normalize_qk: queries and keys to unit length. Without it s = temperature * scaling * q.k is unbounded, and f may
-            go below 0 where the kernel is linear.
-        decay: "head" weighs a key n tokens back by exp(-n / tau) as well, with one time constant tau a query head.
+        form: the attention by its name in `hf_linattn.forms.FORMS`; "polynomial" is that of the paper (see `PolynomialOptions`).
         softmax_layers: indices of the layers that keep softmax attention.
         dropout: noise dropout in training, in [0, 1); None takes the model's own attention dropout.
         dropout_kind: "paper" or "moment".
-        learnable: a, b, c, temperature and decay are parameters of the checkpoint (converted ones); the numbers here are
-            then only where they started.
+        learnable: the form's numbers are parameters of the checkpoint (converted ones); the options here are then only where they
+            started.
+        options: those of the form.
 
     Raises:
-        ValueError: an option out of its bounds.
+        ValueError: an unknown option, or one out of its bounds.
         TypeError: an option of the wrong type.
     """
 
-    kernel: str = "linear"
-    a: float = 1.0
-    b: float = 1.0
-    c: float | None = None
-    temperature: float = 1.0
-    normalize_qk: bool = True
-    decay: str = "none"
-    softmax_layers: list[int] = dataclasses.field(default_factory=list)
-    dropout: float | None = None
-    dropout_kind: str = "paper"
-    learnable: bool = False
+    form: str
+    softmax_layers: list[int]
+    dropout: float | None
+    dropout_kind: str
+    learnable: bool
+    options: Any
 
-    def __post_init__(self) -> None:
-        for name, choices in (("kernel", KERNELS), ("decay", DECAYS), ("dropout_kind", DROPOUT_KINDS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"linattn option {name}={getattr(self, name)!r} is unknown; give one of {', '.join(map(repr, choices))}.")
-        if self.c is None:
-            object.__setattr__(self, "c", 0.5 if self.kernel == "quadratic" else 0.0)
-        for name in ("a", "b", "c", "temperature", "dropout"):
-            self._check_number(name)
-        for name in ("normalize_qk", "learnable"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"linattn option {name} must be true or false, not {getattr(self, name)!r}.")
-        self._check_bounds()
+    def __init__(
+        self,
+        form: str = "polynomial",
+        softmax_layers: list[int] | tuple[int, ...] = (),
+        dropout: float | None = None,
+        dropout_kind: str = "paper",
+        learnable: bool = False,
+        **options: Any,
+    ) -> None:
+        one_of("form", form, tuple(FORMS))
+        own = {"form": form, "softmax_layers": softmax_layers, "dropout": dropout, "dropout_kind": dropout_kind, "learnable": learnable}
+        known = OPTIONS[form]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"config.linattn has the unknown option {name!r}; the options are {', '.join((*known, *own))}.")
+        for name, value in own.items():
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "options", FORMS[form].Options(**options))
+        one_of("dropout_kind", dropout_kind, DROPOUT_KINDS)
+        require_bool("learnable", learnable)
+        self._check_dropout()
         self._check_layers()
 
-    def _check_number(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is None and name == "dropout":
-            return
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"linattn option {name} must be a number, not {value!r}.")
-        if not math.isfinite(value):
-            raise ValueError(f"linattn option {name} must be finite, not {value}.")
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name == "options":
+            raise AttributeError(name)
+        return getattr(self.options, name)
 
-    def _check_bounds(self) -> None:
-        a, b, c, temperature = self.a, self.b, self.c or 0.0, self.temperature
-        if a <= 0 or temperature <= 0:
-            raise ValueError(f"linattn options a and temperature must be above 0, not a={a}, temperature={temperature}.")
-        if self.kernel == "linear":
-            if c != 0:
-                raise ValueError(f'linattn option c={c} needs kernel="quadratic"; kernel="linear" has c = 0.')
-            if self.normalize_qk and a < abs(b) * temperature:
-                raise ValueError(
-                    f'linattn options a={a}, b={b}, temperature={temperature} let a weight go below 0; kernel="linear" needs '
-                    "a >= |b| * temperature."
-                )
-        elif c <= 0 or b * b > 4 * a * c:
-            raise ValueError(
-                f'linattn options a={a}, b={b}, c={c} let a weight go below 0; kernel="quadratic" needs c > 0 and b^2 <= 4 a c.'
-            )
-        if self.dropout is not None and not 0 <= self.dropout < 1:
+    @property
+    def attention(self) -> Form:
+        """The form with its options."""
+        return FORMS[self.form](self.options)
+
+    def _check_dropout(self) -> None:
+        if self.dropout is None:
+            return
+        require_number("dropout", self.dropout)
+        if not 0 <= self.dropout < 1:
             raise ValueError(f"linattn option dropout must be in [0, 1), not {self.dropout}.")
 
     def _check_layers(self) -> None:
@@ -116,22 +108,17 @@ class LinAttnConfig:
             return cls()
         if not isinstance(stored, dict):
             raise TypeError(f"config.linattn must be a dict of options (LinAttnConfig(...).to_dict()), not {type(stored).__name__}.")
-        unknown = [name for name in stored if name not in OPTIONS]
-        if unknown:
-            raise ValueError(f"config.linattn has the unknown option {unknown[0]!r}; the options are {', '.join(OPTIONS)}.")
         return cls(**stored)
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain JSON types: what `config.linattn` holds."""
-        return dataclasses.asdict(self)
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "options"}
+        return {"form": own.pop("form"), **dataclasses.asdict(self.options), **own, "softmax_layers": list(self.softmax_layers)}
 
     def store(self, model_config: PreTrainedConfig) -> None:
         """Writes the options into a model's config and, where it has one, its text config."""
         for config in (model_config, model_config.get_text_config()):
             setattr(config, NAME, self.to_dict())
-
-
-OPTIONS = tuple(field.name for field in dataclasses.fields(LinAttnConfig))
 
 
 def softmax_layers(model_config: PreTrainedConfig) -> set[int]:
@@ -146,6 +133,14 @@ def softmax_layers(model_config: PreTrainedConfig) -> set[int]:
         last = layers - 1
         raise ValueError(f"linattn option softmax_layers names layer {max(kept)}, but the model has layers 0 to {last}.")
     return kept
+
+
+def sizes_of(model_config: Any, longest: float = 512.0, hidden_size: int | None = None) -> Sizes:
+    """What a form is told of a model's layers before it has seen a call; `hidden_size` where it is not the model's own."""
+    heads = int(model_config.num_attention_heads)
+    head_dim = int(getattr(model_config, "head_dim", None) or model_config.hidden_size // heads)
+    key_heads = int(getattr(model_config, "num_key_value_heads", None) or heads)
+    return Sizes(heads, key_heads, head_dim, head_dim, hidden_size or model_config.hidden_size, longest)
 
 
 def sliding_windows(model_config: PreTrainedConfig) -> list[int | None]:

@@ -20,8 +20,9 @@ from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.utils import is_peft_available
 
-from hf_linattn.config import PREFIX, LinAttnConfig, sliding_windows
-from hf_linattn.layers import OFFSET, LinAttnParams
+from hf_linattn.config import PREFIX, LinAttnConfig, sizes_of, sliding_windows
+from hf_linattn.forms import LinAttnParams
+from hf_linattn.forms.parameters import OFFSET
 
 _TRIED = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi", "gpt_neox"),
@@ -104,13 +105,16 @@ class _InnerInitWeights:
 def _attach_parameters(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     options = LinAttnConfig.of(config)
-    if options.learnable or options.decay == "head":
-        longest = min(getattr(config, "max_position_embeddings", None) or LONGEST_TIME_CONSTANT, LONGEST_TIME_CONSTANT)
-        windows = sliding_windows(config)
-        for _, module in list(attention_modules(model)):
-            if module.layer_idx not in options.softmax_layers:
-                window = windows[module.layer_idx] or longest
-                module.linattn = LinAttnParams(config.num_attention_heads, options, min(longest, window))
+    longest = min(getattr(config, "max_position_embeddings", None) or LONGEST_TIME_CONSTANT, LONGEST_TIME_CONSTANT)
+    windows = sliding_windows(config)
+    for _, module in list(attention_modules(model)):
+        if module.layer_idx not in options.softmax_layers:
+            width = next((child.in_features for child in module.modules() if isinstance(child, nn.Linear)), None)
+            sizes = sizes_of(config, min(longest, windows[module.layer_idx] or longest), width)
+            parameters = options.attention.parameters(sizes, options.learnable)
+            if parameters is not None:
+                module.linattn = parameters
+                parameters.keep_hidden_states(module)
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and not isinstance(inner, LinAttnModelMixin):
             inner._init_weights = _InnerInitWeights(inner)  # type: ignore[method-assign]

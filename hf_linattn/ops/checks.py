@@ -7,6 +7,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from . import bounds
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -75,14 +77,13 @@ def _check_row(a: float, b: float, c: float, temperature: float, *, normalize_qk
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, but {shown}.")
     if normalize_qk:
-        reach = temperature * (1 + 1e-6)  # |s| <= temperature, with room for the rounding of learned bounds
-        least = min(a - abs(b) * temperature + c * temperature**2, a if c <= 0 or abs(b) > 2 * c * reach else a - b * b / (4 * c))
-        if least < -1e-6 * max(abs(a), 1):
+        least = bounds.least_weight(a, b, c, temperature)
+        if least < -1e-6 * max(abs(a), 1):  # room for the rounding of learned bounds
             raise ValueError(
                 f"f(s) = a + b s + c s^2 must not be negative for |s| <= temperature, but falls to {least:g} for {shown}: "
                 "lower |b| or temperature, or raise a."
             )
-    elif c < 0 or (c > 0 and b * b > 4 * a * c * (1 + 1e-6)) or a < 0:
+    elif c < 0 or a < 0 or (c > 0 and abs(b) > bounds.largest_slope(a, c) * (1 + 5e-7)):
         raise ValueError(
             f"without normalize_qk, s has no bound, so f(s) = a + b s + c s^2 needs a >= 0 and b^2 <= 4 a c (or c = 0), but {shown}."
         )

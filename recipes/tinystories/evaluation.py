@@ -16,6 +16,7 @@ from rich.table import Table
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import hf_linattn
 from recipes.common import cli
 from recipes.common.errors import RecipeError
 from recipes.common.plots import save_figure
@@ -125,7 +126,7 @@ def decoding(model: PreTrainedModel, length: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
     cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
-    size = cache_bytes(cache)
+    size = hf_linattn.cache_bytes(cache)
     times = []
     for _ in range(STEPS_TIMED):
         began = time.perf_counter()
@@ -136,19 +137,13 @@ def decoding(model: PreTrainedModel, length: int) -> dict[str, float]:
     return {"length": length, "cache_bytes": size, "ms_per_token": round(1000 * statistics.median(times), 3)}
 
 
-def cache_bytes(cache: Any) -> int:
-    """Bytes of the tensors that a Transformers cache holds."""
-    held = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, torch.Tensor)]
-    return sum(x.numel() * x.element_size() for x in held)
-
-
 def describe(model: PreTrainedModel) -> str:
     """The model's attention in a few words."""
     if not is_linear(model):
         return "softmax"
-    options = getattr(model.config, "linattn", None) or {}
-    words = [str(options.get("kernel", "linear")), *(["decay"] if options.get("decay", "none") != "none" else [])]
-    if kept := options.get("softmax_layers"):
+    options = hf_linattn.LinAttnConfig.of(model.config)
+    words = [options.attention.describe()]
+    if kept := options.softmax_layers:
         words.append(f"softmax in {len(kept)} of {model.config.num_hidden_layers} layers")
     return ", ".join(words)
 

@@ -14,13 +14,13 @@ from tiny_softmax import softmax_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-import hf_linattn.attention
+import hf_linattn.forms.polynomial
 from convert.check import PROBE_TOKENS, CheckReport, check_converted
 from convert.errors import ConversionError
 from convert.linearize import LinearizeOptions, linearize
 from convert.source import Source, open_source
 from convert.truth import LayerTruth, layer_truths
-from hf_linattn import LinAttnParams
+from hf_linattn.forms.polynomial import PolynomialParameters
 from hf_linattn.models import config_class_for, model_class_for
 
 SEEDS = range(5)
@@ -102,8 +102,8 @@ def test_errors_are_shares_of_the_exact_result_and_the_bar_is_twice_plain_pytorc
     monkeypatch.setattr("convert.check.layer_truths", truths(2))
     assert llama_float32.check().plain_error == pytest.approx(1, rel=1e-9)
     monkeypatch.undo()
-    attend = hf_linattn.attention.linear_attention
-    monkeypatch.setattr(hf_linattn.attention, "linear_attention", lambda *x, **options: 2 * attend(*x, **options))
+    attend = hf_linattn.forms.polynomial.linear_attention
+    monkeypatch.setattr(hf_linattn.forms.polynomial, "linear_attention", lambda *x, **options: 2 * attend(*x, **options))
     with pytest.raises(ConversionError, match=r"is 1\.0e\+00 away from the source's layer .* and rounding explains [1-9]\.\de-06:"):
         llama_float32.check()
 
@@ -171,8 +171,8 @@ OPERATOR_SLIPS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("where", [("linear_attention", "linear_attention_step"), ("linear_attention_step",)], ids=["all", "steps"])
 def test_a_slip_in_the_operator_is_refused(slip: str, where: Any, llama: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in where:
-        attend = getattr(hf_linattn.attention, name)
-        monkeypatch.setattr(hf_linattn.attention, name, lambda *x, attend=attend, **options: OPERATOR_SLIPS[slip](attend, *x, **options))
+        attend = getattr(hf_linattn.forms.polynomial, name)
+        monkeypatch.setattr(hf_linattn.forms.polynomial, name, lambda *x, attend=attend, **options: OPERATOR_SLIPS[slip](attend, *x, **options))
     how = "in cached steps" if len(where) == 1 else "in a forward pass"
     with pytest.raises(ConversionError, match=rf"self_attn in .*, {how}, is .* away from the source's layer"):
         llama.check(seed=len(slip))
@@ -184,7 +184,7 @@ def test_a_slip_of_ten_times_the_rounding_of_float32_is_refused(
     where: str, dtype: torch.dtype, llama: Conversion, llama_float32: Conversion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the weights are stored in: each output is moved by a share of 6e-6, where 4e-7 is measured."""
-    conversion, attend = (llama_float32 if dtype == torch.float32 else llama), getattr(hf_linattn.attention, where)
+    conversion, attend = (llama_float32 if dtype == torch.float32 else llama), getattr(hf_linattn.forms.polynomial, where)
 
     def moved(*tensors: Tensor, **options: Any) -> Any:
         out = attend(*tensors, **options)
@@ -193,17 +193,19 @@ def test_a_slip_of_ten_times_the_rounding_of_float32_is_refused(
         return out
 
     conversion.check()
-    monkeypatch.setattr(hf_linattn.attention, where, moved)
+    monkeypatch.setattr(hf_linattn.forms.polynomial, where, moved)
     with pytest.raises(ConversionError, match="in float32.* away from the source's layer"):
         conversion.check()
 
 
 def test_a_slip_in_the_stored_numbers_is_refused(llama: Conversion, neox: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = LinAttnParams.forward
+    forward = PolynomialParameters.forward
     for conversion, slips in ((llama, ("temperature", "log_decay")), (neox, ("b", "c", "temperature", "log_decay"))):
         for slip in slips:
             monkeypatch.setattr(
-                LinAttnParams, "forward", lambda self, slip=slip: {k: v * (1.00002 if k == slip else 1) for k, v in forward(self).items()}
+                PolynomialParameters,
+                "forward",
+                lambda self, slip=slip: {k: v * (1.00002 if k == slip else 1) for k, v in forward(self).items()},
             )
             with pytest.raises(ConversionError, match=f"starts with another {slip}"):
                 conversion.check()

@@ -2,7 +2,7 @@
 
 from .mutant import OPERATOR, named
 
-CHUNKED, CHECKS, FUNCTIONAL = (f"hf_linattn/ops/{name}.py" for name in ("chunked", "checks", "functional"))
+CHUNKED, CHECKS, BOUNDS, FUNCTIONAL = (f"hf_linattn/ops/{name}.py" for name in ("chunked", "checks", "bounds", "functional"))
 DECAY, NOISE, STEP = (f"hf_linattn/ops/{name}.py" for name in ("decay_gradient", "noise", "one_token"))
 
 MUTANTS = [
@@ -55,13 +55,13 @@ MUTANTS = [
          "ops/test_noise.py"),
         # bounds
         ("a bound of f below 0 with room of 0.01", CHECKS, "least < -1e-6 * max(abs(a), 1)", "least < -1e-2 * max(abs(a), 1)"),
-        ("a bound of f for positive b alone", CHECKS, "least = min(a - abs(b) * temperature", "least = min(a - b * temperature"),
-        ("the vertex of f looked for within half the reach", CHECKS, "abs(b) > 2 * c * reach", "abs(b) > c * reach"),
-        ("a discriminant with room of a tenth", CHECKS, "4 * a * c * (1 + 1e-6)", "4 * a * c * (1 + 1e-1)"),
+        ("a bound of f for positive b alone", BOUNDS, "at_an_end = a - abs(b) * reach", "at_an_end = a - b * reach"),
+        ("the vertex of f looked for within half the reach", BOUNDS, "abs(b) > 2 * c * reach", "abs(b) > c * reach"),
+        ("a discriminant with room of a tenth", CHECKS, "bounds.largest_slope(a, c) * (1 + 5e-7)", "bounds.largest_slope(a, c) * (1 + 5e-2)"),
         ("a negative dropout allowed", CHECKS, "not 0 <= float(dropout_p) < 1", "not float(dropout_p) < 1"),
         ("a decay of 0 refused", CHECKS, "bool((log_decay <= 0).all())", "bool((log_decay < 0).all())"),
         ("any number of keys behind a lag", CHECKS, "key.shape[2] == length + lag)", "key.shape[2] >= length + lag)"),
-        ("c below 0 allowed without unit length", CHECKS, "elif c < 0 or (c > 0", "elif (c > 0"),
+        ("c below 0 allowed without unit length", CHECKS, "elif c < 0 or a < 0", "elif a < 0"),
         ("vectors of a millionth without direction", "hf_linattn/ops/unit.py", "SMALLEST_SQUARE = 1e-24", "SMALLEST_SQUARE = 1e-12"),
         # state, packing, padding
         ("a state carried into the next run", CHUNKED, "same_run = (last_run == self.run_before(columns))",

@@ -5,7 +5,9 @@ from .mutant import PLUGIN, named
 ATTENTION, CACHE, CONFIG, DROPOUT, MASK, TOLD = (
     f"hf_linattn/{name}.py" for name in ("attention", "cache", "config", "dropout", "mask", "told")
 )
-LAYERS, ROLLBACK, PACKING, COUNTED = (f"hf_linattn/{name}.py" for name in ("layers", "rollback", "packing", "counted"))
+POLYNOMIAL, LAYERS, BOUNDS, ROLLBACK, PACKING, COUNTED = (
+    f"hf_linattn/{name}.py" for name in ("forms/polynomial", "forms/parameters", "ops/bounds", "rollback", "packing", "counted")
+)
 
 MUTANTS = [
     *named(
@@ -31,20 +33,21 @@ MUTANTS = [
          "is_incomplete = None, False"),
         ("padding remembered through a reset", CACHE, "reader._remember(torch.zeros_like(reader.left_out))", "pass",
          "plugin/test_masks.py::test_what_was_left_out_follows_the_sequences"),
-        ("a state that a crop shares with its snapshot", CACHE, "if state is None else state.clone())", "if state is None else state)"),
-        ("a snapshot that is written on", CACHE, "None if before is None else before.clone()", "before"),
+        ("a state that a crop shares with its snapshot", CACHE, "if state is None else _each(torch.clone, state))",
+         "if state is None else state)"),
+        ("a snapshot that is written on", CACHE, "None if before is None else _each(torch.clone, before)", "before"),
         ("padding of cropped tokens still remembered", CACHE, "self._remember(joined(self.left_out, -dropped))", "pass",
          "plugin/test_masks.py::test_what_was_left_out_follows_the_sequences"),
-        ("padding replayed as tokens", ROLLBACK, "self.real[:, :count])", "None)"),
+        ("padding replayed as tokens", POLYNOMIAL, ", tokens[\"real\"][:, 0])", ")", "plugin/test_crop.py"),
         ("more folded in than is let go", ROLLBACK, "self.state = self.after(self.count - KEPT_TOKENS)",
          "self.state = self.after(KEPT_TOKENS)"),
         ("recent tokens that do not follow their sequence", CACHE, "self._recent.map_batch(function)", "pass"),
         ("second readers that do not follow their sequence", CACHE, "            reader._map_batch(function)", "            pass"),
         ("second readers that record nothing", CACHE, "reader.record_past = self.record_past", "pass"),
-        ("gradients through a cache", CACHE, "        self.state = state.detach()\n\n    def get_mask_sizes",
+        ("gradients through a cache", CACHE, "        self.state = _each(Tensor.detach, state)\n\n    def get_mask_sizes",
          "        self.state = state\n\n    def get_mask_sizes",
          "plugin/test_training.py::test_gradients_stop_at_the_cache"),
-        ("a program that is exported and never begins anew", CACHE, "state.masked_fill_(self.cumulative_length == key.shape[-2], 0)",
+        ("a program that is exported and never begins anew", CACHE, "tensor.masked_fill_(self.cumulative_length == tokens, 0)",
          "pass",
          "plugin/test_export.py"),
         # masks
@@ -77,31 +80,27 @@ MUTANTS = [
          "plugin/test_sequences.py"),
         # encoders
         ("no gradient through bidirectional attention", ATTENTION,
-         "out: Any = linear_attention(query, key, value, causal=causal,",
-         "query, key, value = (x if causal else x.detach() for x in (query, key, value))\n"
-         "        out: Any = linear_attention(query, key, value, causal=causal,",
+         "call = Call(query, key, value, segments,",
+         "query, key, value = (x if causal else x.detach() for x in (query, key, value))\n    call = Call(query, key, value, segments,",
          "plugin/test_encoders.py"),
         ("no gradient through the keys of bidirectional attention", ATTENTION,
-         "out: Any = linear_attention(query, key, value, causal=causal,",
-         "out: Any = linear_attention(query, key if causal else key.detach(), value, causal=causal,",
+         "call = Call(query, key, value, segments,", "call = Call(query, key if causal else key.detach(), value, segments,",
          "plugin/test_encoders.py"),
-        ("the model's own scale of scores left out", ATTENTION, "(query.shape[-1] ** -0.5 if scaling is None else scaling)",
+        ("the model's own scale of scores left out", POLYNOMIAL, "(query.shape[-1] ** -0.5 if call.scaling is None else call.scaling)",
          "(query.shape[-1] ** -0.5)",
          "plugin/test_sequences.py"),
         # bounds and options
-        ("a bound of b for positive ones alone", CONFIG, "a < abs(b) * temperature", "a < b * temperature",
+        ("a bound of b for positive ones alone", BOUNDS, "math.inf if b == 0 else a / abs(b)", "math.inf if b <= 0 else a / b",
          "plugin/test_options.py"),
-        ("a bound of b with room of a hundredth", CONFIG, "a < abs(b) * temperature", "a < abs(b) * temperature * 0.99",
-         "plugin/test_options.py"),
-        ("a discriminant with room of a tenth", CONFIG, "b * b > 4 * a * c:", "b * b > 4.4 * a * c:",
-         "plugin/test_options.py"),
+        ("a bound of b with room of a hundredth", BOUNDS, "a / abs(b)", "1.01 * a / abs(b)", "plugin/test_options.py"),
+        ("a discriminant with room of a tenth", BOUNDS, "2 * math.sqrt(a * c)", "2.1 * math.sqrt(a * c)", "plugin/test_options.py"),
         ("a negative dropout allowed", CONFIG, "not 0 <= self.dropout < 1", "not self.dropout < 1",
          "plugin/test_options.py"),
         ("true for a layer's number", CONFIG, "any(isinstance(i, bool) or not isinstance(i, int) for i in layers)",
          "any(not isinstance(i, int) for i in layers)",
          "plugin/test_options.py"),
-        ("a bound that is reached", LAYERS, "_INSIDE = 0.999", "_INSIDE = 1.0",
-         "convert/test_linattn_params.py"),
+        ("a bound that is reached", POLYNOMIAL, "_INSIDE = 0.999", "_INSIDE = 1.0",
+         "forms/test_polynomial.py"),
         ("vectors with weight decay",
          "hf_linattn/training.py", '[x for x in weights if x.ndim <= 1], "lr": learning_rate, "weight_decay": 0.0',
          '[x for x in weights if x.ndim <= 1], "lr": learning_rate, "weight_decay": weight_decay',

@@ -7,7 +7,9 @@ import torch
 from tiny_models import CAUSAL, tiny_config, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from hf_linattn import LinAttnConfig, LinAttnParams, LinearStateLayer, StaticLinearStateLayer
+from hf_linattn import LinAttnConfig, LinAttnParams, LinearStateLayer, StaticLinearStateLayer, cache_bytes
+from hf_linattn.forms import Sizes
+from hf_linattn.forms.polynomial import PolynomialParameters
 from hf_linattn.models import config_class_for
 
 TOLERANCE = 1e-4
@@ -22,7 +24,7 @@ CASES = [(name, "linear") for name in CAUSAL] + [("llama", option) for option in
 
 
 def state_bytes(cache):
-    return sum(layer.state.numel() * layer.state.element_size() for layer in cache.layers)
+    return cache_bytes(cache)
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -68,10 +70,10 @@ def test_static_cache_equals_the_full_pass(case):
     assert all(isinstance(layer, StaticLinearStateLayer) for layer in cache.layers)
     out = feed(model, ids, cache, [9, 1, 1, 12])
     torch.testing.assert_close(out, full, atol=TOLERANCE, rtol=0)
-    address = cache.layers[0].state.data_ptr()
+    address = cache.layers[0].state["sums"].data_ptr()
     cache.reset()
     torch.testing.assert_close(feed(model, ids, cache, [23]), full, atol=TOLERANCE, rtol=0)
-    assert cache.layers[0].state.data_ptr() == address
+    assert cache.layers[0].state["sums"].data_ptr() == address
 
 
 def test_a_copied_cache_goes_its_own_way():
@@ -114,14 +116,14 @@ def test_parameters_of_each_head_reach_every_step(kernel):
         plain = model(ids, use_cache=False).logits
         for number, module in enumerate(m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal")):
             torch.manual_seed(number)
-            module.linattn = LinAttnParams(4, LinAttnConfig(kernel=kernel, decay="head", learnable=True), longest=64.0)
+            module.linattn = PolynomialParameters(Sizes(4, 2, 8, 8, longest=64.0), LinAttnConfig(kernel=kernel, decay="head").options)
             for parameter in module.linattn.parameters():
                 parameter.add_(torch.randn_like(parameter))
         full = model(ids, use_cache=False).logits
     assert (full - plain).abs().max() > 1e-3
     cache = DynamicCache(config=model.config)
     torch.testing.assert_close(feed(model, ids, cache, [8, 1, 1, 13]), full, atol=TOLERANCE, rtol=0)
-    assert cache.layers[0].state.shape[1] == 4  # a decay of each query head has a state of its own
+    assert cache.layers[0].state["sums"].shape[1] == 4  # a decay of each query head has a state of its own
 
 
 def test_offloading_leaves_the_state_where_it_is():
@@ -131,10 +133,10 @@ def test_offloading_leaves_the_state_where_it_is():
     layer.prefetch()
     cache = DynamicCache(config=model.config)
     feed(model, ids, cache, 23)
-    address = cache.layers[0].state.data_ptr()
+    address = cache.layers[0].state["sums"].data_ptr()
     cache.layers[0].offload()
     cache.layers[0].prefetch()
-    assert cache.layers[0].state.data_ptr() == address
+    assert cache.layers[0].state["sums"].data_ptr() == address
 
 
 def test_a_cache_made_in_inference_mode_serves_outside_it():
@@ -167,7 +169,7 @@ def test_state_is_float64_in_a_float64_model():
         full = model(ids).logits
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
         torch.testing.assert_close(feed(model, ids, cache, [1, 21, 1]), full, atol=1e-5, rtol=0)
-        assert cache.layers[0].state.dtype == torch.float64
+        assert cache.layers[0].state["sums"].dtype == torch.float64
 
 
 def test_state_is_float32_in_a_bfloat16_model():
@@ -176,7 +178,7 @@ def test_state_is_float32_in_a_bfloat16_model():
     out = feed(model, ids, cache, [20, 1, 2])
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
-    assert cache.layers[0].state.dtype == torch.float32 and out.dtype == torch.bfloat16
+    assert cache.layers[0].state["sums"].dtype == torch.float32 and out.dtype == torch.bfloat16
     torch.testing.assert_close(out, full, atol=0.05, rtol=0.05)
 
 

@@ -75,7 +75,8 @@ def test_options_of_a_text_config_are_found_from_the_whole():
 BAD_VALUES = [
     ({"kernal": "linear"}, "unknown option 'kernal'; the options are kernel, a, b"),
     ({"kernel": "cubic"}, "kernel='cubic' is unknown; give one of 'linear', 'quadratic'"),
-    ({"decay": "token"}, "decay='token' is unknown"),
+    ({"decay": "layer"}, "decay='layer' is unknown"),
+    ({"form": "cubic"}, "form='cubic' is unknown; give one of 'polynomial'"),
     ({"dropout_kind": "usual"}, "dropout_kind='usual' is unknown"),
     ({"a": 0.0}, "above 0, not a=0.0"),
     ({"temperature": -1.0}, "above 0"),

@@ -1,4 +1,4 @@
-"""LinAttnParams: bounds, starting values, gradients."""
+"""The polynomial form: bounds, starting values, gradients of what it learns."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import math
 import pytest
 import torch
 
-from hf_linattn import LinAttnConfig, LinAttnParams
+from hf_linattn import LinAttnConfig
+from hf_linattn.forms import Sizes
+from hf_linattn.forms.polynomial import PolynomialParameters
 
 KERNELS = ("linear", "quadratic")
 
 
-def params(kernel: str = "linear", decay: str = "head", heads: int = 4, longest: float = 512.0, **options: object) -> LinAttnParams:
-    return LinAttnParams(heads, LinAttnConfig(kernel=kernel, decay=decay, learnable=True, **options), longest)
+def params(kernel: str = "linear", decay: str = "head", heads: int = 4, longest: float = 512.0, **options: object) -> PolynomialParameters:
+    options = LinAttnConfig(kernel=kernel, decay=decay, **options).options
+    return PolynomialParameters(Sizes(heads, heads, 8, 8, longest=longest), options)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -65,7 +68,7 @@ def test_gradients_reach_every_parameter_through_the_operator(kernel: str) -> No
 
 
 def test_frozen_where_not_learnable() -> None:
-    module = LinAttnParams(4, LinAttnConfig(decay="head", learnable=False))
+    module = PolynomialParameters(Sizes(4, 4, 8, 8), LinAttnConfig(decay="head").options, learnable=False)
     assert not list(module.parameters())
     assert set(module.state_dict()) == {"temperature_logit", "log_rate"}
 

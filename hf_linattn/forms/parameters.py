@@ -1,0 +1,92 @@
+"""Learned numbers of one attention layer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+OFFSET = "_offset"
+"""Ends the names of what is learned of the numbers a head."""
+
+
+class LinAttnParams(nn.Module):
+    """What a converted layer has learned, a few numbers a head and, in some forms, matrices; the base of each form's own.
+
+    Each number is a float32 buffer, where it started, and a parameter ``..._offset`` in the model's dtype, how far it has learned since,
+    at first 0. So a bfloat16 model has parameters of one dtype, which FSDP and DeepSpeed ask for, and loses nothing that it loads: a
+    bfloat16 log rate of -7.6 can only move in steps of 0.03, an offset near 0 in as small ones as it is itself. AdamW in bfloat16, to move
+    it by 0.48 in 300 steps of rates from 0.03 or 0.01 to 0, ends 0.06 or 0.47 away (it never moved), an offset 0.004 away both times.
+
+    Args:
+        numbers: how many heads have one each, by name.
+        matrices: the shapes of matrices, by name.
+        learnable: without it there are buffers alone, which are saved and never trained.
+        hidden_size: width of the hidden states that matrices read.
+    """
+
+    def __init__(
+        self, numbers: Mapping[str, int], matrices: Mapping[str, tuple[int, ...]], learnable: bool, hidden_size: int | None = None
+    ) -> None:
+        super().__init__()
+        self.names, self.matrices, self.hidden_size = list(numbers), list(matrices), hidden_size
+        self.hidden: Tensor | None = None
+        for name, heads in numbers.items():
+            # A buffer and not a frozen parameter: loading a checkpoint makes every parameter require a gradient again.
+            self.register_buffer(name, torch.empty(heads, dtype=torch.float32))
+            if learnable:
+                self.register_parameter(name + OFFSET, nn.Parameter(torch.empty(heads)))
+        for name, shape in matrices.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    @abstractmethod
+    def start(self, name: str) -> Tensor:
+        """The starting value of a number (heads,) or of a matrix."""
+
+    def reset_parameters(self) -> None:
+        """Sets the starting values, except of what Transformers has loaded from disk."""
+        for name in (*self.names, *self.matrices):
+            init.copy_(getattr(self, name), self.start(name))
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.endswith(OFFSET):
+                init.zeros_(parameter)
+
+    def number(self, name: str) -> Tensor:
+        """A number a head, float32 (heads,): where it started and what was learned."""
+        started, offset = getattr(self, name).float(), getattr(self, name + OFFSET, None)
+        return started if offset is None else started + offset.float()
+
+    def at_rest(self) -> dict[str, Tensor]:
+        """The numbers (heads,) to attend with where the hidden states are zeros."""
+        hidden = torch.zeros(1, 1, self.hidden_size) if self.hidden_size else None
+        return {name: number.flatten() for name, number in self(hidden).items()}
+
+    def keep_hidden_states(self, attention: nn.Module) -> None:
+        """Has `attention` leave the hidden states that enter it here, where there are matrices that read them."""
+        if self.matrices:
+            attention.register_forward_pre_hook(_keep_hidden_states, with_kwargs=True)
+
+    def take_hidden_states(self) -> Tensor | None:
+        """The hidden states (B, N, hidden_size) that entered the layer's attention, once."""
+        hidden, self.hidden = self.hidden, None
+        return hidden
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinAttnParams:
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if buffer.dtype != torch.float32:  # model.to(torch.bfloat16) is meant for the weights
+                setattr(self, name, before[name].to(buffer.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return ", ".join((*self.names, *self.matrices))
+
+
+def _keep_hidden_states(attention: Any, args: Any, kwargs: Any) -> None:
+    # Transformers' attention interface passes no hidden states on
+    attention.linattn.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

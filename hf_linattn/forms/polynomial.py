@@ -1,0 +1,310 @@
+"""f(s) = a + b s + c s^2 of the cosine of query and key, with a decay: the attention that the project is named for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import bounds, linear_attention, linear_attention_step, reference
+from ..ops.features import feature_count
+from .form import Call, Form, Numbers, Sizes, State, Tokens
+from .options import one_of, require_bool, require_number
+from .parameters import LinAttnParams
+
+KERNELS = ("linear", "quadratic")
+DECAYS = ("none", "head", "key_head", "token")
+SHORTEST_TIME_CONSTANT = 1.5
+"""Time constant, in tokens, of the fastest head at the start."""
+LARGEST_START = 0.98
+"""Largest start of what a bound limits, as a share of that bound: the temperature (linear), b (quadratic)."""
+CONVERTED_TEMPERATURE = {"linear": LARGEST_START, "quadratic": 2.0}
+"""Where a conversion starts the temperature."""
+DECAY_WORDS = {
+    "none": "",
+    "head": ", with a {} decay per query head",
+    "key_head": ", with a {} decay per key head",
+    "token": ", with a {} decay per token and key head",
+}
+
+_INSIDE = 0.999  # a logistic function reaches 1 in float32; the bound itself must stay out of reach
+
+
+@dataclass(frozen=True)
+class PolynomialOptions:
+    """Weights f(s) = a + b s + c s^2 of s = temperature * cos(q, k), normalised.
+
+    Args:
+        kernel: "linear" (c = 0, a state of D + 1 rows a head) or "quadratic" (c > 0, 1 + D + D (D + 1) / 2 rows).
+        a, b, c: the coefficients of f, the same for all heads. Bounds: a > 0; "linear" a >= |b| temperature; "quadratic" c > 0
+            and b^2 <= 4 a c; then f >= 0. c = None stands for 0 ("linear") or 0.5 ("quadratic").
+        temperature: above 0.
+        normalize_qk: queries and keys to unit length. Without it s = temperature * scaling * q.k is unbounded, and f may
+            go below 0 where the kernel is linear.
+        decay: weighs a key n tokens back by exp(-n / tau) as well, with one time constant tau a query head ("head") or a key head
+            ("key_head": a group of query heads then shares one state). "token", of converted checkpoints: a rate for each token and key
+            head, from the hidden states.
+    """
+
+    kernel: str = "linear"
+    a: float = 1.0
+    b: float = 1.0
+    c: float | None = None
+    temperature: float = 1.0
+    normalize_qk: bool = True
+    decay: str = "none"
+
+    def __post_init__(self) -> None:
+        one_of("kernel", self.kernel, KERNELS)
+        one_of("decay", self.decay, DECAYS)
+        if self.c is None:
+            object.__setattr__(self, "c", 0.5 if self.kernel == "quadratic" else 0.0)
+        for name in ("a", "b", "c", "temperature"):
+            require_number(name, getattr(self, name))
+        require_bool("normalize_qk", self.normalize_qk)
+        self._check_bounds()
+
+    def _check_bounds(self) -> None:
+        a, b, c, temperature = self.a, self.b, self.c or 0.0, self.temperature
+        if a <= 0 or temperature <= 0:
+            raise ValueError(f"linattn options a and temperature must be above 0, not a={a}, temperature={temperature}.")
+        if self.kernel == "linear" and c != 0:
+            raise ValueError(f'linattn option c={c} needs kernel="quadratic"; kernel="linear" has c = 0.')
+        if self.kernel == "linear" and self.normalize_qk and temperature > bounds.largest_temperature(a, b):
+            raise ValueError(
+                f'linattn options a={a}, b={b}, temperature={temperature} let a weight go below 0; kernel="linear" needs '
+                "a >= |b| * temperature."
+            )
+        if self.kernel == "quadratic" and (c <= 0 or abs(b) > bounds.largest_slope(a, c)):
+            raise ValueError(
+                f'linattn options a={a}, b={b}, c={c} let a weight go below 0; kernel="quadratic" needs c > 0 and b^2 <= 4 a c.'
+            )
+
+    @property
+    def degree(self) -> int:
+        """Of f: what its features, and so the rows of its state, go by."""
+        return 2 if self.kernel == "quadratic" else 1
+
+
+class PolynomialParameters(LinAttnParams):
+    """f and a decay, learned per head and inside their bounds by construction.
+
+    Attention divides by the sum of f, so multiplying a, b and c by one number changes nothing, and neither does trading b and c against
+    the temperature. What is left is one number a query head for the linear kernel and two for the quadratic one, and these are learned:
+
+    - linear: the temperature, in (0, a / b), so that f > 0 for every s that unit-length q and k can give; a and b stay as configured;
+    - quadratic: the temperature, above 0, and b, in (0, 2 sqrt(a c)), so that f > 0 for every s; a and c stay as configured;
+    - with a decay, the time constant T > 0 in tokens, per query head (``decay="head"``) or key head: a token n steps back is weighed by
+      exp(-n / T) as well. With ``decay="token"`` 1 / T = softplus(r + w.x) of the hidden state x of each token, w starting at 0.
+
+    Starting values: temperature and b as configured, but at most 0.98 of their bound; T from 1.5 tokens in the first head, growing
+    geometrically to ``sizes.longest`` in the last.
+
+    Raises:
+        ValueError: no heads; the linear kernel without ``normalize_qk``; a, b, temperature (or c of the quadratic kernel) that is not
+            positive; a decay per token that is not to be learned, or of a layer of unknown width.
+    """
+
+    rate_weight: Tensor
+
+    def __init__(self, sizes: Sizes, options: PolynomialOptions, learnable: bool = True) -> None:
+        _refuse_what_cannot_be_learned(sizes, options, learnable)
+        self.options, self.longest = options, max(float(sizes.longest), SHORTEST_TIME_CONSTANT)
+        names = ("temperature_logit",) if options.kernel == "linear" else ("log_temperature", "b_logit")
+        numbers, matrices = dict.fromkeys(names, sizes.query_heads), {}
+        if options.decay in ("head", "key_head"):
+            numbers["log_rate"] = sizes.query_heads if options.decay == "head" else sizes.key_heads
+        elif options.decay == "token":
+            numbers["rate_logit"] = sizes.key_heads
+            matrices["rate_weight"] = (sizes.key_heads, int(sizes.hidden_size or 0))
+        super().__init__(numbers, matrices, learnable, sizes.hidden_size)
+        self.reset_parameters()
+
+    def forward(self, hidden: Tensor | None = None) -> dict[str, Tensor]:
+        """The numbers to attend with, as new float32 tensors of shape (heads,).
+
+        Args:
+            hidden: (B, N, hidden_size), for a decay per token.
+
+        Returns:
+            ``a``, ``b``, ``temperature``; with the quadratic kernel ``c``; with a decay ``log_decay`` = -1 / T < 0, for one per token
+            (B, Hk, N).
+
+        Raises:
+            ValueError: a decay per token without hidden states.
+        """
+        options, learned = self.options, {name: self.number(name) for name in self.names}
+        like = learned[self.names[0]]
+        out = {"a": torch.full_like(like, options.a)}
+        if options.kernel == "linear":
+            out["b"] = torch.full_like(like, options.b)
+            out["temperature"] = self._limit() * torch.sigmoid(learned["temperature_logit"])
+        else:
+            out["b"] = self._limit() * torch.sigmoid(learned["b_logit"])
+            out["c"] = torch.full_like(like, options.c or 0.0)
+            out["temperature"] = torch.exp(learned["log_temperature"])
+        if "log_rate" in learned:
+            out["log_decay"] = -torch.exp(learned["log_rate"])
+        elif "rate_logit" in learned:
+            if hidden is None:
+                raise ValueError('decay="token" is computed from the hidden states that enter the layer, and none were seen to enter it.')
+            told = F.linear(hidden, self.rate_weight.to(hidden.dtype)).float()
+            out["log_decay"] = -F.softplus(learned["rate_logit"] + told).transpose(1, 2)
+        return out
+
+    def start(self, name: str) -> Tensor:
+        options = self.options
+        if name == "rate_weight":
+            return torch.zeros_like(self.rate_weight)
+        if name in ("log_rate", "rate_logit"):
+            exponents = torch.linspace(0, 1, len(getattr(self, name)))
+            log_rates = -(math.log(SHORTEST_TIME_CONSTANT) + exponents * math.log(self.longest / SHORTEST_TIME_CONSTANT))
+            return log_rates if name == "log_rate" else log_rates.exp().expm1().log()
+        heads = len(getattr(self, name))
+        if name == "log_temperature":
+            return torch.full((heads,), math.log(options.temperature))
+        value = options.temperature if name == "temperature_logit" else options.b
+        share = min(value * _INSIDE / self._limit(), LARGEST_START) / _INSIDE
+        return torch.full((heads,), math.log(share / (1 - share)))
+
+    def _limit(self) -> float:
+        a, b, c = self.options.a, self.options.b, self.options.c or 0.0
+        return _INSIDE * (bounds.largest_temperature(a, b) if self.options.kernel == "linear" else bounds.largest_slope(a, c))
+
+
+def _refuse_what_cannot_be_learned(sizes: Sizes, options: PolynomialOptions, learnable: bool) -> None:
+    if sizes.query_heads < 1:
+        raise ValueError(f"learnable linear attention needs at least one head, got {sizes.query_heads}")
+    if options.kernel == "linear" and not options.normalize_qk:
+        raise ValueError("the learnable linear kernel is bounded only for unit-length queries and keys: set normalize_qk to true")
+    for name in ("a", "b", "temperature"):
+        if not getattr(options, name) > 0:
+            raise ValueError(f"learnable linear attention needs {name} > 0 to start from, got {getattr(options, name)}")
+    if options.decay == "token" and not learnable:
+        raise ValueError('linattn option decay="token" is learned from the hidden states, so it needs learnable=true.')
+    if options.decay == "token" and not sizes.hidden_size:
+        raise ValueError('linattn option decay="token" needs to know the width of the hidden states that enter the layer.')
+
+
+class Polynomial(Form):
+    """One state a head, of sums over all earlier tokens: float32 (Hs, F, Dv + 1), as of `linear_attention`."""
+
+    name: ClassVar[str] = "polynomial"
+    Options: ClassVar[type] = PolynomialOptions
+    options: PolynomialOptions
+
+    def describe(self) -> str:
+        decays = {"none": "", "head": " with decay", "key_head": " with decay per key head", "token": " with decay per token"}
+        usual = PolynomialOptions(kernel=self.options.kernel)
+        numbers = {name: getattr(self.options, name) for name in ("a", "b", "c", "temperature", "normalize_qk")}
+        others = [f"{name}={value}" for name, value in numbers.items() if value != getattr(usual, name)]
+        return ", ".join((self.options.kernel + decays[self.options.decay], *others))
+
+    def formula(self, learnable: bool) -> str:
+        f = "a + b s" if self.options.kernel == "linear" else "a + b s + c s^2"
+        decay = DECAY_WORDS[self.options.decay].format("learned" if learnable else "fixed")
+        return f"f(s) = {f}, normalised, of s = temperature times the cosine of query and key{decay}"
+
+    # ---- what a layer learns
+
+    def parameters(self, sizes: Sizes, learnable: bool) -> PolynomialParameters | None:
+        if not learnable and self.options.decay == "none":
+            return None
+        return PolynomialParameters(sizes, self.options, learnable)
+
+    def numbers(self, call: Call, parameters: LinAttnParams | None) -> Numbers:
+        options, query = self.options, call.query
+        numbers: Numbers = {name: getattr(options, name) for name in ("a", "b", "c", "temperature", "normalize_qk")}
+        if parameters is not None:
+            numbers.update(parameters(call.hidden))
+        elif options.decay != "none":
+            numbers["log_decay"] = starting_log_decay(self._rates(call.sizes), query.device)
+        if not options.normalize_qk:
+            numbers["temperature"] = numbers["temperature"] * (query.shape[-1] ** -0.5 if call.scaling is None else call.scaling)
+        return numbers
+
+    def _rates(self, sizes: Sizes) -> int:
+        """How many rates of decay there are."""
+        if self.options.decay == "token":
+            raise ValueError('linattn option decay="token" is learned, which only converted checkpoints are: give "head" or "key_head".')
+        return sizes.query_heads if self.options.decay == "head" else sizes.key_heads
+
+    # ---- attention
+
+    def keeps_state(self, call: Call, numbers: Numbers) -> bool:
+        return call.causal or ("log_decay" not in numbers and not call.is_packed)
+
+    def attend(self, call: Call, numbers: Numbers) -> Tensor:
+        return self._attend(call, numbers)
+
+    def attend_from(self, call: Call, numbers: Numbers, before: State | None) -> tuple[Tensor, State]:
+        out, after = self._attend(call, numbers, initial_state=None if before is None else before["sums"], return_state=True)
+        return out, {"sums": after}
+
+    def _attend(self, call: Call, numbers: Numbers, **state: Any) -> Any:
+        return linear_attention(
+            call.query, call.key, call.value, causal=call.causal, segment_ids=call.segments, **state, **numbers, **call.noise
+        )
+
+    def step(self, call: Call, numbers: Numbers, state: State) -> Tensor:
+        return linear_attention_step(call.query, call.key, call.value, state["sums"], segment_ids=call.segments, **numbers)
+
+    # ---- the state
+
+    def layout(self, sizes: Sizes, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        heads = sizes.query_heads if self.options.decay == "head" else sizes.key_heads
+        rows = feature_count(sizes.head_dim, self.options.degree)
+        return {"sums": ((heads, rows, sizes.value_dim + 1), torch.float64 if dtype == torch.float64 else torch.float32)}
+
+    def tokens(self, call: Call, numbers: Numbers) -> Tokens:
+        rate = numbers.get("log_decay")
+        kept = {"key": call.key, "value": call.value}
+        if rate is not None and rate.dim() == 3:
+            kept["log_decay"] = rate
+        return kept
+
+    def advance(self, before: State | None, tokens: Tokens, numbers: Numbers, query_heads: int) -> State:
+        key = tokens["key"]
+        query = key.new_zeros(key.shape[0], query_heads, *key.shape[2:])
+        rate = tokens.get("log_decay", numbers.get("log_decay"))
+        call = Call(query, key, tokens["value"], tokens["real"][:, 0])
+        return self.attend_from(call, {**numbers, "log_decay": rate}, before)[1]
+
+    # ---- conversion
+
+    @classmethod
+    def converted(cls, options: dict[str, Any]) -> dict[str, Any]:
+        kernel = options.get("kernel", PolynomialOptions.kernel)
+        start = CONVERTED_TEMPERATURE.get(kernel, PolynomialOptions.temperature)
+        given = {name: value for name, value in options.items() if value is not None}
+        return {"temperature": start, "decay": "head", **given}
+
+    def starting_numbers(self, sizes: Sizes, learnable: bool) -> Numbers:
+        options = self.options
+        a, b, c = options.a, options.b, options.c or 0.0
+        numbers: Numbers = {"a": a, "b": b, "c": c, "temperature": options.temperature}
+        if learnable or options.decay != "none":
+            limited, bound = ("temperature", a / b) if options.kernel == "linear" else ("b", 2 * (a * c) ** 0.5)
+            numbers[limited] = min(numbers[limited], 0.98 * bound)
+        if options.decay != "none":
+            heads = sizes.query_heads if options.decay == "head" else sizes.key_heads
+            numbers["log_decay"] = -1 / (1.5 * (sizes.longest / 1.5) ** torch.linspace(0, 1, heads, dtype=torch.float64))
+        return numbers
+
+    def reference(self, call: Call, numbers: Numbers) -> Tensor:
+        return reference(call.query, call.key, call.value, causal=call.causal, segment_ids=call.segments, **numbers)
+
+    def alternatives(self) -> Iterator[Polynomial]:
+        for kernel in KERNELS:
+            for decay in ("none", "head", "key_head"):
+                yield Polynomial(PolynomialOptions(kernel=kernel, decay=decay))
+
+
+def starting_log_decay(heads: int, device: torch.device | None = None) -> Tensor:
+    """-1 / tau, float32 (heads,), tau from 1.5 to 512 tokens in equal ratios: the fixed rates of a model without parameters."""
+    return -torch.logspace(-math.log10(SHORTEST_TIME_CONSTANT), -math.log10(512.0), heads, device=device, dtype=torch.float32)
