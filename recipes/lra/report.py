@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-import hf_linattn
 from recipes.common import cli, state
 from recipes.common.errors import RecipeError
 from recipes.common.files import check_target, staged_directory, write_json, write_text
@@ -89,7 +88,9 @@ def row_of(result: dict[str, Any]) -> str:
     """The table's row: kind of attention, options of linattn that are not the defaults, dropout."""
     if result["attn_implementation"] != "linattn":
         return "softmax" + (", dropout" if result["dropout"] == "standard" else "")
-    name = hf_linattn.LinAttnConfig(**(result.get("linattn") or {})).attention.describe()
+    from hf_linattn import LinAttnConfig  # late, since importing torch takes seconds
+
+    name = LinAttnConfig(**(result.get("linattn") or {})).attention.describe()
     return name + (", noise" if result["dropout"] == "noise" else "")
 
 

@@ -141,7 +141,7 @@ def test_no_layer_numbers(text: str) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        *({"kernel": "cubic"}, {"decay": "token"}, {"dtype": "int8"}),
+        *({"kernel": "cubic"}, {"decay": "layer"}, {"dtype": "int8"}),
         *({"temperature": -1.0}, {"temperature": 0.0}, {"temperature": float("nan")}, {"temperature": float("inf")}),
         *({"dropout": 1.0}, {"dropout": -0.00001}, {"dropout": float("nan")}),
     ],

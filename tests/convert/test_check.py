@@ -205,7 +205,7 @@ def test_a_slip_in_the_stored_numbers_is_refused(llama: Conversion, neox: Conver
             monkeypatch.setattr(
                 PolynomialParameters,
                 "forward",
-                lambda self, slip=slip: {k: v * (1.00002 if k == slip else 1) for k, v in forward(self).items()},
+                lambda self, hidden=None, slip=slip: {k: v * (1.00002 if k == slip else 1) for k, v in forward(self, hidden).items()},
             )
             with pytest.raises(ConversionError, match=f"starts with another {slip}"):
                 conversion.check()
