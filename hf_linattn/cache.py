@@ -121,6 +121,7 @@ class LinearStateLayer(CacheLayerMixin):
                 raise RuntimeError(_reads_differ(number + 1, number))
             self._more.append(self._another())
         reader = self._more[number - 1]
+        reader.dtype, reader.device, reader.batch_size = self.dtype, self.device, self.batch_size
         reader.cumulative_length = self.cumulative_length
         reader.record_past = self.record_past
         return reader
