@@ -172,7 +172,9 @@ OPERATOR_SLIPS: dict[str, Callable[..., Any]] = {
 def test_a_slip_in_the_operator_is_refused(slip: str, where: Any, llama: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in where:
         attend = getattr(hf_linattn.forms.polynomial, name)
-        monkeypatch.setattr(hf_linattn.forms.polynomial, name, lambda *x, attend=attend, **options: OPERATOR_SLIPS[slip](attend, *x, **options))
+        monkeypatch.setattr(
+            hf_linattn.forms.polynomial, name, lambda *x, attend=attend, **options: OPERATOR_SLIPS[slip](attend, *x, **options)
+        )
     how = "in cached steps" if len(where) == 1 else "in a forward pass"
     with pytest.raises(ConversionError, match=rf"self_attn in .*, {how}, is .* away from the source's layer"):
         llama.check(seed=len(slip))
