@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hf_linattn.config import LinAttnConfig
 
 FORM = "polynomial"
-OF_THE_FORM = ("kernel", "decay", "temperature")
+OF_THE_FORM = ("kernel", "decay", "temperature", "features")
 """Options that are the form's, by the same names."""
 MOST_LAYERS = 9999
 """The highest layer number that a range may name."""
@@ -53,6 +53,7 @@ class LinearizeOptions:
         decay: ``none``, ``head``, ``key_head`` or ``token``; None: ``head``.
         keep_softmax: indices of the layers that keep softmax attention.
         temperature: where the temperature starts; None: 0.98 (linear), 2 (quadratic).
+        features: to how many numbers queries and keys are projected before f is taken; None: they are not.
         dropout: probability of noise dropout in training; None: the model's own attention dropout.
         learnable: whether the new parameters are trained.
         dtype: None keeps the source's.
@@ -67,6 +68,7 @@ class LinearizeOptions:
     decay: str | None = None
     keep_softmax: tuple[int, ...] = ()
     temperature: float | None = None
+    features: int | None = None
     dropout: float | None = None
     learnable: bool = True
     dtype: str | None = None

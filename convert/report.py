@@ -93,6 +93,8 @@ def _starting_values(config: Any, added: dict[str, LinAttnParams]) -> dict[str, 
     for path, module in added.items():
         layer = next(part for part in path.split(".") if part.isdecimal())
         for name, values in module.at_rest().items():
+            if name in module.matrices:
+                continue
             starts.setdefault(name, {})[layer] = [round(number, 6) for number in values.tolist()]
     return {name: each if len(set(map(str, each.values()))) > 1 else next(iter(each.values())) for name, each in starts.items()}
 

@@ -26,7 +26,7 @@ class LinAttnParams(nn.Module):
         numbers: how many heads have one each, by name.
         matrices: the shapes of matrices, by name.
         learnable: without it there are buffers alone, which are saved and never trained.
-        hidden_size: width of the hidden states that matrices read.
+        hidden_size: width of the hidden states that numbers are computed from; None where none is.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class LinAttnParams(nn.Module):
         return started if offset is None else started + offset.float()
 
     def at_rest(self) -> dict[str, Tensor]:
-        """The numbers (heads,) to attend with where the hidden states are zeros."""
+        """What to attend with where the hidden states are zeros: (heads,) each, and matrices."""
         hidden = torch.zeros(1, 1, self.hidden_size) if self.hidden_size else None
-        return {name: number.flatten() for name, number in self(hidden).items()}
+        return {name: number if name in self.matrices else number.flatten() for name, number in self(hidden).items()}
 
     def keep_hidden_states(self, attention: nn.Module) -> None:
-        """Has `attention` leave the hidden states that enter it here, where there are matrices that read them."""
-        if self.matrices:
+        """Has `attention` leave the hidden states that enter it here, where something is computed from them."""
+        if self.hidden_size:
             attention.register_forward_pre_hook(_keep_hidden_states, with_kwargs=True)
 
     def take_hidden_states(self) -> Tensor | None:

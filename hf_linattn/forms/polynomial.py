@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..ops import bounds, linear_attention, linear_attention_step, reference
 from ..ops.features import feature_count
+from . import projection
 from .form import Call, Form, Numbers, Sizes, State, Tokens
-from .options import one_of, require_bool, require_number
+from .options import one_of, require_bool, require_count, require_number
 from .parameters import LinAttnParams
 
 KERNELS = ("linear", "quadratic")
@@ -49,6 +50,8 @@ class PolynomialOptions:
         decay: weighs a key n tokens back by exp(-n / tau) as well, with one time constant tau a query head ("head") or a key head
             ("key_head": a group of query heads then shares one state). "token", of converted checkpoints: a rate for each token and key
             head, from the hidden states.
+        features: of converted checkpoints: f is taken of learned projections of query and key to so many numbers, fewer than D; the
+            state has rows by these instead of D.
     """
 
     kernel: str = "linear"
@@ -58,6 +61,7 @@ class PolynomialOptions:
     temperature: float = 1.0
     normalize_qk: bool = True
     decay: str = "none"
+    features: int | None = None
 
     def __post_init__(self) -> None:
         one_of("kernel", self.kernel, KERNELS)
@@ -67,6 +71,8 @@ class PolynomialOptions:
         for name in ("a", "b", "c", "temperature"):
             require_number(name, getattr(self, name))
         require_bool("normalize_qk", self.normalize_qk)
+        if self.features is not None:
+            require_count("features", self.features, 1)
         self._check_bounds()
 
     def _check_bounds(self) -> None:
@@ -100,14 +106,16 @@ class PolynomialParameters(LinAttnParams):
     - linear: the temperature, in (0, a / b), so that f > 0 for every s that unit-length q and k can give; a and b stay as configured;
     - quadratic: the temperature, above 0, and b, in (0, 2 sqrt(a c)), so that f > 0 for every s; a and c stay as configured;
     - with a decay, the time constant T > 0 in tokens, per query head (``decay="head"``) or key head: a token n steps back is weighed by
-      exp(-n / T) as well. With ``decay="token"`` 1 / T = softplus(r + w.x) of the hidden state x of each token, w starting at 0.
+      exp(-n / T) as well. With ``decay="token"`` 1 / T = softplus(r + w.x) of the hidden state x of each token, w starting at 0;
+    - with ``features``, the projections of `projection` and the centre of the keys.
 
     Starting values: temperature and b as configured, but at most 0.98 of their bound; T from 1.5 tokens in the first head, growing
     geometrically to ``sizes.longest`` in the last.
 
     Raises:
         ValueError: no heads; the linear kernel without ``normalize_qk``; a, b, temperature (or c of the quadratic kernel) that is not
-            positive; a decay per token that is not to be learned, or of a layer of unknown width.
+            positive; a decay per token or a projection that is not to be learned, a layer of unknown width, features that are no fewer
+            than the head has.
     """
 
     rate_weight: Tensor
@@ -116,13 +124,15 @@ class PolynomialParameters(LinAttnParams):
         _refuse_what_cannot_be_learned(sizes, options, learnable)
         self.options, self.longest = options, max(float(sizes.longest), SHORTEST_TIME_CONSTANT)
         names = ("temperature_logit",) if options.kernel == "linear" else ("log_temperature", "b_logit")
-        numbers, matrices = dict.fromkeys(names, sizes.query_heads), {}
+        numbers, matrices = dict.fromkeys(names, sizes.query_heads), dict[str, tuple[int, ...]]()
         if options.decay in ("head", "key_head"):
             numbers["log_rate"] = sizes.query_heads if options.decay == "head" else sizes.key_heads
         elif options.decay == "token":
             numbers["rate_logit"] = sizes.key_heads
             matrices["rate_weight"] = (sizes.key_heads, int(sizes.hidden_size or 0))
-        super().__init__(numbers, matrices, learnable, sizes.hidden_size)
+        if options.features is not None:
+            matrices |= projection.shapes(sizes, options.features)
+        super().__init__(numbers, matrices, learnable, sizes.hidden_size if options.decay == "token" else None)
         self.reset_parameters()
 
     def forward(self, hidden: Tensor | None = None) -> dict[str, Tensor]:
@@ -133,7 +143,7 @@ class PolynomialParameters(LinAttnParams):
 
         Returns:
             ``a``, ``b``, ``temperature``; with the quadratic kernel ``c``; with a decay ``log_decay`` = -1 / T < 0, for one per token
-            (B, Hk, N).
+            (B, Hk, N); with features the matrices of `projection`.
 
         Raises:
             ValueError: a decay per token without hidden states.
@@ -155,12 +165,14 @@ class PolynomialParameters(LinAttnParams):
                 raise ValueError('decay="token" is computed from the hidden states that enter the layer, and none were seen to enter it.')
             told = F.linear(hidden, self.rate_weight.to(hidden.dtype)).float()
             out["log_decay"] = -F.softplus(learned["rate_logit"] + told).transpose(1, 2)
-        return out
+        return out | {name: getattr(self, name) for name in self.matrices if name != "rate_weight"}
 
     def start(self, name: str) -> Tensor:
         options = self.options
         if name == "rate_weight":
             return torch.zeros_like(self.rate_weight)
+        if name in self.matrices:
+            return projection.start(name, getattr(self, name).shape)
         if name in ("log_rate", "rate_logit"):
             exponents = torch.linspace(0, 1, len(getattr(self, name)))
             log_rates = -(math.log(SHORTEST_TIME_CONSTANT) + exponents * math.log(self.longest / SHORTEST_TIME_CONSTANT))
@@ -185,6 +197,10 @@ def _refuse_what_cannot_be_learned(sizes: Sizes, options: PolynomialOptions, lea
     for name in ("a", "b", "temperature"):
         if not getattr(options, name) > 0:
             raise ValueError(f"learnable linear attention needs {name} > 0 to start from, got {getattr(options, name)}")
+    if options.features is not None and not learnable:
+        raise ValueError("linattn option features is of learned projections, so it needs learnable=true.")
+    if options.features is not None and options.features >= sizes.head_dim:
+        raise ValueError(f"linattn option features={options.features} must be below the {sizes.head_dim} numbers of a head.")
     if options.decay == "token" and not learnable:
         raise ValueError('linattn option decay="token" is learned from the hidden states, so it needs learnable=true.')
     if options.decay == "token" and not sizes.hidden_size:
@@ -201,7 +217,7 @@ class Polynomial(Form):
     def describe(self) -> str:
         decays = {"none": "", "head": " with decay", "key_head": " with decay per key head", "token": " with decay per token"}
         usual = PolynomialOptions(kernel=self.options.kernel)
-        numbers = {name: getattr(self.options, name) for name in ("a", "b", "c", "temperature", "normalize_qk")}
+        numbers = {name: getattr(self.options, name) for name in ("a", "b", "c", "temperature", "normalize_qk", "features")}
         others = [f"{name}={value}" for name, value in numbers.items() if value != getattr(usual, name)]
         return ", ".join((self.options.kernel + decays[self.options.decay], *others))
 
@@ -222,6 +238,8 @@ class Polynomial(Form):
         numbers: Numbers = {name: getattr(options, name) for name in ("a", "b", "c", "temperature", "normalize_qk")}
         if parameters is not None:
             numbers.update(parameters(call.hidden))
+        elif options.features is not None:
+            raise ValueError("linattn option features is of learned projections, which only converted checkpoints have: leave it out.")
         elif options.decay != "none":
             numbers["log_decay"] = starting_log_decay(self._rates(call.sizes), query.device)
         if not options.normalize_qk:
@@ -247,18 +265,20 @@ class Polynomial(Form):
         return out, {"sums": after}
 
     def _attend(self, call: Call, numbers: Numbers, **state: Any) -> Any:
+        call, numbers = projection.projected(call, numbers)
         return linear_attention(
             call.query, call.key, call.value, causal=call.causal, segment_ids=call.segments, **state, **numbers, **call.noise
         )
 
     def step(self, call: Call, numbers: Numbers, state: State) -> Tensor:
+        call, numbers = projection.projected(call, numbers)
         return linear_attention_step(call.query, call.key, call.value, state["sums"], segment_ids=call.segments, **numbers)
 
     # ---- the state
 
     def layout(self, sizes: Sizes, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         heads = sizes.query_heads if self.options.decay == "head" else sizes.key_heads
-        rows = feature_count(sizes.head_dim, self.options.degree)
+        rows = feature_count(self.options.features or sizes.head_dim, self.options.degree)
         return {"sums": ((heads, rows, sizes.value_dim + 1), torch.float64 if dtype == torch.float64 else torch.float32)}
 
     def tokens(self, call: Call, numbers: Numbers) -> Tokens:
@@ -294,15 +314,19 @@ class Polynomial(Form):
         if options.decay != "none":
             heads = sizes.query_heads if options.decay == "head" else sizes.key_heads
             numbers["log_decay"] = -1 / (1.5 * (sizes.longest / 1.5) ** torch.linspace(0, 1, heads, dtype=torch.float64))
+        if options.features is not None:
+            shapes = projection.shapes(sizes, options.features)
+            numbers |= {name: projection.start(name, shape).double() for name, shape in shapes.items()}
         return numbers
 
     def reference(self, call: Call, numbers: Numbers) -> Tensor:
+        call, numbers = projection.projected(call, numbers)
         return reference(call.query, call.key, call.value, causal=call.causal, segment_ids=call.segments, **numbers)
 
     def alternatives(self) -> Iterator[Polynomial]:
         for kernel in KERNELS:
             for decay in ("none", "head", "key_head"):
-                yield Polynomial(PolynomialOptions(kernel=kernel, decay=decay))
+                yield Polynomial(PolynomialOptions(kernel=kernel, decay=decay, features=self.options.features))
 
 
 def starting_log_decay(heads: int, device: torch.device | None = None) -> Tensor:

@@ -7,37 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import tiny_config, tiny_model, tiny_tokens
+from learned import feed, learned_model
+from tiny_models import tiny_model, tiny_tokens
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_linattn import LinAttnConfig, parameter_groups
 from hf_linattn.forms import Sizes
 from hf_linattn.forms.polynomial import PolynomialParameters
-from hf_linattn.models import config_class_for
 from hf_linattn.ops import reference
 
 KERNELS = ("linear", "quadratic")
-
-
-def learned_model(decay: str, name: str = "llama", kernel: str = "linear") -> Any:
-    """A converted model whose layers have learned something: every rate differs, and depends on the token where it may."""
-    options = LinAttnConfig(kernel=kernel, decay=decay, learnable=True).to_dict()
-    config = config_class_for(name)(**tiny_config(name, **options).to_diff_dict() | {"linattn": options})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, PolynomialParameters):
-                for parameter in module.parameters():
-                    parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 1))
-    return model
-
-
-def feed(model: Any, ids: Tensor, cache: Any, lengths: list[int], **kwargs: Any) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([model(part, past_key_values=cache, **kwargs).logits for part in ids.split(lengths, 1)], 1)
 
 
 def by_the_formula(model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
@@ -66,7 +47,7 @@ def by_the_formula(model: Any, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 def test_a_decay_per_token_is_what_its_formula_says(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = learned_model("token", name, kernel), tiny_tokens()
+    model, ids = learned_model(name, kernel=kernel, decay="token"), tiny_tokens()
     expected = by_the_formula(model, ids, monkeypatch)
     with torch.no_grad():
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=2e-5, rtol=0)
@@ -75,7 +56,7 @@ def test_a_decay_per_token_is_what_its_formula_says(name: str, kernel: str, monk
 @pytest.mark.parametrize("decay", ["key_head", "token"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_pieces_through_a_cache_give_the_whole(decay: str, kernel: str) -> None:
-    model, ids = learned_model(decay, kernel=kernel), tiny_tokens()
+    model, ids = learned_model(kernel=kernel, decay=decay), tiny_tokens()
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
@@ -85,7 +66,7 @@ def test_pieces_through_a_cache_give_the_whole(decay: str, kernel: str) -> None:
 
 @pytest.mark.parametrize("decay", ["key_head", "token"])
 def test_tokens_are_taken_back(decay: str) -> None:
-    model, ids, other = learned_model(decay), tiny_tokens(), tiny_tokens(seed=9)
+    model, ids, other = learned_model(decay=decay), tiny_tokens(), tiny_tokens(seed=9)
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     feed(model, ids, cache, [12, 1, 1, 9])
@@ -98,7 +79,7 @@ def test_tokens_are_taken_back(decay: str) -> None:
 
 @pytest.mark.parametrize("decay", ["key_head", "token"])
 def test_padding_on_the_left_changes_nothing(decay: str) -> None:
-    model, ids = learned_model(decay), tiny_tokens(batch=2)
+    model, ids = learned_model(decay=decay), tiny_tokens(batch=2)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     with torch.no_grad():
@@ -108,7 +89,7 @@ def test_padding_on_the_left_changes_nothing(decay: str) -> None:
 
 
 def test_a_decay_per_token_is_learned_at_a_rate_of_its_own() -> None:
-    model, ids = learned_model("token").train(), tiny_tokens()
+    model, ids = learned_model(decay="token").train(), tiny_tokens()
     model(ids, labels=ids).loss.backward()
     for module in model.modules():
         if isinstance(module, PolynomialParameters):
@@ -120,7 +101,7 @@ def test_a_decay_per_token_is_learned_at_a_rate_of_its_own() -> None:
 
 
 def test_hidden_states_are_let_go_after_each_call() -> None:
-    model = learned_model("token")
+    model = learned_model(decay="token")
     with torch.no_grad():
         model(tiny_tokens())
     assert all(module.hidden is None for module in model.modules() if isinstance(module, PolynomialParameters))
@@ -135,7 +116,7 @@ def test_rates_of_key_heads_start_as_those_of_query_heads_do() -> None:
 
 def test_one_step_of_the_operator_takes_a_rate_of_the_token() -> None:
     """The compiled whole, hidden states and all, is one graph."""
-    model, ids = learned_model("token"), tiny_tokens()
+    model, ids = learned_model(decay="token"), tiny_tokens()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, atol=1e-5, rtol=0)

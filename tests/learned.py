@@ -1,0 +1,33 @@
+"""Tiny converted models that have learned something, and their logits in pieces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tiny_models import tiny_config
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from hf_linattn import LinAttnConfig, LinAttnParams
+from hf_linattn.models import config_class_for
+
+
+def learned_model(name: str = "llama", **options: Any) -> Any:
+    """Every number of every layer differs from where it started, and depends on the token where it may."""
+    stored = LinAttnConfig(**{"learnable": True, **options}).to_dict()
+    config = config_class_for(name)(**tiny_config(name, **stored).to_diff_dict() | {"linattn": stored})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LinAttnParams):
+                for parameter in module.parameters():
+                    parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 1))
+    return model
+
+
+def feed(model: Any, ids: Tensor, cache: Any, lengths: list[int], **kwargs: Any) -> Tensor:
+    """Logits (B, N, V) of `ids` (B, N), given in pieces of `lengths` with a cache."""
+    with torch.no_grad():
+        return torch.cat([model(part, past_key_values=cache, **kwargs).logits for part in ids.split(lengths, 1)], 1)
