@@ -158,4 +158,4 @@ def install() -> None:
     PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
     PreTrainedModel.set_attn_implementation = set_attn_implementation  # type: ignore[method-assign]
     PreTrainedConfig.to_dict = to_dict  # type: ignore[method-assign]
-    PreTrainedConfig._attn_implementation = _implementation.setter(set_by_hand)
+    PreTrainedConfig._attn_implementation = _implementation.setter(set_by_hand)  # type: ignore[method-assign]
