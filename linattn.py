@@ -18,6 +18,7 @@ except ModuleNotFoundError:
 # By name: a module whose `main` is the stage, and a line for the list.
 STAGES = {
     "convert": ("convert.linearize", "Swap a checkpoint's softmax attention for linear attention."),
+    "calibrate": ("convert.calibrate", "Start a converted model's new numbers from its teacher's attention."),
     "transfer": ("convert.transfer", "Bring a converted model's attention layers near to its teacher's, one by one."),
     "distill": ("convert.distill", "Bring a converted model's predictions near to its teacher's."),
     "evaluate": ("convert.evaluate", "Hold models against their teacher: loss, recall, tasks, what generating costs."),

@@ -154,6 +154,13 @@ class TransferOptions(StageOptions):
 
 
 @dataclass(kw_only=True)
+class CalibrateOptions(TransferOptions):
+    """What `convert.calibrate` is told. Rates of learning mean nothing to it."""
+
+    tokens: int = option(65_536, "Tokens to look at.", min=1)
+
+
+@dataclass(kw_only=True)
 class DistillOptions(StageOptions):
     """What `convert.distill` is told."""
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .parameters import LinAttnParams
+from .seen import Seen
 
 State = dict[str, Tensor]
 """What stands for all tokens so far, by name; sequences along the first dimension. Its shapes do not depend on how many there were."""
@@ -78,6 +79,8 @@ class Form(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[Any]
+    SEARCHED: ClassVar[dict[str, tuple[float, ...]]] = {}
+    """Numbers whose start calibration searches for, by how near a layer comes to the softmax one: the shifts that are tried."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -157,6 +160,10 @@ class Form(ABC):
     @abstractmethod
     def starting_numbers(self, sizes: Sizes, learnable: bool) -> Numbers:
         """What a freshly converted layer attends with, numbers or float64 tensors, computed apart from the parameters that hold it."""
+
+    @abstractmethod
+    def calibrate(self, parameters: LinAttnParams, seen: Seen, nearest: int = 0) -> None:
+        """Starts `parameters` from what the softmax layer was seen to do; `nearest` tokens are another's business (a window's)."""
 
     @abstractmethod
     def reference(self, call: Call, numbers: Numbers) -> Tensor:

@@ -60,6 +60,13 @@ class LinAttnParams(nn.Module):
         started, offset = getattr(self, name).float(), getattr(self, name + OFFSET, None)
         return started if offset is None else started + offset.float()
 
+    @torch.no_grad()
+    def start_from(self, name: str, value: Tensor) -> None:
+        """Begins anew from another value of a number (heads,) or of a matrix."""
+        getattr(self, name).copy_(value)
+        if name in self.names and hasattr(self, name + OFFSET):
+            getattr(self, name + OFFSET).zero_()
+
     def at_rest(self) -> dict[str, Tensor]:
         """What to attend with where the hidden states are zeros: (heads,) each, and matrices."""
         hidden = torch.zeros(1, 1, self.hidden_size) if self.hidden_size else None

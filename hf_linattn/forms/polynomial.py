@@ -17,6 +17,7 @@ from . import projection
 from .form import Call, Form, Numbers, Sizes, State, Tokens
 from .options import one_of, require_bool, require_count, require_number
 from .parameters import LinAttnParams
+from .seen import Seen
 
 KERNELS = ("linear", "quadratic")
 DECAYS = ("none", "head", "key_head", "token")
@@ -213,6 +214,7 @@ class Polynomial(Form):
     name: ClassVar[str] = "polynomial"
     Options: ClassVar[type] = PolynomialOptions
     options: PolynomialOptions
+    SEARCHED: ClassVar[dict[str, tuple[float, ...]]] = {"log_temperature": (-1.4, -0.7, 0.0, 0.7, 1.4), "b_logit": (-2.0, 0.0, 2.0)}
 
     def describe(self) -> str:
         decays = {"none": "", "head": " with decay", "key_head": " with decay per key head", "token": " with decay per token"}
@@ -318,6 +320,20 @@ class Polynomial(Form):
             shapes = projection.shapes(sizes, options.features)
             numbers |= {name: projection.start(name, shape).double() for name, shape in shapes.items()}
         return numbers
+
+    def calibrate(self, parameters: LinAttnParams, seen: Seen, nearest: int = 0) -> None:
+        groups = len(seen.query_moment) // len(seen.key_mean)
+        if self.options.decay != "none":
+            time_constants = seen.reach(nearest).clamp(min=SHORTEST_TIME_CONSTANT)
+            if self.options.decay != "head":
+                time_constants = time_constants.unflatten(0, (-1, groups)).mean(1)
+            if self.options.decay == "token":
+                parameters.start_from("rate_logit", (1 / time_constants).expm1().log())
+            else:
+                parameters.start_from("log_rate", -time_constants.log())
+        if self.options.features is not None:
+            for name, matrix in projection.fitted(seen, groups, self.options.features).items():
+                parameters.start_from(name, matrix)
 
     def reference(self, call: Call, numbers: Numbers) -> Tensor:
         call, numbers = projection.projected(call, numbers)

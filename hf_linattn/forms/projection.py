@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .form import Call, Numbers, Sizes
+from .seen import Seen
 
 QUERY, KEY, CENTER = "query_projection", "key_projection", "key_center"
 
@@ -36,6 +37,31 @@ def start(name: str, shape: tuple[int, ...]) -> Tensor:
     heads, head_dim, features = shape
     random = torch.randn(head_dim, head_dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
     return torch.linalg.qr(random)[0][:, :features].bfloat16().float().expand(heads, -1, -1)
+
+
+def fitted(seen: Seen, groups: int, features: int) -> dict[str, Tensor]:
+    """The matrices that keep q.k best: the rank-r form of the least mean squared error over independent queries and keys.
+
+    E (q^T (I - A B^T) k)^2 = |C_q^1/2 (I - A B^T) C_k^1/2|^2 with the second moments C, so that A B^T is the truncated singular value
+    decomposition of C_q^1/2 C_k^1/2 between the inverse roots; each takes the root of the singular values. Query heads of a group share
+    the mean of their moments, and so a key head's features.
+    """
+    moment = seen.query_moment.unflatten(0, (-1, groups)).mean(1)
+    (query_root, query_inverse), (key_root, key_inverse) = _roots(moment), _roots(seen.key_moment)
+    left, values, right = torch.linalg.svd(query_root @ key_root)
+    scale = values[:, None, :features].sqrt()
+    query = query_inverse @ left[:, :, :features] * scale
+    key = key_inverse @ right.mT[:, :, :features] * scale
+    return {QUERY: query.repeat_interleave(groups, 0), KEY: key, CENTER: seen.key_mean}
+
+
+def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """The square root of symmetric matrices (H, D, D), and its inverse with directions that nothing lies in left out."""
+    values, vectors = torch.linalg.eigh(moment)
+    roots = values.clamp(min=0).sqrt()
+    small = roots <= 1e-6 * roots.amax(-1, keepdim=True)
+    inverse = torch.where(small, 0, 1 / roots.masked_fill(small, 1))
+    return (vectors * roots[:, None]) @ vectors.mT, (vectors * inverse[:, None]) @ vectors.mT
 
 
 def projected(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
