@@ -1,4 +1,4 @@
-"""The whole of linear attention in ten lines: quadratic, any dtype, any device. Every other form is held against it."""
+"""The whole of each attention in ten lines: quadratic, any dtype, any device. Every other form is held against it."""
 
 import torch
 from torch import Tensor
@@ -34,3 +34,17 @@ def reference(query: Tensor, key: Tensor, value: Tensor, a=1.0, b=1.0, c=0.0, *,
     weights = weights.masked_fill(~visible, 0)
     mass = weights.sum(-1, keepdim=True)  # g
     return weights @ v / mass.masked_fill(mass == 0, 1)
+
+
+def window_reference(query: Tensor, key: Tensor, value: Tensor, *, window: int, sinks: int = 0, scaling: float | None = None,
+                     segment_ids: Tensor | None = None) -> Tensor:  # fmt: skip
+    """Softmax attention of each token over the last `window` tokens of its sequence and the first `sinks`, by the matrix of all pairs."""
+    n, per_query_head = query.shape[2], lambda x: x.repeat_interleave(query.shape[1] // x.shape[1], 1)
+    scores = (query.shape[-1] ** -0.5 if scaling is None else scaling) * (query @ per_query_head(key).mT)  # (B, Hq, N, N)
+    ids = torch.ones(1, n, dtype=torch.int32, device=query.device) if segment_ids is None else segment_ids.int()
+    same = ((ids[:, :, None] == ids[:, None, :]) & (ids > 0)[:, :, None]).tril()
+    number = same.sum(-1) - 1  # the place of each token in its own sequence
+    visible = same & ((number[:, None, :] > number[:, :, None] - window) | (number[:, None, :] < sinks))
+    least = torch.finfo(scores.dtype).min  # not -inf: a row of padding sees nothing
+    weights = scores.masked_fill(~visible[:, None], least).softmax(-1).masked_fill(~visible[:, None], 0)
+    return weights @ per_query_head(value)
