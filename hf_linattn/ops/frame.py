@@ -54,8 +54,8 @@ class Frame:
         tensors: dict[str, Any] = {"key": key, "value": value} | ({} if log_decay is None else {"log_decay": log_decay})
         if segment_ids is None and ring is None:
             number = torch.arange(-front, length, device=key.device)[None]
-            return cls(**{name: ahead(x, front) for name, x in tensors.items()}, runs=None, number=number, front=front, window=window,
-                       sinks=sinks)  # fmt: skip
+            tensors = {name: ahead(x, front) for name, x in tensors.items()}
+            return cls(**tensors, runs=None, number=number, front=front, window=window, sinks=sinks)
         runs = torch.ones(batch, length, dtype=torch.int32, device=key.device)
         real = order = None
         if segment_ids is not None:

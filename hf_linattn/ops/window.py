@@ -8,7 +8,6 @@ kept from call to call see `ring`, on padding and packed sequences `frame`.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ TRUSTED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacken
 
 
 def window_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int, sinks: int = 0, scaling: float | None = None,
-                     segment_ids: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:  # fmt: skip
+                     segment_ids: Tensor | None = None) -> Tensor:  # fmt: skip
     """Causal softmax attention in which token i of a sequence sees the tokens j <= i with j > i - window or j < sinks.
 
     Tokens are counted from the first of their own sequence, and padding is not counted: a padded or packed sequence gives what it gives
@@ -39,7 +38,6 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int, 
         sinks: S >= 0.
         scaling: of the scores; D^-0.5 where it is None.
         segment_ids: as in `linear_attention`. The output at padding is 0, and nothing at padding, NaN included, reaches another row.
-        dropout_p: the probability that a weight is dropped; at least 0, below 1.
 
     Returns:
         (B, Hq, N, Dv) in query's dtype.
@@ -50,26 +48,22 @@ def window_attention(query: Tensor, key: Tensor, value: Tensor, *, window: int, 
     """
     query, key, value = _autocast(query, key, value)
     checks.check_tensors(query, key, value, 0, True, False)
-    check_window(window, sinks, dropout_p)
+    check_window(window, sinks)
     if query.shape[2] == 0:
         return query[..., :1].expand(*query.shape[:3], value.shape[-1])
     frame = Frame.of(key, value, window=window, sinks=sinks, segment_ids=segment_ids)
-    return frame.open(attend(frame.close(query), frame, scaling, dropout_p))
+    return frame.open(attend(frame.close(query), frame, scaling))
 
 
-def check_window(window: int, sinks: int, dropout_p: float = 0.0) -> None:
+def check_window(window: int, sinks: int) -> None:
     for name, x, least in (("window", window, 1), ("sinks", sinks, 0)):
         if isinstance(x, bool) or not isinstance(x, int):
             raise TypeError(f"{name} must be a whole number of tokens, not {x!r}.")
         if x < least:
             raise ValueError(f"{name} must be at least {least}, but is {x}.")
-    if not isinstance(dropout_p, Real):
-        raise TypeError(f"dropout_p must be a number, not {type(dropout_p).__name__}.")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p must be at least 0 and below 1, but is {dropout_p:g}.")
 
 
-def attend(query: Tensor, frame: Frame, scaling: float | None, dropout_p: float = 0.0) -> Tensor:
+def attend(query: Tensor, frame: Frame, scaling: float | None) -> Tensor:
     """(B, Hq, N, Dv) for queries (B, Hq, N, D) that lie as the frame's new tokens do."""
     batch, heads, length, _ = query.shape
     size = min(frame.window, length)
@@ -88,7 +82,7 @@ def attend(query: Tensor, frame: Frame, scaling: float | None, dropout_p: float 
     )
     fold = (lambda x: x.flatten(1, 2)) if is_common else (lambda x: x.flatten(0, 1))
     mask = mask.repeat(1, 1, groups, 1).flatten(0, 1)[:, None]
-    out = sdpa(fold(place(rows).flatten(3, 4)), fold(keys), fold(values), mask, scaling, dropout_p)
+    out = sdpa(fold(place(rows).flatten(3, 4)), fold(keys), fold(values), mask, scaling)
     out = out.unflatten(1, (batch, -1)).transpose(0, 1) if is_common else out.unflatten(0, (batch, -1))
     out = out.unflatten(3, (groups, size)).permute(0, 1, 4, 2, 3, 5)  # (B, blocks, W, Hk, r, Dv), as Transformers wants it in memory
     return out.reshape(batch, count * size, heads, -1)[:, :length].transpose(1, 2)
@@ -112,10 +106,10 @@ def step(query: Tensor, ring: Ring, scaling: float | None, real: Tensor | None =
     return out if real is None else out.masked_fill(~real[:, :, None, None], 0)
 
 
-def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None, dropout_p: float = 0.0) -> Tensor:
+def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
     """scaled_dot_product_attention by the kernels whose gradients are trusted."""
     with sdpa_kernel(TRUSTED) if query.is_cuda else nullcontext():
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout_p)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
 
 
 def _visible(frame: Frame, size: int, count: int, rest: int) -> Tensor:

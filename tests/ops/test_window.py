@@ -193,15 +193,8 @@ def test_compiled(segments):
     assert all(torch.allclose(grads[name], expected_grads[name]) for name in grads)
 
 
-def test_layout_and_dropout():
-    """The output lies as Transformers wants it, and dropping weights keeps the mean."""
-    tensors = make_tensors(40, dtype=torch.float32, grad=False)
-    out = window_attention(*tensors, window=8)
-    assert out.transpose(1, 2).is_contiguous()
-    torch.manual_seed(0)
-    noisy = torch.stack([window_attention(*tensors, window=8, dropout_p=0.3) for _ in range(400)])
-    assert noisy.std(0).max() > 0.1
-    torch.testing.assert_close(noisy.mean(0), out, rtol=0, atol=0.25)
+def test_the_output_lies_as_transformers_wants_it():
+    assert window_attention(*make_tensors(40, grad=False), window=8).transpose(1, 2).is_contiguous()
 
 
 @pytest.mark.parametrize("options, error, words", [
@@ -209,8 +202,6 @@ def test_layout_and_dropout():
     ({"window": 4.0}, TypeError, "window must be a whole number"),
     ({"window": True}, TypeError, "window must be a whole number"),
     ({"window": 4, "sinks": -1}, ValueError, "sinks must be at least 0"),
-    ({"window": 4, "dropout_p": 1.0}, ValueError, "below 1"),
-    ({"window": 4, "dropout_p": "0"}, TypeError, "dropout_p must be a number"),
     ({"window": 4, "segment_ids": torch.ones(2, 5, dtype=torch.long)}, ValueError, r"shape \(2, 9\)"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said(options, error, words):
