@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EVERYWHERE = {"overwrite": False, "resume": False, "debug": False, "large_state": False, "seed": 0}
 SIGNATURES: dict[Callable[..., Any], dict[str, Any]] = {
     convert.linearize.main: {
-        "kernel": "linear", "decay": "head", "keep_softmax": "", "temperature": None, "dropout": None, "learnable": True, "dtype": None,
+        "kernel": None, "decay": None, "keep_softmax": "", "temperature": None, "dropout": None, "learnable": True, "dtype": None,
         "revision": None, "overwrite": False, "large_state": False, "check": True, "seed": 0,
     },
     recipes.tinystories.evaluate.main: {
@@ -46,7 +46,7 @@ SIGNATURES: dict[Callable[..., Any], dict[str, Any]] = {
 }  # fmt: skip
 SETTINGS: dict[type, dict[str, Any]] = {
     LinearizeOptions: {
-        "kernel": "linear", "decay": "head", "keep_softmax": (), "temperature": None, "dropout": None, "learnable": True, "dtype": None,
+        "kernel": None, "decay": None, "keep_softmax": (), "temperature": None, "dropout": None, "learnable": True, "dtype": None,
         "revision": None, "overwrite": False, "large_state": False, "check": True, "seed": 0,
     },
     recipes.lra.settings.Settings: {
@@ -90,15 +90,14 @@ def test_nothing_is_done_that_was_not_asked_for() -> None:
 
 @pytest.mark.parametrize("function", SIGNATURES, ids=lambda function: f"{function.__module__}.{function.__qualname__}")
 def test_the_defaults_of_a_command(function: Callable[..., Any]) -> None:
-    found = {name: each.default for name, each in inspect.signature(function).parameters.items() if each.default is not each.empty}
-    assert {name: getattr(value, "value", value) for name, value in found.items()} == SIGNATURES[function]
+    found = {name: getattr(each.default, "value", each.default) for name, each in inspect.signature(function).parameters.items()}
+    assert {name: found[name] for name in SIGNATURES[function]} == SIGNATURES[function]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: f"{settings.__module__}.{settings.__qualname__}")
-def test_the_defaults_of_a_config_file(settings: type) -> None:
-    made = ((each.name, each.default_factory() if each.default is MISSING else each.default) for each in fields(settings)  # type: ignore
-            if each.default is not MISSING or each.default_factory is not MISSING)  # fmt: skip
-    assert dict(made) == SETTINGS[settings]
+def test_the_defaults_of_a_config_file(settings: Any) -> None:
+    found = {each.name: each.default_factory() if callable(each.default_factory) else each.default for each in fields(settings)}
+    assert {name: found[name] for name in SETTINGS[settings]} == SETTINGS[settings]
 
 
 def test_the_tasks_of_the_arena_are_the_published_ones() -> None:

@@ -406,6 +406,7 @@ def test_every_config_file_makes_a_model_of_its_task():
         values = load_config(Settings, path, ["attn_implementation=linattn", "dropout=noise"])
         model = training.new_model(values)
         assert values.task == path.stem and model.config.max_position_embeddings == TASKS[path.stem].length
+        assert model.config.vocab_size == TASKS[path.stem].vocabulary + 1 and model.config.num_labels == TASKS[path.stem].classes
         if path.parent == CONFIGS:
             assert (model.config.hidden_size, model.config.num_hidden_layers, model.config.num_attention_heads) == (64, 2, 2)
 
@@ -428,7 +429,14 @@ def test_bad_settings(tmp_path, changed, message):
         settings(tmp_path, **changed)
 
 
+def test_dropout_of_softmax_weights_is_standards_alone(tmp_path):
+    for dropout, attention in (("standard", "sdpa"), ("none", "sdpa"), ("noise", "linattn")):
+        config = training.new_model(settings(tmp_path, dropout=dropout, attn_implementation=attention, attention_dropout=0.3)).config
+        assert config.attention_dropout == (0.3 if dropout == "standard" else 0.0) and config.hidden_dropout == 0.1
+
+
 def test_bad_models_and_too_little_data(tmp_path):
+    assert run(settings(tmp_path, output=str(tmp_path / "just"), batch_size=64, steps=1))["steps"] == 1
     for changed, message in (
         ({"model": {"heads": 2}}, "'heads' is unknown"),
         ({"model": {"num_labels": 2}}, "'num_labels' is unknown or set by the task"),

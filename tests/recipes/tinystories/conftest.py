@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recipes.common.config import build
@@ -31,6 +31,8 @@ def tiny(tmp_path_factory):
     tokenizer.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=300, special_tokens=[MARK], initial_alphabet=alphabet, show_progress=False)
     )
+    # As many tokenizers do, it begins every text with a token of its own where it is not told to leave special tokens out.
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{MARK} $A", special_tokens=[(MARK, 0)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=MARK, eos_token=MARK).save_pretrained(folder / "model")
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -53,7 +53,7 @@ def test_the_whole_job(tmp_path, monkeypatch):
     out = tmp_path / "quickstart"
     report = json.loads((out / "evaluation" / "evaluation.json").read_text())
     assert [x["name"] for x in report["models"]] == ["teacher", "swapped", "fine-tuned"]
-    assert [x["attention"] for x in report["models"]] == ["softmax", "linear, decay", "linear, decay"]
+    assert [x["attention"] for x in report["models"]] == ["softmax", "linear with decay", "linear with decay"]
     assert (out / "evaluation" / "evaluation.png").exists()
 
 

@@ -95,7 +95,7 @@ def test_the_report(tiny, converted, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == [".hf_linattn.json", "evaluation.json", "evaluation.md", "evaluation.png"]
     report = json.loads((out / "evaluation.json").read_text())
     assert [x["name"] for x in report["models"]] == ["teacher", str(converted)]
-    assert [x["attention"] for x in report["models"]] == ["softmax", "linear, decay"]
+    assert [x["attention"] for x in report["models"]] == ["softmax", "linear with decay"]
     assert report["conditions"]["stories"] == 6
     assert [x["length"] for x in report["models"][0]["decoding"]] == [8, 16, 4096]
     text = (out / "evaluation.md").read_text()
