@@ -145,6 +145,43 @@ def test_gguf_is_unpacked(given: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_gguf_is_read_dequantised_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that stays packed cannot be saved; what a repository says beside the file is not run."""
+    asked: list[dict[str, Any]] = []
+
+    class Loaded:
+        @classmethod
+        def from_pretrained(cls, folder: Path, **options: Any) -> Loaded:
+            asked.append({"folder": folder, **options})
+            return cls()
+
+        def save_pretrained(self, folder: Path) -> None:
+            folder.mkdir(exist_ok=True)
+            (folder / f"saved-{len(list(folder.iterdir()))}").touch()
+
+    monkeypatch.setattr(convert.gguf.transformers, "AutoModelForCausalLM", Loaded)
+    monkeypatch.setattr(convert.gguf.transformers, "AutoTokenizer", Loaded)
+    convert.gguf._unpack(tmp_path / "tiny.gguf", tmp_path / "out", torch.float16)
+    model, tokenizer = asked
+    assert tokenizer == {"folder": tmp_path, "gguf_file": "tiny.gguf", "trust_remote_code": False}
+    packing = model.pop("quantization_config", None)
+    assert model == tokenizer | {"dtype": torch.float16} and (packing is None or packing.dequantize)
+    assert (packing is None) == (not hasattr(convert.gguf.transformers, "GgufConfig"))
+    assert len(list((tmp_path / "out").iterdir())) == 2
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_special_tokens_end_where_the_vocabulary_does(file: str, source: Path, tmp_path: Path) -> None:
+    (source / "generation_config.json").unlink(missing_ok=True)
+    content = json.loads((source / file).read_text()) if (source / file).exists() else {}
+    for key, good, bad in (("bos_token_id", VOCABULARY - 1, VOCABULARY), ("eos_token_id", [2, VOCABULARY - 1], [2, VOCABULARY])):
+        (source / file).write_text(json.dumps(content | {key: bad}))
+        with pytest.raises(ConversionError, match=f"^{file}: {key} is {VOCABULARY}, and the vocabulary ends at {VOCABULARY - 1}; nothing"):
+            linearize(source, tmp_path / "out")
+        (source / file).write_text(json.dumps(content | {key: good}))
+        linearize(source, tmp_path / f"out-{key}")
+
+
 def test_gguf_by_a_link_out_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "published").mkdir()
     (tmp_path / "private.gguf").write_bytes(b"GGUF")

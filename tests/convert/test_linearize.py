@@ -283,6 +283,27 @@ def test_other_heads(auto: Any, tmp_path: Path, softmax_checkpoint: Checkpoint, 
     assert not info["missing_keys"] and type(model).__name__.startswith("LinAttnLlama")
 
 
+def test_a_dtype_that_config_json_does_not_say_is_that_of_the_first_floating_tensor(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    softmax_model("llama").to(torch.bfloat16).save_pretrained(source)
+    config = {key: value for key, value in read_json(source / "config.json").items() if key != "dtype"}
+    (source / "config.json").write_text(json.dumps(config))
+    assert (
+        linearize(source, tmp_path / "out", LinearizeOptions(check=False))
+        and read_json(tmp_path / "out/config.json")["dtype"] == "bfloat16"
+    )
+    scalars = {"a": torch.tensor(3), "b": torch.tensor([1, 2]), "c": torch.tensor(0.5, dtype=torch.float16), "d": torch.ones(2, 2)}
+    for kept, found in (
+        (scalars, torch.float16),
+        ({"a": scalars["a"], "b": scalars["b"]}, torch.float32),
+        ({"d": scalars["d"].double()}, torch.float64),
+    ):
+        save_file(kept, tmp_path / "file.safetensors")
+        shapes = {name: tuple(tensor.shape) for name, tensor in kept.items()}
+        checkpoint = recipes.common.checkpoint.Checkpoint("x", tmp_path, None, {}, (tmp_path / "file.safetensors",), (shapes,))
+        assert convert.weights.floating_dtype(checkpoint) == found
+
+
 @pytest.mark.parametrize("stored", ["bfloat16", "float16", "float64"])
 def test_any_stored_dtype_is_kept(stored: str, tmp_path: Path) -> None:
     softmax_model("llama").to(getattr(torch, stored)).save_pretrained(tmp_path / "source")
