@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from recipes.common import documents, tokens
@@ -29,6 +29,7 @@ def tokenizer(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HF_LINATTN_CACHE", str(tmp_path_factory.mktemp("cache")))
     made = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([MARK, *sorted(pre_tokenizers.ByteLevel.alphabet())])}, merges=[]))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    made.post_processor = processors.TemplateProcessing(single=f"{MARK} $A", special_tokens=[(MARK, 0)])  # unless told to leave it out
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=MARK, eos_token=MARK)
 
 
