@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.errors import ConversionError
+from convert.errors import ConversionError, one_line
 from convert.options import LinearizeOptions, layer_numbers
 from recipes.common.reading import refuse_missing_folder
 
@@ -160,3 +160,9 @@ def test_a_missing_folder_is_called_missing(tmp_path: Path, monkeypatch: pytest.
             refuse_missing_folder(name)
     for name in ("models", "models/", "gpt2", "EleutherAI/pythia-14m"):
         refuse_missing_folder(name)
+
+
+def test_another_librarys_words_on_one_line() -> None:
+    assert one_line(ValueError("two\n  lines")) == "two lines" and one_line(KeyError()) == "KeyError"
+    assert one_line(ValueError("a" * 300)) == "a" * 300 and one_line(ValueError("a" * 301)) == "a" * 300 + " ..."
+    assert one_line(ValueError("abc"), longest=2) == "ab ..."

@@ -117,6 +117,7 @@ def test_any_start_is_the_one_that_is_promised(decay: str, learnable: bool, tmp_
     started = linearize(tmp_path / "source", tmp_path / "out", options)["starting_values"]
     stored = learnable or decay == "head"
     assert started["temperature"] == ([0.98] * 4 if stored else 0.99)
+    assert all(number == round(number, 6) != round(number, 5) for number in started.get("log_decay", [])[1:])
     assert "log_decay" not in started or -1 / started["log_decay"][-1] == pytest.approx(2048, rel=2e-3)  # six digits are reported
 
 

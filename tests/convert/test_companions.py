@@ -114,6 +114,13 @@ def test_packed_tensors_are_refused(dtype: torch.dtype, source: Path, tmp_path: 
         linearize(source, tmp_path / "out", UNCHECKED)
 
 
+def test_a_row_of_whole_numbers_is_no_packed_tensor(source: Path, tmp_path: Path) -> None:
+    weights = load_file(source / "model.safetensors") | {"model.counts": torch.ones(3, dtype=torch.int32)}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    linearize(source, tmp_path / "out", UNCHECKED)
+    assert load_file(tmp_path / "out" / "model-00001-of-00002.safetensors")["model.counts"].dtype == torch.int32
+
+
 @pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
 def test_settings_of_a_quantiser_are_refused(name: str, source: Path, tmp_path: Path) -> None:
     (source / name).write_text('{"bits": 4}')
@@ -128,21 +135,22 @@ def test_an_adapter_is_answered_with_the_remedy(tmp_path: Path) -> None:
         linearize(tmp_path / "adapter", tmp_path / "out", UNCHECKED)
 
 
-@pytest.mark.parametrize("given", ["tiny.gguf", ""], ids=["file", "folder"])
-def test_gguf_is_unpacked(given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("given", "wanted"), [("tiny.gguf", None), ("", "float16")], ids=["file", "folder"])
+def test_gguf_is_unpacked(given: str, wanted: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "packed").mkdir()
     (tmp_path / "packed" / "tiny.gguf").write_bytes(b"GGUF")
     (tmp_path / "packed" / "adapter_config.json").write_text('{"base_model_name_or_path": "/private"}')
 
     def unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
+        assert dtype == getattr(torch, wanted or "bfloat16")
         assert file.read_bytes() == b"GGUF" and os.listdir(file.parent) == [file.name]  # what lies beside it is not read
         softmax_model("llama").to(dtype).save_pretrained(folder)
 
     monkeypatch.setattr(convert.gguf, "_unpack", unpack)
     monkeypatch.setattr(convert.gguf, "find_spec", lambda name: name)
-    report = linearize(tmp_path / "packed" / given, tmp_path / "out")
+    report = linearize(tmp_path / "packed" / given, tmp_path / "out", LinearizeOptions(dtype=wanted))
     assert report["source"] == str(tmp_path / "packed" / given) and report["check"]["layers"] == 3
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == (wanted or "bfloat16")
 
 
 def test_gguf_is_read_dequantised_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

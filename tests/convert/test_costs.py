@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
 
 import hf_linattn
-from convert.costs import LARGEST_STATE, _break_even, generating_costs
+from convert.costs import LARGEST_STATE, _break_even, _duration, generating_costs
 from convert.linearize import LinearizeOptions, app, linearize
 from hf_linattn.config import sliding_windows
 from hf_linattn.models import config_class_for
@@ -67,6 +67,10 @@ def test_what_is_told_is_what_a_cache_takes(kernel: str, decay: str, model_type:
 def test_break_even_is_the_least_length_that_holds_as_much(state: int, windows: list[int | None], length: int | None) -> None:
     """At 10 bytes a token and layer; a window keeps one token less than it sees."""
     assert _break_even(state, 10, windows) == length
+
+
+def test_durations_in_words() -> None:
+    assert [_duration(seconds) for seconds in (2.54, 0.1, 0.0994, 1.9e-6)] == ["2.5 s", "0.1 s", "99 ms", "0.0019 ms"]
 
 
 def test_no_decay_starts_slower_than_2048_tokens(tmp_path: Path) -> None:
@@ -129,6 +133,12 @@ def test_a_large_state_has_to_be_asked_for(name: str) -> None:
             generating_costs(config)
     costs = generating_costs(config, large_state=True)
     assert costs.state == expected and TIMES[name] in costs.sentence()
+    assert "at 20 GB/s (one core of a CPU; plain PyTorch there takes 4 to 10 times as long)" in costs.sentence()
+    assert LARGEST_STATE == 2**30
+    if model_type != "gemma3_text":  # whose windows bound its cache
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * (getattr(config, "head_dim", None) or 128) * 2
+        assert costs.source == {str(length): token * length for length in (1024, 8192, 65536)}
     config.linattn = hf_linattn.LinAttnConfig(decay="head").to_dict()
     assert generating_costs(config).state < expected / 15
 
