@@ -35,14 +35,21 @@ def evaluate(
     # Late, since importing torch takes seconds: what is wrong with the arguments has been said by now.
     from transformers.utils import logging
 
+    from convert.evaluation.curves import read_curves
     from convert.evaluation.measurements import measure_all
+    from convert.evaluation.report import write_report
+    from convert.evaluation.selection import read_ranking
     from convert.evaluation.store import Store
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    ranking = read_ranking(options.ranking) if options.ranking else None
+    curves = read_curves(options)
     store = Store(out, options.inputs(), resume, overwrite)
     try:
-        return measure_all(options, store, tell)
+        results = measure_all(options, store, tell)
+        write_report(store.folder / "report", results, curves, ranking, options.commands(out))
+        return results
     finally:
         store.close()
 
@@ -61,6 +68,8 @@ def main(
     needles: Annotated[int, typer.Option(help="Prompts of each kind and distance.", min=1)] = 100,
     recall_length: Annotated[int, typer.Option(help="Tokens of a prompt, where the distance does not need more.", min=64)] = 1024,
     filler: Annotated[Path | None, typer.Option(help="Text to hide keys in (default: the first --data).", show_default=False)] = None,
+    ranking: Annotated[Path | None, typer.Option(help="What convert.select_layers wrote, to be shown.", show_default=False)] = None,
+    run: Annotated[list[str] | None, typer.Option(help="Folder of a training run whose curves are shown, or NAME=FOLDER.")] = None,
     tasks: Annotated[str, typer.Option(help=f"lm-eval's: some of {', '.join(TASKS)}; all; or none.")] = "none",
     task_rows: Annotated[Path | None, typer.Option(help="Folder of their rows (default: from the hub).", show_default=False)] = None,
     limit: Annotated[int | None, typer.Option(help="Examples a task (default: all).", min=1, show_default=False)] = None,
@@ -86,6 +95,8 @@ def main(
         needles=needles,
         recall_length=recall_length,
         filler=filler,
+        ranking=ranking,
+        runs=tuple(run or ()),
         tasks=chosen(tasks, "--tasks", TASKS),
         task_rows=task_rows,
         limit=limit,
@@ -97,7 +108,23 @@ def main(
     )
     check_place(out, COMMAND, inputs=options.inputs(), resume=resume, overwrite=overwrite)
     console = cli.console()
-    evaluate(options, out, resume, overwrite, tell=lambda text: console.print(text, soft_wrap=True))
+    results = evaluate(options, out, resume, overwrite, tell=lambda text: console.print(text, soft_wrap=True))
+    _show(console, results)
+    console.print(f"written to {out}: report/index.html, report/report.md, measured/", soft_wrap=True)
+
+
+def _show(console: Any, results: dict[str, dict[str, Any]]) -> None:
+    from rich.table import Table
+
+    from convert.evaluation.tables import all_tables
+
+    for number, table in enumerate(all_tables(results)):
+        # The first has long headings and many of them: a model a column.
+        cells = list(zip(*table.cells, strict=True)) if number == 0 else table.cells
+        shown = Table(*cells[0], title=table.title, title_justify="left")
+        for row in cells[1:]:
+            shown.add_row(*row)
+        console.print(shown)
 
 
 app = cli.app(main)

@@ -43,7 +43,7 @@ def measure_loss(model: Any, teacher: Any | None, rows: Rows, batch: int) -> dic
             for key, one in _of_row(logits[index], None if truth is None else truth[index], row).items():
                 found[key].append(one.double().cpu())
     values = {key: torch.stack(parts) for key, parts in found.items() if parts}
-    out: dict[str, Any] = {"tokens": values["nats"].numel(), "row_nats": values["nats"].mean(1).tolist()}
+    out: dict[str, Any] = {"text": rows.name, "tokens": values["nats"].numel(), "row_nats": values["nats"].mean(1).tolist()}
     for key, each in values.items():
         out[key], out[f"{key}_error"] = each.mean().item(), standard_error(each.mean(1).tolist())
     out["bits_per_byte"] = values["nats"].sum().item() / math.log(2) / max(sum(rows.nbytes), 1)

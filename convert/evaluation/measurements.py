@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import transformers
 
 from convert.evaluation.costs import STEPS, measure_costs
+from convert.evaluation.describe import describe
 from convert.evaluation.loss import measure_loss
 from convert.evaluation.models import Loaded, Models, check_length, stamp
 from convert.evaluation.options import EvaluationOptions, Subject
 from convert.evaluation.prompts import Prompt, Prompts
 from convert.evaluation.recall import measure_recall
 from convert.evaluation.store import Store
+from convert.evaluation.tasks import local_rows, measure_task, require_lm_eval
 from convert.evaluation.text import first_rows
 
 _LIGHTER = 4
 """How many times the tokens of a batch of text fit where only the last logits of a row are wanted."""
+_TOKENS_OF_A_REQUEST = 256
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,13 @@ class Measurement:
         name: of its file.
         asked: what decides the answer, besides the model.
         find: from the model and the teacher (None for the teacher itself), the answer.
+        of_controls: whether the teacher under a window is asked too.
     """
 
     name: str
     asked: dict[str, Any]
     find: Callable[[Loaded, Loaded | None], dict[str, Any]]
+    of_controls: bool = True
 
 
 def measure_all(options: EvaluationOptions, store: Store, tell: Callable[[str], None]) -> dict[str, dict[str, Any]]:
@@ -50,8 +55,11 @@ def measure_all(options: EvaluationOptions, store: Store, tell: Callable[[str], 
     subjects = options.subjects()
     for subject in subjects:
         identity = {"model": stamp(subject.path), "teacher": stamp(subjects[0].path), "dtype": str(models.dtype)}
+        described = Measurement("model", {"sinks": options.sinks}, partial(_describe, subject, options.sinks))
         results[subject.name] = {}
-        for measurement in plan:
+        for measurement in [described, *plan]:
+            if subject.window is not None and not measurement.of_controls:
+                continue
             work = _work(measurement, subject, models, tell)
             results[subject.name][measurement.name] = store.measure(subject.name, measurement.name, identity | measurement.asked, work)
     return results
@@ -67,7 +75,7 @@ def _work(measurement: Measurement, subject: Subject, models: Models, tell: Call
     def work() -> dict[str, Any]:
         tell(f"{subject.name}: {measurement.name}")
         teacher = None if models.is_teacher(subject) else models.teacher
-        return measurement.find(models.opened(subject), teacher) | machine(models.device)
+        return measurement.find(models.opened(subject), teacher) | machine(models.device) | {"dtype": str(models.dtype).split(".")[1]}
 
     return work
 
@@ -78,7 +86,10 @@ def _plan(options: EvaluationOptions, models: Models) -> Iterator[Measurement]:
     for kind in options.recall:
         yield _recall(options, models, kind)
     if options.decode:
-        yield Measurement("costs", {"lengths": list(options.decode)}, lambda loaded, teacher: _costs(loaded, options.decode))
+        # A control runs with the teacher's whole cache, so its costs would not be those of a window.
+        yield Measurement("costs", {"lengths": list(options.decode)}, lambda loaded, _: _costs(loaded, options.decode), of_controls=False)
+    for task in options.tasks:
+        yield _task(options, models, task)
 
 
 def _losses(options: EvaluationOptions, models: Models, length: int) -> Iterator[Measurement]:
@@ -118,3 +129,17 @@ def _costs(loaded: Loaded, lengths: Sequence[int]) -> dict[str, Any]:
     for length in lengths:
         check_length(loaded.model, length + STEPS, "--decode")
     return measure_costs(loaded.model, lengths)
+
+
+def _task(options: EvaluationOptions, models: Models, task: str) -> Measurement:
+    require_lm_eval()
+    rows = local_rows(options.task_rows, task) if options.task_rows else None
+    asked = {"rows": stamp(str(rows)) if rows else "hub", "limit": options.limit}
+    batch = max(models.batch_tokens // _TOKENS_OF_A_REQUEST, 1)
+    return Measurement(
+        f"task-{task}", asked, lambda loaded, _: measure_task(loaded.model, loaded.tokenizer, task, rows, options.limit, batch)
+    )
+
+
+def _describe(subject: Subject, sinks: int, loaded: Loaded, teacher: Loaded | None) -> dict[str, Any]:
+    return describe(loaded, subject, sinks)

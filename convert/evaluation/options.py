@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from convert.errors import ConversionError
@@ -32,6 +33,8 @@ class EvaluationOptions:
         needles: prompts of each kind and distance.
         recall_length: least tokens of such a prompt.
         filler: text that keys are hidden in; None: the first of ``data``.
+        ranking: what ``convert.select_layers`` wrote.
+        runs: further folders of training runs, or NAME=FOLDER, whose curves are shown.
         tasks: lm-eval tasks, of TASKS.
         task_rows: folder of local rows for them; None: the hub.
         limit: examples a task; None: all.
@@ -53,6 +56,8 @@ class EvaluationOptions:
     needles: int = 100
     recall_length: int = 1024
     filler: Path | None = None
+    ranking: Path | None = None
+    runs: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     task_rows: Path | None = None
     limit: int | None = None
@@ -70,9 +75,14 @@ class EvaluationOptions:
         """
         if self.dtype not in ("", *DTYPES):
             raise ConversionError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
-        for path in (*self.data, *([self.filler] if self.filler else [])):
+        for path in filter(None, (*self.data, self.filler)):
             if not user_path(path).is_file():
                 raise ConversionError(f"{path}: no such file; give text, or rows of JSON with a key text, as it is or packed by xz")
+        if self.ranking and not user_path(self.ranking).is_file():
+            raise ConversionError(f"--ranking {self.ranking}: no such file; give what convert.select_layers wrote")
+        for _, run in map(named_model, self.runs):
+            if not (user_path(run) / "metrics.jsonl").is_file():
+                raise ConversionError(f"--run {run} holds no metrics.jsonl, so it is no folder of a training run; give one that is")
         if self.task_rows and not user_path(self.task_rows).is_dir():
             raise ConversionError(f"--task-rows {self.task_rows}: no such folder; leave it out to have the rows from the hub")
         for model in (self.teacher, *(path for _, path in map(named_model, self.models))):
@@ -83,8 +93,22 @@ class EvaluationOptions:
 
     def inputs(self) -> list[str]:
         """Everything that is read."""
-        files = [str(path) for path in (*self.data, self.filler, self.task_rows) if path]
+        files = [str(path) for path in (*self.data, self.filler, self.task_rows, self.ranking) if path]
         return [*files, *(path for _, path in map(named_model, (self.teacher, *self.models)))]
+
+    def commands(self, out: str | Path) -> list[str]:
+        """The command line that asks for this."""
+        words: list[str] = [*self.models, "--teacher", self.teacher]
+        for option, values in (("--data", self.data), ("--run", self.runs)):
+            words += [word for value in values for word in (option, str(value))]
+        names = {"lengths": "length", "windows": "window-control"}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("models", "teacher", "data", "runs") or value == field.default:
+                continue
+            text = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+            words += [f"--{names.get(field.name, field.name).replace('_', '-')}", text]
+        return [f"python -m convert.evaluate {shlex.join(words)} --out {shlex.quote(str(out))}"]
 
     def subjects(self) -> list[Subject]:
         """The rows of every table: the teacher, the controls, the models."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.errors import ConversionError
-from convert.evaluation.text import documents
+from convert.evaluation.text import first_documents, last_documents
 from recipes.common.tokenizing import start_token
 
 _COLOURS = ("red", "blue", "green", "white", "black", "brown", "golden", "silver")
@@ -52,18 +52,13 @@ class Prompts:
         tokenizer: of the models.
         length: least number of tokens of a prompt.
         seed: another one for other prompts.
+        from_the_end: of the text, and not from its beginning.
 
     """
 
-    def __init__(self, filler: Path, tokenizer: Any, length: int, seed: int | str = 0) -> None:
+    def __init__(self, filler: Path, tokenizer: Any, length: int, seed: int | str = 0, from_the_end: bool = False) -> None:
         self.tokenizer, self.least, self.seed = tokenizer, length, seed
-        text, size = [], 0
-        for document in documents(filler):
-            text.append(document)
-            size += len(document)
-            if size > _FILLER_CHARACTERS:
-                break
-        whole = _LINE.join(text)[:_FILLER_CHARACTERS]
+        whole = _LINE.join((last_documents if from_the_end else first_documents)(filler, _FILLER_CHARACTERS))
         self.filler = self._tokens(whole)
         self.words = sorted(set(re.findall(r"\b[a-z]{4,8}\b", whole)))
         self.name = Path(filler).name

@@ -71,15 +71,32 @@ def first_rows(path: Path, tokenizer: Any, length: int, count: int) -> Rows:
 
 def last_rows(path: Path, tokenizer: Any, length: int, count: int) -> Rows:
     """The last ``count`` rows, which evaluation does not come to in a text that is long enough for both."""
+    ids = [token for document in last_documents(path, _CHARACTERS * length * count) for token in _tokens(document, tokenizer)]
+    return _rows(path, ids[max(len(ids) - length * count, 0) :], tokenizer, length)
+
+
+def first_documents(path: Path, characters: int) -> list[str]:
+    """The first documents, of so many characters in all or a document more."""
+    kept: list[str] = []
+    size = 0
+    for document in documents(path):
+        kept.append(document)
+        size += len(document)
+        if size >= characters:
+            break
+    return kept
+
+
+def last_documents(path: Path, characters: int) -> list[str]:
+    """The last documents, of so many characters in all or a document more."""
     kept: deque[str] = deque()
     size = 0
     for document in documents(path):
         kept.append(document)
         size += len(document)
-        while size - len(kept[0]) > _CHARACTERS * length * count:
+        while size - len(kept[0]) >= characters:
             size -= len(kept.popleft())
-    ids = [token for document in kept for token in _tokens(document, tokenizer)]
-    return _rows(path, ids[max(len(ids) - length * count, 0) :], tokenizer, length)
+    return list(kept)
 
 
 def _rows(path: Path, ids: list[int], tokenizer: Any, length: int) -> Rows:

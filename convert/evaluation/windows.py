@@ -44,10 +44,14 @@ def windowed(model: Any, window: int, sinks: int, layers: Collection[int] | None
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     copied = copy.deepcopy(model, shared)
     copied.set_attn_implementation(NAME)
-    for _, module in attention_modules(copied):
-        if layers is None or module.layer_idx in layers:
-            module.window_and_sinks = window, sinks
+    put_under_window(copied, window, sinks, layers)
     return copied
+
+
+def put_under_window(copied: Any, window: int, sinks: int, layers: Collection[int] | None = None) -> None:
+    """Puts these layers of what `windowed` gave under a window, and no others; None: all."""
+    for _, module in attention_modules(copied):
+        module.window_and_sinks = (window, sinks) if layers is None or module.layer_idx in layers else None
 
 
 def _require_plain(model: Any) -> None:

@@ -1,0 +1,131 @@
+"""The tables and the page, of figures that are known."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from convert.evaluation.curves import Curves, read_curves
+from convert.evaluation.options import EvaluationOptions
+from convert.evaluation.report import write_report
+from convert.evaluation.tables import above_teacher, all_tables, card_section, with_section
+
+WHERE = {"device": "a device", "torch": "2", "transformers": "5", "dtype": "float32"}
+
+
+def found(nats: list[float], right: float, score: float, size: int, kl: float | None = None, **model: Any) -> dict[str, Any]:
+    loss = {"text": "held_out.txt", "nats": sum(nats) / len(nats), "row_nats": nats}
+    near = {} if kl is None else {"kl": kl, "agreement": 0.875}
+    spans = [{"from": low, "to": high, "nats": nats[0] + low / 64} for low, high in ((0, 64), (64, 128))]
+    at = {"right": right, "right_error": 0.01, "hits": [1, 0]}
+    said = {"attention": "softmax", "positions": 64, "trained_tokens": None, "learned": {}, **model}
+    sizes = [{"length": length, "cache_bytes": size if kl else size * length, "ms": 2.5} for length in (100, 200)]
+    return {
+        "model": said | WHERE,
+        "loss-0-128": {**loss, **near, "by_position": spans, **WHERE},
+        "recall-needle": {"by_distance": {"40": at, "400": {**at, "right": right / 2}}, **WHERE},
+        "costs": {"by_length": sizes, **WHERE},
+        "task-piqa": {"score": score, "score_error": 0.01, "metric": "acc", "examples": 50, "lm_eval": "0.4.13", **WHERE},
+    }
+
+
+RESULTS = {
+    "teacher": found([2.0, 4.0], 0.8, 0.5, 10),
+    "a|<b>": found([2.5, 4.1], 0.4, 0.45, 1500, kl=0.25, trained_tokens=1_000_000, learned={"log_decay": [(0, [-0.5, -0.01])]}),
+}
+
+
+def test_what_a_student_keeps_and_costs() -> None:
+    students = all_tables(RESULTS)[0].cells
+    row = dict(zip(students[0], students[2], strict=True))
+    assert row["tokens trained"] == "1,000,000" and row["KL"] == "0.250" and row["same likeliest token"] == "87.5%"
+    assert row["loss above the teacher's: held_out.txt, 128 tokens"] == "+0.300 ± 0.200"
+    assert row["needle, share of the teacher's at 40 / 400"] == "0.50 / 0.50" and row["tasks kept"] == "90.0%"
+    assert row["cache bytes"] == "1,500 at 200" and row["smaller cache from"] == "150 tokens"
+    teacher = dict(zip(students[0], students[1], strict=True))
+    assert teacher["needle, share of the teacher's at 40 / 400"] == "0.80 / 0.40" and teacher["smaller cache from"] == ""
+
+
+def test_differences_are_taken_row_by_row() -> None:
+    mean, error = above_teacher(RESULTS["a|<b>"]["loss-0-128"], RESULTS["teacher"]["loss-0-128"])
+    assert mean == pytest.approx(0.3) and error == pytest.approx(0.2)
+
+
+def test_the_other_tables() -> None:
+    by_title = {table.title: table for table in all_tables(RESULTS)}
+    position = by_title["Loss by position: held_out.txt, 128 tokens"]
+    assert position.cells == [["model", "0-63", "64-127"], ["teacher", "2.000", "3.000"], ["a|<b>", "+0.500", "+0.500"]]
+    assert "from 64 on are beyond those the teacher was made for" in position.note
+    assert by_title["Recall: needle"].cells[2] == ["a|<b>", "0.40 ± 0.01 (50%)", "0.20 ± 0.01 (50%)"]
+    assert by_title["Tasks"].cells[2] == ["a|<b>", "45.0 ± 1.0", "45.00"]
+    assert by_title["Generating, one sequence"].cells[1] == ["teacher", "1,000", "2,000", "2.50", "2.50"]
+    few = {name: {key: value for key, value in one.items() if key in ("model", "loss-0-128")} for name, one in RESULTS.items()}
+    assert [table.title for table in all_tables(few)] == ["Students", "Loss by position: held_out.txt, 128 tokens"]
+
+
+class Page(HTMLParser):
+    """What stands in a page, and what it would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.open += [tag] * (tag not in ("meta", "img"))
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_holds_everything(tmp_path: Path) -> None:
+    curves = Curves({"a": {"kl": [(0, 1.0), (10**6, 0.5)]}}, {"a": ([1.0, 1.0], [0.1, 0.2])})
+    layers = [{"layer": n, "kl": 0.1, "key_nats": 1.0 + n, "hits": 0.5} for n in range(3)]
+    ranking = {"layers": layers, "teacher": {"kl": 0.0, "key_nats": 0.5, "hits": 0.75}, "chosen": [2]}
+    (tmp_path / "report").mkdir()
+    write_report(tmp_path / "report", RESULTS, curves, ranking, ["python -m convert.evaluate a"])
+    pictures = {"loss-0-128.png", "recall.png", "training-kl.png", "layers.png", "ranking.png", "learned-1.png"}
+    assert {path.name for path in (tmp_path / "report").iterdir()} == pictures | {"report.md", "index.html"}
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert all(f"({name})" in text for name in pictures) and "a\\|<b>" in text and "python -m convert.evaluate a" in text
+    assert "| 2 | 0.100 | 3.000 | 0.50 | yes |" in text and "Measured on a device, with PyTorch 2" in text
+    page = Page()
+    page.feed((tmp_path / "report" / "index.html").read_text())
+    assert page.open == [] and "a|<b>" in page.text and len(page.sources) == len(pictures)
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+
+
+def test_the_card_takes_the_table_and_takes_it_again() -> None:
+    section = card_section(RESULTS, "a|<b>")
+    assert "Students" in section and "+0.300 ± 0.200" in section
+    card = with_section("# A model\n", section)
+    assert card.startswith("# A model\n\n<!--") and with_section(card, section) == card
+    assert with_section(card + "\n## More\n", "new") == "# A model\n\nnew\n\n## More\n"
+
+
+def test_curves_stand_beside_a_runs_model(tmp_path: Path) -> None:
+    records: list[dict[str, Any]] = [{"step": 0, "valid_kl": 2.0, "valid_layer_errors": [1.0, 1.0]}]
+    records += [{"step": 5, "tokens": 500, "loss": 1.0}, {"step": 10, "tokens": 1000, "loss": 0.5}]
+    records += [{"step": 10, "valid_kl": 1.0, "valid_layer_errors": [0.5, 0.25]}]
+    for name in ("run", "other"):
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "text").write_text("text")
+    options = EvaluationOptions(
+        models=(str(tmp_path / "run" / "model"),),
+        teacher=str(tmp_path / "run"),
+        data=(tmp_path / "text",),
+        runs=(f"transfer={tmp_path / 'other'}",),
+    )
+    curves = read_curves(options)
+    assert curves.by_tokens == {name: {"kl": [(0, 2.0), (1000, 1.0)]} for name in ("transfer", "run")}
+    assert curves.by_layer["run"] == ([1.0, 1.0], [0.5, 0.25])
