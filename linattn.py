@@ -22,6 +22,7 @@ STAGES = {
     "transfer": ("convert.transfer", "Bring a converted model's attention layers near to its teacher's, one by one."),
     "distill": ("convert.distill", "Bring a converted model's predictions near to its teacher's."),
     "evaluate": ("convert.evaluate", "Hold models against their teacher: loss, recall, tasks, what generating costs."),
+    "select-layers": ("convert.select_layers", "Find the layers that should stay softmax, by measured loss and recall."),
     "env": ("hf_linattn.env", "Say which form of linear attention runs on this machine, and why."),
 }
 

@@ -107,7 +107,7 @@ def main(
         Kernel | None, typer.Option(help="Attention weight a + b s (default), or a + b s + c s^2.", show_default=False)
     ] = None,
     decay: Annotated[Decay | None, typer.Option(help="What a learned decay is kept for (default: head).", show_default=False)] = None,
-    keep_softmax: Annotated[str, typer.Option(help="Layers that stay softmax, such as 0-5,8.")] = "",
+    keep_softmax: Annotated[str, typer.Option(help="Layers that stay softmax, such as 0-5,8, or @FILE of convert.select_layers.")] = "",
     temperature: Annotated[float | None, typer.Option(help="Its start (default 0.98 linear, 2 quadratic).", show_default=False)] = None,
     features: Annotated[int | None, typer.Option(help="Project queries and keys to so many.", show_default=False)] = None,
     dropout: Annotated[float | None, typer.Option(help="Noise dropout in training (default: the model's own).", show_default=False)] = None,

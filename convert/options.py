@@ -6,9 +6,11 @@ import math
 import re
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convert.errors import ConversionError
+from recipes.common.reading import read_json, user_path
 
 if TYPE_CHECKING:
     from hf_linattn.config import LinAttnConfig
@@ -115,11 +117,13 @@ class LinearizeOptions:
 
 
 def layer_numbers(text: str) -> tuple[int, ...]:
-    """The layers of a list such as ``0-5,8``.
+    """The layers of a list such as ``0-5,8``, or of ``@FILE``, those that convert.select_layers chose.
 
     Raises:
-        ConversionError: it is no such list.
+        ConversionError: it is no such list, or file.
     """
+    if text.startswith("@"):
+        return _chosen(user_path(text[1:]))
     layers: list[int] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         found = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
@@ -127,4 +131,12 @@ def layer_numbers(text: str) -> tuple[int, ...]:
         if not first <= last <= MOST_LAYERS:
             raise ConversionError(f"--keep-softmax takes layer numbers from 0 and ranges of them, such as 0-5,8, not {part!r}")
         layers += range(first, last + 1)
+    return tuple(sorted(set(layers)))
+
+
+def _chosen(path: Path) -> tuple[int, ...]:
+    selection = read_json(path)
+    layers = selection.get("chosen") if isinstance(selection, dict) else None
+    if not isinstance(layers, list) or not all(type(layer) is int and 0 <= layer <= MOST_LAYERS for layer in layers):
+        raise ConversionError(f"--keep-softmax @{path}: the file names no layers as chosen; give what convert.select_layers wrote")
     return tuple(sorted(set(layers)))

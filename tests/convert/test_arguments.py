@@ -36,6 +36,16 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "absent/model there": "exists already",
         "absent/model thesis/new --overwrite": "cannot be written",
     },
+    "convert.select_layers": {
+        "--help": "",
+        "t --data text": "Missing option '--out'",
+        "t --data absent.txt --out new": "absent.txt: no such file",
+        "t --data text --out thesis": "thesis exists already",
+        "t --data text --out there": "there is a folder",
+        "t --data text --out absent/new": "there is no folder",
+        "t --data text --out new --distances 60": "which the window of 64 reaches",
+        "./absent --data text --out new": "there is no folder",
+    },
     "convert.evaluate": {
         "--help": "",
         "x --teacher t": "Missing option '--data'",
@@ -130,6 +140,18 @@ def test_torch_is_not_imported_for_it(module: str, tmp_path: Path) -> None:
 )
 def test_layer_numbers(text: str, layers: tuple[int, ...]) -> None:
     assert layer_numbers(text) == layers
+
+
+def test_layers_of_a_selection(tmp_path: Path) -> None:
+    path = tmp_path / "layers.json"
+    path.write_text('{"chosen": [5, 1, 5]}')
+    assert layer_numbers(f"@{path}") == (1, 5)
+    for content in ("[1]", "{}", '{"chosen": [true]}', '{"chosen": [-1]}', '{"chosen": ["1"]}'):
+        path.write_text(content)
+        with pytest.raises(ConversionError, match="names no layers as chosen"):
+            layer_numbers(f"@{path}")
+    with pytest.raises(ConversionError, match="cannot be read"):
+        layer_numbers(f"@{tmp_path / 'absent'}")
 
 
 @pytest.mark.parametrize("text", ["a", "-1", "3-", "5-3", "1.5", "10000", "0-10000", "1--2", "٣-"])

@@ -1,0 +1,171 @@
+"""Finds the layers that should stay softmax, by measured loss and recall.
+
+    python -m convert.select_layers TEACHER --data FILE [--data FILE ...] --out layers.json --count 4
+
+Nothing is trained: layers of the teacher are put under a window of 64 tokens and 4 sinks, one by one and then together, and what that loses
+is measured on the last rows of the text and on keys of its own, neither of which ``convert.evaluate`` scores. The file goes to
+``convert.linearize --keep-softmax @layers.json`` and to ``convert.evaluate --ranking layers.json``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from convert.errors import ConversionError
+from convert.evaluation.options import DTYPES, whole_numbers
+from recipes.common import cli
+from recipes.common.files import check_apart, write_json
+from recipes.common.reading import refuse_missing_folder, user_path
+
+
+@dataclass(frozen=True)
+class SelectOptions:
+    """How to choose, with the command line's names; README.md says what each does."""
+
+    teacher: str
+    data: tuple[Path, ...]
+    count: int = 4
+    candidates: int = 12
+    rows: int = 6
+    length: int = 1024
+    distances: tuple[int, ...] = (400, 900)
+    needles: int = 32
+    window: int = 64
+    sinks: int = 4
+    recall_weight: float = 1.0
+    attention_only: bool = False
+    batch_tokens: int = 0
+    device: str = ""
+    dtype: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses what needs no model to be seen wrong.
+
+        Raises:
+            ConversionError: an unknown dtype, a file that is not there.
+        """
+        if self.dtype not in ("", *DTYPES):
+            raise ConversionError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
+        if not self.distances:
+            raise ConversionError("--distances is empty; give at least one, beyond the window")
+        if near := next((distance for distance in self.distances if distance <= self.window), None):
+            raise ConversionError(f"--distances names {near}, which the window of {self.window} reaches; give larger ones")
+        for path in self.data:
+            if not user_path(path).is_file():
+                raise ConversionError(f"{path}: no such file; give text, or rows of JSON with a key text, as it is or packed by xz")
+        refuse_missing_folder(self.teacher)
+
+
+def select_layers(options: SelectOptions, tell: Any = print) -> dict[str, Any]:
+    """Measures the teacher's layers; what the file holds: each layer alone, the order in which they went, the layers chosen, evenly spaced
+    ones and the attention that heads pay to a key.
+
+    Raises:
+        ConversionError: the teacher's attention is not softmax over all tokens, it has too few layers, or the text is too short.
+    """
+    # Late, since importing torch takes seconds: what is wrong with the arguments has been said by now.
+    import torch
+    from transformers.utils import logging
+
+    from convert.evaluation.measurements import machine
+    from convert.evaluation.models import check_length, load, stamp, usable_device
+    from convert.evaluation.prompts import Prompts
+    from convert.evaluation.selection import Selection, attention_on_keys, choose, evenly_spaced
+    from convert.evaluation.text import last_rows
+
+    logging.set_verbosity_error()
+    o, device = options, usable_device(options.device)
+    batch_tokens = o.batch_tokens or (32768 if device.type == "cuda" else 4096)
+    teacher = load(o.teacher, device, getattr(torch, o.dtype or ("bfloat16" if device.type == "cuda" else "float32")))
+    layers = teacher.model.config.get_text_config(decoder=True).num_hidden_layers
+    if not o.count < layers:
+        raise ConversionError(f"--count {o.count}: the teacher has {layers} layers, and at least one is to become linear; give fewer")
+    maker = Prompts(o.data[0], teacher.tokenizer, o.length, f"selection {o.seed}", from_the_end=True)
+    prompts = [prompt for distance in o.distances for prompt in maker.make("needle", distance, o.needles)]
+    check_length(teacher.model, max(len(prompt.ids) for prompt in prompts) + 16, "--distances")
+    key = len(teacher.tokenizer(f" {prompts[0].answer}", add_special_tokens=False)["input_ids"])
+    longest = [prompt for prompt in prompts if len(prompt.ids) == len(prompts[0].ids)]
+    found: dict[str, Any] = {"attention": attention_on_keys(teacher.model, longest, key, batch_tokens)}
+    if o.attention_only:
+        ranked = sorted(found["attention"], key=lambda one: -max(one["heads"]))
+        found |= {"chosen": sorted(one["layer"] for one in ranked[: o.count])}
+    else:
+        text = torch.cat([last_rows(path, teacher.tokenizer, o.length, o.rows).ids for path in o.data])
+        selection = Selection(teacher.model, teacher.tokenizer, text, prompts, o.window, o.sinks, batch_tokens)
+        found |= choose(selection, o.count, o.candidates, o.recall_weight, tell)
+    asked = {**asdict(o), "data": [str(path) for path in o.data], "stamps": [stamp(name) for name in (o.teacher, *map(str, o.data))]}
+    return {"asked": asked, **found, "even": evenly_spaced(layers, o.count), **machine(device)}
+
+
+def main(
+    teacher: Annotated[str, typer.Argument(help="The softmax model: a folder, a GGUF file or a hub id.", show_default=False)],
+    data: Annotated[list[Path], typer.Option(help="Text, a file; may be repeated.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The file to write, such as layers.json.", show_default=False)],
+    count: Annotated[int, typer.Option(help="How many layers stay softmax.", min=1)] = 4,
+    candidates: Annotated[int, typer.Option(help="Layers that are tried together, those that cost most alone.", min=1)] = 12,
+    rows: Annotated[int, typer.Option(help="Rows of text from each file.", min=1)] = 6,
+    length: Annotated[int, typer.Option(help="Tokens a row, and at least of a prompt.", min=64)] = 1024,
+    distances: Annotated[str, typer.Option(help="Tokens between a key and where it is asked for.")] = "400,900",
+    needles: Annotated[int, typer.Option(help="Keys at each distance.", min=1)] = 32,
+    window: Annotated[int, typer.Option(help="Tokens that a layer sees which does not stay softmax.", min=1)] = 64,
+    sinks: Annotated[int, typer.Option(help="First tokens that it sees besides.", min=0)] = 4,
+    recall_weight: Annotated[float, typer.Option(help="Of a key's nats beside those of text.", min=0)] = 1.0,
+    attention_only: Annotated[bool, typer.Option("--attention-only", help="Rank by attention to keys alone: one pass.")] = False,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens a batch; 0: 32,768 on a GPU, 4,096 on a CPU.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = "",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on a GPU.")] = "",
+    seed: Annotated[int, typer.Option(help="Of the prompts.", min=0)] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Find the layers of TEACHER that should stay softmax."""
+    options = SelectOptions(
+        teacher=teacher,
+        data=tuple(data),
+        count=count,
+        candidates=candidates,
+        rows=rows,
+        length=length,
+        distances=whole_numbers(distances, "--distances"),
+        needles=needles,
+        window=window,
+        sinks=sinks,
+        recall_weight=recall_weight,
+        attention_only=attention_only,
+        batch_tokens=batch_tokens,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+    )
+    _check_file(out, options, overwrite)
+    console = cli.console()
+    found = select_layers(options, lambda text: console.print(text, soft_wrap=True))
+    write_json(user_path(out), found)
+    chosen = ",".join(map(str, found["chosen"]))
+    for one in found.get("sets", ()):
+        kept = ", ".join(map(str, one["softmax"]))
+        said = f"KL {one['kl']:.3f}, key {one['key_nats']:.3f} nats a token, {100 * one['hits']:.0f}% of keys right"
+        console.print(f"softmax in {kept} ({one['name']}): {said}", soft_wrap=True)
+    console.print(f"written to {out}; convert with --keep-softmax {chosen}, or --keep-softmax @{out}", soft_wrap=True)
+
+
+def _check_file(out: Path, options: SelectOptions, overwrite: bool) -> None:
+    path = user_path(out)
+    check_apart(path, [options.teacher, *map(str, options.data)])
+    if path.is_dir():
+        raise ConversionError(f"{out} is a folder; give the name of a file")
+    if path.exists() and not overwrite:
+        raise ConversionError(f"{out} exists already; choose another file, or pass --overwrite to replace it")
+    if not path.absolute().parent.is_dir():
+        raise ConversionError(f"{out} cannot be written, since there is no folder {path.absolute().parent}; choose another place")
+
+
+app = cli.app(main)
+
+
+if __name__ == "__main__":
+    app()

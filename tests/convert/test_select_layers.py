@@ -1,0 +1,67 @@
+"""The command: its file, which linearize takes, and that its text is not evaluation's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from convert import evaluate, linearize, select_layers
+from convert.evaluation.text import first_rows, last_rows
+from recipes.common import cli
+
+SHORT = ["--rows", "2", "--length", "256", "--distances", "90", "--needles", "2", "--window", "8", "--count", "1", "--device", "cpu"]
+
+
+def run(home: Path, out: Path, *more: str) -> Any:
+    arguments = [str(home / "teacher"), "--data", str(home / "text.txt"), "--out", str(out), *SHORT, *more]
+    return CliRunner().invoke(cli.app(select_layers.main), arguments)
+
+
+def test_the_layers_it_chooses_stay_softmax(evaluated: Path, tmp_path: Path) -> None:
+    out = tmp_path / "layers.json"
+    done = run(evaluated, out)
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert len(found["layers"]) == len(found["attention"]) == 3 and len(found["steps"]) == 2 and found["even"] == [1]
+    assert f"--keep-softmax {found['chosen'][0]}," in done.stdout
+    assert "exists already" in run(evaluated, out).stderr and run(evaluated, out, "--overwrite").exit_code == 0
+    arguments = [str(evaluated / "teacher"), str(tmp_path / "student"), "--keep-softmax", f"@{out}", "--no-check"]
+    done = CliRunner().invoke(cli.app(linearize.main), arguments)
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    assert config["linattn"]["softmax_layers"] == found["chosen"]
+    arguments = ["--teacher", str(evaluated / "teacher"), "--data", str(evaluated / "text.txt"), "--out", str(tmp_path / "out")]
+    more = ["--rows", "1", "--length", "32", "--recall", "none", "--decode", "", "--ranking", str(out)]
+    done = CliRunner().invoke(cli.app(evaluate.main), [*arguments, *more])
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "out" / "report" / "report.md").read_text()
+    assert "ranking.png" in page and "Layers, one at a time under a window" in page
+
+
+def test_by_attention_alone(evaluated: Path, tmp_path: Path) -> None:
+    done = run(evaluated, tmp_path / "layers.json", "--attention-only")
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "layers.json").read_text())
+    best = max(found["attention"], key=lambda one: max(one["heads"]))
+    assert found["chosen"] == [best["layer"]] and "layers" not in found
+
+
+def test_what_cannot_be_chosen_is_refused(evaluated: Path, tmp_path: Path) -> None:
+    out = tmp_path / "layers.json"
+    for more, said in {("--count", "3"): "--count 3: the teacher has 3 layers", ("--length", "99999"): "too few"}.items():
+        done = run(evaluated, out, *more)
+        assert done.exit_code == 2 and said in done.stderr and not out.exists(), done.output
+    arguments = [str(evaluated / "student"), "--data", str(evaluated / "text.txt"), "--out", str(out), *SHORT]
+    done = CliRunner().invoke(cli.app(select_layers.main), arguments)
+    assert done.exit_code == 2 and "a window with sinks is put on softmax attention" in done.stderr
+
+
+def test_its_text_is_none_that_evaluation_scores(evaluated: Path) -> None:
+    from byte_models import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    first, last = (rows(evaluated / "text.txt", tokenizer, 64, 4).ids.tolist() for rows in (first_rows, last_rows))
+    assert not [row for row in first if row in last]
