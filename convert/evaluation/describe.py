@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def learned_numbers(model: Any) -> dict[str, list[tuple[int, list[float]]]]:
     found: dict[str, list[tuple[int, list[float]]]] = {}
     for _, module in attention_modules(model):
         if hasattr(module, "linattn"):
-            for name, values in module.linattn.at_rest().items():
-                found.setdefault(name, []).append((module.layer_idx, values.float().cpu().tolist()))
+            for name, values in copy.deepcopy(module.linattn).cpu().float().at_rest().items():
+                if values.dim() == 1:  # and no matrix
+                    found.setdefault(name, []).append((module.layer_idx, values.tolist()))
     return found

@@ -41,6 +41,8 @@ def test_loss_of_teacher_control_and_student(evaluated: Path, tmp_path: Path) ->
     teacher, control, student = (found[name]["loss-0-32"] for name in ("teacher", "teacher, window 8 + 4", "student"))
     assert "kl" not in teacher and control["kl"] > 0 and student["kl"] > 0 and student["device"].startswith("CPU")
     assert teacher["tokens"] == student["tokens"] == 62
+    page = (tmp_path / "out" / "report" / "report.md").read_text()
+    assert "| teacher, window 8 + 4 | softmax, last 8 tokens and first 4, untrained |" in page and "--window-control 8" in page
 
 
 def test_recall_and_costs(evaluated: Path, tmp_path: Path) -> None:
@@ -48,7 +50,7 @@ def test_recall_and_costs(evaluated: Path, tmp_path: Path) -> None:
     done = run(evaluated, tmp_path / "out", *asked)
     assert done.exit_code == 0, done.output
     found = measured(tmp_path / "out")["student"]
-    assert set(found) == {"loss-0-32", "recall-needle", "recall-key-value", "costs"}
+    assert set(found) == {"model", "loss-0-32", "recall-needle", "recall-key-value", "costs"}
     assert set(found["recall-needle"]["by_distance"]) == {"60", "90"} and len(found["recall-needle"]["by_distance"]["60"]["hits"]) == 3
     assert [at["length"] for at in found["costs"]["by_length"]] == [8, 16]
     assert "question alone takes" in run(evaluated, tmp_path / "near", "--recall", "needle", "--distances", "5").stderr
@@ -59,7 +61,7 @@ def test_it_goes_on_where_it_stopped(evaluated: Path, tmp_path: Path) -> None:
     assert run(evaluated, out).exit_code == 0
     assert "exists already" in run(evaluated, out).stderr
     before = {path: path.read_bytes() for path in out.glob("measured/*/*.json")}
-    lost = next(path for path in before if "student" in str(path))
+    lost = next(path for path in before if "student" in str(path) and path.name == "loss-0-32.json")
     lost.unlink()
     done = run(evaluated, out, "--resume", "--length", "32,64")
     assert done.exit_code == 0, done.output
