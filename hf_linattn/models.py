@@ -234,6 +234,20 @@ def _share_adapter_targets(base_type: str) -> None:
             targets[PREFIX + base_type] = targets[base_type]
 
 
+def _name_in_transformers() -> None:
+    # `transformers serve` looks for the class that a checkpoint names among those of transformers itself, and nowhere else
+    lazy: Any = type(transformers)
+    found = lazy.__getattr__
+
+    def __getattr__(module: Any, name: str) -> Any:
+        if module.__name__ == "transformers" and name.startswith(_CLASS):  # there may be two such modules, of which one was replaced
+            return getattr(sys.modules[__name__], name)
+        return found(module, name)
+
+    lazy.__getattr__ = __getattr__
+
+
+_name_in_transformers()
 for _base_type_name in BASE_MODEL_TYPES:
     _register(_base_type_name)
     _share_adapter_targets(_base_type_name)

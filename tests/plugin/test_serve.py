@@ -1,0 +1,119 @@
+"""`transformers serve` runs a converted checkpoint by its folder's name, asked by HTTP clients as users have them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_softmax import softmax_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import hf_linattn
+from convert.linearize import linearize
+
+pytest.importorskip("fastapi", reason="transformers[serving] is not installed")
+pytest.importorskip("uvicorn", reason="transformers[serving] is not installed")
+
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+PROMPT = "once upon a time"
+
+
+def test_converted_classes_are_found_in_transformers() -> None:
+    assert transformers.LinAttnLlamaForCausalLM is hf_linattn.models.LinAttnLlamaForCausalLM
+    with pytest.raises(AttributeError, match="no attribute 'LinAttnNothing'"):
+        _ = transformers.LinAttnNothing
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<end>", *letters])}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=TEMPLATE).save_pretrained(folder / "softmax")
+    softmax_model("llama", vocab_size=len(letters) + 1).save_pretrained(folder / "softmax")
+    linearize(folder / "softmax", folder / "linear")
+    return folder / "linear"
+
+
+@pytest.fixture(scope="module")
+def port(checkpoint: Path) -> Iterator[int]:
+    """Of a server in a process of its own, which knows of hf_linattn by the checkpoint alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
+    command += ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(number)]
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            assert server.poll() is None, "the server ended"
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", number)) == 0:
+                    break
+            time.sleep(0.2)
+        yield number
+    finally:
+        server.kill()
+        server.wait()
+
+
+def ask(port: int, what: str, **body: Any) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection.request("POST", f"/v1/{what}", json.dumps(body), {"content-type": "application/json"})
+    return connection, connection.getresponse()
+
+
+def told(port: int, what: str, **body: Any) -> Any:
+    connection, response = ask(port, what, **body)
+    text = response.read().decode()
+    connection.close()
+    assert response.status == 200, text
+    return json.loads(text)
+
+
+def expected(checkpoint: Path, prompt: str, tokens: int) -> str:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_a_completion_is_what_the_model_generates(checkpoint: Path, port: int) -> None:
+    answer = told(port, "completions", model=str(checkpoint), prompt=PROMPT, max_tokens=12)
+    assert answer["choices"][0]["text"] == expected(checkpoint, PROMPT, 12)
+    assert answer["usage"]["completion_tokens"] == 12
+
+
+def test_a_chat_is_streamed(checkpoint: Path, port: int) -> None:
+    messages = [{"role": "user", "content": PROMPT}]
+    connection, response = ask(port, "chat/completions", model=str(checkpoint), messages=messages, max_tokens=12, stream=True)
+    lines = [line.removeprefix("data: ") for line in response.read().decode().splitlines() if line.startswith("data: {")]
+    connection.close()
+    deltas = [choice["delta"].get("content") or "" for line in lines for choice in json.loads(line)["choices"]]
+    assert len([delta for delta in deltas if delta]) > 1 and "".join(deltas) == expected(checkpoint, PROMPT, 12)
+
+
+def test_two_clients_at_once_and_one_that_hangs_up(checkpoint: Path, port: int) -> None:
+    connection, response = ask(port, "completions", model=str(checkpoint), prompt="gone soon", max_tokens=400, stream=True)
+    response.read(20)
+    connection.close()
+    prompts = ["the first of two", "and the second one"]
+    with ThreadPoolExecutor(2) as clients:
+        answers = list(clients.map(lambda prompt: told(port, "completions", model=str(checkpoint), prompt=prompt, max_tokens=9), prompts))
+    assert [answer["choices"][0]["text"] for answer in answers] == [expected(checkpoint, prompt, 9) for prompt in prompts]
