@@ -19,8 +19,7 @@ from convert.truth import LayerTruth, layer_truths, precisions
 from convert.usable import check_usable
 from hf_linattn.models import attention_modules
 
-PROBE_TOKENS = 24
-_CACHED_PIECES = (16, 4, *[1] * 4)  # a prompt, several tokens after it, single ones
+_CACHED_PIECES = (16, 4, *[1] * 4)  # a prompt, so much longer as the form reaches, several tokens after it, single ones
 _STORED_BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "attn.bias", "attn.masked_bias")
 # The project's bar: twice the error of the same formula in the same dtype in plain PyTorch, and what that one may have by luck.
 _BAR = 2
@@ -66,17 +65,19 @@ def check_converted(folder: Path, model_class: Any, source: Source, options: Lin
     dtype = getattr(torch, options.dtype) if options.dtype else "auto"
     original = _load_source(model_class, source, dtype)
     generator = torch.Generator().manual_seed(options.seed)
-    tokens = torch.randint(original.config.get_text_config().vocab_size, (1, PROBE_TOKENS), generator=generator)
+    linattn = options.linattn()
+    pieces = (_CACHED_PIECES[0] + linattn.attention.reach(), *_CACHED_PIECES[1:])
+    tokens = torch.randint(original.config.get_text_config().vocab_size, (1, sum(pieces)), generator=generator)
     digests, tensors = _digests(original), len({value.data_ptr() for value in original.state_dict().values()})
-    truths = layer_truths(original, tokens, options.linattn())
+    truths = layer_truths(original, tokens, linattn)
     del original
     model = _load_converted(model_class, folder)
     _compare_weights(digests, _digests(model), source)
     _compare_numbers(model, truths)
-    found = [_compare_layers(model, truths, tokens, precision) for precision in precisions(model.dtype)]
+    found = [_compare_layers(model, truths, tokens, pieces, precision) for precision in precisions(model.dtype)]
     worst = found[0] | {"bar": max(errors["bar"] for errors in found)}
     ignored = [key for keys in source.keys for key in keys if key.endswith(_STORED_BUFFERS) and key not in digests]
-    return CheckReport(tensors, ignored, PROBE_TOKENS, len(truths), **worst, tokenizer=check_usable(folder, model))
+    return CheckReport(tensors, ignored, sum(pieces), len(truths), **worst, tokenizer=check_usable(folder, model))
 
 
 def _load_source(model_class: Any, source: Source, dtype: Any) -> Any:
@@ -133,14 +134,13 @@ def _compare_numbers(model: Any, truths: dict[str, LayerTruth]) -> None:
                 raise ConversionError(f"{name} starts with another {key} than it was to; nothing was kept")
 
 
-def _compare_layers(model: Any, truths: dict[str, LayerTruth], tokens: Tensor, dtype: torch.dtype) -> dict[str, float]:
+def _compare_layers(
+    model: Any, truths: dict[str, LayerTruth], tokens: Tensor, pieces: tuple[int, ...], dtype: torch.dtype
+) -> dict[str, float]:
     """The errors of :class:`CheckReport` in ``dtype``; those of cached pieces without the first, which is a forward pass."""
     found = dict.fromkeys(("error", "step_error", "plain_error", "bar"), 0.0)
-    for kind, pieces, rows in (
-        ("error", (PROBE_TOKENS,), slice(None)),
-        ("step_error", _CACHED_PIECES, slice(_CACHED_PIECES[0], None)),
-    ):
-        given = teacher_forced(model, {name: truth.hidden for name, truth in truths.items()}, tokens, pieces, dtype)
+    for kind, lengths, rows in (("error", (sum(pieces),), slice(None)), ("step_error", pieces, slice(pieces[0], None))):
+        given = teacher_forced(model, {name: truth.hidden for name, truth in truths.items()}, tokens, lengths, dtype)
         for name, truth in truths.items():
             exact = truth.exact[:, rows]
             error, plain = _distance(given[name][:, rows], exact), _distance(truth.plain[dtype][:, rows], exact)

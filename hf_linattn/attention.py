@@ -76,7 +76,7 @@ def linattn_attention(
     segments = segments_of(pattern, position_ids, cu_seq_lens_q, length, query.shape[0])
     form, parameters = options.attention, parameters_of(module, options)
     hidden = None if parameters is None else parameters.take_hidden_states()
-    call = Call(query, key, value, segments, causal, scaling, noise(module, options, dropout), hidden)
+    call = Call(query, key, value, segments, causal, scaling, noise(module, options, dropout), hidden, window_drop(module))
     numbers = form.numbers(call, parameters)
     if layer is None or not form.keeps_state(call, numbers):
         if layer is not None:
@@ -151,7 +151,7 @@ def parameters_of(module: nn.Module, options: LinAttnConfig) -> LinAttnParams | 
         ValueError: the options say that it has, and it has not.
     """
     parameters: LinAttnParams | None = getattr(module, NAME, None)
-    if parameters is None and options.learnable:
+    if parameters is None and options.learnable and options.attention.learns:
         raise ValueError(missing_parameters(type(module).__name__))
     return parameters
 
@@ -165,6 +165,11 @@ def noise(module: nn.Module, options: LinAttnConfig, dropout: Number) -> dict[st
     if not isinstance(p, Tensor) and p == 0:
         return {}
     return {"dropout_p": p, "dropout_kind": options.dropout_kind}
+
+
+def window_drop(module: nn.Module) -> Number:
+    """`linattn_window_drop` of the module in training (`hf_linattn.dropout.set_window_drop`), else 0."""
+    return getattr(module, "linattn_window_drop", 0.0) if module.training else 0.0
 
 
 def softmax_attention(

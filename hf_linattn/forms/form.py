@@ -50,6 +50,7 @@ class Call:
         scaling: what the softmax model multiplies q.k with; None: D ** -0.5.
         noise: dropout_p and dropout_kind of `linear_attention` in training; empty outside it.
         hidden: (B, N, hidden_size), what entered the layer, where its parameters need it.
+        drop: the probability with which a sequence and query head goes without its window in training, where the form has one.
     """
 
     query: Tensor
@@ -60,6 +61,7 @@ class Call:
     scaling: float | None = None
     noise: Numbers = field(default_factory=dict)
     hidden: Tensor | None = None
+    drop: float | Tensor = 0.0
 
     @property
     def sizes(self) -> Sizes:
@@ -96,6 +98,11 @@ class Form(ABC):
         """What it computes, as the end of a sentence that begins "Attention weights are"."""
 
     # ---- what a layer learns
+
+    @property
+    def learns(self) -> bool:
+        """Whether layers of a checkpoint have numbers of their own to learn."""
+        return True
 
     @abstractmethod
     def parameters(self, sizes: Sizes, learnable: bool) -> LinAttnParams | None:
@@ -168,6 +175,10 @@ class Form(ABC):
     @abstractmethod
     def reference(self, call: Call, numbers: Numbers) -> Tensor:
         """`attend` by its formula over all pairs, in the dtype of the call: what the converter's check holds a layer against."""
+
+    def reach(self) -> int:
+        """Tokens that a text must be longer than before all of the form is at work: what a probe of it has to go beyond."""
+        return 0
 
     @abstractmethod
     def alternatives(self) -> Iterator[Form]:

@@ -120,10 +120,20 @@ class PolynomialParameters(LinAttnParams):
     """
 
     rate_weight: Tensor
+    of_hidden: ClassVar[tuple[str, ...]] = ("rate_weight",)
+    """The matrices that read the hidden states."""
 
     def __init__(self, sizes: Sizes, options: PolynomialOptions, learnable: bool = True) -> None:
         _refuse_what_cannot_be_learned(sizes, options, learnable)
         self.options, self.longest = options, max(float(sizes.longest), SHORTEST_TIME_CONSTANT)
+        numbers, matrices = self.shapes(sizes)
+        reads_hidden = any(name in matrices for name in self.of_hidden)
+        super().__init__(numbers, matrices, learnable, sizes.hidden_size if reads_hidden else None)
+        self.reset_parameters()
+
+    def shapes(self, sizes: Sizes) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
+        """How many heads have each number, and the shapes of matrices."""
+        options = self.options
         names = ("temperature_logit",) if options.kernel == "linear" else ("log_temperature", "b_logit")
         numbers, matrices = dict.fromkeys(names, sizes.query_heads), dict[str, tuple[int, ...]]()
         if options.decay in ("head", "key_head"):
@@ -133,8 +143,7 @@ class PolynomialParameters(LinAttnParams):
             matrices["rate_weight"] = (sizes.key_heads, int(sizes.hidden_size or 0))
         if options.features is not None:
             matrices |= projection.shapes(sizes, options.features)
-        super().__init__(numbers, matrices, learnable, sizes.hidden_size if options.decay == "token" else None)
-        self.reset_parameters()
+        return numbers, matrices
 
     def forward(self, hidden: Tensor | None = None) -> dict[str, Tensor]:
         """The numbers to attend with, as new float32 tensors of shape (heads,).
@@ -166,7 +175,7 @@ class PolynomialParameters(LinAttnParams):
                 raise ValueError('decay="token" is computed from the hidden states that enter the layer, and none were seen to enter it.')
             told = F.linear(hidden, self.rate_weight.to(hidden.dtype)).float()
             out["log_decay"] = -F.softplus(learned["rate_logit"] + told).transpose(1, 2)
-        return out | {name: getattr(self, name) for name in self.matrices if name != "rate_weight"}
+        return out | {name: getattr(self, name) for name in self.matrices if name not in self.of_hidden}
 
     def start(self, name: str) -> Tensor:
         options = self.options

@@ -182,6 +182,11 @@ def _canonical(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, 
     return call
 
 
+def noisy(out: Tensor, dropout_p: float | Tensor) -> Tensor:
+    """`out` (B, H, N, Dv) with noise dropout of the kind "paper" of `linear_attention`, for an output composed of several."""
+    return noise_like(out, _dropout(dropout_p, out.device), _seed(None, out.device))
+
+
 def _dropout(dropout_p: float | Tensor, device: torch.device) -> Tensor:
     p = dropout_p if isinstance(dropout_p, Tensor) else torch.full((), float(dropout_p), device=device)
     return p.detach().to(device, torch.float32)

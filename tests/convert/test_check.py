@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 import hf_linattn.forms.polynomial
-from convert.check import PROBE_TOKENS, CheckReport, check_converted
+from convert.check import CheckReport, check_converted
 from convert.errors import ConversionError
 from convert.linearize import LinearizeOptions, linearize
 from convert.source import Source, open_source
@@ -89,7 +89,7 @@ def test_errors_are_shares_of_the_exact_result_and_the_bar_is_twice_plain_pytorc
 
     def truths(factor: float) -> Callable[..., dict[str, LayerTruth]]:
         def off(model: Any, tokens: Tensor, options: LinearizeOptions) -> dict[str, LayerTruth]:
-            assert tokens.shape == (1, PROBE_TOKENS)
+            assert tokens.shape == (1, 24)
             found = layer_truths(model, tokens, options)
             return {name: replace(truth, plain=dict.fromkeys(truth.plain, factor * truth.exact)) for name, truth in found.items()}
 

@@ -1,0 +1,318 @@
+"""Softmax over the last tokens and the first, exact, beside linear attention over all that lies before them: two outputs mixed by a gate.
+
+What the polynomial cannot weigh, the nearest tokens, softmax does, and what the window cannot see the polynomial does (LoLCATs, arXiv
+2410.10254). Each part is normalised by itself: with one denominator the polynomial's mass would grow with the text and drown the window.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops import linear_attention, linear_attention_step, reference, window, window_reference
+from ..ops.frame import Frame
+from ..ops.functional import noisy
+from ..ops.ring import Ring
+from .form import Call, Form, Numbers, Sizes, State, Tokens
+from .options import one_of, require_count
+from .parameters import LinAttnParams
+from .polynomial import Polynomial, PolynomialOptions, PolynomialParameters
+from .projection import projected
+from .seen import Seen
+
+GATES = ("head", "token")
+BESIDE = ("polynomial", "none")
+START = 2.0
+"""Where the gate's logit starts: 0.88 of the output is the window's."""
+
+
+@dataclass(frozen=True)
+class WindowOptions(PolynomialOptions):
+    """The last `window` tokens, the query's own among them, and the first `sinks` by softmax, all at least `window` back by f.
+
+    Args:
+        window: W, at least 1.
+        sinks: S, at least 0. Beyond the window they are seen by softmax and by f.
+        beside: "polynomial", whose options are given beside these, or "none": the window alone, and what lies before it is lost.
+        gate: the window's share of the output, learned per query head ("head"), or, in converted checkpoints, for each token and query
+            head from the hidden states ("token"). Where nothing lies before the window its share is 1.
+    """
+
+    window: int = 64
+    sinks: int = 4
+    beside: str = "polynomial"
+    gate: str = "head"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count("window", self.window, 1)
+        require_count("sinks", self.sinks, 0)
+        one_of("beside", self.beside, BESIDE)
+        one_of("gate", self.gate, GATES)
+
+
+class WindowParameters(PolynomialParameters):
+    """Those of the polynomial, and the gate: sigmoid(g) per query head, or sigmoid(g + w.x) of the hidden state x, w starting at 0.
+
+    Raises:
+        ValueError: as for the polynomial; a gate per token that is not to be learned, or of a layer of unknown width.
+    """
+
+    gate_weight: Tensor
+    of_hidden = ("rate_weight", "gate_weight")
+
+    def __init__(self, sizes: Sizes, options: WindowOptions, learnable: bool = True) -> None:
+        if options.gate == "token" and not learnable:
+            raise ValueError('linattn option gate="token" is learned from the hidden states, so it needs learnable=true.')
+        if options.gate == "token" and not sizes.hidden_size:
+            raise ValueError('linattn option gate="token" needs to know the width of the hidden states that enter the layer.')
+        self.per_token, self.heads = options.gate == "token", sizes.query_heads
+        super().__init__(sizes, options, learnable)
+
+    def shapes(self, sizes: Sizes) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
+        numbers, matrices = super().shapes(sizes)
+        more = {"gate_weight": (sizes.query_heads, int(sizes.hidden_size or 0))} if self.per_token else {}
+        return numbers | {"gate_logit": sizes.query_heads}, matrices | more
+
+    def forward(self, hidden: Tensor | None = None) -> dict[str, Tensor]:
+        """The polynomial's numbers, and ``gate``, float32 (Hq,), or (B, Hq, N) for one per token of ``hidden`` (B, N, hidden_size).
+
+        Raises:
+            ValueError: a gate or a decay per token without hidden states.
+        """
+        logit = self.number("gate_logit")
+        if self.per_token:
+            if hidden is None:
+                raise ValueError('gate="token" is computed from the hidden states that enter the layer, and none were seen to enter it.')
+            logit = (logit + F.linear(hidden, self.gate_weight.to(hidden.dtype)).float()).transpose(1, 2)
+        return super().forward(hidden) | {"gate": torch.sigmoid(logit)}
+
+    def start(self, name: str) -> Tensor:
+        if name == "gate_weight":
+            return torch.zeros_like(self.gate_weight)
+        return torch.full((self.heads,), START) if name == "gate_logit" else super().start(name)
+
+
+class Window(Form):
+    """Keys and values of S + W tokens in a ring, and the polynomial's state of the tokens that have left the window.
+
+    A token enters the state as it leaves the window, so that state and ring hold each token but for the sinks once. Tokens are counted for
+    each sequence alone: padding, wherever it lies, takes no place in the window.
+    """
+
+    name: ClassVar[str] = "window"
+    Options: ClassVar[type] = WindowOptions
+    options: WindowOptions
+    SEARCHED: ClassVar[dict[str, tuple[float, ...]]] = Polynomial.SEARCHED | {"gate_logit": (-1.0, 0.0, 1.0)}
+
+    def __init__(self, options: WindowOptions) -> None:
+        super().__init__(options)
+        self.beside = Polynomial(options) if options.beside == "polynomial" else None
+
+    def describe(self) -> str:
+        size = f"window {self.options.window} + {self.options.sinks}"
+        if self.beside is None:
+            return size
+        return f"{size}, gate per {self.options.gate}, beside {self.beside.describe()}"
+
+    def formula(self, learnable: bool) -> str:
+        softmax = f"those of softmax over the last {self.options.window} tokens and the first {self.options.sinks}"
+        if self.beside is None:
+            return f"{softmax}, and nothing else is seen"
+        gate = f"{'learned' if learnable else 'fixed'} gate per {self.options.gate}"
+        before = f"over all tokens at least {self.options.window} back"
+        return f"{softmax}, mixed by a {gate} with those of a polynomial {before}: {self.beside.formula(learnable)}"
+
+    # ---- what a layer learns
+
+    @property
+    def learns(self) -> bool:
+        return self.beside is not None
+
+    def parameters(self, sizes: Sizes, learnable: bool) -> WindowParameters | None:
+        if self.beside is None or (self.beside.parameters(sizes, learnable) is None and self.options.gate == "head"):
+            return None
+        return WindowParameters(sizes, self.options, learnable)
+
+    def numbers(self, call: Call, parameters: LinAttnParams | None) -> Numbers:
+        if self.beside is None:
+            return {}
+        if parameters is None and self.options.gate == "token":
+            raise ValueError('linattn option gate="token" is learned, which only converted checkpoints are: give "head".')
+        return {"gate": 1 / (1 + math.exp(-START)), **self.beside.numbers(call, parameters)}
+
+    # ---- attention
+
+    def keeps_state(self, call: Call, numbers: Numbers) -> bool:
+        return call.causal
+
+    def attend(self, call: Call, numbers: Numbers) -> Tensor:
+        return self._attend(call, numbers, None, False)[0]
+
+    def attend_from(self, call: Call, numbers: Numbers, before: State | None) -> tuple[Tensor, State]:
+        return self._attend(call, numbers, before, True)
+
+    def _attend(self, call: Call, numbers: Numbers, before: State | None, keep: bool) -> tuple[Tensor, State]:
+        _refuse_what_a_window_has_not(call)
+        frame = self._frame(call.key, call.value, call.segments, _rates(numbers), before)
+        query = frame.close(call.query)
+        out, sums = window.attend(query, frame, call.scaling), State()
+        if self.beside is not None:
+            far, sums = self._far(query, frame, numbers, before, keep)
+            gate = _as_outputs(numbers["gate"])
+            gate = frame.close(gate) if isinstance(gate, Tensor) and gate.dim() == 4 else gate
+            if isinstance(call.drop, Tensor) or call.drop > 0:
+                gate = gate * (torch.rand(*query.shape[:2], 1, 1, device=query.device) >= call.drop)
+            out = _mixed(out, far, gate, frame.has_before())
+        out = frame.open(out)
+        if call.noise:
+            out = noisy(out, call.noise["dropout_p"])
+        return out, self._state(frame.ring_behind()) | sums if keep else {}
+
+    def step(self, call: Call, numbers: Numbers, state: State) -> Tensor:
+        ring, real = self._ring(state), None if call.segments is None else call.segments > 0
+        leaving = ring.push(call.key, call.value, _rates(numbers), real)
+        near = window.step(call.query, ring, call.scaling, real)
+        if self.beside is None:
+            return near
+        gate = _as_outputs(numbers["gate"])
+        given = {**numbers, "log_decay": leaving.log_decay} if leaving.log_decay is not None else numbers
+        old, rest = projected(Call(call.query, leaving.key.to(call.key.dtype), leaving.value.to(call.value.dtype)), _without_gate(given))
+        far = linear_attention_step(old.query, old.key, old.value, state["sums"], segment_ids=leaving.real, **rest)
+        return _mixed(near, far, gate, (ring.seen > self.options.window)[:, None, None, None])
+
+    def _frame(self, key: Tensor, value: Tensor, segments: Tensor | None, rates: Tensor | None, before: State | None) -> Frame:
+        ring = None if before is None else self._ring(before)
+        options = {"window": self.options.window, "sinks": self.options.sinks}
+        return Frame.of(key, value, segment_ids=segments, ring=ring, log_decay=rates, **options)
+
+    def _far(self, query: Tensor, frame: Frame, numbers: Numbers, before: State | None, keep: bool) -> tuple[Tensor, State]:
+        """The polynomial's output (B, Hq, N, Dv) at the frame's tokens over all before their windows, and its state behind them."""
+        first = frame.front if before is None else 0  # a state comes with the window's tokens in front, which it does not hold yet
+        runs = None if frame.runs is None else frame.runs[:, first:]
+        given = numbers if frame.log_decay is None else {**numbers, "log_decay": frame.log_decay[:, :, first:]}
+        call, rest = projected(Call(query, frame.key[:, :, first:], frame.value[:, :, first:]), _without_gate(given))
+        result: Any = linear_attention(
+            call.query, call.key, call.value, lag=self.options.window, segment_ids=runs, return_state=keep,
+            initial_state=None if before is None else before["sums"], **rest,
+        )  # fmt: skip
+        if not keep:
+            return result, {}
+        out, sums = result
+        if frame.runs is not None and frame.front:  # of a sequence that ended in the last window's reach the next call sees nothing
+            of_state, last = frame.runs[:, frame.length - 1], frame.runs[:, -1]
+            sums = sums.masked_fill(((of_state != last) & (of_state > 0))[:, None, None, None], 0)
+        return out, {"sums": sums}
+
+    # ---- the state
+
+    def layout(self, sizes: Sizes, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        kept = self.options.sinks + self.options.window
+        ring = {
+            "key": ((sizes.key_heads, kept, sizes.head_dim), dtype),
+            "value": ((sizes.key_heads, kept, sizes.value_dim), dtype),
+            "seen": ((), torch.int64),
+        }
+        if self.beside is None:
+            return ring
+        rates = {"log_decay": ((sizes.key_heads, self.options.window), torch.float32)} if self.options.decay == "token" else {}
+        return ring | rates | self.beside.layout(sizes, dtype)
+
+    def _ring(self, state: State) -> Ring:
+        return Ring(state["key"], state["value"], state["seen"], state.get("log_decay"), self.options.window, self.options.sinks)
+
+    def _state(self, ring: Ring) -> State:
+        state = {"key": ring.key, "value": ring.value, "seen": ring.seen}
+        return state if ring.log_decay is None else state | {"log_decay": ring.log_decay}
+
+    def tokens(self, call: Call, numbers: Numbers) -> Tokens:
+        rates = _rates(numbers)
+        return {"key": call.key, "value": call.value} | ({} if rates is None else {"log_decay": rates})
+
+    def advance(self, before: State | None, tokens: Tokens, numbers: Numbers, query_heads: int) -> State:
+        frame = self._frame(tokens["key"], tokens["value"], tokens["real"][:, 0], tokens.get("log_decay"), before)
+        state = self._state(frame.ring_behind())
+        if self.beside is None:
+            return state
+        key = tokens["key"]
+        return state | self._far(key.new_zeros(key.shape[0], query_heads, *key.shape[2:]), frame, numbers, before, True)[1]
+
+    # ---- conversion
+
+    @classmethod
+    def converted(cls, options: dict[str, Any]) -> dict[str, Any]:
+        given = {name: value for name, value in options.items() if value is not None}
+        return {"gate": "token", **(given if given.get("beside") == "none" else Polynomial.converted(given))}
+
+    def starting_numbers(self, sizes: Sizes, learnable: bool) -> Numbers:
+        if self.beside is None:
+            return {}
+        gate = torch.full((sizes.query_heads,), START, dtype=torch.float64).sigmoid()
+        return {**self.beside.starting_numbers(sizes, learnable or self.options.gate == "token"), "gate": gate}
+
+    def reference(self, call: Call, numbers: Numbers) -> Tensor:
+        size = self.options.window
+        near = window_reference(call.query, call.key, call.value, window=size, sinks=self.options.sinks, scaling=call.scaling,
+                                segment_ids=call.segments)  # fmt: skip
+        if self.beside is None:
+            return near
+        old, rest = projected(call, _without_gate(numbers))
+        far = reference(old.query, old.key, old.value, lag=size, segment_ids=call.segments, **rest)
+        place = torch.arange(call.query.shape[2], device=near.device)[None]
+        if call.segments is not None:
+            ids = call.segments.int()
+            place = (ids[:, :, None] == ids[:, None, :]).tril().sum(-1) - 1
+        return _mixed(near, far, _as_outputs(numbers["gate"]), (place >= size)[:, None, :, None])
+
+    def calibrate(self, parameters: LinAttnParams, seen: Seen, nearest: int = 0) -> None:
+        if self.beside is None:
+            return
+        self.beside.calibrate(parameters, seen, self.options.window)
+        far = seen.distance_mass[:, self.options.window :].sum(1) / (seen.distance_mass.sum(1) + seen.sink_mass).clamp(min=1e-12)
+        parameters.start_from("gate_logit", torch.logit(1 - far, 0.02))
+
+    def reach(self) -> int:
+        return self.options.window
+
+    def alternatives(self) -> Iterator[Window]:
+        others = [self.options.window, *(size for size in (64, 128, 256) if size != self.options.window)]
+        for size in others:
+            yield Window(dataclasses.replace(self.options, window=size))
+
+
+def _mixed(near: Tensor, far: Tensor, gate: float | Tensor, has_before: Tensor) -> Tensor:
+    """gate near + (1 - gate) far, in at least float32; near alone where there is nothing before the window."""
+    dtype = torch.float64 if near.dtype == torch.float64 else torch.float32
+    share = torch.where(has_before, gate, torch.ones((), dtype=dtype, device=near.device)).to(dtype)
+    return (share * near + (1 - share) * far).to(near.dtype)
+
+
+def _as_outputs(gate: float | Tensor) -> float | Tensor:
+    """(Hq,) or (B, Hq, N) to be broadcast against (B, Hq, N, Dv)."""
+    if not isinstance(gate, Tensor):
+        return gate
+    return gate[..., None] if gate.dim() == 3 else gate[:, None, None]
+
+
+def _rates(numbers: Numbers) -> Tensor | None:
+    """The decay's rates where each token has its own, (B, Hs, N)."""
+    rate = numbers.get("log_decay")
+    return rate if isinstance(rate, Tensor) and rate.dim() == 3 else None
+
+
+def _without_gate(numbers: Numbers) -> Numbers:
+    return {name: number for name, number in numbers.items() if name != "gate"}
+
+
+def _refuse_what_a_window_has_not(call: Call) -> None:
+    if not call.causal:
+        raise ValueError('linattn option form="window" is causal, and this layer sees ahead; give form="polynomial".')
+    if call.noise and call.noise["dropout_kind"] != "paper":
+        raise ValueError(f'linattn option dropout_kind={call.noise["dropout_kind"]!r} is of form="polynomial"; form="window" has "paper".')
