@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convert.errors import ConversionError, stage
-from convert.options import Decay, DType, Kernel, LinearizeOptions, layer_numbers
+from convert.options import Beside, Decay, DType, Form, Gate, Kernel, LinearizeOptions, layer_numbers
 from recipes.common import cli
 from recipes.common.files import check_target, output_path, staged_directory
 from recipes.common.reading import refuse_missing_folder
@@ -103,6 +103,7 @@ def _require_space(folder: Path, needed: int) -> None:
 def main(
     source: Annotated[str, typer.Argument(help="Folder of the checkpoint, a GGUF file, or a hub id.")],
     output: Annotated[Path, typer.Argument(help="Folder to write, which must not exist.")],
+    form: Annotated[Form, typer.Option(help="The attention: a polynomial, or a window of softmax beside it.")] = Form.polynomial,
     kernel: Annotated[
         Kernel | None, typer.Option(help="Attention weight a + b s (default), or a + b s + c s^2.", show_default=False)
     ] = None,
@@ -110,6 +111,12 @@ def main(
     keep_softmax: Annotated[str, typer.Option(help="Layers that stay softmax, such as 0-5,8, or @FILE of convert.select_layers.")] = "",
     temperature: Annotated[float | None, typer.Option(help="Its start (default 0.98 linear, 2 quadratic).", show_default=False)] = None,
     features: Annotated[int | None, typer.Option(help="Project queries and keys to so many.", show_default=False)] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens seen by softmax (default: 64).", show_default=False)] = None,
+    sinks: Annotated[int | None, typer.Option(help="First tokens seen by softmax (default: 4).", show_default=False)] = None,
+    gate: Annotated[Gate | None, typer.Option(help="The window's share per what (default: token).", show_default=False)] = None,
+    beside: Annotated[
+        Beside | None, typer.Option(help="What sees the tokens before the window (default: polynomial).", show_default=False)
+    ] = None,
     dropout: Annotated[float | None, typer.Option(help="Noise dropout in training (default: the model's own).", show_default=False)] = None,
     learnable: Annotated[bool, typer.Option(help="Train the new parameters, or keep them as they start.")] = True,
     dtype: Annotated[DType | None, typer.Option(help="Store the weights as this (default: as they are).", show_default=False)] = None,
@@ -122,11 +129,16 @@ def main(
     """Convert the softmax checkpoint SOURCE into a linear-attention checkpoint OUTPUT."""
     console = cli.console()
     options = LinearizeOptions(
+        form=form.value,
         kernel=kernel.value if kernel else None,
         decay=decay.value if decay else None,
         keep_softmax=layer_numbers(keep_softmax),
         temperature=temperature,
         features=features,
+        window=window,
+        sinks=sinks,
+        gate=gate.value if gate else None,
+        beside=beside.value if beside else None,
         dropout=dropout,
         learnable=learnable,
         dtype=dtype.value if dtype else None,

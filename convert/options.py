@@ -15,11 +15,31 @@ from recipes.common.reading import read_json, user_path
 if TYPE_CHECKING:
     from hf_linattn.config import LinAttnConfig
 
-FORM = "polynomial"
-OF_THE_FORM = ("kernel", "decay", "temperature", "features")
+OF_THE_FORM = ("kernel", "decay", "temperature", "features", "window", "sinks", "gate", "beside")
 """Options that are the form's, by the same names."""
 MOST_LAYERS = 9999
 """The highest layer number that a range may name."""
+
+
+class Form(str, Enum):
+    """The polynomial in every place, or softmax over the nearest tokens and the first, and the polynomial beside it."""
+
+    polynomial = "polynomial"
+    window = "window"
+
+
+class Gate(str, Enum):
+    """The window's share of the output: one per query head, or per token and query head."""
+
+    head = "head"
+    token = "token"
+
+
+class Beside(str, Enum):
+    """What sees the tokens before the window."""
+
+    polynomial = "polynomial"
+    none = "none"
 
 
 class Kernel(str, Enum):
@@ -51,11 +71,16 @@ class LinearizeOptions:
     """How to convert. The command line's options, by the same names; README.md says what each does.
 
     Attributes:
+        form: ``polynomial``, or ``window``, which has the options of the former for what stands beside it, and four of its own.
         kernel: ``linear`` or ``quadratic``; None: ``linear``.
         decay: ``none``, ``head``, ``key_head`` or ``token``; None: ``head``.
         keep_softmax: indices of the layers that keep softmax attention.
         temperature: where the temperature starts; None: 0.98 (linear), 2 (quadratic).
         features: to how many numbers queries and keys are projected before f is taken; None: they are not.
+        window: tokens seen by softmax, the query's own among them; None: 64.
+        sinks: first tokens seen by softmax from everywhere; None: 4.
+        gate: ``head`` or ``token``; None: ``token``.
+        beside: ``polynomial`` or ``none``; None: ``polynomial``.
         dropout: probability of noise dropout in training; None: the model's own attention dropout.
         learnable: whether the new parameters are trained.
         dtype: None keeps the source's.
@@ -66,11 +91,16 @@ class LinearizeOptions:
         seed: of the random tokens that the check runs it on.
     """
 
+    form: str = "polynomial"
     kernel: str | None = None
     decay: str | None = None
     keep_softmax: tuple[int, ...] = ()
     temperature: float | None = None
     features: int | None = None
+    window: int | None = None
+    sinks: int | None = None
+    gate: str | None = None
+    beside: str | None = None
     dropout: float | None = None
     learnable: bool = True
     dtype: str | None = None
@@ -86,7 +116,8 @@ class LinearizeOptions:
         Raises:
             ConversionError: an unknown choice, or a number out of its bounds.
         """
-        for name, choices in (("kernel", Kernel), ("decay", Decay), ("dtype", DType)):
+        choices_of = {"form": Form, "kernel": Kernel, "decay": Decay, "gate": Gate, "beside": Beside, "dtype": DType}
+        for name, choices in choices_of.items():
             given = getattr(self, name)
             if given is not None and given not in list(choices):
                 raise ConversionError(f"the {name} {given!r} is unknown; give one of {', '.join(choices)}")
@@ -107,7 +138,8 @@ class LinearizeOptions:
         given = {name: getattr(self, name) for name in OF_THE_FORM}
         try:
             return LinAttnConfig(
-                **FORMS[FORM].converted(given),
+                **FORMS[self.form].converted(given),
+                form=self.form,
                 softmax_layers=sorted(set(self.keep_softmax)),
                 dropout=self.dropout,
                 learnable=self.learnable,

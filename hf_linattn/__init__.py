@@ -10,7 +10,7 @@ from . import adapters, cache, choice, models  # noqa: F401  (models registers t
 from .attention import linattn_attention
 from .cache import LinearStateLayer, StaticLinearStateLayer, cache_bytes
 from .config import NAME, LinAttnConfig
-from .dropout import DropoutCallback, DropoutSchedule, set_dropout
+from .dropout import DropoutCallback, DropoutSchedule, WindowDropCallback, set_dropout, set_window_drop
 from .forms import LinAttnParams
 from .mask import linattn_mask
 from .ops import empty_state, linear_attention, linear_attention_step
@@ -30,6 +30,7 @@ __all__ = [
     "LinAttnParams",
     "LinearStateLayer",
     "StaticLinearStateLayer",
+    "WindowDropCallback",
     "cache_bytes",
     "empty_state",
     "linear_attention",
@@ -37,4 +38,5 @@ __all__ = [
     "parameter_groups",
     "require_attention_interface",
     "set_dropout",
+    "set_window_drop",
 ]

@@ -283,6 +283,11 @@ class StaticLinearStateLayer(LinearStateLayer):
 
     def allocate(self, form: Form, sizes: Sizes, tokens: int) -> State:
         is_new, exporting = self.state is None, torch.compiler.is_exporting()
+        if exporting and len(form.layout(sizes, self.dtype)) > 1:
+            raise RuntimeError(
+                f'torch.export carries one tensor a cache layer, and linattn option form="{form.name}" keeps more; export it with '
+                "use_cache=False, or decode with torch.compile."
+            )
         if is_new and exporting:
             raise RuntimeError(
                 "torch.export can carry only a state that is there before it begins (cache.early_initialization makes it): not that of a "

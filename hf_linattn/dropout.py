@@ -19,10 +19,13 @@ p follows a `DropoutSchedule`; `DropoutCallback` does so under `transformers.Tra
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback
+
+from .config import LinAttnConfig
 
 KINDS = ("constant", "linear", "cosine")
 
@@ -70,17 +73,40 @@ def set_dropout(model: nn.Module, p: float) -> None:
     """
     if not 0 <= p < 1:
         raise ValueError(f"the dropout probability must be at least 0 and below 1, but is {p}.")
+    _keep(model, "linattn_dropout_p", p)
+
+
+def set_window_drop(model: nn.Module, p: float) -> None:
+    """Make sequences and query heads of `model`, whose form is "window", go without their window in training with probability `p`.
+
+    What the polynomial beside it gives is then all there is, so that it learns, and has to; tokens that have nothing before their window
+    keep it. Kept as `set_dropout` keeps its own, in `linattn_window_drop`; lower p to 0 before training ends, by `WindowDropCallback`.
+
+    Raises:
+        ValueError: if p is not in [0, 1], or the model has no window beside a polynomial.
+    """
+    if not 0 <= p <= 1:
+        raise ValueError(f"the probability of dropping the window must be from 0 to 1, but is {p}.")
+    config: Any = next((module.config for module in model.modules() if hasattr(module, "config")), None)
+    options = None if config is None else LinAttnConfig.of(config)
+    if options is None or options.form != "window" or options.beside == "none":
+        raise ValueError(f"{type(model).__name__} has no window beside another attention to drop: convert with --form window.")
+    _keep(model, "linattn_window_drop", p)
+
+
+def _keep(model: nn.Module, name: str, p: float) -> None:
+    """Puts a number on every attention module, in place where it is there already."""
     found = False
     for module in model.modules():
         if not (hasattr(module, "is_causal") and hasattr(module, "config")):
             continue
         found = True
-        current = getattr(module, "linattn_dropout_p", None)
+        current = getattr(module, name, None)
         device = next((x.device for x in module.parameters()), torch.device("cpu"))
         if isinstance(current, torch.Tensor) and current.device == device:
             current.fill_(p)
         else:
-            module.linattn_dropout_p = torch.full((), p, device=device)
+            setattr(module, name, torch.full((), p, device=device))
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention module that Transformers' attention interface serves.")
 
@@ -93,6 +119,8 @@ class DropoutCallback(TrainerCallback):
         p: the starting probability where `schedule` is a kind.
     """
 
+    set = staticmethod(set_dropout)
+
     def __init__(self, schedule: DropoutSchedule | str, p: float = 0.0) -> None:
         self.kind = schedule if isinstance(schedule, str) else None
         self.schedule = schedule  # of the training under way
@@ -104,4 +132,10 @@ class DropoutCallback(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
         assert isinstance(self.schedule, DropoutSchedule) and model is not None
-        set_dropout(model, self.schedule(state.global_step))
+        self.set(model, self.schedule(state.global_step))
+
+
+class WindowDropCallback(DropoutCallback):
+    """The same for `set_window_drop`."""
+
+    set = staticmethod(set_window_drop)

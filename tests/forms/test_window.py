@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from window_cases import make_tensors
 
-from hf_linattn import LinAttnConfig
+from hf_linattn import DropoutSchedule, LinAttnConfig, WindowDropCallback, set_window_drop
 from hf_linattn.forms import Call, Sizes, Window
+from hf_linattn.forms.seen import Seen
 from hf_linattn.forms.window import WindowOptions, WindowParameters
 from hf_linattn.ops import window_attention
 
@@ -243,6 +245,82 @@ def test_a_model_of_softmax_takes_it_as_it_is() -> None:
             full = model(ids, use_cache=False).logits
         cache = DynamicCache(config=model.config)
         torch.testing.assert_close(feed(model, ids, cache, [8, 1, 1, 13]), full, atol=1e-5, rtol=0)
+
+
+def test_the_window_is_dropped_for_some_heads_in_training() -> None:
+    """A head without its window gives what the polynomial gives, but where nothing lies before the window; the others stay as they are."""
+    form, call = make_form(), make_call()
+    numbers = form.numbers(call, None)
+    both, far = form.attend(call, numbers), form.attend(call, numbers | {"gate": 0.0})
+    torch.manual_seed(0)
+    dropped = form.attend(make_call(drop=torch.tensor(0.5)), numbers)
+    is_dropped = torch.isclose(dropped, far).flatten(2).all(-1)
+    assert 0 < is_dropped.sum() < 8
+    torch.testing.assert_close(dropped, torch.where(is_dropped[..., None, None], far, both))
+    torch.testing.assert_close(form.attend(make_call(drop=1.0), numbers), far)
+
+
+def test_set_window_drop() -> None:
+    model, ids = windowed(**KINDS[-1]), tiny_tokens()
+    with torch.no_grad():
+        plain = model(ids).logits
+        set_window_drop(model, 0.7)
+        kept = model.model.layers[0].self_attn.linattn_window_drop
+        assert torch.equal(model(ids).logits, plain)
+        assert not torch.allclose(model.train()(ids).logits, plain)
+        set_window_drop(model, 0.0)
+        torch.testing.assert_close(model(ids).logits, plain)
+    assert model.model.layers[0].self_attn.linattn_window_drop is kept
+    callback = WindowDropCallback(DropoutSchedule("linear", 0.5, 10))
+    callback.on_step_begin(None, SimpleNamespace(global_step=4), None, model=model)
+    assert kept.item() == pytest.approx(0.3)
+    with pytest.raises(ValueError, match="must be from 0 to 1"):
+        set_window_drop(model, 1.1)
+    for other in (windowed(beside="none"), learned_model()):
+        with pytest.raises(ValueError, match="no window beside another attention"):
+            set_window_drop(other, 0.1)
+
+
+def test_noise_is_on_the_mix() -> None:
+    form, call = make_form(), make_call(noise={"dropout_p": 0.3, "dropout_kind": "paper"})
+    numbers = form.numbers(call, None)
+    torch.manual_seed(0)
+    noisy = torch.stack([form.attend(call, numbers) for _ in range(200)])
+    out = form.attend(make_call(), numbers)
+    assert ((noisy.mean(0) - 0.7 * out).abs().max() / out.abs().max()).item() < 0.15
+    torch.testing.assert_close(noisy.std(0), 0.7 * 0.3**0.5 * out.abs(), rtol=0.3, atol=1e-3)
+
+
+def test_a_ring_is_not_exported() -> None:
+    model = windowed(beside="none")
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    feed(model, tiny_tokens(1, 4), cache, [4])
+
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.model(ids, past_key_values=cache).logits
+
+    with torch.no_grad(), pytest.raises(Exception, match="carries one tensor a cache layer"):
+        torch.export.export(Decoder(), (tiny_tokens(1, 1),), strict=False)
+
+
+def test_calibration_reads_the_gate_off_the_teacher() -> None:
+    """The share of its weight on what the window and the sinks see, kept from 0.02 to 0.98; rates of what lies before the window."""
+    form = make_form(decay="head")
+    parameters = form.parameters(Sizes(4, 2, 8, 6, 12), True)
+    mass = torch.zeros(4, 30, dtype=torch.float64)
+    mass[0, 0], mass[1, 20], mass[2, [1, 9]], mass[3, 25] = 1.0, 1.0, 0.3, 0.2
+    sinks = torch.tensor([0.0, 0.0, 0.0, 0.8], dtype=torch.float64)
+    seen = Seen(torch.ones(4, 8, 8).double(), torch.zeros(2, 8).double(), torch.eye(8).double().expand(2, 8, 8), mass, sinks)
+    with torch.no_grad():
+        form.calibrate(parameters, seen)
+    numbers = parameters()
+    torch.testing.assert_close(numbers["gate"], torch.tensor([0.98, 0.02, 0.5, 0.8]))
+    torch.testing.assert_close(-1 / numbers["log_decay"][1:], torch.tensor([15.0, 4.0, 20.0]))
 
 
 @pytest.mark.parametrize("options, error, words", [
