@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from kills import make_user
 from typer.testing import CliRunner
 
+from convert import evaluate as measure
 from convert import linearize
 from recipes.common import cli, files
 from recipes.common.lock import lock
@@ -31,6 +32,7 @@ from recipes.tinystories import compare, evaluate, train
 # By name: the command, and its arguments for an output, the user's things being in the working directory.
 COMMANDS: dict[str, tuple[Callable[..., Any], Callable[[str], list[str]]]] = {
     "linearize": (linearize.main, lambda out: ["model", out, "--no-check"]),
+    "measure": (measure.main, lambda out: ["--teacher", "model", "--data", "stories.txt", "--out", out, *LITTLE]),
     "train": (train.main, lambda out: ["--config", "config.yaml", "--set", f"output={out}"]),
     "evaluate": (evaluate.main, lambda out: ["model", "--data", "stories.txt", "--out", out, *SHORT]),
     "compare": (compare.main, lambda out: ["run", "--out", out]),
@@ -39,8 +41,10 @@ COMMANDS: dict[str, tuple[Callable[..., Any], Callable[[str], list[str]]]] = {
     "report": (report.report, lambda out: ["results/one.json", "--out", out]),
 }
 SHORT = ["--stories", "2", "--length", "16", "--decode", "8", "--tokens", "1", "--device", "cpu"]
+LITTLE = ["--rows", "1", "--length", "16", "--recall", "none", "--decode", "", "--device", "cpu"]
 INPUTS = {
     "linearize": ["model"],
+    "measure": ["model", "stories.txt"],
     "train": ["model", "config.yaml", "stories.txt"],
     "evaluate": ["model", "stories.txt"],
     "compare": ["run"],
@@ -352,7 +356,7 @@ def files_of_at_most(size: int) -> Iterator[None]:
 def test_a_write_that_fails_leaves_the_old_or_a_run_to_go_on_with(name: str, size: int, home: Path) -> None:
     more = {"prepare": ["--seed", "1"], "linearize": ["--dtype", "bfloat16"]}.get(name, [])
     with files_of_at_most(size):
-        if "train" not in name:
+        if "train" not in name and name != "measure":
             assert "File too large" in refused(name, f"out-{name}", home, "--overwrite", *more)
             return
         done = invoke(name, f"out-{name}", "--overwrite")
@@ -365,6 +369,7 @@ def test_a_write_that_fails_leaves_the_old_or_a_run_to_go_on_with(name: str, siz
 
 READ = {
     "linearize": ["model/config.json", "model/model.safetensors"],
+    "measure": ["model/config.json", "model/model.safetensors", "model/tokenizer.json", "stories.txt"],
     "train": ["config.yaml", "model/config.json", "model/model.safetensors", "model/tokenizer.json", "stories.txt"],
     "evaluate": ["model/config.json", "model/model.safetensors", "model/tokenizer.json", "stories.txt"],
     "compare": ["run/config.yaml", "run/metrics.jsonl"],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from convert.evaluation.prompts import Prompt, Prompts
 from convert.evaluation.recall import measure_recall
 from convert.evaluation.store import Store
 from convert.evaluation.tasks import local_rows, measure_task, require_lm_eval
-from convert.evaluation.text import first_rows
+from convert.evaluation.text import Rows, first_rows
 
 _LIGHTER = 4
 """How many times the tokens of a batch of text fit where only the last logits of a row are wanted."""
@@ -34,13 +35,19 @@ class Measurement:
         name: of its file.
         asked: what decides the answer, besides the model.
         find: from the model and the teacher (None for the teacher itself), the answer.
+        prepare: reads what is asked about, so that what is wrong with it is said before anything is measured.
         of_controls: whether the teacher under a window is asked too.
     """
 
     name: str
     asked: dict[str, Any]
     find: Callable[[Loaded, Loaded | None], dict[str, Any]]
+    prepare: Callable[[], object] = lambda: None
     of_controls: bool = True
+
+    def is_of(self, subject: Subject) -> bool:
+        """Whether it is made of that model."""
+        return self.of_controls or subject.window is None
 
 
 def measure_all(options: EvaluationOptions, store: Store, tell: Callable[[str], None]) -> dict[str, dict[str, Any]]:
@@ -53,15 +60,17 @@ def measure_all(options: EvaluationOptions, store: Store, tell: Callable[[str], 
     results: dict[str, dict[str, Any]] = {}
     plan = list(_plan(options, models))
     subjects = options.subjects()
+    for measurement in plan:
+        if not all(store.find(subject.name, measurement.name) for subject in subjects if measurement.is_of(subject)):
+            measurement.prepare()
     for subject in subjects:
         identity = {"model": stamp(subject.path), "teacher": stamp(subjects[0].path), "dtype": str(models.dtype)}
         described = Measurement("model", {"sinks": options.sinks}, partial(_describe, subject, options.sinks))
         results[subject.name] = {}
         for measurement in [described, *plan]:
-            if subject.window is not None and not measurement.of_controls:
-                continue
-            work = _work(measurement, subject, models, tell)
-            results[subject.name][measurement.name] = store.measure(subject.name, measurement.name, identity | measurement.asked, work)
+            if measurement.is_of(subject):
+                work = _work(measurement, subject, models, tell)
+                results[subject.name][measurement.name] = store.measure(subject.name, measurement.name, identity | measurement.asked, work)
     return results
 
 
@@ -83,11 +92,11 @@ def _work(measurement: Measurement, subject: Subject, models: Models, tell: Call
 def _plan(options: EvaluationOptions, models: Models) -> Iterator[Measurement]:
     for length in options.lengths:
         yield from _losses(options, models, length)
+    maker = cache(lambda: Prompts(options.hidden_in, models.teacher.tokenizer, options.recall_length, options.seed))
     for kind in options.recall:
-        yield _recall(options, models, kind)
+        yield _recall(options, models, kind, maker)
     if options.decode:
-        # A control runs with the teacher's whole cache, so its costs would not be those of a window.
-        yield Measurement("costs", {"lengths": list(options.decode)}, lambda loaded, _: _costs(loaded, options.decode), of_controls=False)
+        yield _costs(options, models)
     for task in options.tasks:
         yield _task(options, models, task)
 
@@ -96,39 +105,45 @@ def _losses(options: EvaluationOptions, models: Models, length: int) -> Iterator
     count = max(options.rows * min(options.lengths) // length, 1)
     for number, path in enumerate(options.data):
 
-        def find(loaded: Loaded, teacher: Loaded | None, path: Any = path) -> dict[str, Any]:
-            check_length(loaded.model, length, "--length")
-            rows = first_rows(path, loaded.tokenizer, length, count)
-            return measure_loss(loaded.model, teacher and teacher.model, rows, max(models.batch_tokens // length, 1))
+        @cache
+        def rows(path: Path = path) -> Rows:
+            check_length(models.teacher.model, length, "--length")
+            return first_rows(path, models.teacher.tokenizer, length, count)
 
-        yield Measurement(f"loss-{number}-{length}", {"data": stamp(str(path)), "rows": count, "length": length}, find)
+        def find(loaded: Loaded, teacher: Loaded | None, rows: Callable[[], Rows] = rows) -> dict[str, Any]:
+            return measure_loss(loaded.model, teacher and teacher.model, rows(), max(models.batch_tokens // length, 1))
+
+        yield Measurement(f"loss-{number}-{length}", {"data": stamp(str(path)), "rows": count, "length": length}, find, rows)
 
 
-def _recall(options: EvaluationOptions, models: Models, kind: str) -> Measurement:
-    filler = options.filler or options.data[0]
-    asked = {"filler": stamp(str(filler)), "distances": list(options.distances), "needles": options.needles, "seed": options.seed}
+def _recall(options: EvaluationOptions, models: Models, kind: str, maker: Callable[[], Prompts]) -> Measurement:
+    asked = {"filler": stamp(str(options.hidden_in)), "distances": list(options.distances), "needles": options.needles}
 
     @cache
     def prompts() -> dict[int, list[Prompt]]:
-        maker = Prompts(filler, models.teacher.tokenizer, options.recall_length, options.seed)
-        return {distance: maker.make(kind, distance, options.needles) for distance in options.distances}
+        made = {distance: maker().make(kind, distance, options.needles) for distance in options.distances}
+        check_length(models.teacher.model, max((len(alike[0].ids) for alike in made.values()), default=0), "--distances")
+        return made
 
     def find(loaded: Loaded, teacher: Loaded | None) -> dict[str, Any]:
         found = {}
         for distance, made in prompts().items():
-            length = len(made[0].ids)
-            check_length(loaded.model, length, "--distances")
-            batch = max(_LIGHTER * models.batch_tokens // length, 1)
+            batch = max(_LIGHTER * models.batch_tokens // len(made[0].ids), 1)
             found[str(distance)] = measure_recall(loaded.model, loaded.tokenizer, made, batch)
         return {"by_distance": found}
 
-    return Measurement(f"recall-{kind}", asked | {"length": options.recall_length}, find)
+    return Measurement(f"recall-{kind}", asked | {"length": options.recall_length, "seed": options.seed}, find, prompts)
 
 
-def _costs(loaded: Loaded, lengths: Sequence[int]) -> dict[str, Any]:
-    for length in lengths:
-        check_length(loaded.model, length + STEPS, "--decode")
-    return measure_costs(loaded.model, lengths)
+def _costs(options: EvaluationOptions, models: Models) -> Measurement:
+    def prepare() -> None:
+        check_length(models.teacher.model, max(options.decode) + STEPS, "--decode")
+
+    def find(loaded: Loaded, teacher: Loaded | None) -> dict[str, Any]:
+        return measure_costs(loaded.model, options.decode)
+
+    # A control runs with the teacher's whole cache, so its costs would not be those of a window.
+    return Measurement("costs", {"lengths": list(options.decode)}, find, prepare, of_controls=False)
 
 
 def _task(options: EvaluationOptions, models: Models, task: str) -> Measurement:

@@ -91,6 +91,11 @@ class EvaluationOptions:
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ConversionError(f"two models are called {twice}; give them names, as in first={twice}")
 
+    @property
+    def hidden_in(self) -> Path:
+        """The text that keys are hidden in."""
+        return self.filler or self.data[0]
+
     def inputs(self) -> list[str]:
         """Everything that is read."""
         files = [str(path) for path in (*self.data, self.filler, self.task_rows, self.ranking) if path]

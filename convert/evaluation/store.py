@@ -17,6 +17,7 @@ from typing import Any
 
 from convert.errors import ConversionError
 from recipes.common.files import clear_up, hold, output_path, staged_directory, write_json
+from recipes.common.lock import Lock
 from recipes.common.place import check_run
 from recipes.common.reading import read_json
 
@@ -25,7 +26,8 @@ GROWS = ("measured/*/*.json", "report/*")
 
 
 class Store:
-    """An evaluation's folder, held by this process until ``close``.
+    """An evaluation's folder. It is made with the first measurement, so that what is refused before costs nothing, and then held by this
+    process until ``close``.
 
     Args:
         folder: where it is, or will be.
@@ -37,23 +39,21 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, inputs: list[str], resume: bool, overwrite: bool) -> None:
-        self.folder = output_path(folder)
+        self.folder, self.inputs, self.overwrite = output_path(folder), inputs, overwrite
+        self._held: Lock | None = None
         check_run(self.folder, COMMAND, inputs=inputs, resume=resume, overwrite=overwrite)
-        if not (resume and self.folder.exists()):
-            with staged_directory(self.folder, COMMAND, overwrite=overwrite, inputs=inputs, grows=GROWS) as aside:
-                write_json(aside / "format.json", {"format": 1})
-        self._held = hold(self.folder)
-        for place in (self.folder, *self.folder.glob("measured/*"), self.folder / "report"):
-            clear_up(place)
+        if resume and self.folder.exists():
+            self._hold()
 
     def close(self) -> None:
         """Lets go of the folder."""
-        self._held.release()
+        if self._held:
+            self._held.release()
 
     def find(self, subject: str, measurement: str) -> dict[str, Any] | None:
         """What was measured, None where it was not."""
         path = self._path(subject, measurement)
-        if not path.is_file():
+        if self._held is None or not path.is_file():
             return None
         stored = read_json(path)
         if not isinstance(stored, dict) or not {"asked", "found", "seconds"} <= set(stored):
@@ -71,6 +71,7 @@ class Store:
             began = time.perf_counter()
             found = work()
             stored = {"subject": subject, "asked": asked, "found": found, "seconds": round(time.perf_counter() - began, 2)}
+            self._make()
             write_json(self._path(subject, measurement), stored)
         for key in asked:
             if stored["asked"].get(key) != asked[key]:
@@ -79,6 +80,17 @@ class Store:
                     f"{asked[key]!r:.200}; resume with the same, or choose another output"
                 )
         return dict(stored["found"])
+
+    def _make(self) -> None:
+        if self._held is None:
+            with staged_directory(self.folder, COMMAND, overwrite=self.overwrite, inputs=self.inputs, grows=GROWS) as aside:
+                write_json(aside / "format.json", {"format": 1})
+            self._hold()
+
+    def _hold(self) -> None:
+        self._held = hold(self.folder)
+        for place in (self.folder, *self.folder.glob("measured/*"), self.folder / "report"):
+            clear_up(place)
 
     def _path(self, subject: str, measurement: str) -> Path:
         plain = re.sub(r"[^\w.-]+", "_", subject).strip("._")[:60]
