@@ -1,4 +1,4 @@
-// The kernel of the forward direction in n: its arguments, its shape, and what all threads of a block share. See mma_rows.cuh.
+// The kernel of the forward direction in n: its arguments, its shape, and what all threads of a block share. See rows.cuh.
 #pragma once
 #include <type_traits>
 

@@ -4,118 +4,160 @@
 
 namespace linattn_stream {
 
-template <typename T, int D, bool GRAD, bool GATED> __device__ __forceinline__ void compute_rows(const RowBlock<T, D, GRAD, GATED> &job) {
+// What the two rows of a lane weigh with: weight = slope (x . y) + shift; in the gradient with slope 1, the row's own 1 / g left for the end.
+struct RowScales {
+  float a, b_tau, mass_worth = 1.f;
+  float slope0, slope1, shift0, shift1, query_scale0 = 1.f, query_scale1 = 1.f;
+  float factor0, factor1, state_worth = 1.f;  // what products with x count: inside the chunk, and with the rounded state
+  float carry0 = 1.f, carry1 = 1.f;           // what the state ahead of the chunk counts, by the gates
+};
+
+// One of these warps, from chunk to chunk and head to head. Every step is made part of `run`, and every member is a register.
+template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
   using Block = RowBlock<T, D, GRAD, GATED>;
   using Shape = typename Block::Shape;
   using E = Element<T>;
-  constexpr int C = Block::C, BLOCKS = Shape::BLOCKS, STAGES = Block::STAGES, TILE = Block::TILE, ROW_TILES = Block::ROW_TILES;
-  constexpr int kStripeBytes = Tile<D>::kBlockBytes;
-  constexpr int OUT_PAIRS = Shape::OUT_PAIRS;
-  constexpr bool kGroups = kWarpgroups<D>;
-  const RowArguments &args = job.args;
-  const linattn_problem &p = args.problem;
-  typename Block::Small &small = job.small;
-  const int lane_id = threadIdx.x & 31, warp = warp_number(), group = lane_id >> 2, place = lane_id & 3;
-  const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id);
-  const int batch = job.batch, key_head = job.key_head, heads = job.heads;
-  const int64_t begin = job.begin, end = job.end;
-  const bool causal = p.causal, unit = p.normalize_qk;
+  using Gate = std::conditional_t<GATED, PairGates, int>;
+  static constexpr int C = Block::C, BLOCKS = Shape::BLOCKS, STAGES = Block::STAGES, TILE = Block::TILE, ROW_TILES = Block::ROW_TILES;
+  static constexpr int kStripeBytes = Tile<D>::kBlockBytes, OUT_PAIRS = Shape::OUT_PAIRS;
+  static constexpr bool kGroups = kWarpgroups<D>, kFactors = !GRAD || E::kNarrow;
+  // By warpgroups the scores of all keys at once, beside the product with the state; other head dims later and in two parts, for want of registers.
+  static constexpr bool kBeside = kGroups && D == 64;
 
-  T *result_rows = head_of<T>(args.result, batch, key_head * heads) + begin * args.result.token_stride;
-  int64_t first_number = (static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin, left = end - begin;
-  float before = job.source.data ? job.source.count() : 0.f;
-  const int half = Shape::HALVES > 1 ? warp / Shape::STRIPES : 0;
-  const int first_block = half * OUT_PAIRS;
-  const uint32_t half_bytes = Tile<D>::columns_at(2 * first_block);
-  const T *const column_vector = WeightReader<T>(job.column_parts(), job.zeros(), lane_id).vector;
-  int head = 0, stage = 0, key_stage = 0;
+  const Block &job;
+  const RowArguments &args;
+  const linattn_problem &p;
+  typename Block::Small &small;
+  const int lane_id, warp, group, place;
+  const uint32_t down, across;
+  const int batch, key_head, heads;
+  const int64_t begin, end;
+  const bool causal, unit;
+  T *result_rows;
+  int64_t first_number, left;
+  float before;
+  const int half, first_block;
+  const uint32_t half_bytes;
+  const T *const column_vector;
+  int head = 0, stage = 0, key_stage = 0, stripe;
+
+  // Of the chunk and head at hand.
+  int tokens, local0, local1;
+  uint32_t rows, y_tile, z_tile;
+  uint32_t xs[BLOCKS][4];
+  float acc[2 * OUT_PAIRS][4], row_sum[4], total0, total1, finish0, finish1;
+  float scores[kBeside ? 2 * Shape::STRIPES : 1][4];
+  uint32_t weights_of[kBeside ? Shape::STRIPES : 1][4];
+
   // Later stripes see more keys; turning them every chunk evens the load of the four schedulers.
-  int stripe = half && !kGroups ? Shape::STRIPES - 1 - warp % Shape::STRIPES : warp % Shape::STRIPES;
-  for (int iteration = 0; iteration < job.iterations; ++iteration) {
-    const int tokens = static_cast<int>(min(left, static_cast<int64_t>(C)));
-    const int local0 = 16 * stripe + group, local1 = local0 + 8;
-    const uint32_t rows = job.row_tiles + stage * ROW_TILES * TILE, y_tile = job.key_tiles + key_stage * 2 * TILE, z_tile = y_tile + TILE;
-    const Blocks<D> y_blocks(y_tile, across), z_blocks(z_tile + half_bytes, down);
+  __device__ __forceinline__ explicit RowResults(const Block &job)
+      : job(job), args(job.args), p(args.problem), small(job.small), lane_id(threadIdx.x & 31), warp(warp_number()), group(lane_id >> 2), place(lane_id & 3),
+        down(lane_down<D>(lane_id)), across(lane_across<D>(lane_id)), batch(job.batch), key_head(job.key_head), heads(job.heads), begin(job.begin), end(job.end),
+        causal(p.causal), unit(p.normalize_qk), result_rows(head_of<T>(args.result, batch, key_head * heads) + begin * args.result.token_stride),
+        first_number((static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin), left(end - begin),
+        before(job.source.data ? job.source.count() : 0.f), half(Shape::HALVES > 1 ? warp / Shape::STRIPES : 0), first_block(half * OUT_PAIRS),
+        half_bytes(Tile<D>::columns_at(2 * first_block)), column_vector(WeightReader<T>(job.column_parts(), job.zeros(), lane_id).vector),
+        stripe(half && !kGroups ? Shape::STRIPES - 1 - warp % Shape::STRIPES : warp % Shape::STRIPES) {}
 
-    __syncthreads();  // the tiles and the rounded state are here
-    job.prepare(stage, key_stage, causal && head == 0);
-    float carry0 = 1.f, carry1 = 1.f;
-    if constexpr (GATED) {
-      const ChunkGates<C> gates(small.gates, key_stage, tokens);
-      carry0 = gates.carry(local0), carry1 = gates.carry(local1), before = small.count;
-    }
-    const auto pair_gates = [&]() {
-      if constexpr (GATED) return PairGates(small.gates.decay[key_stage], small.gates.query_runs[key_stage], local0, local1);
-      else return 0;
-    }();
-    uint32_t xs[BLOCKS][4];
-    const Blocks<D> x_blocks(rows + stripe * kStripeBytes, down), x_across(rows + stripe * kStripeBytes, across);
+  __device__ __forceinline__ void run() {
+    for (int iteration = 0; iteration < job.iterations; ++iteration) {
+      tokens = static_cast<int>(min(left, static_cast<int64_t>(C)));
+      local0 = 16 * stripe + group, local1 = local0 + 8;
+      rows = job.row_tiles + stage * ROW_TILES * TILE, y_tile = job.key_tiles + key_stage * 2 * TILE, z_tile = y_tile + TILE;
+
+      __syncthreads();  // the tiles and the rounded state are here
+      job.prepare(stage, key_stage, causal && head == 0);
+      RowScales scales;
+      if constexpr (GATED) {
+        const ChunkGates<C> gates(small.gates, key_stage, tokens);
+        scales.carry0 = gates.carry(local0), scales.carry1 = gates.carry(local1), before = small.count;
+      }
+      const Gate gate = gate_of_rows();
+      const Blocks<D> x_blocks(rows + stripe * kStripeBytes, down), x_across(rows + stripe * kStripeBytes, across);
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) ldmatrix(xs[block], x_blocks.at(0, block));
+      for (int block = 0; block < BLOCKS; ++block) ldmatrix(xs[block], x_blocks.at(0, block));
 
-    float margin[4] = {0, 0, 0, 0};
+      float margin[4] = {0, 0, 0, 0};
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
-      uint32_t b0, b1;
-      WeightReader<T>::two(b0, b1, column_vector, 16 * block);
-      E::mma(margin, xs[block], b0, b1);
+      for (int block = 0; block < BLOCKS; ++block) {
+        uint32_t b0, b1;
+        WeightReader<T>::two(b0, b1, column_vector, 16 * block);
+        E::mma(margin, xs[block], b0, b1);
+      }
+      measure(scales, x_blocks, x_across);
+      multiply_by_state();
+      if (causal && head == 0) barrier_sync<kScalesReady, Shape::THREADS>();
+      if constexpr (kBeside) weigh_scores(scales, gate);
+      enter(scales, margin);
+      if (causal && head == heads - 1) barrier_arrive<kStateRead, Shape::THREADS>();
+      if (causal) add_pairs(scales, gate);
+      if constexpr (GRAD) finish_gradient(scales);
+      else finish_output(scales);
+      store();
+      advance();
     }
+  }
 
-    // Per row: weight = slope (x . y) + shift; in the gradient with slope 1, the row's own 1 / g left for the end.
-    float a = small.coefficients[head][0], b_tau = small.coefficients[head][1], mass_worth = 1.f;
+  __device__ __forceinline__ Gate gate_of_rows() const {
+    if constexpr (GATED) return PairGates(small.gates.decay[key_stage], small.gates.query_runs[key_stage], local0, local1);
+    else return 0;
+  }
+
+  __device__ __forceinline__ void measure(RowScales &of, const Blocks<D> &x_blocks, const Blocks<D> &x_across) {
+    of.a = small.coefficients[head][0], of.b_tau = small.coefficients[head][1];
     if constexpr (E::kNarrow && !GRAD) {
-      const Lift lift = lift_to(0, fmaxf(fabsf(a), fabsf(b_tau)));
-      a *= lift.up, b_tau *= lift.up, mass_worth = lift.down;
+      const Lift lift = lift_to(0, fmaxf(fabsf(of.a), fabsf(of.b_tau)));
+      of.a *= lift.up, of.b_tau *= lift.up, of.mass_worth = lift.down;
     }
-    float slope0, slope1, shift0, shift1, query_scale0 = 1.f, query_scale1 = 1.f;
     if constexpr (!GRAD) {
       if (unit) {
-        row_products<T>(query_scale0, query_scale1, xs, x_across, 0, lane_id);
-        query_scale0 = inverse_norm(query_scale0), query_scale1 = inverse_norm(query_scale1);
+        row_products<T>(of.query_scale0, of.query_scale1, xs, x_across, 0, lane_id);
+        of.query_scale0 = inverse_norm(of.query_scale0), of.query_scale1 = inverse_norm(of.query_scale1);
       }
-      slope0 = b_tau * query_scale0, slope1 = b_tau * query_scale1;
-      shift0 = shift1 = a;
+      of.slope0 = of.b_tau * of.query_scale0, of.slope1 = of.b_tau * of.query_scale1;
+      of.shift0 = of.shift1 = of.a;
     } else {
-      row_products<T>(shift0, shift1, xs, x_across, TILE, lane_id);
-      const float mass0 = small.numbers[stage][0][local0], mass1 = small.numbers[stage][0][local1];
-      slope0 = mass0 == 0.f ? 0.f : reciprocal(mass0), slope1 = mass1 == 0.f ? 0.f : reciprocal(mass1);
-      shift0 = small.numbers[stage][1][local0] * mass0 - shift0, shift1 = small.numbers[stage][1][local1] * mass1 - shift1;
-      if constexpr (GATED) {
-        if (args.noised) shift0 = local0 < tokens ? args.error[first_number + local0] * mass0 : 0.f, shift1 = local1 < tokens ? args.error[first_number + local1] * mass1 : 0.f;
-        shift0 = mass0 == 0.f ? 0.f : shift0, shift1 = mass1 == 0.f ? 0.f : shift1;  // padding's gradient may be NaN
-      }
-      if (unit) {
-        uint32_t q[BLOCKS][4];
-#pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) ldmatrix(q[block], x_blocks.at(0, block) + 2 * TILE);
-        row_products<T>(query_scale0, query_scale1, q, x_across, 2 * TILE, lane_id);
-        query_scale0 = inverse_norm(query_scale0), query_scale1 = inverse_norm(query_scale1);
-      }
+      measure_gradient(of, x_blocks, x_across);
     }
-    // What products with x count: inside the chunk, and with the rounded state.
-    float factor0 = GRAD ? 1.f : slope0, factor1 = GRAD ? 1.f : slope1, state_worth = 1.f;
+    of.factor0 = GRAD ? 1.f : of.slope0, of.factor1 = GRAD ? 1.f : of.slope1;
     if constexpr (E::kNarrow) {
-      state_worth = small.state_worth;
+      of.state_worth = small.state_worth;
       if constexpr (GRAD) {
         float peak0, peak1;
         row_peaks<T>(peak0, peak1, xs);
-        const Lift lift0 = lift_to(kRowPeak, fmaxf(peak0, fabsf(shift0))), lift1 = lift_to(kRowPeak, fmaxf(peak1, fabsf(shift1)));
-        factor0 = lift0.up, shift0 *= lift0.up, slope0 *= lift0.down;
-        factor1 = lift1.up, shift1 *= lift1.up, slope1 *= lift1.down;
+        const Lift lift0 = lift_to(kRowPeak, fmaxf(peak0, fabsf(of.shift0))), lift1 = lift_to(kRowPeak, fmaxf(peak1, fabsf(of.shift1)));
+        of.factor0 = lift0.up, of.shift0 *= lift0.up, of.slope0 *= lift0.down;
+        of.factor1 = lift1.up, of.shift1 *= lift1.up, of.slope1 *= lift1.down;
       }
     }
-    constexpr bool kFactors = !GRAD || E::kNarrow;
+  }
 
-    float acc[2 * OUT_PAIRS][4];
+  __device__ __forceinline__ void measure_gradient(RowScales &of, const Blocks<D> &x_blocks, const Blocks<D> &x_across) {
+    row_products<T>(of.shift0, of.shift1, xs, x_across, TILE, lane_id);
+    const float mass0 = small.numbers[stage][0][local0], mass1 = small.numbers[stage][0][local1];
+    of.slope0 = mass0 == 0.f ? 0.f : reciprocal(mass0), of.slope1 = mass1 == 0.f ? 0.f : reciprocal(mass1);
+    of.shift0 = small.numbers[stage][1][local0] * mass0 - of.shift0, of.shift1 = small.numbers[stage][1][local1] * mass1 - of.shift1;
+    if constexpr (GATED) {
+      if (args.noised) of.shift0 = local0 < tokens ? args.error[first_number + local0] * mass0 : 0.f, of.shift1 = local1 < tokens ? args.error[first_number + local1] * mass1 : 0.f;
+      of.shift0 = mass0 == 0.f ? 0.f : of.shift0, of.shift1 = mass1 == 0.f ? 0.f : of.shift1;  // padding's gradient may be NaN
+    }
+    if (unit) {
+      uint32_t q[BLOCKS][4];
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) ldmatrix(q[block], x_blocks.at(0, block) + 2 * TILE);
+      row_products<T>(of.query_scale0, of.query_scale1, q, x_across, 2 * TILE, lane_id);
+      of.query_scale0 = inverse_norm(of.query_scale0), of.query_scale1 = inverse_norm(of.query_scale1);
+    }
+  }
+
+  // acc = x S, and by warpgroups the scores beside it.
+  __device__ __forceinline__ void multiply_by_state() {
 #pragma unroll
     for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc[2 * q][i] = acc[2 * q + 1][i] = 0.f;
-    // By warpgroups the scores of all keys at once, beside the product with the state; other head dims later and in two parts, for want of registers.
-    constexpr bool kBeside = kGroups && D == 64;
-    float scores[kBeside ? 2 * Shape::STRIPES : 1][4];
-    uint32_t weights_of[kBeside ? Shape::STRIPES : 1][4];
-    float row_sum[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) row_sum[i] = 0.f;
     if constexpr (kGroups) {
       warpgroup_keep(acc);
       if constexpr (kBeside) {
@@ -130,7 +172,8 @@ template <typename T, int D, bool GRAD, bool GATED> __device__ __forceinline__ v
       }
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block)
-        WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, warpgroup_operand<D>(rows + Tile<D>::columns_at(2 * block)), warpgroup_operand<D>(job.state_tile + Tile<D>::rows_at(block) + half_bytes, Tile<D>::kPanelBytes), block > 0);
+        WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, warpgroup_operand<D>(rows + Tile<D>::columns_at(2 * block)),
+                                                       warpgroup_operand<D>(job.state_tile + Tile<D>::rows_at(block) + half_bytes, Tile<D>::kPanelBytes), block > 0);
       warpgroup_commit();
       if constexpr (!kBeside) {
         warpgroup_wait<0>();
@@ -148,236 +191,258 @@ template <typename T, int D, bool GRAD, bool GATED> __device__ __forceinline__ v
           E::mma(acc[2 * q + 1], xs[block], s[2], s[3]);
         }
     }
-    // Raw products of 16 keys into their rounded weights.
-    const auto weigh = [&](uint32_t(&weights)[4], float(&first_tile)[4], float(&second_tile)[4], bool diagonal, int j) {
+  }
+
+  // Raw products of 16 keys, the j-th of the chunk, into their rounded weights.
+  __device__ __forceinline__ void weigh(uint32_t (&weights)[4], float (&first_tile)[4], float (&second_tile)[4], bool diagonal, int j, const RowScales &by, const Gate &gate) {
 #pragma unroll
-      for (int t = 0; t < 2; ++t) {
-        float(&s)[4] = t == 0 ? first_tile : second_tile;
-        const int column = 8 * t + 2 * place;
-        const float2 scale = *reinterpret_cast<const float2 *>(small.key_scale + 16 * j + column);
-        if constexpr (GRAD) {
-          if constexpr (kFactors) s[0] *= factor0, s[1] *= factor0, s[2] *= factor1, s[3] *= factor1;
-          s[0] += shift0, s[1] += shift0, s[2] += shift1, s[3] += shift1;
-        } else {
-          s[0] = s[0] * scale.x * slope0 + shift0, s[1] = s[1] * scale.y * slope0 + shift0;
-          s[2] = s[2] * scale.x * slope1 + shift1, s[3] = s[3] * scale.y * slope1 + shift1;
-        }
-        if constexpr (GATED) {
-          const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + 16 * j + column);
-          const int2 run = *reinterpret_cast<const int2 *>(small.gates.key_runs[key_stage] + 16 * j + column);
-          s[0] *= pair_gates.of_key(0, decay.x, run.x, !diagonal || column <= group), s[1] *= pair_gates.of_key(0, decay.y, run.y, !diagonal || column < group);
-          s[2] *= pair_gates.of_key(1, decay.x, run.x, !diagonal || column <= group + 8), s[3] *= pair_gates.of_key(1, decay.y, run.y, !diagonal || column < group + 8);
-        } else if (diagonal) {
-          if (column > group) s[0] = 0.f;
-          if (column + 1 > group) s[1] = 0.f;
-          if (column > group + 8) s[2] = 0.f;
-          if (column + 1 > group + 8) s[3] = 0.f;
-        }
-        if constexpr (GRAD) {
-          row_sum[0] += s[0] + s[1];
-          row_sum[2] += s[2] + s[3];
-          s[0] *= scale.x, s[1] *= scale.y, s[2] *= scale.x, s[3] *= scale.y;
-        }
+    for (int t = 0; t < 2; ++t) {
+      float(&s)[4] = t == 0 ? first_tile : second_tile;
+      const int column = 8 * t + 2 * place;
+      const float2 scale = *reinterpret_cast<const float2 *>(small.key_scale + 16 * j + column);
+      if constexpr (GRAD) {
+        if constexpr (kFactors) s[0] *= by.factor0, s[1] *= by.factor0, s[2] *= by.factor1, s[3] *= by.factor1;
+        s[0] += by.shift0, s[1] += by.shift0, s[2] += by.shift1, s[3] += by.shift1;
+      } else {
+        s[0] = s[0] * scale.x * by.slope0 + by.shift0, s[1] = s[1] * scale.y * by.slope0 + by.shift0;
+        s[2] = s[2] * scale.x * by.slope1 + by.shift1, s[3] = s[3] * scale.y * by.slope1 + by.shift1;
       }
-      weights[0] = E::pack(first_tile[0], first_tile[1]), weights[1] = E::pack(first_tile[2], first_tile[3]);
-      weights[2] = E::pack(second_tile[0], second_tile[1]), weights[3] = E::pack(second_tile[2], second_tile[3]);
-      // The mass is the sum of the rounded weights, so that a constant v comes back as itself.
-      if constexpr (!GRAD) E::mma(row_sum, weights, E::kOnes, E::kOnes);
-    };
-    if (causal && head == 0) barrier_sync<kScalesReady, Shape::THREADS>();
-    if constexpr (kBeside) {
-      warpgroup_wait<1>();
-      warpgroup_keep(scores);
-#pragma unroll
-      for (int j = 0; j < Shape::STRIPES; ++j) {
-        weights_of[j][0] = weights_of[j][1] = weights_of[j][2] = weights_of[j][3] = 0u;
-        if (causal && j < stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], false, j);
-        if (causal && j == stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], true, j);
+      if constexpr (GATED) {
+        const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + 16 * j + column);
+        const int2 run = *reinterpret_cast<const int2 *>(small.gates.key_runs[key_stage] + 16 * j + column);
+        s[0] *= gate.of_key(0, decay.x, run.x, !diagonal || column <= group), s[1] *= gate.of_key(0, decay.y, run.y, !diagonal || column < group);
+        s[2] *= gate.of_key(1, decay.x, run.x, !diagonal || column <= group + 8), s[3] *= gate.of_key(1, decay.y, run.y, !diagonal || column < group + 8);
+      } else if (diagonal) {
+        if (column > group) s[0] = 0.f;
+        if (column + 1 > group) s[1] = 0.f;
+        if (column > group + 8) s[2] = 0.f;
+        if (column + 1 > group + 8) s[3] = 0.f;
       }
-      warpgroup_wait<0>();
-      warpgroup_keep(acc);
+      if constexpr (GRAD) {
+        row_sum[0] += s[0] + s[1];
+        row_sum[2] += s[2] + s[3];
+        s[0] *= scale.x, s[1] *= scale.y, s[2] *= scale.x, s[3] *= scale.y;
+      }
     }
-    float total0 = __shfl_sync(0xffffffffu, margin[0] + margin[1], lane_id & ~3), total1 = __shfl_sync(0xffffffffu, margin[2] + margin[3], lane_id & ~3);
-    const float enter0 = factor0 * state_worth, enter1 = factor1 * state_worth;
+    weights[0] = E::pack(first_tile[0], first_tile[1]), weights[1] = E::pack(first_tile[2], first_tile[3]);
+    weights[2] = E::pack(second_tile[0], second_tile[1]), weights[3] = E::pack(second_tile[2], second_tile[3]);
+    // The mass is the sum of the rounded weights, so that a constant v comes back as itself.
+    if constexpr (!GRAD) E::mma(row_sum, weights, E::kOnes, E::kOnes);
+  }
+
+  __device__ __forceinline__ void weigh_scores(const RowScales &scales, const Gate &gate) {
+    warpgroup_wait<1>();
+    warpgroup_keep(scores);
+#pragma unroll
+    for (int j = 0; j < Shape::STRIPES; ++j) {
+      weights_of[j][0] = weights_of[j][1] = weights_of[j][2] = weights_of[j][3] = 0u;
+      if (causal && j < stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], false, j, scales, gate);
+      if (causal && j == stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], true, j, scales, gate);
+    }
+    warpgroup_wait<0>();
+    warpgroup_keep(acc);
+  }
+
+  // What was before the chunk, as the rows weigh it.
+  __device__ __forceinline__ void enter(const RowScales &of, const float (&margin)[4]) {
+    total0 = __shfl_sync(0xffffffffu, margin[0] + margin[1], lane_id & ~3), total1 = __shfl_sync(0xffffffffu, margin[2] + margin[3], lane_id & ~3);
+    const float enter0 = of.factor0 * of.state_worth, enter1 = of.factor1 * of.state_worth;
     if constexpr (kFactors) total0 *= enter0, total1 *= enter1;
-    total0 += shift0 * before, total1 += shift1 * before;
-    if constexpr (GATED) total0 *= carry0, total1 *= carry1;
+    total0 += of.shift0 * before, total1 += of.shift1 * before;
+    if constexpr (GATED) total0 *= of.carry0, total1 *= of.carry1;
 #pragma unroll
     for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
         const float2 line = *reinterpret_cast<const float2 *>(small.line + 16 * (first_block + q) + 8 * t + 2 * place);
         if constexpr (kFactors) acc[2 * q + t][0] *= enter0, acc[2 * q + t][1] *= enter0, acc[2 * q + t][2] *= enter1, acc[2 * q + t][3] *= enter1;
-        acc[2 * q + t][0] += shift0 * line.x, acc[2 * q + t][1] += shift0 * line.y;
-        acc[2 * q + t][2] += shift1 * line.x, acc[2 * q + t][3] += shift1 * line.y;
-        if constexpr (GATED) acc[2 * q + t][0] *= carry0, acc[2 * q + t][1] *= carry0, acc[2 * q + t][2] *= carry1, acc[2 * q + t][3] *= carry1;
+        acc[2 * q + t][0] += of.shift0 * line.x, acc[2 * q + t][1] += of.shift0 * line.y;
+        acc[2 * q + t][2] += of.shift1 * line.x, acc[2 * q + t][3] += of.shift1 * line.y;
+        if constexpr (GATED) acc[2 * q + t][0] *= of.carry0, acc[2 * q + t][1] *= of.carry0, acc[2 * q + t][2] *= of.carry1, acc[2 * q + t][3] *= of.carry1;
       }
-    if (causal && head == heads - 1) barrier_arrive<kStateRead, Shape::THREADS>();
+  }
 
-    if (causal) {
-      if constexpr (kGroups && !kBeside) {
-        constexpr int kBlocks = 2;
-#pragma unroll
-        for (int first_key = 0; first_key < Shape::STRIPES; first_key += kBlocks) {
-          float part[2 * kBlocks][4];
-          uint32_t weights[kBlocks][4];
-          warpgroup_keep(part);
-          warpgroup_begin();
-#pragma unroll
-          for (int block = 0; block < BLOCKS; ++block) {
-            const uint32_t columns = Tile<D>::columns_at(2 * block);
-            WarpgroupProduct<T, 16 * kBlocks, false>::run(part, warpgroup_operand<D>(rows + columns), warpgroup_operand<D>(y_tile + Tile<D>::rows_at(first_key) + columns), block > 0);
-          }
-          warpgroup_commit();
-          warpgroup_wait<0>();
-          warpgroup_keep(part);
-#pragma unroll
-          for (int i = 0; i < kBlocks; ++i) {
-            const int j = first_key + i;
-            weights[i][0] = weights[i][1] = weights[i][2] = weights[i][3] = 0u;
-            if (j < stripe) weigh(weights[i], part[2 * i], part[2 * i + 1], false, j);
-            if (j == stripe) weigh(weights[i], part[2 * i], part[2 * i + 1], true, j);
-          }
-          warpgroup_keep(acc);
-          warpgroup_begin();
-#pragma unroll
-          for (int i = 0; i < kBlocks; ++i)
-            WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, weights[i], warpgroup_operand<D>(z_tile + Tile<D>::rows_at(first_key + i) + half_bytes, Tile<D>::kPanelBytes), true);
-          warpgroup_commit();
-          warpgroup_wait<0>();
-          warpgroup_keep(acc);
-        }
-      } else if constexpr (kGroups) {
-        warpgroup_keep(acc);
-        warpgroup_begin();
-#pragma unroll
-        for (int j = 0; j < Shape::STRIPES; ++j)
-          WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, weights_of[j], warpgroup_operand<D>(z_tile + Tile<D>::rows_at(j) + half_bytes, Tile<D>::kPanelBytes), true);
-        warpgroup_commit();
-        warpgroup_wait<0>();
-        warpgroup_keep(acc);
-      } else {
-        const auto step = [&](bool diagonal, int j) {
-          float s[2][4];
-          uint32_t weights[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) s[0][i] = s[1][i] = 0.f;
-#pragma unroll
-          for (int block = 0; block < BLOCKS; ++block) {
-            uint32_t other[4];
-            ldmatrix(other, y_blocks.at(0, block) + j * kStripeBytes);
-            E::mma(s[0], xs[block], other[0], other[1]);
-            E::mma(s[1], xs[block], other[2], other[3]);
-          }
-          weigh(weights, s[0], s[1], diagonal, j);
-#pragma unroll
-          for (int q = 0; q < OUT_PAIRS; ++q) {
-            uint32_t other[4];
-            ldmatrix_transposed(other, z_blocks.at(0, q) + j * kStripeBytes);
-            E::mma(acc[2 * q], weights, other[0], other[1]);
-            E::mma(acc[2 * q + 1], weights, other[2], other[3]);
-          }
-        };
-#pragma unroll 1
-        for (int j = 0; j < stripe; ++j) step(false, j);
-        step(true, stripe);
-      }
-      if constexpr (GRAD) {
-        row_sum[0] += __shfl_xor_sync(0xffffffffu, row_sum[0], 1);
-        row_sum[2] += __shfl_xor_sync(0xffffffffu, row_sum[2], 1);
-        row_sum[0] += __shfl_xor_sync(0xffffffffu, row_sum[0], 2);
-        row_sum[2] += __shfl_xor_sync(0xffffffffu, row_sum[2], 2);
-      }
-      total0 += row_sum[0], total1 += row_sum[2];
+  // The pairs inside the chunk.
+  __device__ __forceinline__ void add_pairs(const RowScales &scales, const Gate &gate) {
+    if constexpr (kBeside) gather_by_group();
+    else if constexpr (kGroups) add_pairs_by_group(scales, gate);
+    else add_pairs_by_warp(scales, gate);
+    if constexpr (GRAD) {
+      row_sum[0] += __shfl_xor_sync(0xffffffffu, row_sum[0], 1);
+      row_sum[2] += __shfl_xor_sync(0xffffffffu, row_sum[2], 1);
+      row_sum[0] += __shfl_xor_sync(0xffffffffu, row_sum[0], 2);
+      row_sum[2] += __shfl_xor_sync(0xffffffffu, row_sum[2], 2);
     }
+    total0 += row_sum[0], total1 += row_sum[2];
+  }
 
-    float finish0, finish1;
-    if constexpr (!GRAD) {
-      if (place == 0 && half == 0) {
-        if (local0 < tokens) args.mass_out[first_number + local0] = total0 * mass_worth;
-        if (local1 < tokens) args.mass_out[first_number + local1] = total1 * mass_worth;
-      }
-      finish0 = total0 == 0.f ? 1.f : reciprocal(total0), finish1 = total1 == 0.f ? 1.f : reciprocal(total1);
-      if constexpr (GATED)
-        if (p.dropout_p) {
-          const Noise noise(p);
-          const uint32_t number = batch * p.query_heads + key_head * heads + head;
-          const int64_t token = end - left;
+  __device__ __forceinline__ void gather_by_group() {
+    warpgroup_keep(acc);
+    warpgroup_begin();
 #pragma unroll
-          for (int q = 0; q < 2 * OUT_PAIRS; ++q) {
-            const int column = 16 * first_block + 8 * q + 2 * place;
-            const float4 factor = noise.two_rows(number, token + local0, token + local1, column);
-            acc[q][0] *= factor.x, acc[q][1] *= factor.y, acc[q][2] *= factor.z, acc[q][3] *= factor.w;
-          }
-        }
-    } else {
-      uint32_t q_rows[OUT_PAIRS][4];
-      const Blocks<D> q_blocks(rows + 2 * TILE + stripe * kStripeBytes + half_bytes, down);
-      float dot0 = 0.f, dot1 = 0.f;
+    for (int j = 0; j < Shape::STRIPES; ++j)
+      WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, weights_of[j], warpgroup_operand<D>(z_tile + Tile<D>::rows_at(j) + half_bytes, Tile<D>::kPanelBytes), true);
+    warpgroup_commit();
+    warpgroup_wait<0>();
+    warpgroup_keep(acc);
+  }
+
+  __device__ __forceinline__ void add_pairs_by_group(const RowScales &scales, const Gate &gate) {
+    constexpr int kBlocks = 2;
+#pragma unroll
+    for (int first_key = 0; first_key < Shape::STRIPES; first_key += kBlocks) {
+      float part[2 * kBlocks][4];
+      uint32_t weights[kBlocks][4];
+      warpgroup_keep(part);
+      warpgroup_begin();
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) {
+        const uint32_t columns = Tile<D>::columns_at(2 * block);
+        WarpgroupProduct<T, 16 * kBlocks, false>::run(part, warpgroup_operand<D>(rows + columns), warpgroup_operand<D>(y_tile + Tile<D>::rows_at(first_key) + columns), block > 0);
+      }
+      warpgroup_commit();
+      warpgroup_wait<0>();
+      warpgroup_keep(part);
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        const int j = first_key + i;
+        weights[i][0] = weights[i][1] = weights[i][2] = weights[i][3] = 0u;
+        if (j < stripe) weigh(weights[i], part[2 * i], part[2 * i + 1], false, j, scales, gate);
+        if (j == stripe) weigh(weights[i], part[2 * i], part[2 * i + 1], true, j, scales, gate);
+      }
+      warpgroup_keep(acc);
+      warpgroup_begin();
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i)
+        WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, weights[i], warpgroup_operand<D>(z_tile + Tile<D>::rows_at(first_key + i) + half_bytes, Tile<D>::kPanelBytes), true);
+      warpgroup_commit();
+      warpgroup_wait<0>();
+      warpgroup_keep(acc);
+    }
+  }
+
+  __device__ __forceinline__ void add_pairs_by_warp(const RowScales &scales, const Gate &gate) {
+    const Blocks<D> y_blocks(y_tile, across), z_blocks(z_tile + half_bytes, down);
+    const auto step = [&](bool diagonal, int j) {
+      float s[2][4];
+      uint32_t weights[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[0][i] = s[1][i] = 0.f;
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) {
+        uint32_t other[4];
+        ldmatrix(other, y_blocks.at(0, block) + j * kStripeBytes);
+        E::mma(s[0], xs[block], other[0], other[1]);
+        E::mma(s[1], xs[block], other[2], other[3]);
+      }
+      weigh(weights, s[0], s[1], diagonal, j, scales, gate);
 #pragma unroll
       for (int q = 0; q < OUT_PAIRS; ++q) {
-        ldmatrix(q_rows[q], q_blocks.at(0, q));
+        uint32_t other[4];
+        ldmatrix_transposed(other, z_blocks.at(0, q) + j * kStripeBytes);
+        E::mma(acc[2 * q], weights, other[0], other[1]);
+        E::mma(acc[2 * q + 1], weights, other[2], other[3]);
+      }
+    };
+#pragma unroll 1
+    for (int j = 0; j < stripe; ++j) step(false, j);
+    step(true, stripe);
+  }
+
+  __device__ __forceinline__ void finish_output(const RowScales &of) {
+    if (place == 0 && half == 0) {
+      if (local0 < tokens) args.mass_out[first_number + local0] = total0 * of.mass_worth;
+      if (local1 < tokens) args.mass_out[first_number + local1] = total1 * of.mass_worth;
+    }
+    finish0 = total0 == 0.f ? 1.f : reciprocal(total0), finish1 = total1 == 0.f ? 1.f : reciprocal(total1);
+    if constexpr (GATED)
+      if (p.dropout_p) {
+        const Noise noise(p);
+        const uint32_t number = batch * p.query_heads + key_head * heads + head;
+        const int64_t token = end - left;
+#pragma unroll
+        for (int q = 0; q < 2 * OUT_PAIRS; ++q) {
+          const int column = 16 * first_block + 8 * q + 2 * place;
+          const float4 factor = noise.two_rows(number, token + local0, token + local1, column);
+          acc[q][0] *= factor.x, acc[q][1] *= factor.y, acc[q][2] *= factor.z, acc[q][3] *= factor.w;
+        }
+      }
+  }
+
+  // acc from the gradient of q^ to that of q, and what the column kernel and the coefficients take from these rows.
+  __device__ __forceinline__ void finish_gradient(const RowScales &of) {
+    uint32_t q_rows[OUT_PAIRS][4];
+    const Blocks<D> q_blocks(rows + 2 * TILE + stripe * kStripeBytes + half_bytes, down);
+    float dot0 = 0.f, dot1 = 0.f;
+#pragma unroll
+    for (int q = 0; q < OUT_PAIRS; ++q) {
+      ldmatrix(q_rows[q], q_blocks.at(0, q));
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        dot0 += E::low(q_rows[q][2 * t]) * acc[2 * q + t][0] + E::high(q_rows[q][2 * t]) * acc[2 * q + t][1];
+        dot1 += E::low(q_rows[q][2 * t + 1]) * acc[2 * q + t][2] + E::high(q_rows[q][2 * t + 1]) * acc[2 * q + t][3];
+      }
+    }
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+      dot0 += __shfl_xor_sync(0xffffffffu, dot0, step);
+      dot1 += __shfl_xor_sync(0xffffffffu, dot1, step);
+    }
+    if constexpr (Shape::HALVES == 2) {
+      if (place == 0) small.exchange[half][local0] = dot0, small.exchange[half][local1] = dot1;
+      barrier_sync<kHalvesExchanged, 32 * Shape::RESULT_WARPS>();
+      dot0 = small.exchange[0][local0] + small.exchange[1][local0];
+      dot1 = small.exchange[0][local1] + small.exchange[1][local1];
+    }
+    if (half == 0) put_sums(of, dot0, dot1);
+    finish0 = of.b_tau * of.query_scale0 * of.slope0, finish1 = of.b_tau * of.query_scale1 * of.slope1;
+    if (unit) {
+      dot0 *= of.query_scale0 * of.query_scale0, dot1 *= of.query_scale1 * of.query_scale1;
+#pragma unroll
+      for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
         for (int t = 0; t < 2; ++t) {
-          dot0 += E::low(q_rows[q][2 * t]) * acc[2 * q + t][0] + E::high(q_rows[q][2 * t]) * acc[2 * q + t][1];
-          dot1 += E::low(q_rows[q][2 * t + 1]) * acc[2 * q + t][2] + E::high(q_rows[q][2 * t + 1]) * acc[2 * q + t][3];
+          acc[2 * q + t][0] -= E::low(q_rows[q][2 * t]) * dot0, acc[2 * q + t][1] -= E::high(q_rows[q][2 * t]) * dot0;
+          acc[2 * q + t][2] -= E::low(q_rows[q][2 * t + 1]) * dot1, acc[2 * q + t][3] -= E::high(q_rows[q][2 * t + 1]) * dot1;
         }
-      }
-#pragma unroll
-      for (int step = 1; step < 4; step *= 2) {
-        dot0 += __shfl_xor_sync(0xffffffffu, dot0, step);
-        dot1 += __shfl_xor_sync(0xffffffffu, dot1, step);
-      }
-      if constexpr (Shape::HALVES == 2) {
-        if (place == 0) small.exchange[half][local0] = dot0, small.exchange[half][local1] = dot1;
-        barrier_sync<kHalvesExchanged, 32 * Shape::RESULT_WARPS>();
-        dot0 = small.exchange[0][local0] + small.exchange[1][local0];
-        dot1 = small.exchange[0][local1] + small.exchange[1][local1];
-      }
-      if (half == 0) {
-        const bool real0 = local0 < tokens, real1 = local1 < tokens;
-        if (place == 0 && !(GATED && args.noised)) {
-          if (real0) args.error[first_number + local0] = shift0 * slope0, args.query_scale[first_number + local0] = query_scale0;
-          if (real1) args.error[first_number + local1] = shift1 * slope1, args.query_scale[first_number + local1] = query_scale1;
-        }
-        if constexpr (GATED)
-          if (args.row_sums && place == 0) {
-            if (real0) args.row_sums[first_number + local0] = slope0 * (a * total0 + b_tau * query_scale0 * dot0);
-            if (real1) args.row_sums[first_number + local1] = slope1 * (a * total1 + b_tau * query_scale1 * dot1);
-          }
-        float pairs = (real0 ? total0 * slope0 : 0.f) + (real1 ? total1 * slope1 : 0.f);
-        float products = (real0 ? dot0 * query_scale0 * slope0 : 0.f) + (real1 ? dot1 * query_scale1 * slope1 : 0.f);
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) {
-          pairs += __shfl_xor_sync(0xffffffffu, pairs, step);
-          products += __shfl_xor_sync(0xffffffffu, products, step);
-        }
-        if (lane_id == 0) small.totals[warp][head][0] += pairs, small.totals[warp][head][1] += products;
-      }
-      finish0 = b_tau * query_scale0 * slope0, finish1 = b_tau * query_scale1 * slope1;
-      if (unit) {
-        dot0 *= query_scale0 * query_scale0, dot1 *= query_scale1 * query_scale1;
-#pragma unroll
-        for (int q = 0; q < OUT_PAIRS; ++q)
-#pragma unroll
-          for (int t = 0; t < 2; ++t) {
-            acc[2 * q + t][0] -= E::low(q_rows[q][2 * t]) * dot0, acc[2 * q + t][1] -= E::high(q_rows[q][2 * t]) * dot0;
-            acc[2 * q + t][2] -= E::low(q_rows[q][2 * t + 1]) * dot1, acc[2 * q + t][3] -= E::high(q_rows[q][2 * t + 1]) * dot1;
-          }
-      }
     }
-    // The results are staged over x, which the warp of the other half must have read.
+  }
+
+  __device__ __forceinline__ void put_sums(const RowScales &of, float dot0, float dot1) {
+    const bool real0 = local0 < tokens, real1 = local1 < tokens;
+    if (place == 0 && !(GATED && args.noised)) {
+      if (real0) args.error[first_number + local0] = of.shift0 * of.slope0, args.query_scale[first_number + local0] = of.query_scale0;
+      if (real1) args.error[first_number + local1] = of.shift1 * of.slope1, args.query_scale[first_number + local1] = of.query_scale1;
+    }
+    if constexpr (GATED)
+      if (args.row_sums && place == 0) {
+        if (real0) args.row_sums[first_number + local0] = of.slope0 * (of.a * total0 + of.b_tau * of.query_scale0 * dot0);
+        if (real1) args.row_sums[first_number + local1] = of.slope1 * (of.a * total1 + of.b_tau * of.query_scale1 * dot1);
+      }
+    float pairs = (real0 ? total0 * of.slope0 : 0.f) + (real1 ? total1 * of.slope1 : 0.f);
+    float products = (real0 ? dot0 * of.query_scale0 * of.slope0 : 0.f) + (real1 ? dot1 * of.query_scale1 * of.slope1 : 0.f);
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+      pairs += __shfl_xor_sync(0xffffffffu, pairs, step);
+      products += __shfl_xor_sync(0xffffffffu, products, step);
+    }
+    if (lane_id == 0) small.totals[warp][head][0] += pairs, small.totals[warp][head][1] += products;
+  }
+
+  // The results are staged over x, which the warp of the other half must have read.
+  __device__ __forceinline__ void store() {
     if (Shape::HALVES == 2 && !GRAD && (kGroups || !causal || head != 0)) barrier_sync<kHalvesExchanged, 32 * Shape::RESULT_WARPS>();
     __syncwarp();
-    {
-      const Blocks<D> staged(rows + stripe * kStripeBytes + half_bytes, down);
+    const Blocks<D> staged(rows + stripe * kStripeBytes + half_bytes, down);
 #pragma unroll
-      for (int q = 0; q < OUT_PAIRS; ++q) store_block<T, D>(staged.at(0, q), acc[2 * q], acc[2 * q + 1], finish0, finish1, lane_id);
-      __syncwarp();
-      store_stripe<T, D, 2 * OUT_PAIRS>(result_rows, args.result.token_stride, job.shared + stage * ROW_TILES * TILE, 16 * stripe, tokens, lane_id,
-                                        [&](int i) { return 2 * first_block + i; });
-    }
+    for (int q = 0; q < OUT_PAIRS; ++q) store_block<T, D>(staged.at(0, q), acc[2 * q], acc[2 * q + 1], finish0, finish1, lane_id);
+    __syncwarp();
+    store_stripe<T, D, 2 * OUT_PAIRS>(result_rows, args.result.token_stride, job.shared + stage * ROW_TILES * TILE, 16 * stripe, tokens, lane_id,
+                                      [&](int i) { return 2 * first_block + i; });
+  }
 
+  // To the group's next head, or the next chunk.
+  __device__ __forceinline__ void advance() {
     stage = stage == STAGES - 1 ? 0 : stage + 1;
     if (head == heads - 1) {
       head = 0;
@@ -393,6 +458,6 @@ template <typename T, int D, bool GRAD, bool GATED> __device__ __forceinline__ v
       result_rows += args.result.head_stride;
     }
   }
-}
+};
 
 }  // namespace linattn_stream

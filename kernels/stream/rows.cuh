@@ -18,7 +18,7 @@ rows_kernel(const __grid_constant__ RowArguments args) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const RowBlock<T, D, GRAD, GATED> job(args, shared);
   job.clear();
-  if (warp_number() < Shape::RESULT_WARPS) compute_rows(job);
+  if (warp_number() < Shape::RESULT_WARPS) RowResults<T, D, GRAD, GATED>(job).run();
   else keep_state(job);
   if constexpr (GRAD) {
     __syncthreads();
