@@ -5,6 +5,7 @@ VENV ?= .venv
 OUT ?= out
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
+CUDA := $(shell find kernels tests/emulation -name "*.cu*" -o -name "*.h" -o -name "*.cpp")
 
 .PHONY: quickstart test test-slow pytest lint kills mutants wheel kernels test-gpu test-oldest sweep sweep-oldest benchmark clean
 
@@ -25,6 +26,7 @@ test-slow: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CUDA)
 	$(BIN)/mypy
 
 # kills conversion and training a hundred times each, at random moments

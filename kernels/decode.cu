@@ -239,7 +239,8 @@ __global__ void __launch_bounds__(THREADS) join_kernel(const StepArguments args)
     if (args.mass) args.mass[blockIdx.x] = total;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < p.value_dim; i += THREADS) store(args.out.data, p.dtype, offset_of(args.out, batch, head, 0) + i, padding ? 0.f : sum(i) / (total == 0.f ? 1.f : total));
+  for (int i = threadIdx.x; i < p.value_dim; i += THREADS)
+    store(args.out.data, p.dtype, offset_of(args.out, batch, head, 0) + i, padding ? 0.f : sum(i) / (total == 0.f ? 1.f : total));
 }
 
 template <int HEADS> void launch(const StepArguments &args, int blocks, cudaStream_t stream) {
@@ -262,8 +263,8 @@ bool decode_plan(const linattn_problem &problem, const linattn_forward_result &r
 
 cudaError_t decode(const linattn_problem &problem, const linattn_forward_result &result, const linattn_plan &plan) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
-  const StepArguments args{problem, result.out, result.state, result.mass, static_cast<float *>(problem.workspace), feature_count(problem), plan.segments,
-                           static_cast<int32_t>(plan.chunk)};
+  const StepArguments args{
+      problem, result.out, result.state, result.mass, static_cast<float *>(problem.workspace), feature_count(problem), plan.segments, static_cast<int32_t>(plan.chunk)};
   const int blocks = problem.batch * problem.state_heads * args.splits, group = problem.query_heads / problem.state_heads;
   if (group == 1) launch<1>(args, blocks, stream);
   else if (group == 2) launch<2>(args, blocks, stream);

@@ -12,13 +12,10 @@ namespace {
 
 constexpr int MAX_DIM = 256, OLDEST = 80;
 
-bool card_runs_it() {
-  return linattn::card(cudaDevAttrComputeCapabilityMajor) * 10 + linattn::card(cudaDevAttrComputeCapabilityMinor) >= OLDEST;
-}
+bool card_runs_it() { return linattn::card(cudaDevAttrComputeCapabilityMajor) * 10 + linattn::card(cudaDevAttrComputeCapabilityMinor) >= OLDEST; }
 
 bool valid(const linattn_problem &p) {
-  const bool sizes = p.batch > 0 && p.length > 0 && p.key_heads > 0 && p.query_heads % p.key_heads == 0 &&
-                     (p.state_heads == p.key_heads || p.state_heads == p.query_heads);
+  const bool sizes = p.batch > 0 && p.length > 0 && p.key_heads > 0 && p.query_heads % p.key_heads == 0 && (p.state_heads == p.key_heads || p.state_heads == p.query_heads);
   const bool dims = p.head_dim >= 1 && p.head_dim <= MAX_DIM && p.value_dim >= 1 && p.value_dim <= MAX_DIM;
   const bool decay = p.log_decay == nullptr || p.causal;
   const bool segments = (p.query_segments == nullptr) == (p.key_segments == nullptr);

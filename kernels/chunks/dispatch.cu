@@ -48,19 +48,19 @@ Workspace::Workspace(const linattn_problem &problem, const Plan &plan) {
   backward_floats = partials + rounded(queries * plan.row_tiles * 2);
 }
 
-#define LINATTN_CHUNKS_BY_DIM(call)                                                   \
-  if (problem.dtype == LINATTN_BFLOAT16) switch (problem.head_dim) {                  \
-      case 192: return call(__nv_bfloat16, 192);                                      \
-      case 256: return call(__nv_bfloat16, 256);                                      \
-      default: return cudaErrorInvalidValue;                                          \
-    }                                                                                 \
-  switch (problem.head_dim) {                                                         \
-    case 32: return call(float, 32);                                                  \
-    case 64: return call(float, 64);                                                  \
-    case 80: return call(float, 80);                                                  \
-    case 96: return call(float, 96);                                                  \
-    case 128: return call(float, 128);                                                \
-    default: return cudaErrorInvalidValue;                                            \
+#define LINATTN_CHUNKS_BY_DIM(call)                                  \
+  if (problem.dtype == LINATTN_BFLOAT16) switch (problem.head_dim) { \
+      case 192: return call(__nv_bfloat16, 192);                     \
+      case 256: return call(__nv_bfloat16, 256);                     \
+      default: return cudaErrorInvalidValue;                         \
+    }                                                                \
+  switch (problem.head_dim) {                                        \
+    case 32: return call(float, 32);                                 \
+    case 64: return call(float, 64);                                 \
+    case 80: return call(float, 80);                                 \
+    case 96: return call(float, 96);                                 \
+    case 128: return call(float, 128);                               \
+    default: return cudaErrorInvalidValue;                           \
   }
 
 }  // namespace linattn_chunks

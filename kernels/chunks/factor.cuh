@@ -81,7 +81,8 @@ template <int D, typename Work> __device__ __forceinline__ void each_range(const
   work(Range<0, D <= 128 ? D : 128>{});
   if constexpr (D > 128) work(Range<128, D - 128>{});
 }
-template <int COUNT, int TILES> __device__ __forceinline__ float (&part_of(float (&sum)[TILES][4], int first))[COUNT][4] { return *reinterpret_cast<float(*)[COUNT][4]>(&sum[first]); }
+template <int COUNT, int TILES> __device__ __forceinline__ float (&part_of(float (&sum)[TILES][4], int first))
+    [COUNT][4] { return *reinterpret_cast<float (*)[COUNT][4]>(&sum[first]); }
 
 // acc += (weights z) factor for a warpgroup, COUNT blocks of 16 tokens; split factors in a sum of their own first.
 template <typename T, int D, int COUNT>

@@ -50,7 +50,8 @@ template <typename T, int D> struct Launcher {
 
   cudaError_t backward(const linattn_backward_data &data) const {
     const Workspace workspace(problem, plan);
-    float *const base = static_cast<float *>(problem.workspace), *const all = base + workspace.states, *const error = base + workspace.error, *const partials = base + workspace.partials;
+    float *const base = static_cast<float *>(problem.workspace), *const all = base + workspace.states, *const error = base + workspace.error,
+                 *const partials = base + workspace.partials;
     const Vectors gradients{data.grad_out, false, data.mass};
     const bool several = plan.segments > 1 || !problem.causal;
 
@@ -84,8 +85,12 @@ template <typename T, int D> struct Launcher {
   }
 };
 
-template <typename T, int D> cudaError_t forward(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan) { return Launcher<T, D>{problem, plan}.forward(result); }
-template <typename T, int D> cudaError_t backward(const linattn_problem &problem, const linattn_backward_data &data, const Plan &plan) { return Launcher<T, D>{problem, plan}.backward(data); }
+template <typename T, int D> cudaError_t forward(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan) {
+  return Launcher<T, D>{problem, plan}.forward(result);
+}
+template <typename T, int D> cudaError_t backward(const linattn_problem &problem, const linattn_backward_data &data, const Plan &plan) {
+  return Launcher<T, D>{problem, plan}.backward(data);
+}
 
 template <typename T, int D> int shared_bytes() { return std::max(RowShape<T, D>::SHARED, StateShape<T, D>::SHARED); }
 

@@ -28,7 +28,8 @@ struct LaneRows {
 };
 
 template <typename T, int D, Role ROLE>
-__device__ __forceinline__ void put_results(const RowArguments &args, typename RowShape<T, D>::Small &small, const LaneRows &at, float b_tau, float (&acc)[D / 8][4], float (&total)[2]) {
+__device__ __forceinline__ void put_results(const RowArguments &args, typename RowShape<T, D>::Small &small, const LaneRows &at, float b_tau, float (&acc)[D / 8][4],
+                                            float (&total)[2]) {
   using S = RowShape<T, D>;
   constexpr int BLOCKS = S::BLOCKS;
   if constexpr (kTotals<ROLE>) over_row(total);

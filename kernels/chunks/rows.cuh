@@ -21,7 +21,8 @@ template <typename T, int D> struct Columns {
     copy_commit();
   }
   // What has landed is measured, and split where it must be.
-  template <bool ERROR> __device__ __forceinline__ void arrive(unsigned char *shared, Small &small, const RowArguments &args, int stage, int64_t token, int count, int warp, int lane_id) const {
+  template <bool ERROR> __device__ __forceinline__ void arrive(unsigned char *shared, Small &small, const RowArguments &args, int stage, int64_t token, int count, int warp,
+                                                               int lane_id) const {
     using Mine = WarpRows<D, S::KEYS, S::WARPS>;
     const Mine mine(warp, lane_id);
     const int64_t number = first_number + token;
@@ -145,7 +146,8 @@ __device__ __forceinline__ void weigh_pairs(Fragment<T> (&weights)[RowShape<T, D
   worth[0] = lift[0].down, worth[1] = lift[1].down;
 }
 
-template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowShape<T, D>::THREADS, RowShape<T, D>::MIN_BLOCKS) rows_kernel(const __grid_constant__ RowArguments args) {
+template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowShape<T, D>::THREADS, RowShape<T, D>::MIN_BLOCKS)
+    rows_kernel(const __grid_constant__ RowArguments args) {
   using S = RowShape<T, D>;
   using Part = typename Factor<T>::Part;
   constexpr int BLOCKS = S::BLOCKS, STEPS = S::KEYS / 16;
@@ -167,7 +169,9 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
   const int64_t chunk = p.causal ? begin / args.chunk : 0;
   const int64_t from = kLater<ROLE> ? begin : chunk * args.chunk, to = kLater<ROLE> ? min(p.length, (chunk + 1) * args.chunk) : begin + rows;
   const int tiles = p.causal ? static_cast<int>((to - from + S::KEYS - 1) / S::KEYS) : 0, iterations = kLater<ROLE> ? tiles * shares : tiles;
-  const auto columns_of = [&](int iteration) { return Columns<T, D>(args, batch, kLater<ROLE> ? key_head * shares + iteration / tiles : key_head, kLater<ROLE> ? key_head * shares + iteration / tiles : row_head); };
+  const auto columns_of = [&](int iteration) {
+    return Columns<T, D>(args, batch, kLater<ROLE> ? key_head * shares + iteration / tiles : key_head, kLater<ROLE> ? key_head * shares + iteration / tiles : row_head);
+  };
   const auto token_of = [&](int iteration) { return from + static_cast<int64_t>(iteration % tiles) * S::KEYS; };
   const auto count_of = [&](int64_t token) { return static_cast<int>(min(p.length - token, static_cast<int64_t>(S::KEYS))); };
   const auto start = [&](int iteration) {
@@ -331,9 +335,10 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
       for (int t = 0; t < 2; ++t) {
         const int at = 16 * block + 8 * t + 2 * place;
         const float2 more = two_of(gathered + at);
-        float(&sum)[4] = acc[2 * block + t];
+        float (&sum)[4] = acc[2 * block + t];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) sum[2 * half] = fmaf(sum[2 * half], enter[half], shift[half] * more.x), sum[2 * half + 1] = fmaf(sum[2 * half + 1], enter[half], shift[half] * more.y);
+        for (int half = 0; half < 2; ++half)
+          sum[2 * half] = fmaf(sum[2 * half], enter[half], shift[half] * more.x), sum[2 * half + 1] = fmaf(sum[2 * half + 1], enter[half], shift[half] * more.y);
         if constexpr (kTotals<ROLE>) {
           const float2 other = two_of(summed + at);
 #pragma unroll

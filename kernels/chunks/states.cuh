@@ -23,7 +23,8 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
     const int64_t token = token_of(iteration);
     const int head = key_head * heads + iteration / tiles, count = count_of(token);
     const uint32_t tile = base + iteration % S::STAGES * 2 * S::TILE, landing = base + S::LANDING + iteration % S::LANDINGS * 2 * S::LANDED;
-    start_rows<T, D, S::TOKENS, S::WARPS>(tile, landing, head_of<const T>(args.y.tensor, batch, head) + token * args.y.tensor.token_stride, args.y.tensor.token_stride, count, thread);
+    start_rows<T, D, S::TOKENS, S::WARPS>(tile, landing, head_of<const T>(args.y.tensor, batch, head) + token * args.y.tensor.token_stride, args.y.tensor.token_stride, count,
+                                          thread);
     start_rows<T, D, S::TOKENS, S::WARPS>(tile + S::TILE, landing + S::LANDED, head_of<const T>(args.z.tensor, batch, head) + token * args.z.tensor.token_stride,
                                           args.z.tensor.token_stride, count, thread);
     copy_commit();
@@ -96,7 +97,8 @@ template <typename T, int D, bool QUERIES> __global__ void __launch_bounds__(Sta
         const float weight = weights[n];
         if constexpr (kSplit<T>) {
           const float4 x = four_of((of_z ? z_landed : y_landed) + n * D + column);
-          margins[0] = fmaf(weight, x.x, margins[0]), margins[1] = fmaf(weight, x.y, margins[1]), margins[2] = fmaf(weight, x.z, margins[2]), margins[3] = fmaf(weight, x.w, margins[3]);
+          margins[0] = fmaf(weight, x.x, margins[0]), margins[1] = fmaf(weight, x.y, margins[1]), margins[2] = fmaf(weight, x.z, margins[2]),
+          margins[3] = fmaf(weight, x.w, margins[3]);
         } else {
           using E = Element<T>;
           const uint4 x = *reinterpret_cast<const uint4 *>((of_z ? z_tile : y_tile) + Tile<D>::at(n, column / 8));

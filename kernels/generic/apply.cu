@@ -81,8 +81,7 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
     __syncthreads();
 
     // ---- the state
-    const bool nothing_carried =
-        p.causal && (REVERSE ? chunk == job.chunks - 1 && job.grad_state == nullptr : chunk == 0 && p.initial_state == nullptr);
+    const bool nothing_carried = p.causal && (REVERSE ? chunk == job.chunks - 1 && job.grad_state == nullptr : chunk == 0 && p.initial_state == nullptr);
     if ((REVERSE ? job.has_reverse : job.has_state) && !nothing_carried) {
       const float *state = job.states + (bs * job.chunks + (p.causal ? chunk : 0)) * job.features * (width + 1);
       const Coefficients f = REVERSE ? Coefficients{1.0f, 1.0f, 1.0f} : coefficients_of(p, row_head);
@@ -122,17 +121,15 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
         for (int slice = 0; slice < S::SLICES && slice * S::SLICE < width; ++slice) {
           if (!AHEAD) fetch(block, slice);
 #pragma unroll
-          for (int i = 0; i < COUNT; ++i)
-            right[(tid / S::SLICE + i * (THREADS / S::SLICE)) * (S::SLICE + 4) + tid % S::SLICE] = kept<PRECISE>(on_its_way[i]);
-          if (!REVERSE && slice == 0 && tid < TILE)
-            right_last[tid] = tid < count ? state[static_cast<int64_t>(row_of_block(block) + tid) * (width + 1) + width] : 0.0f;
+          for (int i = 0; i < COUNT; ++i) right[(tid / S::SLICE + i * (THREADS / S::SLICE)) * (S::SLICE + 4) + tid % S::SLICE] = kept<PRECISE>(on_its_way[i]);
+          if (!REVERSE && slice == 0 && tid < TILE) right_last[tid] = tid < count ? state[static_cast<int64_t>(row_of_block(block) + tid) * (width + 1) + width] : 0.0f;
           __syncthreads();
           if (AHEAD) {
             const bool more = (slice + 1) * S::SLICE < width;
             if (more || block + 1 < blocks) fetch(more ? block : block + 1, more ? slice + 1 : 0);
           }
-          multiply_slice<WIDTH, PRECISE, false>(sum, slice, left + at.warp_row * 16 * left_stride, left_stride,
-                                                right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, (count + 7) / 8 * 8);
+          multiply_slice<WIDTH, PRECISE, false>(sum, slice, left + at.warp_row * 16 * left_stride, left_stride, right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4,
+                                                (count + 7) / 8 * 8);
           if (!REVERSE && slice == 0) {
             for (int k = tid % S::LANES; k < count; k += S::LANES) last = fmaf(left[tid / S::LANES * left_stride + k], right_last[k], last);
           }
@@ -168,9 +165,7 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
     const int64_t first_tile = p.causal ? (REVERSE ? own_tile : start / TILE) : 0;
     const int64_t last_tile = p.causal ? (REVERSE ? (stop - 1) / TILE : own_tile) : job.tiles - 1;
     const int query_heads = REVERSE ? job.state_group : 1;
-    auto following = [&](int64_t tile) {
-      return next_tile(tile, last_tile, row_segments, column_segments, first_row, smaller(first_row + ROWS, p.length) - 1, p.length);
-    };
+    auto following = [&](int64_t tile) { return next_tile(tile, last_tile, row_segments, column_segments, first_row, smaller(first_row + ROWS, p.length) - 1, p.length); };
     for (int r_index = 0; r_index < query_heads; ++r_index) {
       const int query_head = REVERSE ? state_head * job.state_group + r_index : row_head;
       const Coefficients f = coefficients_of(p, query_head);
@@ -195,8 +190,8 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
             if (k + S::SLICE < dim) slice_on_its_way.fetch(y, first_column, k + S::SLICE);
             else slice_on_its_way.fetch(z, first_column, 0);
           }
-          multiply<PRECISE, true, true, S::PAIR_PARTS>(s, x_own + k, x_stride, right + at.warp_column * (S::PAIR_PARTS * 8) * (S::SLICE + 8),
-                                                       S::SLICE + 8, min(S::SLICE, (dim - k + 7) / 8 * 8));
+          multiply<PRECISE, true, true, S::PAIR_PARTS>(s, x_own + k, x_stride, right + at.warp_column * (S::PAIR_PARTS * 8) * (S::SLICE + 8), S::SLICE + 8,
+                                                       min(S::SLICE, (dim - k + 7) / 8 * 8));
           __syncthreads();
         }
         const float gap = tiles == nullptr ? 0.0f : static_cast<float>(REVERSE ? tiles[tile] - tiles[own_tile] : tiles[own_tile] - tiles[tile]);
@@ -232,8 +227,7 @@ __global__ void __launch_bounds__(THREADS, 2) apply(const __grid_constant__ Job 
             if ((slice + 1) * S::SLICE < width) slice_on_its_way.fetch(z, first_column, (slice + 1) * S::SLICE);
             else if (after <= last_tile) slice_on_its_way.fetch(y, after * TILE, 0);
           }
-          multiply_slice<WIDTH, PRECISE, false>(acc, slice, pairs_own, S::PAIR_STRIDE, right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4,
-                                                TILE);
+          multiply_slice<WIDTH, PRECISE, false>(acc, slice, pairs_own, S::PAIR_STRIDE, right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, TILE);
           __syncthreads();
         }
         tile = after;

@@ -80,9 +80,7 @@ __device__ inline void store(void *data, int dtype, int64_t at, float x) {
   else static_cast<__nv_bfloat16 *>(data)[at] = __float2bfloat16_rn(x);
 }
 
-__device__ inline int64_t offset_of(const linattn_tensor &t, int b, int h, int64_t n) {
-  return b * t.batch_stride + h * t.head_stride + n * t.token_stride;
-}
+__device__ inline int64_t offset_of(const linattn_tensor &t, int b, int h, int64_t n) { return b * t.batch_stride + h * t.head_stride + n * t.token_stride; }
 
 // The noise that stands in for dropout: nothing where `p` is null.
 struct Noise {
@@ -134,37 +132,61 @@ struct Rows {
   __device__ float at(int64_t n, int d) const { return d < width && real(n) ? element(n, d) * factor(n) : 0.0f; }
 };
 
-__device__ inline const int32_t *segments_of(const int32_t *segments, int64_t stride, int b) {
-  return segments == nullptr ? nullptr : segments + b * stride;
-}
+__device__ inline const int32_t *segments_of(const int32_t *segments, int64_t stride, int b) { return segments == nullptr ? nullptr : segments + b * stride; }
 
 __device__ inline Rows unit_queries(const Job &job, int b, int head) {
   const linattn_problem &p = job.p;
   const float *scale = job.inverse_query == nullptr ? nullptr : job.inverse_query + (static_cast<int64_t>(b) * p.query_heads + head) * p.length;
-  return {p.query.data, offset_of(p.query, b, head, 0), p.query.token_stride, p.length, p.dtype, p.head_dim, scale,
-          segments_of(p.query_segments, p.query_segments_stride, b), job.vector, {}, 0};
+  return {p.query.data,
+          offset_of(p.query, b, head, 0),
+          p.query.token_stride,
+          p.length,
+          p.dtype,
+          p.head_dim,
+          scale,
+          segments_of(p.query_segments, p.query_segments_stride, b),
+          job.vector,
+          {},
+          0};
 }
 
 __device__ inline Rows unit_keys(const Job &job, int b, int head) {
   const linattn_problem &p = job.p;
   const float *scale = job.inverse_key == nullptr ? nullptr : job.inverse_key + (static_cast<int64_t>(b) * p.key_heads + head) * p.length;
-  return {p.key.data, offset_of(p.key, b, head, 0), p.key.token_stride, p.length, p.dtype, p.head_dim, scale,
-          segments_of(p.key_segments, p.key_segments_stride, b), job.vector, {}, 0};
+  return {p.key.data, offset_of(p.key, b, head, 0), p.key.token_stride, p.length, p.dtype, p.head_dim, scale, segments_of(p.key_segments, p.key_segments_stride, b), job.vector, {},
+          0};
 }
 
 __device__ inline Rows values(const Job &job, int b, int head) {
   const linattn_problem &p = job.p;
-  return {p.value.data, offset_of(p.value, b, head, 0), p.value.token_stride, p.length, p.dtype, p.value_dim, nullptr,
-          segments_of(p.key_segments, p.key_segments_stride, b), job.vector, {}, 0};
+  return {p.value.data,
+          offset_of(p.value, b, head, 0),
+          p.value.token_stride,
+          p.length,
+          p.dtype,
+          p.value_dim,
+          nullptr,
+          segments_of(p.key_segments, p.key_segments_stride, b),
+          job.vector,
+          {},
+          0};
 }
 
 // w_i; its last column e_i lies in job.row_term.
 __device__ inline Rows upstream(const Job &job, int b, int head) {
   const linattn_problem &p = job.p;
   const int row = b * p.query_heads + head;
-  return {job.grad_out.data, offset_of(job.grad_out, b, head, 0), job.grad_out.token_stride, p.length, p.dtype, p.value_dim,
-          job.inverse_mass + row * p.length, segments_of(p.query_segments, p.query_segments_stride, b), job.vector,
-          {p.dropout_p, p.seed}, row};
+  return {job.grad_out.data,
+          offset_of(job.grad_out, b, head, 0),
+          job.grad_out.token_stride,
+          p.length,
+          p.dtype,
+          p.value_dim,
+          job.inverse_mass + row * p.length,
+          segments_of(p.query_segments, p.query_segments_stride, b),
+          job.vector,
+          {p.dropout_p, p.seed},
+          row};
 }
 
 // The run of tokens whose sum is the state ahead of a chunk, and the run of the one behind it.

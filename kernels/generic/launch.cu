@@ -88,10 +88,10 @@ Job cut(const linattn_problem &p, bool backward, Arena &arena) {
   return job;
 }
 
-#define LINATTN_TRY(call)                        \
-  do {                                           \
-    const cudaError_t error_ = (call);           \
-    if (error_ != cudaSuccess) return error_;    \
+#define LINATTN_TRY(call)                     \
+  do {                                        \
+    const cudaError_t error_ = (call);        \
+    if (error_ != cudaSuccess) return error_; \
   } while (0)
 
 cudaError_t prepare(const Job &job, cudaStream_t stream) {

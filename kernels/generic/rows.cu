@@ -66,8 +66,7 @@ __device__ void read(float (&x)[8], const void *data, int dtype, bool vector, in
   for (int i = 0; i < 8; ++i) x[i] = i < count ? load(data, dtype, at + i) : 0.0f;
 }
 
-__global__ void inverse_norms(linattn_tensor tensor, int dtype, bool vector, int heads, int64_t length, int width, int64_t rows, int lanes,
-                              float *result) {
+__global__ void inverse_norms(linattn_tensor tensor, int dtype, bool vector, int heads, int64_t length, int width, int64_t rows, int lanes, float *result) {
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x) / lanes;
   const int lane = threadIdx.x % lanes;
   float square = 0.0f;
@@ -184,8 +183,7 @@ __global__ void decay_gradients(const __grid_constant__ Job job) {
   if (job.grad_state != nullptr) {
     const int64_t size = static_cast<int64_t>(job.features) * (p.value_dim + 1);
     double dot = 0.0;
-    for (int64_t i = threadIdx.x; i < size; i += THREADS)
-      dot += static_cast<double>(job.grad_state[bs * size + i]) * job.final_state[bs * size + i];
+    for (int64_t i = threadIdx.x; i < size; i += THREADS) dot += static_cast<double>(job.grad_state[bs * size + i]) * job.final_state[bs * size + i];
     total = block_sum(dot);
   }
   double rate = p.log_decay_per_token ? 0.0 : total * p.length;
@@ -235,8 +233,8 @@ cudaError_t launch_inverse_norms(const Job &job, bool keys, cudaStream_t stream)
   const linattn_problem &p = job.p;
   const int heads = keys ? p.key_heads : p.query_heads, lanes = lanes_for(p.head_dim);
   const int64_t rows = static_cast<int64_t>(p.batch) * heads * p.length;
-  inverse_norms<<<blocks_of(rows * lanes, THREADS), THREADS, 0, stream>>>(keys ? p.key : p.query, p.dtype, job.vector, heads, p.length, p.head_dim,
-                                                                         rows, lanes, keys ? job.inverse_key : job.inverse_query);
+  inverse_norms<<<blocks_of(rows * lanes, THREADS), THREADS, 0, stream>>>(keys ? p.key : p.query, p.dtype, job.vector, heads, p.length, p.head_dim, rows, lanes,
+                                                                          keys ? job.inverse_key : job.inverse_query);
   return cudaGetLastError();
 }
 

@@ -8,8 +8,7 @@ namespace {
 template <int WIDTH>
 size_t shared_bytes(int dim, int width) {
   using S = Shape<WIDTH>;
-  return sizeof(float) *
-         (S::ROWS * (left_stride(dim) + left_stride(width) + S::PAIR_STRIDE) + S::RIGHT + 4 * S::ROWS + S::COLUMN_WARPS * S::ROWS + 3 * TILE);
+  return sizeof(float) * (S::ROWS * (left_stride(dim) + left_stride(width) + S::PAIR_STRIDE) + S::RIGHT + 4 * S::ROWS + S::COLUMN_WARPS * S::ROWS + 3 * TILE);
 }
 
 template <int WIDTH, bool REVERSE, bool PRECISE>
@@ -89,15 +88,12 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
     __syncthreads();
 
     // ---- the state
-    const bool nothing_carried =
-        p.causal && (REVERSE ? chunk == job.chunks - 1 && job.grad_state == nullptr : chunk == 0 && p.initial_state == nullptr);
+    const bool nothing_carried = p.causal && (REVERSE ? chunk == job.chunks - 1 && job.grad_state == nullptr : chunk == 0 && p.initial_state == nullptr);
     if ((REVERSE ? job.has_reverse : job.has_state) && !nothing_carried) {
       const float *state = job.states + (bs * job.chunks + (p.causal ? chunk : 0)) * job.features * (width + 1);
       const Coefficients f = REVERSE ? Coefficients{1.0f, 1.0f, 1.0f} : coefficients_of(p, row_head);
       // Where (pair, j) lies in the state, behind the linear rows and the row of ones. Pair -1 is the linear rows: as if vectors began with a 1.
-      auto row_of_pair = [&](int pair, int j) {
-        return state + static_cast<int64_t>(dim + (pair < 0 ? 0 : 1) + pair_start(min(pair, j), dim) + abs(pair - j)) * (width + 1);
-      };
+      auto row_of_pair = [&](int pair, int j) { return state + static_cast<int64_t>(dim + (pair < 0 ? 0 : 1) + pair_start(min(pair, j), dim) + abs(pair - j)) * (width + 1); };
 
       float ones = 0.0f;
       const int own_row = tid / S::LANES;
@@ -129,8 +125,8 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
               right[index / TILE * (TILE + 8) + index % TILE] = kept<PRECISE>(j < dim && m < width ? row_of_pair(pair, j)[m] : 0.0f);
             }
             __syncthreads();
-            multiply_slice<WIDTH, PRECISE, true>(part_sum, slice, u_own + k, u_stride, right + at.warp_column * (S::SLICE_PARTS * 8) * (TILE + 8),
-                                                 TILE + 8, min(TILE, (width - k + 7) / 8 * 8));
+            multiply_slice<WIDTH, PRECISE, true>(part_sum, slice, u_own + k, u_stride, right + at.warp_column * (S::SLICE_PARTS * 8) * (TILE + 8), TILE + 8,
+                                                 min(TILE, (width - k + 7) / 8 * 8));
             __syncthreads();
           }
         }
@@ -166,9 +162,7 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
     const int64_t first_tile = p.causal ? (REVERSE ? own_tile : start / TILE) : 0;
     const int64_t last_tile = !job.direct ? -1 : p.causal ? (REVERSE ? (stop - 1) / TILE : own_tile) : job.tiles - 1;
     const int query_heads = REVERSE ? job.state_group : 1;
-    auto following = [&](int64_t tile) {
-      return next_tile(tile, last_tile, row_segments, column_segments, first_row, smaller(first_row + ROWS, p.length) - 1, p.length);
-    };
+    auto following = [&](int64_t tile) { return next_tile(tile, last_tile, row_segments, column_segments, first_row, smaller(first_row + ROWS, p.length) - 1, p.length); };
     for (int r_index = 0; r_index < query_heads; ++r_index) {
       const int query_head = REVERSE ? state_head * job.state_group + r_index : row_head;
       const Coefficients f = coefficients_of(p, query_head);
@@ -195,8 +189,8 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
             if (k + S::SLICE < width) slice_on_its_way.fetch(z, first_column, k + S::SLICE);
             else slice_on_its_way.fetch(y, first_column, 0);
           }
-          multiply<PRECISE, true, true, S::PAIR_PARTS>(grad, u_own + k, u_stride, right + at.warp_column * (S::PAIR_PARTS * 8) * (S::SLICE + 8),
-                                                       S::SLICE + 8, min(S::SLICE, (width - k + 7) / 8 * 8));
+          multiply<PRECISE, true, true, S::PAIR_PARTS>(grad, u_own + k, u_stride, right + at.warp_column * (S::PAIR_PARTS * 8) * (S::SLICE + 8), S::SLICE + 8,
+                                                       min(S::SLICE, (width - k + 7) / 8 * 8));
           __syncthreads();
         }
         for (int k = 0; k < dim; k += S::SLICE) {
@@ -204,8 +198,8 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
           slice_on_its_way.put(right, S::SLICE + 8, y, first_column, k);
           __syncthreads();
           if (AHEAD && S::SLICES > 1) slice_on_its_way.fetch(y, first_column, k + S::SLICE < dim ? k + S::SLICE : 0);
-          multiply<PRECISE, true, true, S::PAIR_PARTS>(s, x_own + k, x_stride, right + at.warp_column * (S::PAIR_PARTS * 8) * (S::SLICE + 8),
-                                                       S::SLICE + 8, min(S::SLICE, (dim - k + 7) / 8 * 8));
+          multiply<PRECISE, true, true, S::PAIR_PARTS>(s, x_own + k, x_stride, right + at.warp_column * (S::PAIR_PARTS * 8) * (S::SLICE + 8), S::SLICE + 8,
+                                                       min(S::SLICE, (dim - k + 7) / 8 * 8));
           __syncthreads();
         }
         const float gap = tiles == nullptr ? 0.0f : static_cast<float>(REVERSE ? tiles[tile] - tiles[own_tile] : tiles[own_tile] - tiles[tile]);
@@ -247,8 +241,8 @@ __global__ void __launch_bounds__(THREADS, 2) slope(const __grid_constant__ Job 
             if ((slice + 1) * S::SLICE < dim) slice_on_its_way.fetch(y, first_column, (slice + 1) * S::SLICE);
             else if (after <= last_tile) slice_on_its_way.fetch(z, after * TILE, 0);
           }
-          multiply_slice<WIDTH, PRECISE, false>(acc, slice, pairs + at.warp_row * 16 * S::PAIR_STRIDE, S::PAIR_STRIDE,
-                                                right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4, TILE);
+          multiply_slice<WIDTH, PRECISE, false>(acc, slice, pairs + at.warp_row * 16 * S::PAIR_STRIDE, S::PAIR_STRIDE, right + at.warp_column * (S::SLICE_PARTS * 8), S::SLICE + 4,
+                                                TILE);
           __syncthreads();
         }
         tile = after;
@@ -344,7 +338,9 @@ cudaError_t launch(const Job &job, bool reverse, cudaStream_t stream) {
 
 int slope_shared_bytes(const linattn_problem &problem) {
   const int width = problem.value_dim > problem.head_dim ? problem.value_dim : problem.head_dim;
-  return static_cast<int>(width <= 64 ? shared_bytes<64>(problem.head_dim, problem.value_dim) : width <= 128 ? shared_bytes<128>(problem.head_dim, problem.value_dim) : shared_bytes<256>(problem.head_dim, problem.value_dim));
+  return static_cast<int>(width <= 64    ? shared_bytes<64>(problem.head_dim, problem.value_dim)
+                          : width <= 128 ? shared_bytes<128>(problem.head_dim, problem.value_dim)
+                                         : shared_bytes<256>(problem.head_dim, problem.value_dim));
 }
 
 cudaError_t launch_slope(const Job &job, bool reverse, cudaStream_t stream) {

@@ -96,8 +96,7 @@ __global__ void __launch_bounds__(THREADS) chunk_states(const __grid_constant__ 
         }
       }
       __syncthreads();
-      multiply<PRECISE, false, false, PARTS>(acc, features + at.warp_row * 16, FEATURE_STRIDE, value_rows + at.warp_column * (WIDTH / 2),
-                                             VALUE_STRIDE, STEP);
+      multiply<PRECISE, false, false, PARTS>(acc, features + at.warp_row * 16, FEATURE_STRIDE, value_rows + at.warp_column * (WIDTH / 2), VALUE_STRIDE, STEP);
 #pragma unroll
       for (int k = 0; k < STEP / 4; ++k) {
         const int t = tid % 4 * (STEP / 4) + k;

@@ -65,7 +65,7 @@ template <bool PRECISE, bool A_ROWS, bool B_ROWS, int PARTS>
 __device__ inline void multiply(float (&acc)[PARTS][4], const float *a, int a_stride, const float *b, int b_stride, int depth) {
   const int group = threadIdx.x % 32 / 4, place = threadIdx.x % 4;
   float fresh[PARTS][4] = {};
-  float(&sum)[PARTS][4] = PRECISE ? fresh : acc;
+  float (&sum)[PARTS][4] = PRECISE ? fresh : acc;
 #pragma unroll 2
   for (int k = 0; k < depth; k += 8) {
     float left[4];
@@ -112,13 +112,12 @@ __device__ inline void multiply(float (&acc)[PARTS][4], const float *a, int a_st
 // The same for one slice of a tile's columns, out of the sums of all. Registers have no numbers at run time, so each slice has a product of its own
 // in the code; slices are gone through by a loop that is not unrolled, which has what surrounds the product once.
 template <int WIDTH, bool PRECISE, bool B_ROWS>
-__device__ inline void multiply_slice(float (&acc)[Shape<WIDTH>::PARTS][4], int slice, const float *a, int a_stride, const float *b, int b_stride,
-                                      int depth) {
+__device__ inline void multiply_slice(float (&acc)[Shape<WIDTH>::PARTS][4], int slice, const float *a, int a_stride, const float *b, int b_stride, int depth) {
   using S = Shape<WIDTH>;
 #pragma unroll
   for (int i = 0; i < S::SLICES; ++i) {
     if (S::SLICES == 1 || i == slice) {
-      auto &own = *reinterpret_cast<float(*)[S::SLICE_PARTS][4]>(&acc[i * S::SLICE_PARTS]);
+      auto &own = *reinterpret_cast<float (*)[S::SLICE_PARTS][4]>(&acc[i * S::SLICE_PARTS]);
       multiply<PRECISE, true, B_ROWS, S::SLICE_PARTS>(own, a, a_stride, b, b_stride, depth);
     }
   }
@@ -181,8 +180,7 @@ struct Chunk {
 // `count` rows x columns [column, column + columns) into shared memory, zero where there is nothing. `columns` is a multiple of 8. Each row is
 // multiplied by its own factor, by `factor`, and by weights[row] where given (in shared memory; a zero weight reads nothing).
 template <bool PRECISE>
-__device__ inline void stage(float *shared, int stride, const Rows &rows, int64_t first, int count, int column, int columns, float factor = 1.0f,
-                             const float *weights = nullptr) {
+__device__ inline void stage(float *shared, int stride, const Rows &rows, int64_t first, int count, int column, int columns, float factor = 1.0f, const float *weights = nullptr) {
   constexpr int EACH = Chunk<PRECISE>::EACH;
   const int chunks = columns / EACH;
   for (int index = threadIdx.x; index < count * chunks; index += THREADS) {
@@ -219,12 +217,10 @@ struct Slice {
 };
 
 // The next tile at or behind `tile`, up to `last`, that shares a run of tokens with the rows (runs only grow along the sequence).
-__device__ inline int64_t next_tile(int64_t tile, int64_t last, const int32_t *row_segments, const int32_t *column_segments, int64_t first_row,
-                                    int64_t last_row, int64_t length) {
+__device__ inline int64_t next_tile(int64_t tile, int64_t last, const int32_t *row_segments, const int32_t *column_segments, int64_t first_row, int64_t last_row, int64_t length) {
   if (row_segments == nullptr || column_segments == nullptr) return tile;
   const int lowest = abs(row_segments[first_row]), highest = abs(row_segments[last_row]);
-  while (tile <= last && (abs(column_segments[smaller((tile + 1) * TILE, length) - 1]) < lowest || abs(column_segments[tile * TILE]) > highest))
-    ++tile;
+  while (tile <= last && (abs(column_segments[smaller((tile + 1) * TILE, length) - 1]) < lowest || abs(column_segments[tile * TILE]) > highest)) ++tile;
   return tile;
 }
 

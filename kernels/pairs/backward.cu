@@ -196,8 +196,8 @@ template <typename T, int D> __global__ void __launch_bounds__(kThreads, Shape<D
       for (int block = 0; block < BLOCKS; ++block) {
         uint32_t loaded[2][4], k[4], v[4];
         if constexpr (!S::KEEPS_ROWS) ldmatrix(loaded[0], q_blocks.at(0, block) + stripe), ldmatrix(loaded[1], w_blocks.at(0, block) + stripe);
-        const uint32_t(&q)[4] = S::KEEPS_ROWS ? kept[0][S::KEEPS_ROWS ? block : 0] : loaded[0];
-        const uint32_t(&w)[4] = S::KEEPS_ROWS ? kept[1][S::KEEPS_ROWS ? block : 0] : loaded[1];
+        const uint32_t (&q)[4] = S::KEEPS_ROWS ? kept[0][S::KEEPS_ROWS ? block : 0] : loaded[0];
+        const uint32_t (&w)[4] = S::KEEPS_ROWS ? kept[1][S::KEEPS_ROWS ? block : 0] : loaded[1];
         ldmatrix(k, k_across.at(0, block) + step * Tile<D>::kBlockBytes);
         ldmatrix(v, v_across.at(0, block) + step * Tile<D>::kBlockBytes);
         E::mma(s[0], q, k[0], k[1]), E::mma(s[1], q, k[2], k[3]);
@@ -234,8 +234,7 @@ template <typename T, int D> __global__ void __launch_bounds__(kThreads, Shape<D
   store_rows<T, D>(args.grad_query, head_of<T>(args.grad_query, batch, head) + begin * args.grad_query.token_stride, shared, q_blocks, stripe, acc, 1.f, 1.f, rows, warp, lane_id);
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
-    float sum = i == 0 ? sums[0][0] + sums[0][1] : i == 1 ? sums[1][0] * scale[0] + sums[1][1] * scale[1]
-                                                          : sums[2][0] * scale[0] * scale[0] + sums[2][1] * scale[1] * scale[1];
+    float sum = i == 0 ? sums[0][0] + sums[0][1] : i == 1 ? sums[1][0] * scale[0] + sums[1][1] * scale[1] : sums[2][0] * scale[0] * scale[0] + sums[2][1] * scale[1] * scale[1];
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (lane_id == 0) totals[3 * warp + i] = sum;
@@ -320,8 +319,8 @@ template <typename T, int D> __global__ void __launch_bounds__(kThreads, Shape<D
       for (int block = 0; block < BLOCKS; ++block) {
         uint32_t loaded[2][4], q[4], w[4];
         if constexpr (!S::KEEPS_ROWS) ldmatrix(loaded[0], k_blocks.at(0, block) + stripe), ldmatrix(loaded[1], v_blocks.at(0, block) + stripe);
-        const uint32_t(&k)[4] = S::KEEPS_ROWS ? kept[0][S::KEEPS_ROWS ? block : 0] : loaded[0];
-        const uint32_t(&v)[4] = S::KEEPS_ROWS ? kept[1][S::KEEPS_ROWS ? block : 0] : loaded[1];
+        const uint32_t (&k)[4] = S::KEEPS_ROWS ? kept[0][S::KEEPS_ROWS ? block : 0] : loaded[0];
+        const uint32_t (&v)[4] = S::KEEPS_ROWS ? kept[1][S::KEEPS_ROWS ? block : 0] : loaded[1];
         ldmatrix(q, q_across.at(0, block) + step * Tile<D>::kBlockBytes);
         ldmatrix(w, w_across.at(0, block) + step * Tile<D>::kBlockBytes);
         E::mma(s[0], k, q[0], q[1]), E::mma(s[1], k, q[2], q[3]);
@@ -359,9 +358,10 @@ template <typename T, int D> __global__ void __launch_bounds__(kThreads, Shape<D
   }
 
   if (p.normalize_qk) project<T, BLOCKS>(key_sums, k_blocks, stripe, scale);
-  store_rows<T, D>(args.grad_key, head_of<T>(args.grad_key, batch, key_head) + begin * args.grad_key.token_stride, shared, k_blocks, stripe, key_sums, scale[0], scale[1], rows, warp, lane_id);
-  store_rows<T, D>(args.grad_value, head_of<T>(args.grad_value, batch, key_head) + begin * args.grad_value.token_stride, shared + S::OWN, v_blocks, stripe, value_sums, 1.f, 1.f, rows, warp,
-                   lane_id);
+  store_rows<T, D>(args.grad_key, head_of<T>(args.grad_key, batch, key_head) + begin * args.grad_key.token_stride, shared, k_blocks, stripe, key_sums, scale[0], scale[1], rows,
+                   warp, lane_id);
+  store_rows<T, D>(args.grad_value, head_of<T>(args.grad_value, batch, key_head) + begin * args.grad_value.token_stride, shared + S::OWN, v_blocks, stripe, value_sums, 1.f, 1.f,
+                   rows, warp, lane_id);
 }
 
 // One block a head; sums in an order that never changes.

@@ -133,7 +133,7 @@ template <typename T, int D> __global__ void __launch_bounds__(kThreads, Shape<D
           ldmatrix(k, k_blocks.at(step * HALVES + half, block));
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
-            const uint32_t(&x)[4] = S::KEEPS_QUERIES ? q[m][S::KEEPS_QUERIES ? block : 0] : loaded[m];
+            const uint32_t (&x)[4] = S::KEEPS_QUERIES ? q[m][S::KEEPS_QUERIES ? block : 0] : loaded[m];
             E::mma(s[m][2 * half], x, k[0], k[1]);
             E::mma(s[m][2 * half + 1], x, k[2], k[3]);
           }
@@ -149,7 +149,7 @@ template <typename T, int D> __global__ void __launch_bounds__(kThreads, Shape<D
           const float2 scale = *reinterpret_cast<const float2 *>(scales + stage * kKeys + column);
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
-            float(&x)[4] = s[m][2 * half + side];
+            float (&x)[4] = s[m][2 * half + side];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const float t = x[i] * (i & 1 ? scale.y : scale.x);
@@ -284,8 +284,19 @@ bool pairs_plan_forward(const linattn_problem &problem, const linattn_forward_re
 cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_result &result, const linattn_plan &plan) {
   const int64_t bytes = problem.length * problem.head_dim * 4, heads = static_cast<int64_t>(problem.batch) * problem.query_heads;
   const int64_t together = std::min(heads, std::max<int64_t>(1, kCachedBytes / bytes) * (problem.query_heads / problem.key_heads));
-  Arguments args{problem, result.out, result.mass, result.state, static_cast<float *>(problem.workspace), padded_length(problem),
-                 plan.row_tiles, static_cast<int32_t>(together), plan.segments, nullptr, nullptr, nullptr, plan.warpgroups != 0};
+  Arguments args{problem,
+                 result.out,
+                 result.mass,
+                 result.state,
+                 static_cast<float *>(problem.workspace),
+                 padded_length(problem),
+                 plan.row_tiles,
+                 static_cast<int32_t>(together),
+                 plan.segments,
+                 nullptr,
+                 nullptr,
+                 nullptr,
+                 plan.warpgroups != 0};
   if (plan.states) {
     args.states = static_cast<unsigned char *>(problem.workspace) + scale_bytes(problem);
     args.unit_keys = args.states + states_bytes(problem);

@@ -57,8 +57,7 @@ template <typename T, int D> struct StateReader {
     warpgroup_keep(acc);
     warpgroup_begin();
 #pragma unroll
-    for (int block = 0; block < 2 * BLOCKS; ++block)
-      WarpgroupProduct<T, D, true>::run(acc, q[block % BLOCKS], warpgroup_operand<D>(here + Tile<D>::rows_at(block)), block > 0);
+    for (int block = 0; block < 2 * BLOCKS; ++block) WarpgroupProduct<T, D, true>::run(acc, q[block % BLOCKS], warpgroup_operand<D>(here + Tile<D>::rows_at(block)), block > 0);
     warpgroup_commit();
     warpgroup_wait<0>();
     warpgroup_keep(acc);
@@ -115,8 +114,7 @@ template <typename T, int D> struct StateReader {
     for (int n = 0; n < 2 * BLOCKS; ++n) {
       const float2 line = *reinterpret_cast<const float2 *>(columns + D + 8 * n + 2 * place);
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        acc[n][2 * half] = gamma * acc[n][2 * half] + a * line.x, acc[n][2 * half + 1] = gamma * acc[n][2 * half + 1] + a * line.y;
+      for (int half = 0; half < 2; ++half) acc[n][2 * half] = gamma * acc[n][2 * half] + a * line.x, acc[n][2 * half + 1] = gamma * acc[n][2 * half + 1] + a * line.y;
     }
     warpgroup_keep(acc);
     warpgroup_begin();
@@ -182,8 +180,8 @@ template <typename T, int D, bool STATE> __global__ void __launch_bounds__(kThre
         for (int i = 0; i < 4; ++i) q[block][i] = E::pack(E::low(q[block][i]) * scale[i % 2], E::high(q[block][i]) * scale[i % 2]);
       const int64_t record = (static_cast<int64_t>(own.batch) * p.key_heads + own.key_head) * args.chunks + chunk;
       StateReader<T, D> state(args.states + record * State<D>::BYTES, key_tiles, thread);
-      state.add(acc, mass, q, shared, 16 * warp + group, scale, a, b * temperature * shrink, c * temperature * temperature * shrink,
-                static_cast<float>(chunk * State<D>::CHUNK), place);
+      state.add(acc, mass, q, shared, 16 * warp + group, scale, a, b * temperature * shrink, c * temperature * temperature * shrink, static_cast<float>(chunk * State<D>::CHUNK),
+                place);
       copy.start(first_tile, thread);
       copy_commit();
       copy_wait<0>();
@@ -262,8 +260,7 @@ template <typename T, int D, bool STATE> __global__ void __launch_bounds__(kThre
     if (place == 0 && local < own.rows) mass_rows[local] = mass[half] / shrink;
   }
 #pragma unroll
-  for (int block = 0; block < BLOCKS; ++block)
-    store_block<T, D>(q_blocks.at(0, block) + stripe, acc[2 * block], acc[2 * block + 1], 1.f / mass[0], 1.f / mass[1], lane_id);
+  for (int block = 0; block < BLOCKS; ++block) store_block<T, D>(q_blocks.at(0, block) + stripe, acc[2 * block], acc[2 * block + 1], 1.f / mass[0], 1.f / mass[1], lane_id);
   __syncwarp();
   T *const results = head_of<T>(args.out, own.batch, own.head) + own.begin * args.out.token_stride;
   for (int index = lane_id; index < 16 * (D / 8); index += 32) {

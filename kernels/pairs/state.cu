@@ -45,8 +45,7 @@ template <int D> __global__ void __launch_bounds__(kKeys * 2) unit_keys_kernel(c
   }
   __syncthreads();
   uint4 *const target = reinterpret_cast<uint4 *>(args.unit_keys + (head_pair * args.padded + static_cast<int64_t>(blockIdx.x) * kKeys) * D * 2);
-  for (int index = thread; index < D * kKeys / 8; index += kKeys * 2)
-    target[index] = *reinterpret_cast<const uint4 *>(&across[index / (kKeys / 8)][index % (kKeys / 8) * 8]);
+  for (int index = thread; index < D * kKeys / 8; index += kKeys * 2) target[index] = *reinterpret_cast<const uint4 *>(&across[index / (kKeys / 8)][index % (kKeys / 8) * 8]);
 }
 
 // What the 16 rows of tile `tile` are that warp `worker` of a warpgroup makes: row `factor` of K^T times block `block` of its rows, and where
@@ -91,7 +90,8 @@ template <int D> __global__ void __launch_bounds__(kThreads, 1) sums_kernel(cons
     if (next_step < steps) {
       const uint32_t stage = base + next_stage * H::STEP;
       copy_tile<64, D, kThreads>(stage, keys + static_cast<int64_t>(next_step) * kKeys * D, kKeys, D, thread);
-      copy_tile<D, kKeys, kThreads>(stage + H::KEYS, values + static_cast<int64_t>(next_step) * kKeys * p.value.token_stride, p.value.token_stride, tokens - next_step * kKeys, thread);
+      copy_tile<D, kKeys, kThreads>(stage + H::KEYS, values + static_cast<int64_t>(next_step) * kKeys * p.value.token_stride, p.value.token_stride, tokens - next_step * kKeys,
+                                    thread);
     }
     ++next_step, next_stage = next_stage == kSteps - 1 ? 0 : next_stage + 1;
     copy_commit();
@@ -136,8 +136,7 @@ template <int D> __global__ void __launch_bounds__(kThreads, 1) sums_kernel(cons
       warpgroup_keep(acc[0]);
       warpgroup_begin();
 #pragma unroll
-      for (int token = 0; token < kKeys / 16; ++token)
-        WarpgroupProduct<T, D, false>::run(acc[0], k[token], warpgroup_operand<64>(base + stage + 32 * token), true);
+      for (int token = 0; token < kKeys / 16; ++token) WarpgroupProduct<T, D, false>::run(acc[0], k[token], warpgroup_operand<64>(base + stage + 32 * token), true);
       warpgroup_commit();
       const unsigned char *const values_here = shared + stage + H::KEYS, *const keys_here = shared + stage;
       if (column < 2 * D)
@@ -151,7 +150,7 @@ template <int D> __global__ void __launch_bounds__(kThreads, 1) sums_kernel(cons
       uint32_t features[2][kTilesOfGroup][4];
 #pragma unroll
       for (int token = 0; token < kKeys / 16; ++token) {
-        uint32_t(&x)[kTilesOfGroup][4] = features[token % 2];
+        uint32_t (&x)[kTilesOfGroup][4] = features[token % 2];
         if (token >= 2) warpgroup_wait<1>();
 #pragma unroll
         for (int j = 0; j < kTilesOfGroup; ++j) {
@@ -268,7 +267,8 @@ template <int D> cudaError_t launch(const Arguments &args, cudaStream_t stream) 
   unit_keys_kernel<D><<<dim3(static_cast<unsigned>(args.padded / kKeys), heads), 2 * kKeys, 0, stream>>>(args);
   if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
   if (const cudaError_t failed = cudaFuncSetAttribute(sums_kernel<D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSteps * H::STEP)) return failed;
-  sums_kernel<D><<<heads * static_cast<int>(args.chunks) * H::PARTS, kThreads, kSteps * H::STEP, stream>>>(args);
+  const int blocks = heads * static_cast<int>(args.chunks) * H::PARTS;
+  sums_kernel<D><<<blocks, kThreads, kSteps * H::STEP, stream>>>(args);
   if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
   scan_kernel<D><<<dim3((State<D>::SUMS / 4 + kScanThreads - 1) / kScanThreads, heads), kScanThreads, 0, stream>>>(args);
   return cudaPeekAtLastError();
@@ -282,8 +282,8 @@ int64_t records(const linattn_problem &problem) { return static_cast<int64_t>(pr
 bool state_takes(const linattn_problem &problem) {
   const int d = problem.head_dim;
   const int64_t heads = static_cast<int64_t>(problem.batch) * problem.key_heads;
-  return problem.causal && problem.dtype == LINATTN_BFLOAT16 && (d == 32 || d == 64) && problem.length > kShortest * d && hopper_takes(problem) &&
-         heads < 65536 && heads * state_chunks(problem) < (1 << 26);
+  return problem.causal && problem.dtype == LINATTN_BFLOAT16 && (d == 32 || d == 64) && problem.length > kShortest * d && hopper_takes(problem) && heads < 65536 &&
+         heads * state_chunks(problem) < (1 << 26);
 }
 int64_t state_chunks(const linattn_problem &problem) {
   const int64_t chunk = kChunk * problem.head_dim;

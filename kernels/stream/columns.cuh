@@ -137,8 +137,8 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
   const WeightReader<T> mixed(weights_of(0), zeros, lane_id), level(weights_of(1), zeros, lane_id), slope(weights_of(2), zeros, lane_id);
   StateTile<T, Shape::PAIRS> state;
   state.clear();
-  const StateView<D> source = args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments, causal ? segment : 0)
-                                          : StateView<D>::of_caller(args.grad_state, head_pair);
+  const StateView<D> source =
+      args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments, causal ? segment : 0) : StateView<D>::of_caller(args.grad_state, head_pair);
   StateLift state_lift;  // float16: the factors of the rounded state, and of what is summed
   Lift rounded{1.f, 1.f}, summed{1.f, 1.f};
   if (holds_state) load_state<D>(state, at, source, false);
@@ -248,17 +248,18 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
       else return 0;
     }();
     // Raw products with 16 queries into their rounded weights.
-    const auto weigh = [&](uint32_t(&weights)[4], float(&first_tile)[4], float(&second_tile)[4], bool diagonal, int j) {
+    const auto weigh = [&](uint32_t (&weights)[4], float (&first_tile)[4], float (&second_tile)[4], bool diagonal, int j) {
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        float(&s)[4] = t == 0 ? first_tile : second_tile;
+        float (&s)[4] = t == 0 ? first_tile : second_tile;
         const float2 weight = *reinterpret_cast<const float2 *>(slopes + 16 * j + 8 * t), shift = *reinterpret_cast<const float2 *>(shifts + 16 * j + 8 * t);
         if constexpr (GATED) {
           const int column = 8 * t + 2 * place;
           const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + 16 * j + column);
           const int2 run = *reinterpret_cast<const int2 *>(small.gates.query_runs[key_stage] + 16 * j + column);
           const float gate[4] = {pair_gates.of_query(0, decay.x, run.x, !diagonal || column >= group), pair_gates.of_query(0, decay.y, run.y, !diagonal || column + 1 >= group),
-                                 pair_gates.of_query(1, decay.x, run.x, !diagonal || column >= group + 8), pair_gates.of_query(1, decay.y, run.y, !diagonal || column + 1 >= group + 8)};
+                                 pair_gates.of_query(1, decay.x, run.x, !diagonal || column >= group + 8),
+                                 pair_gates.of_query(1, decay.y, run.y, !diagonal || column + 1 >= group + 8)};
           if (args.column_sums && role == 1) {
             const float2 level = *reinterpret_cast<const float2 *>(small.level + 16 * j + column), pull = *reinterpret_cast<const float2 *>(small.pull + 16 * j + column);
             slope_sum0 += (s[0] * level.x + pull.x) * gate[0] + (s[1] * level.y + pull.y) * gate[1];
@@ -289,10 +290,11 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
           warpgroup_begin();
 #pragma unroll
           for (int half = 0; half < kHalves; ++half) {
-            float(&part)[kWide / 8][4] = reinterpret_cast<float(&)[kWide / 8][4]>(acc[8 * half]);
+            float (&part)[kWide / 8][4] = reinterpret_cast<float (&)[kWide / 8][4]>(acc[8 * half]);
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block)
-              WarpgroupProduct<T, kWide, true>::run(part, warpgroup_operand<D>(own_tile + Tile<D>::columns_at(2 * block)), warpgroup_operand<D>(state_tile + Tile<D>::rows_at(block) + Tile<D>::columns_at(8 * half)), block > 0);
+              WarpgroupProduct<T, kWide, true>::run(part, warpgroup_operand<D>(own_tile + Tile<D>::columns_at(2 * block)),
+                                                    warpgroup_operand<D>(state_tile + Tile<D>::rows_at(block) + Tile<D>::columns_at(8 * half)), block > 0);
           }
           warpgroup_commit();
           warpgroup_wait<0>();
@@ -302,11 +304,12 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
           warpgroup_begin();
 #pragma unroll
           for (int rows = 0; rows < kHalves; ++rows) {
-            float(&part)[kWide / 8][4] = reinterpret_cast<float(&)[kWide / 8][4]>(acc[8 * rows]);
+            float (&part)[kWide / 8][4] = reinterpret_cast<float (&)[kWide / 8][4]>(acc[8 * rows]);
 #pragma unroll
             for (int block = 0; block < BLOCKS; ++block) {
               const uint32_t columns = Tile<D>::columns_at(2 * block);
-              WarpgroupProduct<T, kWide, false>::run(part, warpgroup_operand<D>(own_tile + columns), warpgroup_operand<D>(state_tile + Tile<D>::rows_at(4 * rows) + columns), block > 0);
+              WarpgroupProduct<T, kWide, false>::run(part, warpgroup_operand<D>(own_tile + columns), warpgroup_operand<D>(state_tile + Tile<D>::rows_at(4 * rows) + columns),
+                                                     block > 0);
             }
           }
           warpgroup_commit();
@@ -357,7 +360,8 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
           for (int block = 0; block < BLOCKS; ++block) {
             uint32_t v[4];
             if constexpr (kGroups) ldmatrix(v, v_blocks.at(0, block));
-            else for (int i = 0; i < 4; ++i) v[i] = own[block][i];  // by registers dv may be staged over v by now
+            else
+              for (int i = 0; i < 4; ++i) v[i] = own[block][i];  // by registers dv may be staged over v by now
 #pragma unroll
             for (int t = 0; t < 2; ++t) {
               float2 line = *reinterpret_cast<const float2 *>(small.line + 16 * block + 8 * t + 2 * place);
@@ -395,7 +399,8 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
 #pragma unroll
           for (int block = 0; block < BLOCKS; ++block) {
             const uint32_t columns = Tile<D>::columns_at(2 * block);
-            WarpgroupProduct<T, 16 * kBlocks, false>::run(scores, warpgroup_operand<D>(own_tile + columns), warpgroup_operand<D>(pair_tile + Tile<D>::rows_at(first_block) + columns), block > 0);
+            WarpgroupProduct<T, 16 * kBlocks, false>::run(scores, warpgroup_operand<D>(own_tile + columns),
+                                                          warpgroup_operand<D>(pair_tile + Tile<D>::rows_at(first_block) + columns), block > 0);
           }
           warpgroup_commit();
           warpgroup_wait<0>();
@@ -411,7 +416,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
           warpgroup_begin();
 #pragma unroll
           for (int half = 0; half < kHalves; ++half) {
-            float(&part)[kWide / 8][4] = reinterpret_cast<float(&)[kWide / 8][4]>(acc[8 * half]);
+            float (&part)[kWide / 8][4] = reinterpret_cast<float (&)[kWide / 8][4]>(acc[8 * half]);
 #pragma unroll
             for (int i = 0; i < kBlocks; ++i)
               WarpgroupProduct<T, kWide, true>::run(part, weights_of[i], warpgroup_operand<D>(sum_tile + Tile<D>::rows_at(first_block + i) + Tile<D>::columns_at(8 * half)), true);
@@ -470,7 +475,7 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
         }
         if constexpr (GATED)
           if (args.column_sums) {
-            // A dA = a dA + k^ . (what dA sends to k^)
+          // A dA = a dA + k^ . (what dA sends to k^)
 #pragma unroll
             for (int shift = 1; shift < 4; shift *= 2) {
               slope_sum0 += __shfl_xor_sync(0xffffffffu, slope_sum0, shift);
@@ -520,11 +525,11 @@ __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_B
       const Blocks<D> w_flipped(q_tile + TILE, down, at.flip);
       const uint32_t q_block = Blocks<D>(q_tile, across).at_column(0, at.row), w_block = Blocks<D>(q_tile + TILE, down).at_column(0, at.row);
       if constexpr (kStateByGroups<D> && kGroups) {
-        update_state_by_groups<T, D, 16 * Shape::PAIRS, false, false>(state, at, owns_line, q_block, w_block, q_tile + TILE + Tile<D>::columns_at(2 * at.first), mixed, slope, level);
+        update_state_by_groups<T, D, 16 * Shape::PAIRS, false, false>(state, at, owns_line, q_block, w_block, q_tile + TILE + Tile<D>::columns_at(2 * at.first), mixed, slope,
+                                                                      level);
       } else
 #pragma unroll
-      for (int block = 0; block < STRIPES; ++block)
-        update_state<T, D, false, false>(state, at, owns_line, q_block, w_block, w_flipped, block, mixed, slope, level);
+        for (int block = 0; block < STRIPES; ++block) update_state<T, D, false, false>(state, at, owns_line, q_block, w_block, w_flipped, block, mixed, slope, level);
     }
     if constexpr (E::kNarrow)
       if (causal && head == heads - 1) state_lift.lift = summed, measure_state();

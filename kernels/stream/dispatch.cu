@@ -24,9 +24,9 @@ int chunk_of(int head_dim) { return head_dim == 32 || head_dim == 128 ? 64 : hea
 bool takes(const linattn_problem &problem) {
   const int d = problem.head_dim;
   const bool dtype = problem.dtype == LINATTN_BFLOAT16 || (problem.dtype == LINATTN_FLOAT16 && problem.normalize_qk);  // unit vectors fit float16's range
-  return problem.degree == 1 && dtype && d == problem.value_dim && (d == 32 || d == 64 || d == 80 || d == 96 || d == 128) &&
-         problem.length > 0 && problem.batch > 0 && problem.key_heads > 0 && problem.query_heads / problem.key_heads <= 32 &&
-         static_cast<int64_t>(problem.batch) * problem.state_heads < 65536 && linattn::aligned(problem.query) && linattn::aligned(problem.key) && linattn::aligned(problem.value);
+  return problem.degree == 1 && dtype && d == problem.value_dim && (d == 32 || d == 64 || d == 80 || d == 96 || d == 128) && problem.length > 0 && problem.batch > 0 &&
+         problem.key_heads > 0 && problem.query_heads / problem.key_heads <= 32 && static_cast<int64_t>(problem.batch) * problem.state_heads < 65536 &&
+         linattn::aligned(problem.query) && linattn::aligned(problem.key) && linattn::aligned(problem.value);
 }
 
 Plan cut(const linattn_problem &problem) {
@@ -79,13 +79,13 @@ BackwardWorkspace::BackwardWorkspace(const linattn_problem &problem, const Plan 
   value_parts = take(shares ? values : 0);
 }
 
-#define LINATTN_STREAM_BY_DIM(T, call)   \
-  switch (problem.head_dim) {         \
-    case 32: return call(T, 32);      \
-    case 64: return call(T, 64);      \
-    case 80: return call(T, 80);      \
-    case 96: return call(T, 96);      \
-    case 128: return call(T, 128);    \
+#define LINATTN_STREAM_BY_DIM(T, call)                                            \
+  switch (problem.head_dim) {                                                     \
+    case 32: return call(T, 32);                                                  \
+    case 64: return call(T, 64);                                                  \
+    case 80: return call(T, 80);                                                  \
+    case 96: return call(T, 96);                                                  \
+    case 128: return call(T, 128);                                                \
     default: return cudaErrorInvalidValue; /* never reached: `takes` has asked */ \
   }
 

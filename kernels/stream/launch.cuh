@@ -31,8 +31,8 @@ template <typename T, int D, bool GATED> cudaError_t forward_by(const linattn_pr
   const Gates gates = gates_of(problem, base + workspace.decay);
   if (gates.decay) LINATTN_TRY(launch_chunk_decay(problem, plan.chunk, base + workspace.decay));
   if (states) {
-    const SegmentArguments segments{problem, {}, nullptr, nullptr, nullptr, states, plan.segments, problem.causal && !result.state ? plan.segments - 1 : -1,
-                                    plan.segment_length, gates, keeps};
+    const SegmentArguments segments{problem, {},   nullptr, nullptr, nullptr, states, plan.segments, problem.causal && !result.state ? plan.segments - 1 : -1, plan.segment_length,
+                                    gates,   keeps};
     using Shape = SegmentShape<D>;
     LINATTN_TRY(launch(segments_kernel<T, D, false, GATED>, blocks, Shape::THREADS, Shape::template SHARED<GATED>, stream, segments));
     LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kPrefix : Scan::kTotal, problem.initial_state, result.state));
@@ -54,8 +54,8 @@ template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_p
   float *const keeps = GATED ? base + workspace.keeps : nullptr;
   const Gates gates = gates_of(problem, base + workspace.decay);
   const bool slopes = gates.decay && data.grad_log_decay;  // whether the decay wants a gradient
-  const DecaySums sums{base + workspace.row_sums, base + workspace.column_sums, base + workspace.final_state, data.grad_state, base + workspace.ends,
-                       reinterpret_cast<double *>(base + workspace.parts)};
+  const DecaySums sums{base + workspace.row_sums, base + workspace.column_sums, base + workspace.final_state,
+                       data.grad_state,           base + workspace.ends,        reinterpret_cast<double *>(base + workspace.parts)};
   using Segment = SegmentShape<D>;
 
   if (gates.decay) LINATTN_TRY(launch_chunk_decay(problem, plan.chunk, base + workspace.decay));
@@ -79,13 +79,18 @@ template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_p
   LINATTN_TRY(noised ? launch_noised_gradient<T>(problem, data, error, query_scale) : work_on_rows());
 
   if (states) {
-    const SegmentArguments queries{problem, grad_out, data.mass, error, query_scale, states, plan.segments, problem.causal && !data.grad_initial_state ? 0 : -1,
-                                   plan.segment_length, gates, keeps};
+    const SegmentArguments queries{
+        problem, grad_out, data.mass, error, query_scale, states, plan.segments, problem.causal && !data.grad_initial_state ? 0 : -1, plan.segment_length, gates, keeps};
     LINATTN_TRY(launch(segments_kernel<T, D, true, GATED>, blocks, Segment::THREADS, Segment::template SHARED<GATED>, stream, queries));
     LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kSuffix : Scan::kTotal, data.grad_state, data.grad_initial_state));
   }
-  ColumnArguments columns{problem, grad_out, data.grad_key, data.grad_value, data.mass, error, query_scale, states, data.grad_state,
-                          states ? nullptr : data.grad_initial_state, plan.segments, plan.segment_length, gates, slopes ? sums.columns : nullptr};
+  ColumnArguments columns{problem,         grad_out,
+                          data.grad_key,   data.grad_value,
+                          data.mass,       error,
+                          query_scale,     states,
+                          data.grad_state, states ? nullptr : data.grad_initial_state,
+                          plan.segments,   plan.segment_length,
+                          gates,           slopes ? sums.columns : nullptr};
   T *const key_parts = reinterpret_cast<T *>(base + workspace.key_parts), *const value_parts = reinterpret_cast<T *>(base + workspace.value_parts);
   const bool shares = problem.state_heads != problem.key_heads;
   if (shares) {
@@ -124,10 +129,10 @@ template <int D, bool GATED> constexpr int backward_shared_by(bool states) {
 template <typename T, int D> int forward_shared(const Plan &plan) { return plan.gated ? forward_shared_by<D, true>(plan.states) : forward_shared_by<D, false>(plan.states); }
 template <typename T, int D> int backward_shared(const Plan &plan) { return plan.gated ? backward_shared_by<D, true>(plan.states) : backward_shared_by<D, false>(plan.states); }
 
-#define LINATTN_STREAM_INSTANTIATE(T, D)                                                                                    \
-  template int forward_shared<T, D>(const Plan &);                                                                       \
-  template int backward_shared<T, D>(const Plan &);                                                                      \
-  template cudaError_t forward<T, D>(const linattn_problem &, const linattn_forward_result &, const Plan &);             \
+#define LINATTN_STREAM_INSTANTIATE(T, D)                                                                     \
+  template int forward_shared<T, D>(const Plan &);                                                           \
+  template int backward_shared<T, D>(const Plan &);                                                          \
+  template cudaError_t forward<T, D>(const linattn_problem &, const linattn_forward_result &, const Plan &); \
   template cudaError_t backward<T, D>(const linattn_problem &, const linattn_backward_data &, const Plan &);
 
 }  // namespace linattn_stream

@@ -73,10 +73,9 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowBlock {
   const StateView<D> source;
 
   __device__ __forceinline__ RowBlock(const RowArguments &args, unsigned char *shared)
-      : args(args), shared(shared), small(*reinterpret_cast<Small *>(shared + STAGES * (ROW_TILES + 2) * TILE + Shape::STATE_TILE)),
-        row_tiles(shared_address(shared)), key_tiles(row_tiles + STAGES * ROW_TILES * TILE), state_tile(key_tiles + STAGES * 2 * TILE),
-        head_pair(blockIdx.x / args.segments), segment(blockIdx.x % args.segments), batch(head_pair / args.problem.state_heads),
-        key_head(head_pair % args.problem.state_heads), heads(args.problem.query_heads / args.problem.state_heads),
+      : args(args), shared(shared), small(*reinterpret_cast<Small *>(shared + STAGES * (ROW_TILES + 2) * TILE + Shape::STATE_TILE)), row_tiles(shared_address(shared)),
+        key_tiles(row_tiles + STAGES * ROW_TILES * TILE), state_tile(key_tiles + STAGES * 2 * TILE), head_pair(blockIdx.x / args.segments), segment(blockIdx.x % args.segments),
+        batch(head_pair / args.problem.state_heads), key_head(head_pair % args.problem.state_heads), heads(args.problem.query_heads / args.problem.state_heads),
         memory_head(key_head / (args.problem.state_heads / args.problem.key_heads)), begin(segment * args.segment_length),
         end(min(args.problem.length, begin + args.segment_length)), iterations(static_cast<int>((end - begin + C - 1) / C) * heads),
         source(args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments, args.problem.causal ? segment : 0)

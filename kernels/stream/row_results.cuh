@@ -52,11 +52,11 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
   // Later stripes see more keys; turning them every chunk evens the load of the four schedulers.
   __device__ __forceinline__ explicit RowResults(const Block &job)
       : job(job), args(job.args), p(args.problem), small(job.small), lane_id(threadIdx.x & 31), warp(warp_number()), group(lane_id >> 2), place(lane_id & 3),
-        down(lane_down<D>(lane_id)), across(lane_across<D>(lane_id)), batch(job.batch), key_head(job.key_head), heads(job.heads), begin(job.begin), end(job.end),
-        causal(p.causal), unit(p.normalize_qk), result_rows(head_of<T>(args.result, batch, key_head * heads) + begin * args.result.token_stride),
-        first_number((static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin), left(end - begin),
-        before(job.source.data ? job.source.count() : 0.f), half(Shape::HALVES > 1 ? warp / Shape::STRIPES : 0), first_block(half * OUT_PAIRS),
-        half_bytes(Tile<D>::columns_at(2 * first_block)), column_vector(WeightReader<T>(job.column_parts(), job.zeros(), lane_id).vector),
+        down(lane_down<D>(lane_id)), across(lane_across<D>(lane_id)), batch(job.batch), key_head(job.key_head), heads(job.heads), begin(job.begin), end(job.end), causal(p.causal),
+        unit(p.normalize_qk), result_rows(head_of<T>(args.result, batch, key_head * heads) + begin * args.result.token_stride),
+        first_number((static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin), left(end - begin), before(job.source.data ? job.source.count() : 0.f),
+        half(Shape::HALVES > 1 ? warp / Shape::STRIPES : 0), first_block(half * OUT_PAIRS), half_bytes(Tile<D>::columns_at(2 * first_block)),
+        column_vector(WeightReader<T>(job.column_parts(), job.zeros(), lane_id).vector),
         stripe(half && !kGroups ? Shape::STRIPES - 1 - warp % Shape::STRIPES : warp % Shape::STRIPES) {}
 
   __device__ __forceinline__ void run() {
@@ -165,7 +165,8 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
         warpgroup_begin();
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block)
-          WarpgroupProduct<T, 64, false>::run(scores, warpgroup_operand<D>(rows + Tile<D>::columns_at(2 * block)), warpgroup_operand<D>(y_tile + Tile<D>::columns_at(2 * block)), block > 0);
+          WarpgroupProduct<T, 64, false>::run(scores, warpgroup_operand<D>(rows + Tile<D>::columns_at(2 * block)), warpgroup_operand<D>(y_tile + Tile<D>::columns_at(2 * block)),
+                                              block > 0);
         warpgroup_commit();
       } else {
         warpgroup_begin();
@@ -197,7 +198,7 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
   __device__ __forceinline__ void weigh(uint32_t (&weights)[4], float (&first_tile)[4], float (&second_tile)[4], bool diagonal, int j, const RowScales &by, const Gate &gate) {
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
-      float(&s)[4] = t == 0 ? first_tile : second_tile;
+      float (&s)[4] = t == 0 ? first_tile : second_tile;
       const int column = 8 * t + 2 * place;
       const float2 scale = *reinterpret_cast<const float2 *>(small.key_scale + 16 * j + column);
       if constexpr (GRAD) {

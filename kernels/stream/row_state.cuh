@@ -143,8 +143,8 @@ template <typename T, int D, bool GRAD, bool GATED> __device__ __forceinline__ v
         update_state_by_groups<T, D, D, GRAD && !GATED, !GRAD && !GATED>(state, at, true, y_block, z_block, z_tile, key_reader, column_reader, line_reader);
       } else
 #pragma unroll
-      for (int block = 0; block < Shape::STRIPES; ++block)
-        update_state<T, D, GRAD && !GATED, !GRAD && !GATED>(state, at, true, y_block, z_block, z_blocks, block, key_reader, column_reader, line_reader);
+        for (int block = 0; block < Shape::STRIPES; ++block)
+          update_state<T, D, GRAD && !GATED, !GRAD && !GATED>(state, at, true, y_block, z_block, z_blocks, block, key_reader, column_reader, line_reader);
     }
     if (++head == heads) {
       head = 0;

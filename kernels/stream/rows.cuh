@@ -12,8 +12,7 @@ namespace linattn_stream {
 
 // Two kinds of warps: some compute a stripe of 16 rows of results each, the others copy, scale and keep the state, 16 rows of it each.
 template <typename T, int D, bool GRAD, bool GATED>
-__global__ void __launch_bounds__(RowShape<D, GRAD, GATED>::THREADS, RowShape<D, GRAD, GATED>::MIN_BLOCKS)
-rows_kernel(const __grid_constant__ RowArguments args) {
+__global__ void __launch_bounds__(RowShape<D, GRAD, GATED>::THREADS, RowShape<D, GRAD, GATED>::MIN_BLOCKS) rows_kernel(const __grid_constant__ RowArguments args) {
   using Shape = RowShape<D, GRAD, GATED>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const RowBlock<T, D, GRAD, GATED> job(args, shared);

@@ -164,7 +164,8 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
       if (thread < C) {
         const float *const numbers = small.numbers[stage][0] + thread;
         const float a = small.coefficients[head][0], error = numbers[C];
-        const QueryWeights query = query_weights<T>(a, small.coefficients[head][1], numbers[0], error, numbers[2 * C] * (Element<T>::kNarrow ? small.query_down[thread] : 1.f), lift);
+        const QueryWeights query =
+            query_weights<T>(a, small.coefficients[head][1], numbers[0], error, numbers[2 * C] * (Element<T>::kNarrow ? small.query_down[thread] : 1.f), lift);
         float carry = 1.f;
         if constexpr (GATED) carry = kept * gates.carry(thread);
         weights(0).set(thread, query.mixed * carry), weights(1).set(thread, query.level * carry), weights(2).set(thread, query.slope * carry);
@@ -198,8 +199,8 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
       update_state_by_groups<T, D, D, false, !QUERIES && !GATED>(state, at, owns_line, y_block, z_block, y_tile + TILE, scale, column_weights, line_weights);
     } else
 #pragma unroll
-    for (int block = 0; block < Shape::STRIPES; ++block)
-      update_state<T, D, false, !QUERIES && !GATED>(state, at, owns_line, y_block, z_block, z_flipped, block, scale, column_weights, line_weights);
+      for (int block = 0; block < Shape::STRIPES; ++block)
+        update_state<T, D, false, !QUERIES && !GATED>(state, at, owns_line, y_block, z_block, z_flipped, block, scale, column_weights, line_weights);
     head = head == heads - 1 ? 0 : head + 1;
     if constexpr (GATED)
       if (head == 0) kept *= gates.keep(), tokens_left -= C;

@@ -52,8 +52,7 @@ template <int C, int STAGES> struct GateTiles {
         copy_word_async(shared_address(key_runs[stage] + thread), gates.key_runs + batch * gates.key_runs_stride + token, valid);
       }
     }
-    if (thread == 0 && gates.key_runs)
-      copy_word_async(shared_address(run_ahead + stage), gates.key_runs + batch * gates.key_runs_stride + (begin > 0 ? begin - 1 : 0), true);
+    if (thread == 0 && gates.key_runs) copy_word_async(shared_address(run_ahead + stage), gates.key_runs + batch * gates.key_runs_stride + (begin > 0 ? begin - 1 : 0), true);
   }
 };
 
@@ -65,8 +64,8 @@ template <int C> struct ChunkGates {
   float total;
 
   template <int STAGES> __device__ __forceinline__ ChunkGates(const GateTiles<C, STAGES> &tiles, int stage, int tokens)
-      : decay(tiles.decay[stage]), query_runs(tiles.query_runs[stage]), key_runs(tiles.key_runs[stage]), count(tokens),
-        run_ahead(abs(tiles.run_ahead[stage])), run_behind(abs(tiles.key_runs[stage][tokens - 1])), total(tiles.decay[stage][tokens - 1]) {}
+      : decay(tiles.decay[stage]), query_runs(tiles.query_runs[stage]), key_runs(tiles.key_runs[stage]), count(tokens), run_ahead(abs(tiles.run_ahead[stage])),
+        run_behind(abs(tiles.key_runs[stage][tokens - 1])), total(tiles.decay[stage][tokens - 1]) {}
   __device__ __forceinline__ float keep() const { return run_ahead == run_behind ? exp2_fast(total) : 0.f; }
   __device__ __forceinline__ float carry(int row) const { return query_runs[row] == run_ahead ? exp2_fast(decay[row]) : 0.f; }
   __device__ __forceinline__ float leave(int key) const { return key < count && key_runs[key] == run_behind ? exp2_fast(total - decay[key]) : 0.f; }
@@ -88,8 +87,7 @@ struct PairGates {
   float decay[2];
   int32_t run[2];
 
-  __device__ __forceinline__ PairGates(const float *decays, const int32_t *runs, int first, int second)
-      : decay{decays[first], decays[second]}, run{runs[first], runs[second]} {}
+  __device__ __forceinline__ PairGates(const float *decays, const int32_t *runs, int first, int second) : decay{decays[first], decays[second]}, run{runs[first], runs[second]} {}
   // `later` - `earlier` in time; nothing where the pair is not to be seen.
   static __device__ __forceinline__ float factor(float later, float earlier, bool seen) { return seen ? exp2_fast(fminf(later - earlier, 0.f)) : 0.f; }
   // This row `i` of the lane, as a query, against a key.

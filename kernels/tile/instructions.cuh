@@ -50,12 +50,10 @@ __device__ __forceinline__ void mma_fp16(float (&sum)[4], const uint32_t (&a)[4]
 __device__ __forceinline__ uint32_t shared_address(const void *pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
 }
 // The inverse of ldmatrix.
 __device__ __forceinline__ void stmatrix(uint32_t address, const uint32_t (&r)[4], int lane) {
@@ -85,7 +83,9 @@ template <int PENDING> __device__ __forceinline__ void copy_wait() { asm volatil
 
 enum Barrier { kScalesReady = 1, kScalesShared, kStateRead, kHalvesExchanged };
 template <Barrier NUMBER, int THREADS> __device__ __forceinline__ void barrier_sync() { asm volatile("bar.sync %0, %1;" ::"n"(static_cast<int>(NUMBER)), "n"(THREADS) : "memory"); }
-template <Barrier NUMBER, int THREADS> __device__ __forceinline__ void barrier_arrive() { asm volatile("bar.arrive %0, %1;" ::"n"(static_cast<int>(NUMBER)), "n"(THREADS) : "memory"); }
+template <Barrier NUMBER, int THREADS> __device__ __forceinline__ void barrier_arrive() {
+  asm volatile("bar.arrive %0, %1;" ::"n"(static_cast<int>(NUMBER)), "n"(THREADS) : "memory");
+}
 
 // ---- fast functions: a few units in the last place of float32
 
@@ -122,8 +122,7 @@ __device__ __forceinline__ float round_to_tf32(float x) {
 __device__ __forceinline__ void mma_tf32(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
-        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
 }
 
 }  // namespace linattn

@@ -33,9 +33,9 @@ static __global__ void coefficients_kernel(const float *partials, const float *c
   }
 }
 
-#define LINATTN_TRY(call)                                      \
-  do {                                                         \
-    if (const cudaError_t failed = (call)) return failed;      \
+#define LINATTN_TRY(call)                                 \
+  do {                                                    \
+    if (const cudaError_t failed = (call)) return failed; \
   } while (0)
 
 }  // namespace linattn_tile

@@ -24,8 +24,7 @@ struct Noise {
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
       const uint64_t first = static_cast<uint64_t>(c.x) * 0xD2511F53u, second = static_cast<uint64_t>(c.z) * 0xCD9E8D57u;
-      c = make_uint4(static_cast<uint32_t>(second >> 32) ^ c.y ^ k0, static_cast<uint32_t>(second), static_cast<uint32_t>(first >> 32) ^ c.w ^ k1,
-                     static_cast<uint32_t>(first));
+      c = make_uint4(static_cast<uint32_t>(second >> 32) ^ c.y ^ k0, static_cast<uint32_t>(second), static_cast<uint32_t>(first >> 32) ^ c.w ^ k1, static_cast<uint32_t>(first));
       k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
     return c;

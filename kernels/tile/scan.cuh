@@ -14,9 +14,9 @@ __global__ void scan_kernel(float *states, const float *keeps, int segments, Sca
   if (index > D * D + 2 * D) return;
   const int64_t head = blockIdx.y;
   const int row = index / D, column = index % D;
-  const int64_t callers = head * (D + 1) * (D + 1) + (index < D * D            ? row * (D + 1) + column
-                                                      : index < D * D + D      ? (index - D * D) * (D + 1) + D
-                                                                               : D * (D + 1) + (index - D * D - D));
+  const int64_t callers = head * (D + 1) * (D + 1) + (index < D * D       ? row * (D + 1) + column
+                                                      : index < D * D + D ? (index - D * D) * (D + 1) + D
+                                                                          : D * (D + 1) + (index - D * D - D));
   float *const at = states + head * segments * kStateFloats<D> + index;
   float sum = initial ? initial[callers] : 0.f;
   const int64_t step = scan == Scan::kSuffix ? -kStateFloats<D> : kStateFloats<D>;

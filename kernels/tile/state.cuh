@@ -87,8 +87,7 @@ __device__ __forceinline__ void store_state(const StateTile<T, PAIRS> &state, co
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        view.sum(16 * at.row + at.group + 8 * (i >> 1), 16 * block + 8 * t + 2 * at.place + (i & 1)) = state.sum[p][t][i];
+      for (int i = 0; i < 4; ++i) view.sum(16 * at.row + at.group + 8 * (i >> 1), 16 * block + 8 * t + 2 * at.place + (i & 1)) = state.sum[p][t][i];
       if (block == at.row) {
         const float first = state.line[t][0] + __shfl_xor_sync(0xffffffffu, state.line[t][0], 4);
         const float second = state.line[t][1] + __shfl_xor_sync(0xffffffffu, state.line[t][1], 4);
@@ -108,7 +107,8 @@ __device__ __forceinline__ void store_state(const StateTile<T, PAIRS> &state, co
 
 // The state times `lift` rounded into a tile for the products of a chunk; its margins stay exact.
 template <typename T, int D, int PAIRS, typename Place, typename SetColumn>
-__device__ __forceinline__ void publish_state(const StateTile<T, PAIRS> &state, const Place &at, const Blocks<D> &tile, float lift, float *line, int lane, const SetColumn &set_column) {
+__device__ __forceinline__ void publish_state(const StateTile<T, PAIRS> &state, const Place &at, const Blocks<D> &tile, float lift, float *line, int lane,
+                                              const SetColumn &set_column) {
 #pragma unroll
   for (int p = 0; p < PAIRS; ++p)
     if (p < at.pairs) store_block<T, D>(tile.at_column(0, at.block(p)) + Tile<D>::rows_at(at.row), state.sum[p][0], state.sum[p][1], lift, lift, lane);
@@ -177,8 +177,8 @@ __device__ __forceinline__ void update_margins(StateTile<T, PAIRS> &state, uint3
 }
 
 template <typename T, int D, bool COLUMN_ONES, bool LINE_ONES, int PAIRS, typename Place>
-__device__ __forceinline__ void update_state(StateTile<T, PAIRS> &state, const Place &at, bool owns_line, uint32_t y_block, uint32_t z_block, const Blocks<D> &z_flipped, int row_block,
-                                             const WeightReader<T> &scale, const WeightReader<T> &column_weights, const WeightReader<T> &line_weights) {
+__device__ __forceinline__ void update_state(StateTile<T, PAIRS> &state, const Place &at, bool owns_line, uint32_t y_block, uint32_t z_block, const Blocks<D> &z_flipped,
+                                             int row_block, const WeightReader<T> &scale, const WeightReader<T> &column_weights, const WeightReader<T> &line_weights) {
   uint32_t scaled[4];
   const uint32_t offset = Tile<D>::rows_at(row_block);
   update_margins<T, COLUMN_ONES, LINE_ONES>(state, scaled, at, owns_line, y_block + offset, z_block + offset, 16 * row_block, scale, column_weights, line_weights);
@@ -197,10 +197,11 @@ template <typename T, int D, int COLUMNS, bool COLUMN_ONES, bool LINE_ONES, int 
 __device__ __forceinline__ void update_state_by_groups(StateTile<T, PAIRS> &state, const Place &at, bool owns_line, uint32_t y_block, uint32_t z_block, uint32_t z_tile,
                                                        const WeightReader<T> &scale, const WeightReader<T> &column_weights, const WeightReader<T> &line_weights) {
   uint32_t scaled[4][4];
-  float(&sum)[2 * PAIRS][4] = reinterpret_cast<float(&)[2 * PAIRS][4]>(state.sum);
+  float (&sum)[2 * PAIRS][4] = reinterpret_cast<float (&)[2 * PAIRS][4]>(state.sum);
 #pragma unroll
   for (int block = 0; block < 4; ++block)
-    update_margins<T, COLUMN_ONES, LINE_ONES>(state, scaled[block], at, owns_line, y_block + Tile<D>::rows_at(block), z_block + Tile<D>::rows_at(block), 16 * block, scale, column_weights, line_weights);
+    update_margins<T, COLUMN_ONES, LINE_ONES>(state, scaled[block], at, owns_line, y_block + Tile<D>::rows_at(block), z_block + Tile<D>::rows_at(block), 16 * block, scale,
+                                              column_weights, line_weights);
   warpgroup_keep(sum);
   warpgroup_begin();
 #pragma unroll
@@ -226,8 +227,7 @@ __device__ __forceinline__ void store_stripe(T *first_row, int64_t token_stride,
 #pragma unroll
   for (int i = 0; i < kCopies; ++i) {
     const int index = lane + 32 * i, row = row0 + index / PIECES, piece = piece_of(index % PIECES);
-    if (row < count)
-      *reinterpret_cast<uint4 *>(first_row + row * token_stride + piece * 8) = *reinterpret_cast<const uint4 *>(staging + Tile<D>::at(row, piece));
+    if (row < count) *reinterpret_cast<uint4 *>(first_row + row * token_stride + piece * 8) = *reinterpret_cast<const uint4 *>(staging + Tile<D>::at(row, piece));
   }
 }
 

@@ -37,9 +37,7 @@ template <typename T> __device__ __forceinline__ void store_split(T *high, T *lo
   low[index] = static_cast<T>(value - static_cast<float>(rounded));
 }
 
-__device__ __forceinline__ void copy_word_async(uint32_t shared, const int32_t *global, bool valid) {
-  copy_number_async(shared, reinterpret_cast<const float *>(global), valid);
-}
+__device__ __forceinline__ void copy_word_async(uint32_t shared, const int32_t *global, bool valid) { copy_number_async(shared, reinterpret_cast<const float *>(global), valid); }
 
 // Rows of D elements, in 16-byte pieces whose place is permuted by row so that eight rows of one column block meet no bank twice.
 // D = 128, 192 and 256 lie in panels of 64 rows and 64 columns, each permuted as D = 64 is: wgmma reads both.
@@ -88,7 +86,8 @@ template <int D> struct Blocks {
 };
 
 // Two accumulators side by side, rounded and written as one block.
-template <typename T, int D> __device__ __forceinline__ void store_block(const uint32_t address, const float (&left)[4], const float (&right)[4], float scale0, float scale1, int lane) {
+template <typename T, int D> __device__ __forceinline__ void store_block(const uint32_t address, const float (&left)[4], const float (&right)[4], float scale0, float scale1,
+                                                                         int lane) {
   const uint32_t r[4] = {Element<T>::pack(left[0] * scale0, left[1] * scale0), Element<T>::pack(left[2] * scale1, left[3] * scale1),
                          Element<T>::pack(right[0] * scale0, right[1] * scale0), Element<T>::pack(right[2] * scale1, right[3] * scale1)};
   stmatrix(address, r, lane);

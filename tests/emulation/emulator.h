@@ -197,8 +197,12 @@ inline int __syncthreads_or(int condition) {
 inline void __syncwarp() { emulation::sync_warp(); }
 template <typename T> T __shfl_sync(unsigned, T x, int source) { return emulation::shuffle(x, source); }
 template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) { return emulation::shuffle(x, emulation::lane() ^ mask); }
-template <typename T> T __shfl_up_sync(unsigned, T x, int step) { return emulation::shuffle(x, std::max(emulation::lane() - step, emulation::lane() < step ? emulation::lane() : 0)); }
-template <typename T> T __shfl_down_sync(unsigned, T x, int step) { return emulation::shuffle(x, emulation::lane() + step < emulation::kLanes ? emulation::lane() + step : emulation::lane()); }
+template <typename T> T __shfl_up_sync(unsigned, T x, int step) {
+  return emulation::shuffle(x, std::max(emulation::lane() - step, emulation::lane() < step ? emulation::lane() : 0));
+}
+template <typename T> T __shfl_down_sync(unsigned, T x, int step) {
+  return emulation::shuffle(x, emulation::lane() + step < emulation::kLanes ? emulation::lane() + step : emulation::lane());
+}
 inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
   for (int step = 16; step > 0; step /= 2) x = std::max(x, __shfl_xor_sync(mask, x, step));
   return x;
@@ -210,5 +214,13 @@ template <typename... Arguments> cudaError_t cudaFuncSetAttribute(void (*kernel)
 
 using std::max;
 using std::min;
-inline float __uint_as_float(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
-inline uint32_t __float_as_uint(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}

@@ -4,8 +4,16 @@
 
 namespace linattn_tile {
 
-inline uint32_t bits_of(__nv_bfloat16 x) { uint16_t bits; std::memcpy(&bits, &x, 2); return bits; }
-inline uint32_t bits_of(__half x) { uint16_t bits; std::memcpy(&bits, &x, 2); return bits; }
+inline uint32_t bits_of(__nv_bfloat16 x) {
+  uint16_t bits;
+  std::memcpy(&bits, &x, 2);
+  return bits;
+}
+inline uint32_t bits_of(__half x) {
+  uint16_t bits;
+  std::memcpy(&bits, &x, 2);
+  return bits;
+}
 template <typename T> float number(uint32_t bits) {
   const uint16_t half = static_cast<uint16_t>(bits);
   T x;
@@ -21,8 +29,14 @@ inline uint32_t multiply_two(uint32_t x, uint32_t y) {
 }
 
 template <typename Two> struct OneOf;
-template <> struct OneOf<__nv_bfloat162> { using type = __nv_bfloat16; static uint32_t pack(float low, float high) { return pack_bf16(low, high); } };
-template <> struct OneOf<__half2> { using type = __half; static uint32_t pack(float low, float high) { return pack_fp16(low, high); } };
+template <> struct OneOf<__nv_bfloat162> {
+  using type = __nv_bfloat16;
+  static uint32_t pack(float low, float high) { return pack_bf16(low, high); }
+};
+template <> struct OneOf<__half2> {
+  using type = __half;
+  static uint32_t pack(float low, float high) { return pack_fp16(low, high); }
+};
 template <typename Two> uint32_t scale_pair(uint32_t x, uint32_t high, uint32_t low) {
   using T = typename OneOf<Two>::type;
   const auto one = [&](int shift) {
@@ -34,7 +48,7 @@ template <typename Two> uint32_t scale_pair(uint32_t x, uint32_t high, uint32_t 
 
 // Products summed in double: the tensor cores' own order is not known, and their sums are as good as float32's.
 template <typename T> void mma_16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  uint32_t(&own)[6] = emulation::self().fragment;
+  uint32_t (&own)[6] = emulation::self().fragment;
   std::copy(a, a + 4, own), own[4] = b0, own[5] = b1;
   emulation::sync_warp();
   const int group = emulation::lane() / 4, place = emulation::lane() % 4;
@@ -122,7 +136,7 @@ namespace linattn {
 inline float round_to_tf32(float x) { return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u); }
 
 inline void mma_tf32(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
-  uint32_t(&own)[6] = emulation::self().fragment;
+  uint32_t (&own)[6] = emulation::self().fragment;
   for (int i = 0; i < 4; ++i) own[i] = __float_as_uint(a[i]) & 0xffffe000u;
   for (int i = 0; i < 2; ++i) own[4 + i] = __float_as_uint(b[i]) & 0xffffe000u;
   emulation::sync_warp();
