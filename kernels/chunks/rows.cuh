@@ -146,126 +146,125 @@ __device__ __forceinline__ void weigh_pairs(Fragment<T> (&weights)[RowShape<T, D
   worth[0] = lift[0].down, worth[1] = lift[1].down;
 }
 
-template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowShape<T, D>::THREADS, RowShape<T, D>::MIN_BLOCKS)
-    rows_kernel(const __grid_constant__ RowArguments args) {
+// The work of a block: what each of its rows holds is measured, the state enters, and the pairs inside the chunk are added. Every member is a
+// register.
+template <typename T, int D, Role ROLE> struct Rows {
   using S = RowShape<T, D>;
   using Part = typename Factor<T>::Part;
-  constexpr int BLOCKS = S::BLOCKS, STEPS = S::KEYS / 16;
-  constexpr bool kGroups = kWarpgroups<D>;
+  using Mine = WarpRows<D, S::ROWS, S::WARPS>;
+  static constexpr int BLOCKS = S::BLOCKS, STEPS = S::KEYS / 16;
+  static constexpr bool kGroups = kWarpgroups<D>;
   // The state comes in slabs of as many rows as a tile has; a thread fetches its part of a slab in pieces of eight fours at most.
-  constexpr int kSlabs = (BLOCKS + STEPS - 1) / STEPS, kEach = ((D < S::KEYS ? D : S::KEYS) * D / 4 + S::THREADS - 1) / S::THREADS;
-  constexpr int kPieces = (kEach + 7) / 8, kFours = (kEach + kPieces - 1) / kPieces;
-  extern __shared__ __align__(1024) unsigned char shared[];
-  auto &small = *reinterpret_cast<typename S::Small *>(shared + S::LANDING + S::LANDING_BYTES);
-  const linattn_problem &p = args.problem;
-  const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number(), group = lane_id >> 2, place = lane_id & 3;
-  const uint32_t base = shared_address(shared);
+  static constexpr int kSlabs = (BLOCKS + STEPS - 1) / STEPS, kEach = ((D < S::KEYS ? D : S::KEYS) * D / 4 + S::THREADS - 1) / S::THREADS;
+  static constexpr int kPieces = (kEach + 7) / 8, kFours = (kEach + kPieces - 1) / kPieces;
+  // The rounded state takes the place that the second stage, or all, of the columns will have.
+  static constexpr int kPlace = S::TILES + (S::STAGES - 1) * 2 * S::TILE;
 
-  const int row_heads = kLater<ROLE> ? p.key_heads : p.query_heads, shares = p.query_heads / p.key_heads;
-  const int pair = blockIdx.x / args.row_tiles, tile_number = blockIdx.x % args.row_tiles;
-  const int batch = pair / row_heads, row_head = pair % row_heads, key_head = kLater<ROLE> ? row_head : row_head / shares;
-  const int64_t begin = static_cast<int64_t>(tile_number) * S::ROWS;
-  const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(S::ROWS)));
-  const int64_t chunk = p.causal ? begin / args.chunk : 0;
-  const int64_t from = kLater<ROLE> ? begin : chunk * args.chunk, to = kLater<ROLE> ? min(p.length, (chunk + 1) * args.chunk) : begin + rows;
-  const int tiles = p.causal ? static_cast<int>((to - from + S::KEYS - 1) / S::KEYS) : 0, iterations = kLater<ROLE> ? tiles * shares : tiles;
-  const auto columns_of = [&](int iteration) {
+  const RowArguments &args;
+  const linattn_problem &p;
+  unsigned char *const shared;
+  typename S::Small &small;
+  const int thread, lane_id, warp, group, place, row0;
+  const uint32_t base, down, across;
+  const int row_heads, shares, pair, batch, row_head, key_head;
+  const int64_t begin;
+  const int rows;
+  const int64_t chunk, from, to;
+  const int tiles, iterations;
+  const float a, b_tau;
+  const float *const state;
+  const T *const x_rows;
+  const int64_t first_number;  // of a query's row
+  const Blocks<D> x_blocks;
+  const uint32_t x_group;      // the rows of the warpgroup
+  float4 held[kFours];         // a piece of the state on its way
+  float acc[2 * BLOCKS][4] = {}, total[2] = {0.f, 0.f};
+
+  __device__ __forceinline__ Rows(const RowArguments &args, unsigned char *shared)
+      : args(args), p(args.problem), shared(shared), small(*reinterpret_cast<typename S::Small *>(shared + S::LANDING + S::LANDING_BYTES)), thread(threadIdx.x),
+        lane_id(thread & 31), warp(warp_number()), group(lane_id >> 2), place(lane_id & 3), row0(16 * warp + group), base(shared_address(shared)), down(lane_down<D>(lane_id)),
+        across(lane_across<D>(lane_id)), row_heads(kLater<ROLE> ? p.key_heads : p.query_heads), shares(p.query_heads / p.key_heads), pair(blockIdx.x / args.row_tiles),
+        batch(pair / row_heads), row_head(pair % row_heads), key_head(kLater<ROLE> ? row_head : row_head / shares),
+        begin(static_cast<int64_t>(blockIdx.x % args.row_tiles) * S::ROWS), rows(static_cast<int>(min(p.length - begin, static_cast<int64_t>(S::ROWS)))),
+        chunk(p.causal ? begin / args.chunk : 0), from(kLater<ROLE> ? begin : chunk * args.chunk), to(kLater<ROLE> ? min(p.length, (chunk + 1) * args.chunk) : begin + rows),
+        tiles(p.causal ? static_cast<int>((to - from + S::KEYS - 1) / S::KEYS) : 0), iterations(kLater<ROLE> ? tiles * shares : tiles),
+        a(kLater<ROLE> ? 0.f : coefficient(0, row_head)), b_tau(kLater<ROLE> ? 1.f : coefficient(1, row_head) * coefficient(3, row_head)),
+        state(args.states ? args.states + ((static_cast<int64_t>(batch) * p.key_heads + key_head) * args.chunks + chunk) * kStateFloats<D> : nullptr),
+        x_rows(head_of<const T>(args.x.tensor, batch, row_head) + begin * args.x.tensor.token_stride), first_number(static_cast<int64_t>(pair) * p.length + begin),
+        x_blocks(base + S::X + Tile<D>::rows_at(warp), down), x_group(base + S::X + Tile<D>::rows_at(warp / 4 * 4)) {}
+
+  __device__ __forceinline__ void run() {
+    if constexpr (!kSplit<T>) {
+      start_rows<T, D, S::ROWS, S::WARPS>(base + S::X, 0, x_rows, args.x.tensor.token_stride, rows, thread);
+      copy_commit();
+    }
+    if (iterations > 0) start(0);
+    if (state) fetch(0, 0);
+    measure();
+    if (state) enter(multiply_by_state());
+    for (int iteration = 0; iteration < iterations; ++iteration) add_pairs(iteration);
+    if (iterations == 0) copy_wait<0>();
+    put_results<T, D, ROLE>(args, small, {warp, lane_id, place, row0, rows, batch, row_head, begin, first_number}, b_tau, acc, total);
+  }
+
+  __device__ __forceinline__ float coefficient(int which, int head) const { return p.coefficients[which * p.query_heads + head]; }
+  __device__ __forceinline__ int64_t token_of(int iteration) const { return from + static_cast<int64_t>(iteration % tiles) * S::KEYS; }
+  __device__ __forceinline__ int count_of(int64_t token) const { return static_cast<int>(min(p.length - token, static_cast<int64_t>(S::KEYS))); }
+  __device__ __forceinline__ Columns<T, D> columns_of(int iteration) const {
     return Columns<T, D>(args, batch, kLater<ROLE> ? key_head * shares + iteration / tiles : key_head, kLater<ROLE> ? key_head * shares + iteration / tiles : row_head);
-  };
-  const auto token_of = [&](int iteration) { return from + static_cast<int64_t>(iteration % tiles) * S::KEYS; };
-  const auto count_of = [&](int64_t token) { return static_cast<int>(min(p.length - token, static_cast<int64_t>(S::KEYS))); };
-  const auto start = [&](int iteration) {
+  }
+  __device__ __forceinline__ void start(int iteration) const {
     const int64_t token = token_of(iteration);
     columns_of(iteration).start(base, iteration % S::STAGES, token, count_of(token), thread);
-  };
-
-  const auto coefficient = [&](int which, int head) { return p.coefficients[which * p.query_heads + head]; };
-  const float a = kLater<ROLE> ? 0.f : coefficient(0, row_head), b_tau = kLater<ROLE> ? 1.f : coefficient(1, row_head) * coefficient(3, row_head);
-  const float *const state = args.states ? args.states + ((static_cast<int64_t>(batch) * p.key_heads + key_head) * args.chunks + chunk) * kStateFloats<D> : nullptr;
-
-  // ---- the rows themselves
-  const T *const x_rows = head_of<const T>(args.x.tensor, batch, row_head) + begin * args.x.tensor.token_stride;
-  const int64_t first_number = static_cast<int64_t>(pair) * p.length + begin;  // of a query's row
-  if constexpr (!kSplit<T>) {
-    start_rows<T, D, S::ROWS, S::WARPS>(base + S::X, 0, x_rows, args.x.tensor.token_stride, rows, thread);
-    copy_commit();
   }
-  if (iterations > 0) start(0);
-  float4 held[kFours];
-  const auto fetch = [&](int slab, int piece) {
+  __device__ __forceinline__ void fetch(int slab, int piece) {
 #pragma unroll
     for (int i = 0; i < kFours; ++i) {
       const int index = thread + (piece * kFours + i) * S::THREADS;
       held[i] = slab * S::KEYS + index / (D / 4) < D && index < S::KEYS * D / 4 ? four_of(state + slab * S::KEYS * D + 4 * index) : make_float4(0.f, 0.f, 0.f, 0.f);
     }
-  };
-  if (state) fetch(0, 0);
-  using Mine = WarpRows<D, S::ROWS, S::WARPS>;
-  const Mine mine(warp, lane_id);
-  mine.batches([&](int first) {
-    Row<D> x[Mine::BATCH], out[Mine::BATCH];
-    Worth worth[Mine::BATCH];
-    mine.each(first, [&](int i, int row) { x[i].read(x_rows + row * args.x.tensor.token_stride, mine.lanes, row < rows); });
-    if constexpr (ROLE == Role::kQuery)
-      mine.each(first, [&](int i, int row) { out[i].read(head_of<const T>(args.out, batch, row_head) + (begin + row) * args.out.token_stride, mine.lanes, row < rows); });
-    weigh<T>(worth, x, mine, first, args.x, first_number, rows);
-    if constexpr (ROLE == Role::kQuery) {  // e = dL/dg - w . o
-      float along[Mine::BATCH] = {};
-      mine.each(first, [&](int i, int) { along[i] = x[i].dot(out[i]); });
-      mine.sums(along);
-      if (mine.lanes.lane == 0)
-        mine.each(first, [&](int i, int row) {
-          const float error = row < rows ? (args.grad_mass ? args.grad_mass[first_number + row] : 0.f) - along[i] * worth[i].own : 0.f;
-          small.row_shift[row] = error;
-          if (row < rows) args.error[first_number + row] = error;
-        });
-    }
-    mine.each(first, [&](int i, int row) {
-      if constexpr (kSplit<T>) x[i].put(shared + S::X, S::X_PLANE, mine, first + i, worth[i].lift.up);
-      if (mine.lanes.lane == 0) {
-        small.x_worth[row] = worth[i].own * worth[i].lift.down;
-        if constexpr (ROLE != Role::kQuery) small.row_shift[row] = ROLE == Role::kOut ? a : 1.f;
+  }
+
+  // The rows themselves: their norms or masses, and for the gradient of the queries e = dL/dg - w . o.
+  __device__ __forceinline__ void measure() const {
+    const Mine mine(warp, lane_id);
+    mine.batches([&](int first) {
+      Row<D> x[Mine::BATCH], out[Mine::BATCH];
+      Worth worth[Mine::BATCH];
+      mine.each(first, [&](int i, int row) { x[i].read(x_rows + row * args.x.tensor.token_stride, mine.lanes, row < rows); });
+      if constexpr (ROLE == Role::kQuery)
+        mine.each(first, [&](int i, int row) { out[i].read(head_of<const T>(args.out, batch, row_head) + (begin + row) * args.out.token_stride, mine.lanes, row < rows); });
+      weigh<T>(worth, x, mine, first, args.x, first_number, rows);
+      if constexpr (ROLE == Role::kQuery) {
+        float along[Mine::BATCH] = {};
+        mine.each(first, [&](int i, int) { along[i] = x[i].dot(out[i]); });
+        mine.sums(along);
+        if (mine.lanes.lane == 0)
+          mine.each(first, [&](int i, int row) {
+            const float error = row < rows ? (args.grad_mass ? args.grad_mass[first_number + row] : 0.f) - along[i] * worth[i].own : 0.f;
+            small.row_shift[row] = error;
+            if (row < rows) args.error[first_number + row] = error;
+          });
       }
+      mine.each(first, [&](int i, int row) {
+        if constexpr (kSplit<T>) x[i].put(shared + S::X, S::X_PLANE, mine, first + i, worth[i].lift.up);
+        if (mine.lanes.lane == 0) {
+          small.x_worth[row] = worth[i].own * worth[i].lift.down;
+          if constexpr (ROLE != Role::kQuery) small.row_shift[row] = ROLE == Role::kOut ? a : 1.f;
+        }
+      });
     });
-  });
+  }
 
-  const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id);
-  const Blocks<D> x_blocks(base + S::X + Tile<D>::rows_at(warp), down);
-  float acc[2 * BLOCKS][4] = {}, total[2] = {0.f, 0.f};
-
-  const uint32_t x_group = base + S::X + Tile<D>::rows_at(warp / 4 * 4);  // the rows of the warpgroup
-
-  // ---- the state
-  const int row0 = 16 * warp + group;
-  if (state) {
+  // acc = x S, the state slab by slab; what undoes the lift of the rounded state.
+  __device__ __forceinline__ float multiply_by_state() {
     Lift lift{1.f, 1.f};
     if constexpr (kSplit<T>) {
-      float peak = 0.f;
-#pragma unroll
-      for (int piece = 0; piece < kSlabs * kPieces; ++piece) {
-        if (piece > 0) fetch(piece / kPieces, piece % kPieces);
-#pragma unroll
-        for (int i = 0; i < kFours; ++i) peak = fmaxf(peak, peak_of(held[i]));
-      }
-      peak = warp_peak(peak);
-      if (lane_id == 0) small.peaks[warp] = peak;
-      __syncthreads();
-      lift = lift_from(peak_of_warps<S::WARPS>(small.peaks), kPeak);
+      lift = lift_of_state();
     } else {
       copy_wait<0>();
       __syncthreads();
     }
-    // The rounded state takes the place that the second stage, or all, of the columns will have.
-    constexpr int kPlace = S::TILES + (S::STAGES - 1) * 2 * S::TILE;
-    const Blocks<D> s_down(base + kPlace, down), s_across(base + kPlace, across);
-    const auto put_state = [&](int row, int column, const float4 &x) {
-      if constexpr (kSplit<T>) {
-        put_four(shared + kPlace + place_of<D>(row, column), S::PLANE, x, lift.up);
-      } else {
-        *reinterpret_cast<uint2 *>(shared + kPlace + place_of<D>(row, column)) = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
-      }
-    };
-    constexpr float kWhole[2] = {1.f, 1.f};
 #pragma unroll
     for (int slab = 0; slab < BLOCKS; slab += STEPS) {
       const int blocks = BLOCKS - slab < STEPS ? BLOCKS - slab : STEPS;
@@ -276,54 +275,83 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
 #pragma unroll
         for (int i = 0; i < kFours; ++i) {
           const int index = thread + (piece * kFours + i) * S::THREADS;
-          if (index / (D / 4) < blocks * 16) put_state(index / (D / 4), index % (D / 4) * 4, held[i]);
+          if (index / (D / 4) < blocks * 16) put_state(index / (D / 4), index % (D / 4) * 4, held[i], lift.up);
         }
       }
       warpgroup_publish();
       __syncthreads();
-      if constexpr (kGroups) {
-        warpgroup_keep(acc);
-        warpgroup_begin();
-        if constexpr (kAcross<ROLE>) {
+      if constexpr (kGroups) multiply_slab_by_group(slab);
+      else multiply_slab(slab, blocks);
+    }
+    return lift.down;
+  }
+  __device__ __forceinline__ Lift lift_of_state() {
+    float peak = 0.f;
 #pragma unroll
-          for (int block = 0; block < BLOCKS; ++block) {
-            const uint32_t columns = Tile<D>::columns_at(2 * block);
-            constexpr int kWidth = D < 64 ? D : 64;
-            group_multiply<T, D, kWidth, false>(part_of<kWidth / 8>(acc, 2 * slab), x_group + columns, S::X_PLANE, base + kPlace + columns, S::PLANE, block > 0);
-          }
-        } else {
+    for (int piece = 0; piece < kSlabs * kPieces; ++piece) {
+      if (piece > 0) fetch(piece / kPieces, piece % kPieces);
 #pragma unroll
-          for (int k = 0; k < STEPS; ++k)
-            if (slab + k < BLOCKS)
-              each_range<D>([&](auto range) {
-                constexpr int kFirst = decltype(range)::kFirst, kCount = decltype(range)::kCount;
-                group_multiply<T, D, kCount, true>(part_of<kCount / 8>(acc, kFirst / 8), x_group + Tile<D>::columns_at(2 * (slab + k)), S::X_PLANE,
-                                                   base + kPlace + Tile<D>::rows_at(k) + Tile<D>::columns_at(kFirst / 8), S::PLANE, slab + k > 0);
-              });
-        }
-        warpgroup_commit();
-        warpgroup_wait<0>();
-        warpgroup_keep(acc);
-      } else if constexpr (!kAcross<ROLE>) {
-        gather<T, D, STEPS>(acc, s_down, S::PLANE, 0, blocks, kWhole, [&](Fragment<T> &x, int k) { x.load(x_blocks.at(0, slab + k), S::X_PLANE); });
-      } else {
+      for (int i = 0; i < kFours; ++i) peak = fmaxf(peak, peak_of(held[i]));
+    }
+    peak = warp_peak(peak);
+    if (lane_id == 0) small.peaks[warp] = peak;
+    __syncthreads();
+    return lift_from(peak_of_warps<S::WARPS>(small.peaks), kPeak);
+  }
+  __device__ __forceinline__ void put_state(int row, int column, const float4 &x, float up) const {
+    if constexpr (kSplit<T>) put_four(shared + kPlace + place_of<D>(row, column), S::PLANE, x, up);
+    else *reinterpret_cast<uint2 *>(shared + kPlace + place_of<D>(row, column)) = make_uint2(pack_bf16(x.x, x.y), pack_bf16(x.z, x.w));
+  }
+  __device__ __forceinline__ void multiply_slab_by_group(int slab) {
+    warpgroup_keep(acc);
+    warpgroup_begin();
+    if constexpr (kAcross<ROLE>) {
 #pragma unroll
-        for (int k = 0; k < STEPS; ++k) {
-          if (slab + k >= BLOCKS) continue;
+      for (int block = 0; block < BLOCKS; ++block) {
+        const uint32_t columns = Tile<D>::columns_at(2 * block);
+        constexpr int kWidth = D < 64 ? D : 64;
+        group_multiply<T, D, kWidth, false>(part_of<kWidth / 8>(acc, 2 * slab), x_group + columns, S::X_PLANE, base + kPlace + columns, S::PLANE, block > 0);
+      }
+    } else {
 #pragma unroll
-          for (int block = 0; block < BLOCKS; ++block) {
-            Fragment<T> x, other;
-            x.load(x_blocks.at(0, block), S::X_PLANE);
-            other.load(s_across.at(k, block), S::PLANE);
-            multiply(acc[2 * (slab + k)], x, other, 0);
-            multiply(acc[2 * (slab + k) + 1], x, other, 1);
-          }
+      for (int k = 0; k < STEPS; ++k)
+        if (slab + k < BLOCKS)
+          each_range<D>([&](auto range) {
+            constexpr int kFirst = decltype(range)::kFirst, kCount = decltype(range)::kCount;
+            group_multiply<T, D, kCount, true>(part_of<kCount / 8>(acc, kFirst / 8), x_group + Tile<D>::columns_at(2 * (slab + k)), S::X_PLANE,
+                                               base + kPlace + Tile<D>::rows_at(k) + Tile<D>::columns_at(kFirst / 8), S::PLANE, slab + k > 0);
+          });
+    }
+    warpgroup_commit();
+    warpgroup_wait<0>();
+    warpgroup_keep(acc);
+  }
+  __device__ __forceinline__ void multiply_slab(int slab, int blocks) {
+    const Blocks<D> s_down(base + kPlace, down), s_across(base + kPlace, across);
+    constexpr float kWhole[2] = {1.f, 1.f};
+    if constexpr (!kAcross<ROLE>) {
+      gather<T, D, STEPS>(acc, s_down, S::PLANE, 0, blocks, kWhole, [&](Fragment<T> &x, int k) { x.load(x_blocks.at(0, slab + k), S::X_PLANE); });
+    } else {
+#pragma unroll
+      for (int k = 0; k < STEPS; ++k) {
+        if (slab + k >= BLOCKS) continue;
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) {
+          Fragment<T> x, other;
+          x.load(x_blocks.at(0, block), S::X_PLANE);
+          other.load(s_across.at(k, block), S::PLANE);
+          multiply(acc[2 * (slab + k)], x, other, 0);
+          multiply(acc[2 * (slab + k) + 1], x, other, 1);
         }
       }
     }
+  }
+
+  // What the rows weigh of it, and the state's margins.
+  __device__ __forceinline__ void enter(float state_down) {
     float enter[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) enter[half] = lift.down * small.x_worth[row0 + 8 * half] * (kAcross<ROLE> ? 1.f : b_tau);
+    for (int half = 0; half < 2; ++half) enter[half] = state_down * small.x_worth[row0 + 8 * half] * (kAcross<ROLE> ? 1.f : b_tau);
     const float shift[2] = {small.row_shift[row0], small.row_shift[row0 + 8]};
     const float *const column = state + D * D, *const line = column + D, *const gathered = kAcross<ROLE> ? column : line, *const summed = kAcross<ROLE> ? line : column;
     float along[2] = {0.f, 0.f};
@@ -358,9 +386,8 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
     }
   }
 
-  // ---- the pairs
-  const int64_t first_row = begin + 16 * warp;
-  for (int iteration = 0; iteration < iterations; ++iteration) {
+  // The pairs of the rows with a tile of columns.
+  __device__ __forceinline__ void add_pairs(int iteration) {
     const int stage = iteration % S::STAGES, head = kLater<ROLE> ? key_head * shares + iteration / tiles : row_head;
     const int64_t token = token_of(iteration);
     const int count = count_of(token);
@@ -373,12 +400,22 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
     __syncthreads();
 
     // Of the tile's steps of 16 columns, those that some row of the warp sees; all, where some row of the warpgroup sees any.
-    const int gap = static_cast<int>(first_row - token), group_gap = gap - warp % 4 * 16;
+    const int gap = static_cast<int>(begin + 16 * warp - token), group_gap = gap - warp % 4 * 16;
     const int first = kGroups ? 0 : kLater<ROLE> ? max(gap, 0) / 16 : 0, last = kGroups ? STEPS : kLater<ROLE> ? (count + 15) / 16 : min((gap + 31) / 16, (count + 15) / 16);
-    if (kGroups ? (kLater<ROLE> ? group_gap >= count : group_gap <= -64) : first >= last) continue;
+    if (kGroups ? (kLater<ROLE> ? group_gap >= count : group_gap <= -64) : first >= last) return;
     const uint32_t tile = base + S::TILES + stage * 2 * S::TILE;
-    const Blocks<D> y_blocks(tile, across), z_blocks(tile + S::TILE, down);
     float s[2 * STEPS][4] = {};
+    multiply_by_columns(s, tile, first, last);
+    const float slope = kLater<ROLE> ? coefficient(1, head) * coefficient(3, head) : kAcross<ROLE> ? 1.f : b_tau, level = kLater<ROLE> ? coefficient(0, head) : a;
+    const float enter[2] = {small.x_worth[row0] * (kAcross<ROLE> ? 1.f : slope), small.x_worth[row0 + 8] * (kAcross<ROLE> ? 1.f : slope)};
+    const float own_shift[2] = {ROLE == Role::kValue ? level : small.row_shift[row0], ROLE == Role::kValue ? level : small.row_shift[row0 + 8]};
+    float worth[2];
+    Fragment<T> weights[STEPS];
+    weigh_pairs<T, D, ROLE>(weights, worth, total, s, small, slope, enter, own_shift, gap, count, first, last, group, place);
+    if constexpr (kGroups) gather_by_group<T, D, STEPS>(acc, tile + S::TILE, S::PLANE, worth, weights);
+    else gather<T, D, STEPS>(acc, Blocks<D>(tile + S::TILE, down), S::PLANE, first, last, worth, [&](Fragment<T> &x, int k) { x = weights[k]; });
+  }
+  __device__ __forceinline__ void multiply_by_columns(float (&s)[2 * STEPS][4], uint32_t tile, int first, int last) const {
     if constexpr (kGroups) {
       warpgroup_keep(s);
       warpgroup_begin();
@@ -391,6 +428,7 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
       warpgroup_wait<0>();
       warpgroup_keep(s);
     } else {
+      const Blocks<D> y_blocks(tile, across);
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) {
         Fragment<T> x, y;
@@ -404,18 +442,13 @@ template <typename T, int D, Role ROLE> __global__ void __launch_bounds__(RowSha
         }
       }
     }
-    const float slope = kLater<ROLE> ? coefficient(1, head) * coefficient(3, head) : kAcross<ROLE> ? 1.f : b_tau, level = kLater<ROLE> ? coefficient(0, head) : a;
-    const float enter[2] = {small.x_worth[row0] * (kAcross<ROLE> ? 1.f : slope), small.x_worth[row0 + 8] * (kAcross<ROLE> ? 1.f : slope)};
-    const float own_shift[2] = {ROLE == Role::kValue ? level : small.row_shift[row0], ROLE == Role::kValue ? level : small.row_shift[row0 + 8]};
-    float worth[2];
-    Fragment<T> weights[STEPS];
-    weigh_pairs<T, D, ROLE>(weights, worth, total, s, small, slope, enter, own_shift, gap, count, first, last, group, place);
-    if constexpr (kGroups) gather_by_group<T, D, STEPS>(acc, tile + S::TILE, S::PLANE, worth, weights);
-    else gather<T, D, STEPS>(acc, z_blocks, S::PLANE, first, last, worth, [&](Fragment<T> &x, int k) { x = weights[k]; });
   }
-  if (iterations == 0) copy_wait<0>();
+};
 
-  put_results<T, D, ROLE>(args, small, {warp, lane_id, place, row0, rows, batch, row_head, begin, first_number}, b_tau, acc, total);
+template <typename T, int D, Role ROLE>
+__global__ void __launch_bounds__(RowShape<T, D>::THREADS, RowShape<T, D>::MIN_BLOCKS) rows_kernel(const __grid_constant__ RowArguments args) {
+  extern __shared__ __align__(1024) unsigned char shared[];
+  Rows<T, D, ROLE>(args, shared).run();
 }
 
 }  // namespace linattn_chunks
