@@ -11,13 +11,17 @@ from typing import Any
 
 import pytest
 
+import convert.evaluate
 import convert.linearize
+import convert.select_layers
 import recipes.lra.prepare
 import recipes.lra.settings
 import recipes.quickstart.__main__
 import recipes.tinystories.evaluate
 import recipes.tinystories.settings
+from convert.evaluation.options import EvaluationOptions
 from convert.options import LinearizeOptions
+from convert.select_layers import SelectOptions
 from recipes.lra.data import TASKS
 from recipes.lra.model import LRAConfig
 
@@ -28,6 +32,15 @@ SIGNATURES: dict[Callable[..., Any], dict[str, Any]] = {
     convert.linearize.main: {
         "kernel": None, "decay": None, "keep_softmax": "", "temperature": None, "dropout": None, "learnable": True, "dtype": None,
         "revision": None, "overwrite": False, "large_state": False, "check": True, "seed": 0,
+    },
+    convert.select_layers.main: {
+        "count": 4, "candidates": 12, "rows": 6, "length": 1024, "distances": "400,900", "needles": 32, "window": 64, "sinks": 4,
+        "recall_weight": 1.0, "attention_only": False, "batch_tokens": 0, "device": "", "dtype": "", "seed": 0, "overwrite": False,
+    },
+    convert.evaluate.main: {
+        "rows": 24, "length": "1024", "window_control": "", "sinks": 4, "recall": "all", "distances": "40,150,400,900,1900",
+        "needles": 100, "recall_length": 1024, "tasks": "none", "limit": None, "decode": "512,2048", "batch_tokens": 0, "device": "",
+        "dtype": "", "seed": 0, "resume": False, "overwrite": False,
     },
     recipes.tinystories.evaluate.main: {
         "out": Path("out/evaluation"), "prompt": None,
@@ -48,6 +61,14 @@ SETTINGS: dict[type, dict[str, Any]] = {
     LinearizeOptions: {
         "kernel": None, "decay": None, "keep_softmax": (), "temperature": None, "dropout": None, "learnable": True, "dtype": None,
         "revision": None, "overwrite": False, "large_state": False, "check": True, "seed": 0,
+    },
+    SelectOptions: {
+        "count": 4, "candidates": 12, "rows": 6, "length": 1024, "distances": (400, 900), "needles": 32, "window": 64, "sinks": 4,
+        "recall_weight": 1.0, "attention_only": False, "batch_tokens": 0, "device": "", "dtype": "", "seed": 0,
+    },
+    EvaluationOptions: {
+        "rows": 24, "lengths": (1024,), "windows": (), "sinks": 4, "distances": (40, 150, 400, 900, 1900), "needles": 100,
+        "recall_length": 1024, "tasks": (), "limit": None, "decode": (512, 2048), "batch_tokens": 0, "device": "", "dtype": "", "seed": 0,
     },
     recipes.lra.settings.Settings: {
         "attn_implementation": "linattn", "linattn": {}, "dropout": "none", "attention_dropout": 0.1, "noise_schedule": "linear",

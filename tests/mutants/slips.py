@@ -16,7 +16,7 @@ from .mutant import CONVERTER, OPERATOR, PLUGIN, RECIPES, Mutant
 FILES = {
     OPERATOR: ("hf_linattn/ops/*.py",),
     PLUGIN: ("hf_linattn/*.py",),
-    CONVERTER: ("convert/*.py",),
+    CONVERTER: ("convert/**/*.py",),
     RECIPES: ("recipes/**/*.py",),
 }
 LEFT_OUT = ("hf_linattn/ops/cuda.py", "hf_linattn/env.py", "recipes/common/plots.py")  # a GPU's; a report to read; pictures

@@ -162,6 +162,9 @@ def test_the_same_for_any_number_of_processes_and_another_for_another_seed(pairs
 def test_small_bounds_and_bounds_without_room():
     small = list(islice(generate(20, 0, max_depth=3, min_length=5, max_length=30), 20))
     assert all(5 < len(words(source)) < 30 and depth(source) <= 2 and evaluate(source) == target for source, target in small)
+    # trees that reach the bound exactly stop growing too, and in a batch there are hundreds of them
+    tight = list(islice(generate(50, 0, max_depth=5, min_length=5, max_length=12), 50))
+    assert {len(words(source)) for source, _ in tight} == set(range(6, 12)) and all(evaluate(source) == target for source, target in tight)
     with pytest.raises(ValueError, match="widen the bounds"):
         list(generate(1, 0, max_depth=2, min_length=50, max_length=60))
     with pytest.raises(ValueError, match="needs a depth"):
