@@ -21,6 +21,7 @@ STAGES = {
     "calibrate": ("convert.calibrate", "Start a converted model's new numbers from its teacher's attention."),
     "transfer": ("convert.transfer", "Bring a converted model's attention layers near to its teacher's, one by one."),
     "distill": ("convert.distill", "Bring a converted model's predictions near to its teacher's."),
+    "run": ("convert.run", "All of these one after the other, by a recipe."),
     "evaluate": ("convert.evaluate", "Hold models against their teacher: loss, recall, tasks, what generating costs."),
     "select-layers": ("convert.select_layers", "Find the layers that should stay softmax, by measured loss and recall."),
     "env": ("hf_linattn.env", "Say which form of linear attention runs on this machine, and why."),

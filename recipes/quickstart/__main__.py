@@ -9,26 +9,19 @@ original's predictions with noise dropout, evaluate, generate. Stopped and start
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from recipes.common import cli
+from recipes.common.chain import PROJECT, Chain
 from recipes.common.errors import RecipeError
-from recipes.common.files import check_apart, staged_directory, write_json, write_text
-from recipes.common.reading import read_json
-from recipes.common.state import check_written
+from recipes.common.files import check_apart, staged_directory, write_text
 from recipes.quickstart.corpus import MARK, stories
 
 HERE = Path(__file__).parent
 COMMAND = "recipes.quickstart"
-PROJECT = __package__.removesuffix(COMMAND)  # "hf_linattn." in a wheel, which has all of this below it
 
 
 def main(
@@ -48,31 +41,16 @@ def main(
     Quickstart(model, data, out / (f"quickstart-{model.resolve().name}" if model else "quickstart"), scale, debug).run()
 
 
-class Quickstart:
+class Quickstart(Chain):
     """The steps, each of which leaves one folder under `out` that is whole once it is there."""
 
     def __init__(self, model: Path | None, data: Path | None, out: Path, scale: float, debug: bool = False) -> None:
-        self.out, self.scale, self.own, self.debug = out, scale, model is None, debug
+        self.scale, self.own = scale, model is None
         self.teacher = model or out / "teacher" / "model"
         self.text = data or out / "corpus" / "stories.txt"
         check_apart(out, [path for path in (model, data) if path])
-        self.console = cli.console()
-        self.minutes: dict[str, float] = {}
         asked = {"model": str(model and model.resolve()), "data": str(data and data.resolve()), "scale": scale}
-        state = out / "quickstart.json"
-        if state.is_file():
-            if (old := read_json(state)) != asked:
-                if not isinstance(old, dict):
-                    raise RecipeError(f"{state} is damaged; choose another place with --out, or remove the folder")
-                different = next(key for key in asked if old.get(key) != asked[key])
-                raise RecipeError(
-                    f"{out} holds a quickstart with another {different} ({old.get(different)}, now {asked[different]}); "
-                    "choose another place with --out, or remove the folder"
-                )
-        elif out.exists() and any(out.iterdir()):
-            raise RecipeError(f"{out} exists and holds something else; choose another place with --out")
-        else:
-            write_json(state, asked)
+        super().__init__(out, asked, "quickstart", "choose another place with --out", debug)
 
     def run(self) -> None:
         """Do what is not done yet, and show the comparison."""
@@ -99,25 +77,13 @@ class Quickstart:
         named = [f"teacher={self.teacher}", f"swapped={out}/swapped", f"fine-tuned={out}/tuned/model"]
         options = ["--data", str(self.text), "--stories", str(held_out), "--out", f"{out}/evaluation", "--overwrite"]
         self.step("5. Evaluate and generate", None, lambda: self.call(f"{PROJECT}recipes.tinystories.evaluate", *named, *options))
-        for name, minutes in self.minutes.items():
-            self.console.print(f"{name}: {minutes:.1f} min")
+        self.tell_minutes()
         places = {"table": "evaluation/evaluation.md", "picture": "evaluation/evaluation.png", "model": "tuned/model"}
         self.console.print("   ".join(f"{what}: {out}/{where}" for what, where in places.items()))
 
     def train(self, config: str, settings: list[str]) -> None:
         """Run the training script on one of the configs beside this file."""
         self.call(f"{PROJECT}recipes.tinystories.train", "--config", f"{HERE}/{config}.yaml", "--resume", "--set", *settings)
-
-    def step(self, title: str, result: Path | None, work: Callable[[], object]) -> None:
-        """Do `work`, which leaves `result`, unless that is there already."""
-        self.console.rule(title, align="left")
-        if result is not None and result.exists():
-            check_written(result, "remove that folder to have it made again", compare=False)
-            self.console.print(f"{result} is there already")
-            return
-        began = time.perf_counter()
-        work()
-        self.minutes[title] = (time.perf_counter() - began) / 60
 
     def steps(self, number: int) -> int:
         """`number` of training steps, scaled."""
@@ -130,17 +96,6 @@ class Quickstart:
         config = read_config(self.teacher, str(self.teacher))
         positions = config.get("max_position_embeddings", config.get("n_positions"))
         return min(512, positions) if isinstance(positions, int) and positions > 0 else 512
-
-    def call(self, module: str, *arguments: str) -> None:
-        """Run a script of the project as a user would."""
-        root = str(HERE.parents[__package__.count(".")])
-        paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-        arguments += ("--debug",) * self.debug
-        self.console.print(f"python -m {module} {' '.join(arguments)}", style="dim")
-        status = subprocess.run([sys.executable, "-m", module, *arguments], env={**os.environ, "PYTHONPATH": paths}).returncode
-        if status:
-            self.console.print(f"{module} stopped with status {status}; start again to go on from there", style="bold")
-            raise SystemExit(2 if status == 2 else 1)
 
     def make_corpus(self) -> None:
         """corpus/: stories.txt and a byte-level BPE tokenizer of 512 tokens trained on it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from byte_models import START, byte_model, byte_tokenizer
 from tiny_softmax import VOCABULARY, softmax_model
 
 from convert.linearize import linearize
+from convert.options import LinearizeOptions
+from recipes.quickstart.corpus import stories
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -48,3 +51,14 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents = [" ".join(words[i] for i in torch.randint(len(words), (60,), generator=generator)) for _ in range(40)]
     (home / "text.txt").write_text(f"\n{START}\n".join(documents), encoding="utf-8")
     return home
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A tiny softmax Llama with a tokenizer of bytes, a text, and the model converted, layer 1 of 3 left softmax."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "text.txt").write_text(f"\n{START}\n".join(stories(60, seed=1)), encoding="utf-8")
+    byte_tokenizer().save_pretrained(folder / "teacher")
+    byte_model(max_position_embeddings=64, tie_word_embeddings=True).save_pretrained(folder / "teacher")
+    linearize(folder / "teacher", folder / "student", LinearizeOptions(keep_softmax=(1,)))
+    return SimpleNamespace(folder=folder, text=folder / "text.txt", teacher=folder / "teacher", student=folder / "student")

@@ -70,6 +70,14 @@ ARGUMENTS: dict[str, dict[str, str]] = {
         "absent new --teacher t --data text --long-length 1000": "divide the tokens of a batch",
         "there new --teacher ./absent --data text": "there is no folder ./absent",
     },
+    "convert.run": {
+        "--help": "",
+        "absent": "no such file; give a recipe's, or the name of one of ours",
+        "thesis": "thesis",
+        "smollm2-135m --set training.lenght=8": "did you mean 'length'",
+        "smollm2-135m --set source=./absent output=new": "there is no folder ./absent",
+        "smollm2-135m --set output=there": "holds something else",
+    },
     "recipes.tinystories.train": {
         "--help": "",
         "--config absent.yaml": "absent.yaml",

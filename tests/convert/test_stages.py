@@ -15,9 +15,8 @@ from accelerate.state import AcceleratorState
 from launched import finish, launch
 from shared_data import require_shared_data
 from tiny_softmax import MODEL_TYPES, softmax_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.main import get_command
 
 from convert import distill as distill_command
@@ -36,30 +35,6 @@ from hf_linattn.models import attention_modules
 from recipes.common import cli
 from recipes.common.errors import RecipeError
 from recipes.common.state import read_records
-from recipes.quickstart.corpus import stories
-
-MARK = "<|endoftext|>"
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A tiny softmax Llama with a tokenizer of bytes, a text, and the model converted, layer 1 of 3 left softmax."""
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "text.txt").write_text(f"\n{MARK}\n".join(stories(60, seed=1)), encoding="utf-8")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([MARK, *letters])}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=MARK, eos_token=MARK).save_pretrained(folder / "teacher")
-    torch.manual_seed(0)
-    teacher = LlamaForCausalLM(LlamaConfig(vocab_size=len(letters) + 1, max_position_embeddings=64, tie_word_embeddings=True, **SHAPE))
-    with torch.no_grad():  # attention that matters
-        for parameter in teacher.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(3)
-    teacher.save_pretrained(folder / "teacher")
-    linearize(folder / "teacher", folder / "student", LinearizeOptions(keep_softmax=(1,)))
-    return SimpleNamespace(folder=folder, text=folder / "text.txt", teacher=folder / "teacher", student=folder / "student")
 
 
 @pytest.fixture(autouse=True)

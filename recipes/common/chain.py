@@ -1,0 +1,88 @@
+"""Commands one after the other, each of which leaves a folder that is whole once it is there: stopped and started anew, they go on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from recipes.common import cli
+from recipes.common.errors import RecipeError
+from recipes.common.files import write_json
+from recipes.common.reading import read_json
+from recipes.common.state import check_written
+
+PROJECT = (__package__ or "").removesuffix("recipes.common")  # "hf_linattn." in a wheel, which has all of this below it
+_ROOT = Path(__file__).parents[(__package__ or "").count(".") + 1]
+
+
+class Chain:
+    """The folder of a chain.
+
+    Args:
+        out: where it is, or will be.
+        asked: what decides the chain, plain values; a folder with others is refused.
+        name: what such a chain is called; its file NAME.json in `out` holds `asked`.
+        remedy: how another folder is given.
+        debug: whether commands that fail show their traceback.
+
+    Raises:
+        RecipeError: the folder holds something else, or a chain that something else was asked of.
+    """
+
+    def __init__(self, out: Path, asked: dict[str, Any], name: str, remedy: str, debug: bool = False) -> None:
+        self.out, self.debug, self.console = out, debug, cli.console()
+        self.minutes: dict[str, float] = {}
+        state = out / f"{name}.json"
+        if state.is_file():
+            if (old := read_json(state)) != asked:
+                if not isinstance(old, dict):
+                    raise RecipeError(f"{state} is damaged; {remedy}, or remove the folder")
+                different = next((key for key in [*asked, *old] if old.get(key) != asked.get(key)), name)
+                raise RecipeError(
+                    f"{out} holds a {name} with another {different} ({old.get(different)!s:.200}, now {asked.get(different)!s:.200}); "
+                    f"{remedy}, or remove the folder"
+                )
+        elif out.exists() and any(out.iterdir()):
+            raise RecipeError(f"{out} exists and holds something else; {remedy}")
+        else:
+            write_json(state, asked)
+
+    def step(self, title: str, result: Path | None, work: Callable[[], object]) -> None:
+        """Do `work`, which leaves `result`, unless that is there already."""
+        self.console.rule(title, align="left")
+        if result is not None and result.exists():
+            check_written(result, "remove that folder to have it made again", compare=False)
+            self.console.print(f"{result} is there already")
+            return
+        began = time.perf_counter()
+        work()
+        self.minutes[title] = (time.perf_counter() - began) / 60
+
+    def call(self, module: str, *arguments: str) -> None:
+        """Run a script of the project as a user would."""
+        arguments += ("--debug",) * self.debug
+        self.console.print(f"python -m {module} {' '.join(arguments)}", style="dim")
+        self._run(module, [module, *arguments])
+
+    def launch(self, module: str, *arguments: str) -> None:
+        """Run a training script of the project by `accelerate launch`, on what it is configured for."""
+        arguments += ("--debug",) * self.debug
+        self.console.print(f"accelerate launch -m {module} {' '.join(arguments)}", style="dim")
+        self._run(module, ["accelerate.commands.launch", "-m", module, *arguments])
+
+    def tell_minutes(self) -> None:
+        """Print what each step took."""
+        for name, minutes in self.minutes.items():
+            self.console.print(f"{name}: {minutes:.1f} min")
+
+    def _run(self, module: str, command: list[str]) -> None:
+        paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        status = subprocess.run([sys.executable, "-m", *command], env={**os.environ, "PYTHONPATH": paths}).returncode
+        if status:
+            self.console.print(f"{module} stopped with status {status}; start again to go on from there", style="bold")
+            raise SystemExit(2 if status == 2 else 1)

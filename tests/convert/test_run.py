@@ -1,0 +1,129 @@
+"""A recipe: its stages one after the other, gone on with where they stopped; and those that come with the package."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM
+
+from convert.run import RECIPES, Conversion, Recipe, flags, main, recipe_file
+from convert.stages.costs import training_memory
+from convert.stages.options import DistillOptions
+from recipes.common.config import build, load_config
+from recipes.common.errors import RecipeError
+
+
+@pytest.fixture
+def recipe(tiny, tmp_path):
+    """A function: changes -> the values of a very short recipe."""
+
+    def make(**changes):
+        training = {"length": 32, "batch_size": 4, "log_every": 1, "save_every": 1, "valid_rows": 2}
+        values = {
+            "source": str(tiny.teacher), "output": str(tmp_path / "out"), "data": [str(tiny.text)],
+            "linearize": {"keep_softmax": "1", "check": False}, "training": training, "transfer": {"tokens": 256},
+            "distill": {"tokens": 384},
+            "evaluate": {"data": [str(tiny.text)], "rows": 2, "length": "32", "recall": "none", "decode": "8"},
+        }  # fmt: skip
+        return {**values, **changes}
+
+    return make
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Which commands were run, in this process; the one named in `called.fails` ends with status 2."""
+
+    class Called(list):
+        fails = ""
+
+    done = Called()
+
+    def run_here(self, module, *arguments):
+        done.append(module)
+        if module == done.fails:
+            raise SystemExit(2)
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            runpy.run_module(module, run_name="__main__")
+        except SystemExit as exit_:
+            assert not exit_.code, (module, arguments)
+
+    monkeypatch.setattr(Conversion, "call", run_here)
+    monkeypatch.setattr(Conversion, "launch", run_here)
+    yield done
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_stages_follow_one_another_and_go_on_where_they_stopped(recipe, called, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe()))
+    called.fails = "convert.distill"
+    with pytest.raises(SystemExit):
+        main(str(tmp_path / "recipe.yaml"))
+    assert called == ["convert.linearize", "convert.transfer", "convert.distill"]
+    assert "GiB a device" in capsys.readouterr().out
+    called.fails = ""
+    called.clear()
+    main(str(tmp_path / "recipe.yaml"))
+    assert called == ["convert.distill", "convert.evaluate"]
+    model = tmp_path / "out" / "distill" / "model"
+    assert AutoModelForCausalLM.from_pretrained(model).config.linattn["softmax_layers"] == [1]
+    stages = json.loads((model / "conversion.json").read_text())["stages"]
+    assert [(stage["stage"], stage["tokens"]) for stage in stages] == [("convert.transfer", 256), ("convert.distill", 384)]
+    with pytest.raises(RecipeError, match="holds a recipe with another distill .*choose another output"):
+        main(str(tmp_path / "recipe.yaml"), ["distill.tokens=512"])
+
+
+def test_a_stage_may_be_left_out(recipe, called, tmp_path):
+    Conversion(build(Recipe, recipe(transfer=None, evaluate=None), "test")).run()
+    assert called == ["convert.linearize", "convert.distill"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"linearize": {"kernal": "linear"}}, "linearize: unknown key 'kernal'; did you mean 'kernel'?"),
+        ({"distill": {"tokens": 0}}, "tokens is 0; expected at least 1"),
+        ({"distill": {"kl_wait": 1}}, "unknown key 'kl_wait'; did you mean 'kl_weight'?"),
+        ({"transfer": {"lora": 4}}, "unknown key 'lora'"),
+        ({"training": {"lenght": 4}}, "training: unknown key 'lenght'; did you mean 'length'?"),
+        ({"distill": {"teacher": "x"}}, "teacher is set by the recipe itself"),
+        ({"evaluate": {"rows": 2}}, "data must name files"),
+        ({"evaluate": {"data": ["x"], "row": 2}}, "did you mean 'rows'?"),
+        ({"data": []}, "data names no text"),
+    ],
+)
+def test_what_no_stage_could_do_is_refused_at_once(recipe, changes, message):
+    with pytest.raises(RecipeError) as error:
+        build(Recipe, recipe(**changes), "test")
+    assert message in str(error.value)
+
+
+def test_options_on_a_command_line():
+    assert flags({"a_b": 1, "c": True, "d": False, "e": ["x", "y"], "f": None, "g": ""}) == ["--a-b=1", "--c", "--no-d", "--e=x", "--e=y"]
+
+
+def test_every_recipe_that_comes_with_it_is_valid():
+    files = sorted(RECIPES.glob("*.yaml"))
+    names = {"stories260k", "smollm2-135m", "pythia-160m", "pythia-410m", "pythia-1.4b", "tinyllama-1.1b", "qwen3-0.6b"}
+    assert {file.stem for file in files} == names
+    read = [load_config(Recipe, file) for file in files]
+    assert len({recipe.output for recipe in read}) == len({recipe.source for recipe in read}) == len(names)
+    assert recipe_file("smollm2-135m") == RECIPES / "smollm2-135m.yaml"
+    with pytest.raises(RecipeError, match="absent: no such file; give a recipe's, or the name of one of ours: pythia"):
+        recipe_file("absent")
+
+
+def test_memory_is_told_from_the_sizes_of_the_student(tiny):
+    options = {"batch_size": 4, "length": 64, "mixed_precision": "bf16", "gradient_checkpointing": False, "kl_weight": 1.0}
+    told = training_memory(tiny.student, options)
+    assert told.startswith("about 0.0 GiB a device: 0.0 for 0M numbers") and "256 tokens" in told
+    assert DistillOptions.__dataclass_fields__.keys() >= options.keys()
+    assert Path(tiny.student).is_dir()
