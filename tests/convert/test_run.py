@@ -12,7 +12,8 @@ import yaml
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
-from convert.run import RECIPES, Conversion, Recipe, flags, main, recipe_file
+from convert.recipe import RECIPES, Recipe, flags, recipe_file
+from convert.run import Conversion, main
 from convert.stages.costs import training_memory
 from convert.stages.options import DistillOptions
 from recipes.common.config import build, load_config
