@@ -17,7 +17,7 @@ from recipes.common.reading import user_path
 
 RECIPES = Path(__file__).parent / "recipes"
 _SHARED = ("student", "output", "teacher", "data", "valid_data")
-_COMMANDS = {"linearize": linearize.main, "evaluate": evaluate.main}
+_COMMANDS: dict[str, Callable[..., Any]] = {"linearize": linearize.main, "evaluate": evaluate.main}
 
 
 @dataclass

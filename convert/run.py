@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from convert.recipe import Recipe, flags, recipe_file
+from convert.stages.options import StageOptions
 from recipes.common import cli
 from recipes.common.chain import PROJECT, Chain
 from recipes.common.config import load_config, to_dict
@@ -55,16 +56,17 @@ class Conversion(Chain):
 
     def _train(self, name: str, student: Path) -> Path:
         options = self.recipe.stage(name, str(student))
-        told = {one.name: getattr(options, one.name) for one in fields(options) if one.name not in ("student", "output")}
         result = Path(options.output) / "model"
-        self.step(name, result, lambda: self._launch(name, student, options.output, told))
+        self.step(name, result, lambda: self._launch(name, options))
         return result
 
-    def _launch(self, name: str, student: Path, output: str, told: dict[str, Any]) -> None:
+    def _launch(self, name: str, options: StageOptions) -> None:
         from convert.stages.costs import training_memory  # late, as it imports torch
 
-        self.console.print(training_memory(student, told))
-        self.launch(f"{PROJECT}convert.{name}", str(student), output, *flags(told), "--resume")
+        self.console.print(training_memory(options.student, to_dict(options)))
+        told = {one.name: getattr(options, one.name) for one in fields(options) if getattr(options, one.name) != one.default}
+        places = [told.pop("student"), told.pop("output")]
+        self.launch(f"{PROJECT}convert.{name}", *places, *flags(told), "--resume")
 
     def _ahead(self) -> Table:
         """What is to come, as a table."""

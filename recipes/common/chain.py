@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -66,13 +67,13 @@ class Chain:
     def call(self, module: str, *arguments: str) -> None:
         """Run a script of the project as a user would."""
         arguments += ("--debug",) * self.debug
-        self.console.print(f"python -m {module} {' '.join(arguments)}", style="dim")
+        self.console.print(f"python -m {shlex.join([module, *arguments])}", style="dim")
         self._run(module, [module, *arguments])
 
     def launch(self, module: str, *arguments: str) -> None:
         """Run a training script of the project by `accelerate launch`, on what it is configured for."""
         arguments += ("--debug",) * self.debug
-        self.console.print(f"accelerate launch -m {module} {' '.join(arguments)}", style="dim")
+        self.console.print(f"accelerate launch -m {shlex.join([module, *arguments])}", style="dim")
         self._run(module, ["accelerate.commands.launch", "-m", module, *arguments])
 
     def tell_minutes(self) -> None:
