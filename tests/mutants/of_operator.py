@@ -3,7 +3,7 @@
 from .mutant import OPERATOR, named
 
 CHUNKED, CHECKS, BOUNDS, FUNCTIONAL = (f"hf_linattn/ops/{name}.py" for name in ("chunked", "checks", "bounds", "functional"))
-DECAY, NOISE, STEP = (f"hf_linattn/ops/{name}.py" for name in ("decay_gradient", "noise", "one_token"))
+DECAY, NOISE, STEP, OPERATORS = (f"hf_linattn/ops/{name}.py" for name in ("decay_gradient", "noise", "one_token", "operators"))
 
 MUTANTS = [
     *named(
@@ -53,6 +53,20 @@ MUTANTS = [
         ("a gradient without the noise, of composed calls", "hf_linattn/ops/operators.py",
          "(torch.ops.linattn.noise(grad, *ctx.saved_tensors), None, None)", "(grad, None, None)",
          "ops/test_noise.py"),
+        # the way to the kernels
+        ("tensors of a class of their own past the dispatcher", OPERATORS, "type(x) not in _PLAIN or x.is_neg()", "x.is_neg()",
+         "ops/test_operators.py::test_the_dispatcher_is_passed_where_something_watches_and_only_there"),
+        ("what watches passed by", OPERATORS, "or torch._C._len_torch_dispatch_stack() or", "or",
+         "ops/test_operators.py::test_the_dispatcher_is_passed_where_something_watches_and_only_there"),
+        ("transforms passed by", OPERATORS, "torch._C._are_functorch_transforms_active() or ", "",
+         "ops/test_operators.py::test_the_dispatcher_is_passed_where_something_watches_and_only_there"),
+        ("every call through the dispatcher", OPERATORS, "    if _reaches_kernels(call):\n        return _differentiable",
+         "    if False:\n        return _differentiable",
+         "ops/test_operators.py::test_the_dispatcher_is_passed_where_something_watches_and_only_there"),
+        ("views of conjugates past the dispatcher", OPERATORS, "(type(x) not in _PLAIN or x.is_neg())", "type(x) not in _PLAIN",
+         "ops/test_operators.py::test_views_of_conjugates"),
+        ("a second derivative given", OPERATORS, "if torch.is_grad_enabled():\n            raise", "if False:\n            raise",
+         "ops/test_operators.py::test_a_second_derivative_is_refused"),
         # bounds
         ("a bound of f below 0 with room of 0.01", CHECKS, "least < -1e-6 * max(abs(a), 1)", "least < -1e-2 * max(abs(a), 1)"),
         ("a bound of f for positive b alone", BOUNDS, "at_an_end = a - abs(b) * reach", "at_an_end = a - b * reach"),
