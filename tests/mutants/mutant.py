@@ -116,7 +116,7 @@ class Mutant:
             return [f"tests/{self.test}"]
         place = max((place for place in TESTS if self.file.startswith(place)), key=len)
         of_all = ["test_defaults.py"] if self.kind in (CONVERTER, RECIPES) else []
-        return [f"tests/{name}" for name in [*of_all, *TESTS[place]]]
+        return [f"tests/{name}" for name in [*TESTS[place], *of_all]]
 
     def applied(self, root: Path) -> str:
         """The file's text with the slip in it.
