@@ -11,12 +11,13 @@ from typing import Any
 
 from convert import evaluate, linearize
 from convert.errors import ConversionError
-from convert.stages.options import DistillOptions, StageOptions, TransferOptions
+from convert.stages.options import CalibrateOptions, DistillOptions, StageOptions, TransferOptions
 from recipes.common.config import build
 from recipes.common.reading import user_path
 
 RECIPES = Path(__file__).parent / "recipes"
 _SHARED = ("student", "output", "teacher", "data", "valid_data")
+_TRAINING: dict[str, type[StageOptions]] = {"calibrate": CalibrateOptions, "transfer": TransferOptions, "distill": DistillOptions}
 _COMMANDS: dict[str, Callable[..., Any]] = {"linearize": linearize.main, "evaluate": evaluate.main}
 
 
@@ -33,9 +34,10 @@ class Recipe:
     valid_data: list[str] = field(default_factory=list)
     linearize: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
-    """Options of both transfer and distill."""
+    """Options of all stages that train."""
+    calibrate: dict[str, Any] | None = None
     transfer: dict[str, Any] | None = field(default_factory=dict)
-    """null: leave this stage out."""
+    """null: leave this stage out, as calibrate is where it is not given."""
     distill: dict[str, Any] | None = field(default_factory=dict)
     evaluate: dict[str, Any] | None = None
     """With `data`, files of text that nothing was trained on."""
@@ -49,19 +51,22 @@ class Recipe:
             raise ValueError("data names no text")
         for command, given in (("linearize", self.linearize), ("evaluate", self.evaluate or {})):
             _check_keys(command, given, _parameters(_COMMANDS[command]))
-        for name in ("transfer", "distill"):
-            if getattr(self, name) is not None:
-                self.stage(name, "student")
+        for name in self.stages():
+            self.stage(name, "student")
         if self.evaluate is not None and not self.evaluate.get("data"):
             raise ValueError("evaluate: data must name files of text that nothing was trained on")
 
+    def stages(self) -> list[str]:
+        """Those that train, in their order, without the ones that are left out."""
+        return [name for name in _TRAINING if getattr(self, name) is not None]
+
     def stage(self, name: str, student: str) -> StageOptions:
-        """The options of transfer or distill.
+        """The options of a stage that trains.
 
         Raises:
             RecipeError: one is unknown or out of its bounds.
         """
-        options = {"transfer": TransferOptions, "distill": DistillOptions}[name]
+        options = _TRAINING[name]
         known = {one.name for one in fields(options)}
         given = {**{key: value for key, value in self.training.items() if key in known}, **(getattr(self, name) or {})}
         _check_keys("training", self.training, [one.name for one in fields(DistillOptions)])

@@ -1,7 +1,7 @@
 """A whole conversion by a recipe: ``python -m convert.run RECIPE.yaml [--set key=value ...]``.
 
-Linearize, transfer, distill, evaluate, one after the other, into folders of the recipe's output. What is done is left alone, and what was
-stopped goes on: start the same command again.
+Linearize, calibrate, transfer, distill, evaluate, one after the other, into folders of the recipe's output. What is done is left alone, and
+what was stopped goes on: start the same command again.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ class Conversion(Chain):
             "linearize", student, lambda: self.call(f"{PROJECT}convert.linearize", recipe.source, str(student), *flags(recipe.linearize))
         )
         named = [f"swapped={student}"]
-        for name in ("transfer", "distill"):
-            if getattr(recipe, name) is not None:
-                student = self._train(name, student)
-                named.append(f"{name}={student}")
+        for name in recipe.stages():
+            student = self._train(name, student)
+            named.append(f"{name}={student}")
         if recipe.evaluate is not None:
             asked = ["--teacher", recipe.source, "--out", str(self.out / "evaluation"), "--resume", *flags(recipe.evaluate)]
             self.step("evaluate", None, lambda: self.call(f"{PROJECT}convert.evaluate", *named, *asked))
@@ -73,13 +72,12 @@ class Conversion(Chain):
         table = Table(
             "stage", "tokens", "rows a step and process", f"minutes{self.recipe.measured_on and ' on ' + self.recipe.measured_on}"
         )
-        for name in ("transfer", "distill"):
-            if getattr(self.recipe, name) is not None:
-                options = self.recipe.stage(name, "student")
-                rate = self.recipe.tokens_per_second.get(name)
-                minutes = f"{options.tokens / rate / 60:.1f}" if rate else "not measured"
-                rows = f"{options.batch_size * options.gradient_accumulation} of {options.length:,} tokens"
-                table.add_row(name, f"{options.tokens:,}", rows, minutes)
+        for name in self.recipe.stages():
+            options = self.recipe.stage(name, "student")
+            rate = self.recipe.tokens_per_second.get(name)
+            minutes = f"{options.tokens / rate / 60:.1f}" if rate else "not measured"
+            rows = f"{options.batch_size * options.gradient_accumulation} of {options.length:,} tokens"
+            table.add_row(name, f"{options.tokens:,}", rows, minutes)
         return table
 
 
@@ -89,7 +87,7 @@ def main(
     more: cli.MoreValues = None,
     debug: cli.Debug = False,
 ) -> None:
-    """Convert a softmax checkpoint by a recipe: linearize, transfer, distill, evaluate."""
+    """Convert a softmax checkpoint by a recipe: linearize, calibrate, transfer, distill, evaluate."""
     read = load_config(Recipe, recipe_file(recipe), [*(set_values or []), *(more or [])])
     refuse_missing_folder(read.source)
     Conversion(read, debug).run()

@@ -58,6 +58,7 @@ class StageOptions:
     final_rate: float = option(0.02, "What is left of the rates at the end of the cosine.", min=0, max=1)
     clip: float = option(1.0, "Bound of the gradient's norm.")
     mixed_precision: str = option("", "no, bf16 or fp16; by default what accelerate is configured for.")
+    window_drop: float = option(0.0, "How often the form's window is dropped at first, so that what is beside it learns.", min=0, max=1)
     gradient_checkpointing: bool = option(False, "Compute activations twice, for less memory.")
     seed: int = option(0, "Of the order of the rows.", min=0, max=2**32 - 1)
     log_every: int = option(10, "Steps between two lines of metrics.jsonl.", min=1)

@@ -33,6 +33,7 @@ from recipes.common.tokenizing import load_tokenizer
 from recipes.common.tokens import Tokens, chat_template, tokenized
 from recipes.common.windows import Windows, on_device, own_batches, training_order
 
+_DROPPING = 0.7
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,6 +49,7 @@ class Stage(Loop):
     """
 
     remedy = "lower learning_rate or head_learning_rate and start anew"
+    _dropped = -1.0
 
     def __init__(self, options: StageOptions, command: str, resume: bool, overwrite: bool) -> None:
         self.options = o = options
@@ -142,6 +144,21 @@ class Stage(Loop):
         """Rows (B, N) of batch `number` of the run as they are trained on."""
         return rows
 
+    def before_step(self) -> None:
+        """Lower the probability with which windows are dropped."""
+        chance = self.window_drop(self.step)
+        if self.options.window_drop and chance != self._dropped:
+            hf_linattn.set_window_drop(self.student, chance)
+            self._dropped = chance
+
+    def window_drop(self, step: int) -> float:
+        """From the option's value at the first step in a line to 0, after which windows are whole for the last three tenths of the run."""
+        return self.options.window_drop * max(0.0, 1 - step / (_DROPPING * self.pace.steps))
+
+    def figures(self, means: dict[str, Any]) -> dict[str, Any]:
+        """How often windows were dropped in the step that is reported."""
+        return {"window_drop": self.window_drop(self.step - 1)} if self.options.window_drop else {}
+
     def clip(self) -> Tensor | None:
         """Bound the gradient's norm."""
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -174,6 +191,11 @@ class Stage(Loop):
         if not model_type.startswith(PREFIX):
             raise ConversionError(f"{o.student} is not converted (model_type {model_type}): give the output of convert.linearize")
         _check_length(o.student, self.student, o.length)
+        if o.window_drop:
+            try:
+                hf_linattn.set_window_drop(self.student, 0.0)
+            except ValueError as error:
+                raise ConversionError(f"window_drop: {error}") from None
         # A cache would be built in every step, and documents packed together would then see one another.
         self.student.config.use_cache = False
         if o.gradient_checkpointing:

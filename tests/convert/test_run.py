@@ -82,6 +82,14 @@ def test_the_stages_follow_one_another_and_go_on_where_they_stopped(recipe, call
         main(str(tmp_path / "recipe.yaml"), ["distill.tokens=512"])
 
 
+def test_a_calibration_comes_first(recipe, called, tmp_path):
+    recipe = build(Recipe, recipe(calibrate={"tokens": 256}, transfer={"tokens": 128}, distill=None, evaluate=None), "test")
+    Conversion(recipe).run()
+    assert called == ["convert.linearize", "convert.calibrate", "convert.transfer"]
+    stages = json.loads((tmp_path / "out" / "transfer" / "model" / "conversion.json").read_text())["stages"]
+    assert [stage["stage"] for stage in stages] == ["convert.calibrate", "convert.transfer"]
+
+
 def test_a_stage_may_be_left_out(recipe, called, tmp_path):
     Conversion(build(Recipe, recipe(transfer=None, evaluate=None), "test")).run()
     assert called == ["convert.linearize", "convert.distill"]

@@ -291,6 +291,30 @@ def test_rows_that_are_kept_out_are_spread():
 
 # -- both ------------------------------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_window_is_dropped_ever_less_and_a_resume_draws_the_same(given, tiny, tmp_path, name, monkeypatch):
+    linearize(tiny.teacher, tmp_path / "student", LinearizeOptions(form="window", window=8, sinks=2, keep_softmax=(1,), check=False))
+    shared = {"student": str(tmp_path / "student"), "window_drop": 0.8, "tokens": 10 * 4 * 32}
+    expected = run(name, given(output=str(tmp_path / "whole"), **shared))
+    drops = [record["window_drop"] for record in expected if "window_drop" in record]
+    assert drops == pytest.approx([0.8 * max(0, 1 - step / 7) for step in range(10)])
+    values = given(output=str(tmp_path / "killed"), **shared)
+    stage, before_step = STAGES[name][1], STAGES[name][1].before_step
+
+    def die(self):
+        before_step(self)
+        if self.step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stage, "before_step", die)
+        run(name, values)
+    assert run(name, values, resume=True) == expected
+    with pytest.raises(RecipeError, match="window_drop: .* has no window beside another attention"):
+        run(name, given(output=str(tmp_path / "none"), window_drop=0.5))
+
+
 LONGER = {"transfer": {}, "distill": {"repeat": 8, "length": 48, "tokens": 6 * 4 * 48, "gradient_accumulation": 2, "batch_size": 2}}
 
 
