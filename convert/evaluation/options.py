@@ -139,13 +139,13 @@ def named_model(named: str) -> tuple[str, str]:
 
 
 def whole_numbers(text: str, option: str, low: int = 1) -> tuple[int, ...]:
-    """The numbers of a list such as ``128,512``, in order and each once.
+    """The numbers of a list such as ``128,512``, in order and each once; of ``none``, none.
 
     Raises:
         ConversionError: it is no such list.
     """
     try:
-        found = sorted({int(word) for word in text.split(",") if word.strip()})
+        found = [] if text == "none" else sorted({int(word) for word in text.split(",") if word.strip()})
     except ValueError:
         found = [low - 1]
     if not all(low <= number <= MOST for number in found):

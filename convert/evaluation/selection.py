@@ -59,7 +59,7 @@ class Selection:
         self.text = list(text.to(model.device).split(max(batch_tokens // text.shape[1], 1)))
         self.keys = list(_taught(prompts, tokenizer, batch_tokens, model.device))
         with torch.no_grad():
-            self.truth = [self._log_probabilities(ids) for ids in self.text]
+            self.truth = [self._logits(ids) for ids in self.text]
 
     @torch.no_grad()
     def damage(self, under_window: Collection[int]) -> Damage:
@@ -67,8 +67,7 @@ class Selection:
         put_under_window(self.model, *self.window, under_window)
         kl, nats, right = [], [], []
         for ids, truth in zip(self.text, self.truth, strict=True):
-            found = self._log_probabilities(ids)
-            kl += [(t.float().exp() * (t.float() - f.float())).sum(-1).mean().item() for t, f in zip(truth, found, strict=True)]
+            kl += [_divergence(*rows) for rows in zip(truth, self._logits(ids), strict=True)]
         for ids, answers in self.keys:
             length = answers.shape[1]
             log_p = self.model(input_ids=ids, use_cache=False, logits_to_keep=length + 1).logits[:, :-1].float().log_softmax(-1)
@@ -78,8 +77,9 @@ class Selection:
             right += ((log_p.argmax(-1) == answers) | ~there).all(1).float().tolist()
         return Damage(_mean(kl), _mean(nats), _mean(right))
 
-    def _log_probabilities(self, ids: Tensor) -> Tensor:
-        return self.model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+    def _logits(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
 
 
 def choose(
@@ -183,6 +183,12 @@ def _taught(prompts: list[Prompt], tokenizer: Any, batch_tokens: int, device: An
         ids = torch.cat([torch.tensor([prompt.ids for prompt in alike], device=device), padded.clamp(min=0)], 1)
         size = max(batch_tokens // ids.shape[1], 1)
         yield from zip(ids.split(size), padded.split(size), strict=True)
+
+
+def _divergence(truth: Tensor, logits: Tensor) -> float:
+    """KL(truth, what is found), the mean over a row's tokens, in float32; logits (N, V)."""
+    log_t, log_p = truth.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (log_t.exp() * (log_t - log_p)).sum(-1).mean().item()
 
 
 def _mean(values: list[float]) -> float:

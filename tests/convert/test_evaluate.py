@@ -16,7 +16,7 @@ from convert.errors import ConversionError
 from convert.evaluation.options import EvaluationOptions, chosen, whole_numbers
 from recipes.common import cli
 
-SHORT = ["--rows", "2", "--length", "32", "--recall", "none", "--decode", "", "--device", "cpu"]
+SHORT = ["--rows", "2", "--length", "32", "--recall", "none", "--decode", "none", "--device", "cpu"]
 
 
 def run(home: Path, out: Path, *more: str, models: tuple[str, ...] = ("student",), data: str = "text.txt") -> Any:
@@ -123,7 +123,7 @@ def test_rows_have_names_of_their_own(evaluated: Path, tmp_path: Path) -> None:
 
 
 def test_lists() -> None:
-    assert whole_numbers("512, 128,512", "--x") == (128, 512) and whole_numbers("", "--x") == ()
+    assert whole_numbers("512, 128,512", "--x") == (128, 512) and whole_numbers("none", "--x") == ()
     assert chosen("b,a", "--x", ("a", "b", "c")) == ("a", "b") and chosen("all", "--x", ("a", "b")) == ("a", "b")
     for text in ("a", "0", "-1", "1.5", str(2**40)):
         with pytest.raises(ConversionError, match="--x"):
