@@ -255,6 +255,11 @@ class LinearStateLayer(CacheLayerMixin):
         self._map_batch(lambda x: x[indices])
 
 
+def _is_exporting() -> bool:
+    # Not torch.compiler.is_exporting(), which Dynamo of torch 2.11 takes for true in torch.compile as well.
+    return bool(torch.compiler._is_exporting_flag)
+
+
 class StaticLinearStateLayer(LinearStateLayer):
     """The same with a fixed address and the length on the device, so that compiled decoding is one graph for all lengths."""
 
@@ -282,7 +287,7 @@ class StaticLinearStateLayer(LinearStateLayer):
         return False  # not known without waiting for the device; a state of zeros says the same
 
     def allocate(self, form: Form, sizes: Sizes, tokens: int) -> State:
-        is_new, exporting = self.state is None, torch.compiler.is_exporting()
+        is_new, exporting = self.state is None, _is_exporting()
         if exporting and len(form.layout(sizes, self.dtype)) > 1:
             raise RuntimeError(
                 f'torch.export carries one tensor a cache layer, and linattn option form="{form.name}" keeps more; export it with '
@@ -302,7 +307,7 @@ class StaticLinearStateLayer(LinearStateLayer):
         return state
 
     def write(self, state: State) -> None:
-        saved_for_backward = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        saved_for_backward = torch.is_grad_enabled() and not _is_exporting()
         if self.state is None or (saved_for_backward and any(tensor.requires_grad for tensor in state.values())):
             self.state = _each(Tensor.detach, state)
             return
