@@ -144,7 +144,8 @@ def _cost(found: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
     if "costs" not in found:
         return ["", "", ""]
     at, even = found["costs"]["by_length"][-1], break_even(found["costs"], teacher["costs"])
-    smaller = "" if found is teacher else "never" if even is None else f"{even:,} tokens"
+    unknown = found is teacher or len(found["costs"]["by_length"]) < 2
+    smaller = "" if unknown else "never" if even is None else f"{even:,} tokens"
     return [f"{at['cache_bytes']:,} at {at['length']:,}", f"{at['ms']:.2f}", smaller]
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from byte_models import byte_model
 from transformers import AutoModelForCausalLM
 
 from convert.evaluation.costs import break_even, measure_costs
+from convert.evaluation.models import load
+from convert.evaluation.tables import _cost
 
 
 def test_bytes_of_a_softmax_cache_and_of_a_state(evaluated: Path) -> None:
@@ -37,3 +41,18 @@ def costs(*sizes: tuple[int, int]) -> dict[str, Any]:
 )
 def test_break_even(student: dict[str, Any], even: int | None) -> None:
     assert break_even(student, costs((5, 7), (10, 100), (20, 200))) == even
+
+
+def test_one_length_tells_of_no_break_even() -> None:
+    one = {"costs": {"by_length": [{"length": 10, "cache_bytes": 1000, "ms": 1.0}]}}
+    other = {"costs": {"by_length": [{"length": 10, "cache_bytes": 9000, "ms": 1.0}]}}
+    assert _cost(one, other) == ["1,000 at 10", "1.00", ""]
+    two = {"costs": {"by_length": [{"length": n, "cache_bytes": 100 * n, "ms": 1.0} for n in (10, 20)]}}
+    assert _cost(two, {"costs": {"by_length": [{"length": n, "cache_bytes": 10 * n, "ms": 1.0} for n in (10, 20)]}})[2] == "never"
+
+
+def test_the_run_of_a_stage_is_a_model_too(evaluated: Path, tmp_path: Path) -> None:
+    shutil.copytree(evaluated / "student", tmp_path / "run" / "model")
+    (tmp_path / "run" / "config.yaml").write_text("length: 8\n")
+    loaded = load(str(tmp_path / "run"), torch.device("cpu"), torch.float32)
+    assert loaded.tokenizer.get_vocab() and loaded.model.config.model_type == "linattn_llama"
