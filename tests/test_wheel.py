@@ -78,7 +78,7 @@ def test_the_metadata_is_complete(installed: Path) -> None:
     told = metadata(installed)
     [command] = told.entry_points
     assert (command.name, command.group) == ("linattn", "console_scripts")
-    assert {"convert", "recipes", "test"} == set(told.metadata.get_all("Provides-Extra") or [])
+    assert {"convert", "evaluate", "recipes", "test"} == set(told.metadata.get_all("Provides-Extra") or [])
     assert (told.read_text("top_level.txt") or "").split() == ["hf_linattn", "linattn"]
     assert told.metadata.get_all("Classifier") and told.metadata["License-Expression"] == "Apache-2.0"
 
