@@ -82,7 +82,7 @@ class Divergence:
         """Of each row: the KL divergence, the text's cross-entropy by student and teacher, and how often both think the same likeliest."""
         found: dict[str, list[Tensor]] = {"kl": [], "loss": [], "teacher_loss": [], "top1": []}
         shape = targets.shape
-        for part in self._parts(targets.flatten(), hidden.flatten(0, 1)):
+        for part in self._parts(targets.numel()):
             student, teacher, kl = self._compared(hidden.flatten(0, 1)[part], teachers.flatten(0, 1)[part])
             words = targets.flatten()[part, None]
             found["kl"].append(kl)
@@ -91,10 +91,10 @@ class Divergence:
             found["top1"].append((student.argmax(1) == teacher.argmax(1)).float())
         return {name: torch.cat(values).view(shape).mean(1) for name, values in found.items()}
 
-    def _parts(self, targets: Tensor, hidden: Tensor) -> list[slice]:
-        words = self.student(hidden[:1].detach()).shape[-1]
-        size = max(1, NUMBERS_AT_ONCE // words)
-        return [slice(begin, begin + size) for begin in range(0, len(targets), size)]
+    def _parts(self, count: int) -> list[slice]:
+        """`count` tokens in pieces."""
+        size = max(1, NUMBERS_AT_ONCE // self.layer.weight.shape[0])
+        return [slice(begin, begin + size) for begin in range(0, count, size)]
 
     def _compared(self, hidden: Tensor, teachers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         student = self.student(hidden).float().log_softmax(-1)
@@ -111,7 +111,7 @@ class _Loss(torch.autograd.Function):
         sums = torch.zeros(2, device=hidden.device)
         by_hidden = torch.empty_like(hidden)
         by_parameter = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-        for part in of._parts(targets, hidden):
+        for part in of._parts(count):
             states = hidden[part].detach().requires_grad_()
             with torch.enable_grad():
                 logits = of.student(states)
