@@ -86,6 +86,9 @@ class Stage(Loop):
         schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, round(o.warmup * steps), steps, min_lr_rate=o.final_rate)
         self.prepare(model, optimizer, schedule, o.batch_size)
         learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        self.accelerator.print(
+            f"{steps:,} steps of {self.tokens_per_step:,} tokens, {len(self.train_rows):,} rows, {learning:,} numbers learn"
+        )
         self.run.open(to_dict(o), {"rows": len(self.train_rows), "text": tokens.digest, "learning": learning})
 
     # -- what a subclass says --------------------------------------------------------------------------------------------
