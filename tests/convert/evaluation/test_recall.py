@@ -58,9 +58,15 @@ def test_prompts_hold_the_answer_once_and_at_its_distance(kind: str, distance: i
         question = text[text.rindex("\n") :]
         assert said.endswith(prompt.answer) and said.count(question) == 1 and text.count(question) == 2
         assert text.count(f"{question} {prompt.answer}") == 1
-        assert distance - (20 if kind in RECALL[2:] else 0) <= len(prompt.ids) - prompt.place <= distance
-    if kind == "one-of-four":
-        assert all(tokenizer.decode(prompt.ids).count("The number written on") == 5 for prompt in made)
+        assert len(prompt.ids) - prompt.place == distance
+    signs = {
+        "needle": ("The number written on", 2),
+        "one-of-four": ("The number written on", 5),
+        "key-value": (":", 9),
+        "associative": (" ->", 9),
+    }
+    sign, times = signs[kind]
+    assert all(tokenizer.decode(prompt.ids).count(sign) == times for prompt in made)
     assert made == Prompts(filler, tokenizer, 512).make(kind, distance, 20)
     assert made[0] != Prompts(filler, tokenizer, 512, seed=1).make(kind, distance, 1)[0]
 
@@ -105,7 +111,7 @@ def test_what_does_not_fit_is_refused(filler: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="short has 11 tokens, too few to hide keys in prompts of 256"):
         Prompts(tmp_path / "short", tokenizer, 256).make("needle", 60, 1)
     (tmp_path / "same").write_text("same words here " * 300)
-    with pytest.raises(ConversionError, match="same has 3 different words"):
+    with pytest.raises(ConversionError, match="same has 3 different words, too few for pairs"):
         Prompts(tmp_path / "same", tokenizer, 256).make("associative", 60, 1)
-    with pytest.raises(ConversionError, match="--recall-length is too small for four remarks"):
+    with pytest.raises(ConversionError, match="--recall-length is too small for all remarks"):
         Prompts(filler, tokenizer, 64).make("one-of-four", 90, 1)
