@@ -12,7 +12,6 @@ from convert.errors import ConversionError, stage
 from convert.evaluation.options import EvaluationOptions, Subject
 from convert.evaluation.windows import windowed
 from convert.gguf import unpacked
-from convert.stages.options import student_folder
 from recipes.common.loading import load_causal_lm
 from recipes.common.reading import open_file, user_path
 from recipes.common.tokenizing import load_tokenizer
@@ -44,12 +43,12 @@ def usable_device(name: str) -> torch.device:
 
 
 def load(path: str, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """The model and the tokenizer in a folder, a stage's run, a GGUF file or of a hub id.
+    """The model and the tokenizer in a folder, a GGUF file or of a hub id.
 
     Raises:
         ConversionError: one of them cannot be had.
     """
-    with unpacked(student_folder(path), str(dtype).removeprefix("torch.")) as folder:
+    with unpacked(path, str(dtype).removeprefix("torch.")) as folder:
         tokenizer = load_tokenizer(folder)
         model: Any = load_causal_lm(folder, dtype=dtype)
     with stage(f"moving {path} to {device}", "give a smaller model, or another --device"):

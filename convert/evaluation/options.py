@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from convert.errors import ConversionError
+from convert.stages.options import student_folder
 from recipes.common.reading import refuse_missing_folder, user_path
 
 RECALL = ("needle", "one-of-four", "key-value", "associative")
@@ -21,7 +22,7 @@ class EvaluationOptions:
     """What is measured, with the command line's names.
 
     Attributes:
-        models: folders, GGUF files or hub ids, or NAME=MODEL.
+        models: folders, runs of stages, GGUF files or hub ids, or NAME=MODEL.
         teacher: what they are held against.
         data: files of held-out text.
         rows: how many rows of the first of ``lengths`` each file gives; as many tokens in longer rows.
@@ -118,8 +119,9 @@ class EvaluationOptions:
     def subjects(self) -> list[Subject]:
         """The rows of every table: the teacher, the controls, the models."""
         name, teacher = named_model(self.teacher)
+        teacher = student_folder(teacher)
         controls = [Subject(f"teacher, window {window} + {self.sinks}", teacher, window) for window in self.windows]
-        models = [Subject(name or _short(path), path) for name, path in map(named_model, self.models)]
+        models = [Subject(name or _short(path), student_folder(path)) for name, path in map(named_model, self.models)]
         return [Subject(name or "teacher", teacher), *controls, *models]
 
 

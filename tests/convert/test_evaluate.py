@@ -82,6 +82,17 @@ def test_a_model_that_changed_is_not_taken_for_the_one_measured(evaluated: Path,
     assert "was measured with model =" in run(tmp_path, tmp_path / "out", "--resume").stderr
 
 
+def test_of_a_stages_run_the_model_is_measured_and_its_curves_are_shown(evaluated: Path, tmp_path: Path) -> None:
+    shutil.copytree(evaluated / "student", tmp_path / "run" / "model")
+    records: list[dict[str, Any]] = [{"step": 0, "valid_kl": 2.0}, {"step": 4, "tokens": 400}, {"step": 4, "valid_kl": 1.0}]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    done = run(evaluated, tmp_path / "out", models=(str(tmp_path / "run"),))
+    assert done.exit_code == 0, done.output
+    assert set(measured(tmp_path / "out")) == {"teacher", "run"} and (tmp_path / "out" / "report" / "training-kl.png").is_file()
+    byte_model(5).save_pretrained(tmp_path / "run" / "model")
+    assert "was measured with model =" in run(evaluated, tmp_path / "out", "--resume", models=(str(tmp_path / "run"),)).stderr
+
+
 def test_another_vocabulary_or_tokenizer_is_refused(evaluated: Path, tmp_path: Path) -> None:
     byte_model(vocab_size=300).save_pretrained(tmp_path / "more")
     byte_tokenizer().save_pretrained(tmp_path / "more")
