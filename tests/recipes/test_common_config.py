@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from recipes.common import cli
+from recipes.common import cli, errors
 from recipes.common.config import dump, load_config
 from recipes.common.errors import RecipeError, exit_with_sentence, stage
 from recipes.common.files import staged_directory, write_json, write_text
@@ -183,3 +184,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         write_json(tmp_path / "a.json", {"x": float("nan")})
     assert (tmp_path / "a.json").read_text() == '{\n  "x": 1\n}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_the_place_of_a_bug_is_a_line_of_our_own(monkeypatch):
+    """In a checkout its environment's libraries may lie below it; a wheel's files lie among the libraries."""
+    monkeypatch.setattr(errors, "_ROOT", Path("/home/me/checkout"))
+    assert errors._is_ours(Path("/home/me/checkout/recipes/common/cli.py"))
+    assert not errors._is_ours(Path("/home/me/checkout/.venv/lib/python3.11/site-packages/torch/nn/modules/module.py"))
+    assert not errors._is_ours(Path("/usr/lib/python3.11/json/decoder.py"))
+    monkeypatch.setattr(errors, "_ROOT", Path("/lib/site-packages/hf_linattn"))
+    assert errors._is_ours(Path("/lib/site-packages/hf_linattn/convert/linearize.py"))
+    assert not errors._is_ours(Path("/lib/site-packages/torch/nn/modules/module.py"))
