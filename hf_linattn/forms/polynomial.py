@@ -173,8 +173,8 @@ class PolynomialParameters(LinAttnParams):
         elif "rate_logit" in learned:
             if hidden is None:
                 raise ValueError('decay="token" is computed from the hidden states that enter the layer, and none were seen to enter it.')
-            told = F.linear(hidden, self.rate_weight.to(hidden.dtype)).float()
-            out["log_decay"] = -F.softplus(learned["rate_logit"] + told).transpose(1, 2)
+            told = (self.rate_weight.to(hidden.dtype) @ hidden.mT).float()
+            out["log_decay"] = -F.softplus(learned["rate_logit"][:, None] + told)
         return out | {name: getattr(self, name) for name in self.matrices if name not in self.of_hidden}
 
     def start(self, name: str) -> Tensor:

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import linear_attention, linear_attention_step, reference, window, window_reference
 from ..ops.frame import Frame
-from ..ops.functional import noisy
+from ..ops.functional import cast_for_autocast, noisy
 from ..ops.ring import Ring
 from .form import Call, Form, Numbers, Sizes, State, Tokens
 from .options import one_of, require_count
@@ -91,7 +90,7 @@ class WindowParameters(PolynomialParameters):
         if self.per_token:
             if hidden is None:
                 raise ValueError('gate="token" is computed from the hidden states that enter the layer, and none were seen to enter it.')
-            logit = (logit + F.linear(hidden, self.gate_weight.to(hidden.dtype)).float()).transpose(1, 2)
+            logit = logit[:, None] + (self.gate_weight.to(hidden.dtype) @ hidden.mT).float()
         return super().forward(hidden) | {"gate": torch.sigmoid(logit)}
 
     def start(self, name: str) -> Tensor:
@@ -161,9 +160,11 @@ class Window(Form):
 
     def _attend(self, call: Call, numbers: Numbers, before: State | None, keep: bool) -> tuple[Tensor, State]:
         _refuse_what_a_window_has_not(call)
+        call = _cast(call)
         frame = self._frame(call.key, call.value, call.segments, _rates(numbers), before)
         query = frame.close(call.query)
-        out, sums = window.attend(query, frame, call.scaling), State()
+        out = window.attend(query, frame, call.scaling)
+        sums: State = {}
         if self.beside is not None:
             far, sums = self._far(query, frame, numbers, before, keep)
             gate = _as_outputs(numbers["gate"])
@@ -177,6 +178,7 @@ class Window(Form):
         return out, self._state(frame.ring_behind()) | sums if keep else {}
 
     def step(self, call: Call, numbers: Numbers, state: State) -> Tensor:
+        call = _cast(call)
         ring, real = self._ring(state), None if call.segments is None else call.segments > 0
         leaving = ring.push(call.key, call.value, _rates(numbers), real)
         near = window.step(call.query, ring, call.scaling, real)
@@ -309,6 +311,11 @@ def _rates(numbers: Numbers) -> Tensor | None:
 
 def _without_gate(numbers: Numbers) -> Numbers:
     return {name: number for name, number in numbers.items() if name != "gate"}
+
+
+def _cast(call: Call) -> Call:
+    query, key, value = cast_for_autocast(call.query, call.key, call.value)
+    return dataclasses.replace(call, query=query, key=key, value=value)
 
 
 def _refuse_what_a_window_has_not(call: Call) -> None:

@@ -49,7 +49,8 @@ def _degree(c: Coefficient) -> int:
     return 1 if not isinstance(c, Tensor) and c == 0 else 2
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the dtype that autocast asks for, as they are outside it; float64 stays."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     given = all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors)
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)  # torch 2.11 cannot trace the question
@@ -128,7 +129,7 @@ def linear_attention(
         ValueError: shapes, devices or values that do not fit. Values of CUDA tensors are not read, and so not checked.
         TypeError: wrong types or dtypes.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = cast_for_autocast(query, key, value)
     checks.check_tensors(query, key, value, lag, causal, initial_state is not None)
     checks.check_weights(a, b, c, temperature, query.shape[1], normalize_qk)
     checks.check_dropout(dropout_p, dropout_kind)
@@ -332,7 +333,7 @@ def linear_attention_step(
     Raises:
         ValueError, TypeError: as `linear_attention`, and ValueError where N is not 1.
     """
-    query, key, value = _autocast(query, key, value)
+    query, key, value = cast_for_autocast(query, key, value)
     checks.check_tensors(query, key, value, 0, True, True)
     checks.check_weights(a, b, c, temperature, query.shape[1], normalize_qk)
     if query.shape[2] != 1:

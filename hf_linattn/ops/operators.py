@@ -88,8 +88,9 @@ def _forward_fake(*flat):
 def _backward_fake(*flat):
     call = Call(*flat[:_FIELDS])
     initial = None if call.initial_state is None else torch.empty_like(call.initial_state, dtype=call.dtype)
-    given = call.query, call.key, call.value, call.coefficients, call.log_decay
-    return _present(call, (*(None if x is None else torch.empty_like(x) for x in given), initial))
+    rate = None if call.log_decay is None else call.log_decay.new_empty(call.log_decay.shape)  # contiguous, whatever the rates' strides
+    given = call.query, call.key, call.value, call.coefficients
+    return _present(call, (*(torch.empty_like(x) for x in given), rate, initial))
 
 
 _PLAIN = (Tensor, Parameter)  # not what derives from them: a subclass may have its own say

@@ -225,6 +225,28 @@ def test_a_compiled_step_is_one_graph() -> None:
     assert [x.data_ptr() for layer in cache.layers for x in layer.state.values()] == addresses
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_trains_under_autocast(compiled: bool) -> None:
+    model, ids = windowed(**KINDS[-1]), tiny_tokens()
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1
+    expected = torch.autograd.grad(model(ids, labels=ids, use_cache=False).loss, list(model.parameters()))
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = run(ids, labels=ids, use_cache=False).loss
+    found = torch.autograd.grad(loss, list(model.parameters()))
+    for (name, _), grad, right in zip(model.named_parameters(), found, expected, strict=True):
+        assert (grad - right).norm() <= 0.1 * right.norm() + 1e-3, name
+
+
+def test_pieces_under_autocast() -> None:
+    model, ids = windowed(**KINDS[-1]), tiny_tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            full = model(ids, use_cache=False).logits
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
+            torch.testing.assert_close(feed(model, ids, cache, [8, 1, 1, 13]), full, atol=0.05, rtol=0)
+
+
 def test_saved_and_loaded(tmp_path: Any) -> None:
     model, ids = windowed(**KINDS[-1]), tiny_tokens()
     model.save_pretrained(tmp_path)

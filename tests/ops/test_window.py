@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from window_cases import make_tensors
 
 from hf_linattn.ops import window_attention, window_reference
+from hf_linattn.ops.frame import Frame
 
 SEGMENTS = (None, "left", "right", "middle", "packed", "mask")
 
@@ -184,13 +185,25 @@ def test_memory_is_linear():
 
 
 @pytest.mark.parametrize("segments", [None, "packed"])
-def test_compiled(segments):
-    tensors = make_tensors(33)
-    options = {"window": 8, "sinks": 3, "segment_ids": None if segments is None else make_segments(segments, 2, 33)}
-    out, grads = gradients(torch.compile(window_attention, fullgraph=True, dynamic=False, backend="aot_eager"), tensors, options)
-    expected, expected_grads = gradients(window_attention, tensors, options)
-    torch.testing.assert_close(out, expected)
-    assert all(torch.allclose(grads[name], expected_grads[name]) for name in grads)
+def test_compiled_for_any_length(segments):
+    function = torch.compile(window_attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (33, 24, 50):
+        tensors = make_tensors(length)
+        options = {"window": 8, "sinks": 3, "segment_ids": None if segments is None else make_segments(segments, 2, length)}
+        out, grads = gradients(function, tensors, options)
+        expected, expected_grads = gradients(window_attention, tensors, options)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        for name, grad in expected_grads.items():
+            torch.testing.assert_close(grads[name], grad, rtol=0, atol=1e-13)
+
+
+def test_operator_checks():
+    """Schema, fake tensors, gradients and tracing of what a graph holds."""
+    query, key, value = make_tensors(20)
+    frame = Frame.of(key, value, window=6, sinks=2, segment_ids=make_segments("packed", 2, 20))
+    inputs = (frame.close(query), frame.key, frame.value, frame.runs, frame.number, None, None, frame.front, 6, 2, None)
+    inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, torch.Tensor) else x for x in inputs)
+    torch.library.opcheck(torch.ops.linattn.window, inputs)
 
 
 def test_the_output_lies_as_transformers_wants_it():
