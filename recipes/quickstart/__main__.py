@@ -22,6 +22,8 @@ from recipes.quickstart.corpus import MARK, stories
 
 HERE = Path(__file__).parent
 COMMAND = "recipes.quickstart"
+FORM = ("--form", "window", "--window", "64", "--kernel", "quadratic", "--decay", "key_head")
+"""The attention of the converted model: softmax over the last tokens, and the second degree over all that lie before them."""
 
 
 def main(
@@ -62,12 +64,13 @@ class Quickstart(Chain):
             self.step("1. Make a corpus and its tokenizer", out / "corpus", self.make_corpus)
             settings = [f"output={out}/teacher", f"tokenizer={out}/corpus", f"steps={self.steps(300)}", *text]
             self.step("2. Train a small softmax Llama", self.teacher, lambda: self.train("teacher", settings))
-        self.step("3. Convert it", out / "swapped", lambda: self.call(f"{PROJECT}convert.linearize", str(self.teacher), f"{out}/swapped"))
+        convert = (f"{PROJECT}convert.linearize", str(self.teacher), f"{out}/swapped", *FORM)
+        self.step("3. Convert it", out / "swapped", lambda: self.call(*convert))
         tuning = [
             f"output={out}/tuned",
             f"model={out}/swapped",
             f"teacher={self.teacher}",
-            f"steps={self.steps(150 if self.own else 250)}",
+            f"steps={self.steps(100 if self.own else 150)}",
             *text,
         ]
         if not self.own:

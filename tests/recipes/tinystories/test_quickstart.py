@@ -53,7 +53,8 @@ def test_the_whole_job(tmp_path, monkeypatch):
     out = tmp_path / "quickstart"
     report = json.loads((out / "evaluation" / "evaluation.json").read_text())
     assert [x["name"] for x in report["models"]] == ["teacher", "swapped", "fine-tuned"]
-    assert [x["attention"] for x in report["models"]] == ["softmax", "linear with decay", "linear with decay"]
+    linear = "window 64 + 4, gate per token, beside quadratic with decay per key head, temperature=2.0"
+    assert [x["attention"] for x in report["models"]] == ["softmax", linear, linear]
     assert (out / "evaluation" / "evaluation.png").exists()
 
 
@@ -66,7 +67,7 @@ def commands(monkeypatch, quickstart) -> list[str]:
     return asked
 
 
-@pytest.mark.parametrize(("scale", "steps", "held"), [(1.0, (300, 150), 300), (0.5, (150, 75), 150), (4.0, (1200, 600), 300)])
+@pytest.mark.parametrize(("scale", "steps", "held"), [(1.0, (300, 100), 300), (0.5, (150, 50), 150), (4.0, (1200, 400), 300)])
 def test_what_the_job_consists_of(scale, steps, held, tmp_path, monkeypatch):
     out = tmp_path / "out"
     text = f'train_data=["{out}/corpus/stories.txt"] valid_stories={held}'
@@ -75,7 +76,7 @@ def test_what_the_job_consists_of(scale, steps, held, tmp_path, monkeypatch):
         "make_corpus",
         f"recipes.tinystories.train --config {configs}/teacher.yaml --resume --set output={out}/teacher tokenizer={out}/corpus "
         f"steps={steps[0]} {text}",
-        f"convert.linearize {out}/teacher/model {out}/swapped",
+        f"convert.linearize {out}/teacher/model {out}/swapped --form window --window 64 --kernel quadratic --decay key_head",
         f"recipes.tinystories.train --config {configs}/finetune.yaml --resume --set output={out}/tuned model={out}/swapped "
         f"teacher={out}/teacher/model steps={steps[1]} {text}",
         f"recipes.tinystories.evaluate teacher={out}/teacher/model swapped={out}/swapped fine-tuned={out}/tuned/model "
@@ -91,7 +92,7 @@ def test_what_the_job_of_ones_own_model_consists_of(positions, length, batch, ti
     (model / "config.json").write_text(json.dumps(config))
     asked = commands(monkeypatch, Quickstart(model, tiny.text, out, 0.5))
     assert [command.split()[0] for command in asked] == ["convert.linearize", "recipes.tinystories.train", "recipes.tinystories.evaluate"]
-    assert asked[1].endswith(f"steps=125 train_data=[{json.dumps(str(tiny.text))}] valid_stories=250 length={length} batch_size={batch}")
+    assert asked[1].endswith(f"steps=75 train_data=[{json.dumps(str(tiny.text))}] valid_stories=250 length={length} batch_size={batch}")
     assert f"teacher={model} swapped={out}/swapped" in asked[2]
 
 
