@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .frame import Frame
 
-# Without cuDNN: a training went wrong with it where the incoming gradient lay in memory otherwise than the output (torch 2.11, H200), which was
-# not looked into further.
+# Without cuDNN: a training went wrong with it where the incoming gradient lay in memory otherwise than the output (torch 2.11, H200); that
+# was not looked into further.
 TRUSTED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
