@@ -17,7 +17,7 @@ def require_number(name: str, value: Any) -> None:
     """Raises TypeError unless `value` is a number, ValueError unless it is finite."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"linattn option {name} must be a number, not {value!r}.")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite cannot be traced by torch 2.11 where Dynamo takes a number for dynamic
         raise ValueError(f"linattn option {name} must be finite, not {value}.")
 
 

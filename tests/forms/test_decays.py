@@ -145,3 +145,13 @@ def test_hidden_states_that_were_not_seen_are_missed() -> None:
         module()
     assert module(torch.zeros(1, 3, 5))["log_decay"].shape == (1, 2, 3)
     torch.testing.assert_close(F.softplus(module.number("rate_logit")), -module.at_rest()["log_decay"])
+
+
+@pytest.mark.parametrize("temperature", [0.5, 0.75, 0.9])
+def test_models_whose_numbers_differ_compile_one_after_another(temperature: float) -> None:
+    """Dynamo takes a number that it has seen differ for dynamic, and must still be able to trace the options."""
+    model, ids = learned_model(decay="key_head", temperature=temperature), tiny_tokens(1, 9)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(ids, use_cache=False).logits, expected, atol=1e-5, rtol=0)
