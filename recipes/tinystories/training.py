@@ -92,10 +92,13 @@ class Training(Loop):
                 check_written(model, "remove that folder to have it written again with --resume", compare=False)
                 self.accelerator.print(f"{self.run.folder} is finished; its model is in {model}")
                 return
-            self.accelerator.init_trackers("tensorboard")
             self.train()
             self.save_model()
             self.accelerator.end_training()
+
+    def restored(self, progress: dict[str, Any]) -> None:
+        """Begin to write for TensorBoard: what cannot be gone on with is refused before anything is written."""
+        self.accelerator.init_trackers("tensorboard")
 
     def start(self) -> None:
         """Measure what training starts from."""

@@ -226,10 +226,10 @@ def test_numbers_outside_their_bounds(options: tuple[str, str], source: Path, ou
 
 
 def test_unknown_options_are_typers_to_refuse(source: Path, output: Path) -> None:
-    for options in (("--kernel", "cubic"), ("--decay", "token"), ("--dtype", "int8"), ("--no-such-thing",)):
+    for options in (("--kernel", "cubic"), ("--decay", "layer"), ("--dtype", "int8"), ("--no-such-thing",)):
         result = CliRunner().invoke(app, [str(source), str(output), *options])
         assert result.exit_code == 2 and not output.exists()
-    for field in ({"kernel": "cubic"}, {"decay": "token"}, {"dtype": "int8"}):
+    for field in ({"kernel": "cubic"}, {"decay": "layer"}, {"dtype": "int8"}):
         with pytest.raises(ConversionError):
             linearize(source, output, LinearizeOptions(**field))  # type: ignore[arg-type]
         assert not list(output.parent.iterdir())

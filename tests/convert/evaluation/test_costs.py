@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from byte_models import byte_model
 from transformers import AutoModelForCausalLM
 
 from convert.evaluation.costs import break_even, measure_costs
-from convert.evaluation.models import load
 from convert.evaluation.tables import _cost
 
 
@@ -49,10 +46,3 @@ def test_one_length_tells_of_no_break_even() -> None:
     assert _cost(one, other) == ["1,000 at 10", "1.00", ""]
     two = {"costs": {"by_length": [{"length": n, "cache_bytes": 100 * n, "ms": 1.0} for n in (10, 20)]}}
     assert _cost(two, {"costs": {"by_length": [{"length": n, "cache_bytes": 10 * n, "ms": 1.0} for n in (10, 20)]}})[2] == "never"
-
-
-def test_the_run_of_a_stage_is_a_model_too(evaluated: Path, tmp_path: Path) -> None:
-    shutil.copytree(evaluated / "student", tmp_path / "run" / "model")
-    (tmp_path / "run" / "config.yaml").write_text("length: 8\n")
-    loaded = load(str(tmp_path / "run"), torch.device("cpu"), torch.float32)
-    assert loaded.tokenizer.get_vocab() and loaded.model.config.model_type == "linattn_llama"
