@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny_models import tiny_config
+from tiny_models import tiny_config, tiny_tokens
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_linattn import LinAttnConfig, LinAttnParams
 from hf_linattn.models import config_class_for
@@ -31,3 +31,16 @@ def feed(model: Any, ids: Tensor, cache: Any, lengths: list[int], **kwargs: Any)
     """Logits (B, N, V) of `ids` (B, N), given in pieces of `lengths` with a cache."""
     with torch.no_grad():
         return torch.cat([model(part, past_key_values=cache, **kwargs).logits for part in ids.split(lengths, 1)], 1)
+
+
+def check_tokens_are_taken_back(model: Any) -> None:
+    """Other tokens in the place of some that were cropped give what they give without those."""
+    ids, other = tiny_tokens(), tiny_tokens(seed=9)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    feed(model, ids, cache, [12, 1, 1, 9])
+    cache.crop(-10)
+    after = feed(model, other[:, 13:], cache, [4, 1, 5])
+    with torch.no_grad():
+        expected = model(torch.cat([ids[:, :13], other[:, 13:]], 1)).logits[:, 13:]
+    torch.testing.assert_close(after, expected, atol=1e-5, rtol=0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from learned import feed, learned_model
+from learned import check_tokens_are_taken_back, feed, learned_model
 from tiny_models import tiny_model, tiny_tokens
 from tiny_softmax import softmax_model
 from torch import Tensor
@@ -51,15 +51,7 @@ def test_pieces_through_a_cache_give_the_whole_from_a_smaller_state() -> None:
 
 
 def test_tokens_are_taken_back() -> None:
-    model, ids, other = learned_model(**QUADRATIC), tiny_tokens(), tiny_tokens(seed=9)
-    cache = DynamicCache(config=model.config)
-    cache.activate_past_recording()
-    feed(model, ids, cache, [12, 1, 1, 9])
-    cache.crop(-10)
-    after = feed(model, other[:, 13:], cache, [4, 1, 5])
-    with torch.no_grad():
-        expected = model(torch.cat([ids[:, :13], other[:, 13:]], 1)).logits[:, 13:]
-    torch.testing.assert_close(after, expected, atol=1e-5, rtol=0)
+    check_tokens_are_taken_back(learned_model(**QUADRATIC))
 
 
 def test_every_matrix_learns() -> None:
