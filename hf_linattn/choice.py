@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -30,7 +30,7 @@ UNASKED = "_linattn_unasked"  # a model that was given no implementation, and to
 _resolve, _post_init = PreTrainedModel.get_correct_attn_implementation, PreTrainedModel.post_init
 _set, _to_dict = PreTrainedModel.set_attn_implementation, PreTrainedConfig.to_dict
 _implementation: Any = PreTrainedConfig._attn_implementation
-_built: WeakSet[PreTrainedModel] = WeakSet()
+_built: WeakKeyDictionary[PreTrainedModel, None] = WeakKeyDictionary()  # in the order they were built: a part before its whole
 
 
 def get_correct_attn_implementation(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
@@ -50,7 +50,7 @@ def post_init(self: PreTrainedModel) -> None:
     """Transformers' own; then the model is looked through, if it or a part of it is to use linear attention."""
     _post_init(self)
     refuse_model(self)
-    _built.add(self)
+    _built[self] = None
 
 
 def set_attn_implementation(self: PreTrainedModel, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
@@ -87,6 +87,7 @@ def set_by_hand(self: PreTrainedConfig, implementation: str | dict | None) -> No
         models = [model for model in list(_built) if id(model.config) in changed] if changed else []
         for model in models:
             refuse_class(type(model))
+        for model in models:
             refuse_model(model)
     except Exception:
         _put_back(before)
