@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from byte_models import byte_model, byte_tokenizer
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
 
 import hf_linattn
 from recipes.quickstart.corpus import stories
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+CHATML = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -47,10 +54,29 @@ def test_the_table_names_all_of_them() -> None:
     assert all(f"`{path.name}" in told for path in EXAMPLES.glob("*.py"))
 
 
-def test_convert_and_generate(softmax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    example("convert_and_generate", monkeypatch).main(str(softmax), str(tmp_path / "out"))
+def test_convert_and_chat(softmax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    example("convert_and_chat", monkeypatch).main(str(softmax), str(tmp_path / "out"))
     told = capsys.readouterr().out
-    assert "3 layers are linear" in told and "Once upon a time" in told and "its cache holds" in told
+    assert "3 layers are linear" in told and "> Tell me about a little owl." in told and "the cache holds" in told
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+def test_a_conversation_is_what_it_would_be_if_every_turn_read_it_from_the_start(
+    template: str | None, converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = example("convert_and_chat", monkeypatch)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(converted).eval(), byte_tokenizer()
+    tokenizer.chat_template = template
+    generate, lengths = model.generate, []
+
+    def from_the_start(ids: torch.Tensor, past_key_values=None, **options):
+        lengths.append((ids.shape[1], past_key_values.get_seq_length() if past_key_values is not None else 0))
+        return generate(ids, **options)
+
+    replies = chat.chat(model, tokenizer)
+    monkeypatch.setattr(model, "generate", from_the_start)
+    assert chat.chat(model, tokenizer) == replies and all(replies)
+    assert lengths[1][1] == lengths[0][0] + 30 - 1
 
 
 @pytest.fixture
@@ -71,11 +97,21 @@ def test_train_with_noise(converted: Path, text: Path, tmp_path: Path, monkeypat
         assert not (old == new).all(), name
 
 
-def test_lora(converted: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    lora = example("lora", monkeypatch)
+def test_sft_with_lora(converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trl", reason="TRL is for Python 3.11 and later")
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": f"A story: {one[:40]}", "completion": one[40:200]}) for one in stories(12, seed=1)))
+    lora = example("sft_with_lora", monkeypatch)
     monkeypatch.setattr(lora, "STEPS", 3)
-    lora.main(str(converted), str(text), str(tmp_path / "adapter"))
+    lora.main(str(converted), str(data), str(tmp_path / "adapter"))
     assert "attention of the adapter's model: linattn" in capsys.readouterr().out
+    before = dict(AutoModelForCausalLM.from_pretrained(converted).named_parameters())
+    after = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    added = [name for name in before if "linattn" in name]
+    for name in added:
+        [found] = [value for key, value in after.items() if key.endswith(name.removeprefix("model."))]
+        assert not (before[name] == found).all(), name
+    assert added and all(value.abs().max() > 0 for key, value in after.items() if "lora_B" in key)
 
 
 def test_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
