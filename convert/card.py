@@ -11,6 +11,9 @@ from convert.source import Source
 from hf_linattn.config import LinAttnConfig
 from recipes.common.reading import not_outside
 
+_INSTALLED = """The package is on no index: install a wheel of it (`pip install hf_linattn-*.whl`), or its
+checkout (`pip install .` in it), with nvcc at hand for its CUDA kernels."""
+
 
 def model_card(source: Source, config: Any, report: dict[str, Any], costs: Costs) -> str:
     """README.md of the converted checkpoint, with its metadata.
@@ -63,6 +66,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
+
+It was made by `hf_linattn` {report["versions"]["hf_linattn"]}. {_INSTALLED}
 
 For licence, training data, intended use and limits, see the source's own card.
 """

@@ -80,6 +80,7 @@ def test_the_metadata_is_complete(installed: Path) -> None:
     assert (command.name, command.group) == ("linattn", "console_scripts")
     assert {"convert", "evaluate", "recipes", "test"} == set(told.metadata.get_all("Provides-Extra") or [])
     assert (told.read_text("top_level.txt") or "").split() == ["hf_linattn", "linattn"]
+    assert f"\n## {told.version}, " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert told.metadata.get_all("Classifier") and told.metadata["License-Expression"] == "Apache-2.0"
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,7 @@ def test_the_card_says_what_it_is(options: dict[str, Any], words: list[str], sof
     linearize(source, tmp_path / "out", LinearizeOptions(check=False, **options))
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(word in card for word in ["# tiny-llama, with linear attention", "pipeline_tag: text-generation", *words]), card
+    assert f"made by `hf_linattn` {version('hf_linattn')}. The package is on no index: install a wheel of it" in card
     assert "license:" not in card and "base_model" not in card
 
 
