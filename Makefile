@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 CUDA := $(shell find kernels tests/emulation -name "*.cu*" -o -name "*.h" -o -name "*.cpp")
 
-.PHONY: quickstart test test-slow pytest lint kills mutants wheel kernels test-gpu test-oldest sweep sweep-oldest benchmark clean
+.PHONY: quickstart test test-slow pytest lint docs kills mutants wheel kernels test-gpu test-oldest sweep sweep-oldest benchmark clean
 
 # MODEL=DIR and DATA=FILE run it from a checkpoint and a text of your own
 quickstart: $(VENV)/.quickstart
@@ -28,6 +28,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CUDA)
 	$(BIN)/mypy
+
+# the site, in out/site; a warning is an error. Left out is a notice that Material is kept until May 2027, and Zensical after it.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # kills conversion and training a hundred times each, at random moments
 kills: $(VENV)/.test

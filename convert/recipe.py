@@ -32,13 +32,17 @@ class Recipe:
     data: list[str]
     """Text to train on: files, folders of them, or hub ids."""
     valid_data: list[str] = field(default_factory=list)
+    """Text to validate on; none: rows of `data` are kept out."""
     linearize: dict[str, Any] = field(default_factory=dict)
+    """Options of `linattn convert`, `_` for `-`."""
     training: dict[str, Any] = field(default_factory=dict)
     """Options of all stages that train."""
     calibrate: dict[str, Any] | None = None
+    """Options of this stage; null: it is left out."""
     transfer: dict[str, Any] | None = field(default_factory=dict)
-    """null: leave this stage out, as calibrate is where it is not given."""
+    """Options of this stage; null: it is left out."""
     distill: dict[str, Any] | None = field(default_factory=dict)
+    """Options of this stage; null: it is left out."""
     evaluate: dict[str, Any] | None = None
     """With `data`, files of text that nothing was trained on."""
     tokens_per_second: dict[str, float] = field(default_factory=dict)

@@ -13,52 +13,79 @@ COMMAND = "recipes.lra.train"
 
 @dataclass
 class Settings:
-    """One task, one kind of attention, one or more seeds. Lengths are in tokens, times in minutes.
-
-    data: a folder of recipes.lra.prepare, or one with the release's files.
-    output: the folder of the runs; each seed has seed-N in it.
-    linattn: options of LinAttnConfig, such as {kernel: quadratic}.
-    dropout: none; standard, on the weights of softmax attention; noise, linattn's in its place. Its probability is attention_dropout, which
-        noise_schedule lowers to 0 over the run. hidden_dropout, on embeddings and sublayers, is the same for all three.
-    steps, max_minutes: the run ends at whichever comes first, and the learning rate has come down to 0 by then.
-    model: further arguments of LRAConfig, such as {hidden_size: 64}.
-    pad_multiple: a batch is padded to its longest sequence, rounded up to a multiple of this; sequences of like length share a batch.
-    blank_is_padding: pixels of value 0 are padding, as in the published configurations, where token 0 is masked.
-    turn_pictures: each time a picture is trained on it is turned and mirrored, into one of the eight positions of a square.
-        Pathfinder's labels do not depend on it. The published rows do without.
-    validation_examples: how many of the validation set an evaluation uses; null: all.
-    """
+    """One task, one kind of attention, one or more seeds. Every field is a key of the YAML file and of `--set`."""
 
     task: str
+    """listops, text, retrieval, image, pathfinder, pathfinder64 or pathx."""
     data: str
+    """A folder of recipes.lra.prepare, or one with the release's files."""
     output: str
+    """The folder of the runs; each seed has seed-N in it."""
+
+    # The model
     attn_implementation: Literal["linattn", "sdpa", "eager"] = "linattn"
+    """Linear attention, or softmax."""
     linattn: dict[str, Any] = field(default_factory=dict)
+    """Options of LinAttnConfig, such as {kernel: quadratic}."""
     dropout: Literal["none", "standard", "noise"] = "none"
+    """Of attention: standard, on the weights of softmax attention; noise, linattn's in its place."""
     attention_dropout: float = 0.1
+    """The probability of `dropout`."""
     noise_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How noise's probability falls to 0 over the run."""
     hidden_dropout: float = 0.1
+    """On embeddings and sublayers, the same for all three kinds of `dropout`."""
     model: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of LRAConfig, such as {hidden_size: 64}."""
+
+    # The optimizer
     seeds: list[int] = field(default_factory=lambda: [0])
+    """One run each, one after another."""
     batch_size: int = 32
+    """Examples a process and step."""
     learning_rate: float = 1e-4
+    """Its highest."""
     schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "linear"
+    """How the learning rate goes on after the warm-up."""
     warmup_steps: int = 1000
+    """Steps over which the learning rate rises from 0."""
     steps: int = 5000
+    """The run ends here or at max_minutes, whichever comes first, and the learning rate has come down to 0 by then."""
     max_minutes: float | None = None
+    """Minutes of training; by default `steps` alone decide."""
     weight_decay: float = 0.0
+    """AdamW's."""
     beta2: float = 0.999
+    """AdamW's."""
     gradient_clip: float = 1.0
+    """Bound of each number of a gradient."""
+
+    # What is measured and kept
     eval_every: int = 500
+    """Steps between two evaluations on the validation set."""
     eval_batch_size: int = 64
+    """Examples a forward pass of an evaluation."""
     validation_examples: int | None = None
+    """How many of the validation set an evaluation uses; by default all."""
     log_every: int = 100
+    """Steps between two lines of metrics.jsonl."""
     save_every: int = 1000
+    """Steps between two checkpoints."""
+
+    # The batches, and how they are computed
     pad_multiple: int = 128
+    """A batch is padded to its longest sequence, rounded up to a multiple of this; sequences of like length share a batch."""
     blank_is_padding: bool = False
+    """Pixels of value 0 are padding, as in the published configurations, where token 0 is masked."""
     turn_pictures: bool = False
+    """Each time a picture is trained on it is turned and mirrored, into one of the eight positions of a square.
+
+    Pathfinder's labels do not depend on it. The published rows do without.
+    """
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """What products are computed in."""
     compile: Literal["none", "default", "reduce-overhead"] = "none"
+    """torch.compile's mode."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:

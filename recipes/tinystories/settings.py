@@ -35,11 +35,15 @@ class Settings:
     valid_data: list[str] = field(default_factory=list)
     """As train_data; none: the last `valid_stories` of the training text are held out."""
     train_split: str = "train"
+    """Of a hub data set."""
     valid_split: str = "validation"
+    """Of a hub data set."""
     text_column: str = "text"
     """Of a table: it holds a text in each row, or a conversation, which the tokenizer's chat template makes text of."""
     separator: str = "<|endoftext|>"
+    """What stands between the stories of a text file."""
     valid_stories: int = 500
+    """How many are held out where there is no valid_data."""
     length: int = 512
     """Tokens a sequence."""
     separate_stories: bool = False
@@ -49,14 +53,19 @@ class Settings:
     steps: int | None = None
     """Optimizer steps; by default `epochs` times the text."""
     epochs: float = 1.0
+    """Passes over the text, where `steps` says nothing."""
     batch_size: int = 8
     """Sequences a process and forward pass."""
     gradient_accumulation: int = 1
+    """Forward passes a step."""
     learning_rate: float = 1e-3
+    """Its highest, of the weights."""
     linattn_learning_rate: float = 0.1
     """Of the per-head parameters of converted attention, which stay where they start at an ordinary rate."""
     weight_decay: float = 0.01
+    """AdamW's, of matrices."""
     beta2: float = 0.95
+    """AdamW's."""
     warmup: float = 0.05
     """Share of the steps over which the rates rise from 0; after it they fall to 0 along a cosine."""
     clip: float = 1.0
@@ -72,16 +81,23 @@ class Settings:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """By default what accelerate's own config says."""
     gradient_checkpointing: bool = False
+    """Compute activations twice, for less memory."""
     seed: int = 0
+    """Of a model from scratch, the order of the text and the noise."""
 
     # What is reported and kept
     log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
     eval_every: int = 100
+    """Steps between two evaluations."""
     eval_sequences: int = 64
+    """Held-out sequences that an evaluation uses."""
     checkpoint_every: int = 100
+    """Steps between two checkpoints."""
     samples: int = 2
     """Stories gone on with at each evaluation."""
     sample_tokens: int = 60
+    """Tokens that each of them is gone on with."""
 
     def __post_init__(self) -> None:
         counts = (
