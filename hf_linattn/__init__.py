@@ -14,6 +14,7 @@ from .dropout import DropoutCallback, DropoutSchedule, WindowDropCallback, set_d
 from .forms import LinAttnParams
 from .mask import linattn_mask
 from .ops import empty_state, linear_attention, linear_attention_step
+from .saved_prompts import load_cache, save_cache
 from .support import require_attention_interface
 from .training import parameter_groups
 
@@ -35,8 +36,10 @@ __all__ = [
     "empty_state",
     "linear_attention",
     "linear_attention_step",
+    "load_cache",
     "parameter_groups",
     "require_attention_interface",
+    "save_cache",
     "set_dropout",
     "set_window_drop",
 ]

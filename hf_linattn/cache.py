@@ -25,6 +25,8 @@ from .rollback import RecentTokens
 from .support import require_attention_interface
 
 MIXED = NAME + "_mixed"
+STATE = "state."
+"""Begins the names of a state's tensors among those of a layer."""
 OUR_TYPES = {
     **dict.fromkeys(("full_attention", "sliding_attention", "chunked_attention"), NAME),
     **dict.fromkeys(("hybrid", "hybrid_sliding"), MIXED),
@@ -82,12 +84,38 @@ class LinearStateLayer(CacheLayerMixin):
         self.values = left_out
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
-        self.is_initialized = True
+        self._begin(key_states.dtype, key_states.device, key_states.shape[0])
         if key_states.shape[-2] == 0 and self._form is not None:  # ahead of the first token, to export
             heads = self._query_heads or key_states.shape[1]
             self.allocate(self._form, Sizes(heads, key_states.shape[1], key_states.shape[-1], value_states.shape[-1]), 0)
             self.left_out = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
+
+    def _begin(self, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
+        self.dtype, self.device, self.batch_size, self.is_initialized = dtype, device, batch_size, True
+
+    def to_tensors(self) -> State:
+        """All that later tokens need of those so far, of all readers, by name; what was recorded for `crop` is not among it."""
+        tensors = {STATE + name: tensor for name, tensor in (self.state or {}).items()}
+        if self.left_out is not None:
+            tensors["left_out"] = self.left_out
+        for number, reader in enumerate(self._more, 1):
+            tensors |= {f"{number}.{name}": tensor for name, tensor in reader.to_tensors().items()}
+        return tensors
+
+    def from_tensors(self, tensors: State, tokens: int, dtype: torch.dtype) -> None:
+        """Puts the `to_tensors()` of a layer that has seen so many tokens, in a model of `dtype`, into this new one."""
+        state = below(STATE, tensors)
+        first = next(iter(state.values()))
+        self._begin(dtype, first.device, first.shape[0])
+        self.state = state
+        if "left_out" in tensors:
+            self._remember(tensors["left_out"])
+        while of_reader := below(f"{len(self._more) + 1}.", tensors):
+            reader = self._another()
+            reader.from_tensors(of_reader, 0, dtype)
+            self._more.append(reader)
+        self._advance(tokens)
+        self._reads = 1 + len(self._more)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Counts the new tokens; returns their keys and values, which carry this layer to the attention function.
@@ -271,11 +299,16 @@ class StaticLinearStateLayer(LinearStateLayer):
         self.max_cache_len = max_cache_len
         self.cumulative_length = torch.tensor(0, dtype=torch.long)
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
+    def _begin(self, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
+        super()._begin(dtype, device, batch_size)
         self.cumulative_length = self.cumulative_length.to(self.device)
         if not is_torchdynamo_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
+
+    def from_tensors(self, tensors: State, tokens: int, dtype: torch.dtype) -> None:
+        super().from_tensors(tensors, tokens, dtype)
+        for tensor in (self.state or {}).values():
+            torch._dynamo.mark_static_address(tensor)
 
     def _advance(self, tokens: Any) -> None:
         self.cumulative_length.add_(tokens)
@@ -387,6 +420,11 @@ def take(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Lin
 
 def _each(function: Callable[[Tensor], Tensor], state: State) -> State:
     return {name: function(tensor) for name, tensor in state.items()}
+
+
+def below(prefix: str, tensors: State) -> State:
+    """Those whose names begin with `prefix`, called without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _received_by_update(tensor: Tensor) -> Tensor:
