@@ -9,7 +9,7 @@ CUDA := $(shell find kernels tests/emulation -name "*.cu*" -o -name "*.h" -o -na
 
 .PHONY: quickstart test test-slow pytest lint docs kills mutants wheel kernels test-gpu test-oldest sweep sweep-oldest benchmark clean
 
-# MODEL=DIR and DATA=FILE run it from a checkpoint and a text of your own
+# MODEL=DIR and DATA=FILE run it from a checkpoint and a text of your own, MODEL=smollm2 from a real language model, which is fetched
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m recipes.quickstart --out $(OUT) $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA))
 

@@ -99,7 +99,7 @@ def build_library(target: Path) -> None:
     version = subprocess.run([nvcc, "--version"], check=True, capture_output=True).stdout
 
     def command_for(source: Path) -> tuple[list[str], Path]:
-        flags = [*FLAGS, f"-I{SOURCES}", *targets(architectures_of(source))]
+        flags = [*FLAGS, "-Ikernels", *targets(architectures_of(source))]
         if source.name == "plan.cu":
             flags.append(f'-DLINATTN_ARCHITECTURES="{everything}"')
         digest = hashlib.sha256(version + " ".join(flags).encode() + text_with_headers(source))
@@ -112,7 +112,7 @@ def build_library(target: Path) -> None:
         if not made.exists():
             aside = made.with_suffix(f".{os.getpid()}.o")
             print(" ".join([*command, str(made)]), flush=True)
-            done = subprocess.run([*command, str(aside)], capture_output=True, text=True)
+            done = subprocess.run([*command, str(aside)], cwd=ROOT, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"nvcc could not compile {source.name}:\n{done.stdout}{done.stderr}")
             aside.replace(made)

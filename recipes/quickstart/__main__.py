@@ -1,6 +1,7 @@
 """A softmax model in, a linear-attention model out, in a few minutes on two CPU cores.
 
     python -m recipes.quickstart [--model DIR --data FILE] [--out DIR]
+    python -m recipes.quickstart --model smollm2 [--data FILE] [--out DIR]
 
 Without --model it first makes a corpus of short stories and trains a small softmax Llama on it. Then: convert, fine-tune against the
 original's predictions with noise dropout, evaluate, generate. Stopped and started again it goes on where it was.
@@ -18,6 +19,7 @@ from recipes.common import cli
 from recipes.common.chain import PROJECT, Chain
 from recipes.common.errors import RecipeError
 from recipes.common.files import check_apart, staged_directory, write_text
+from recipes.quickstart import smollm2
 from recipes.quickstart.corpus import MARK, stories
 
 HERE = Path(__file__).parent
@@ -27,20 +29,26 @@ FORM = ("--form", "window", "--window", "64", "--kernel", "quadratic", "--decay"
 
 
 def main(
-    model: Annotated[Path | None, typer.Option(help="A softmax checkpoint to convert instead of a small one trained here.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A softmax checkpoint to convert instead of a small one trained here, or smollm2, which is fetched.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Its text: stories apart by <|endoftext|>.")] = None,
     out: Annotated[Path, typer.Option(help="Everything goes into quickstart/ or quickstart-MODEL/ in it.")] = Path("out"),
     scale: Annotated[float, typer.Option(help="Multiplies the training steps and the corpus.", min=0.001)] = 1.0,
     debug: cli.Debug = False,
 ) -> None:
     """Convert a softmax model to linear attention, fine-tune it, and compare the two."""
-    if (model is None) != (data is None):
-        raise RecipeError("--model and --data go together: a checkpoint and text for it; give both, or neither")
-    if model is not None and not (model / "config.json").is_file():
-        raise RecipeError(f"{model} holds no config.json, so it is no checkpoint; give the folder of one")
     if data is not None and not data.is_file():
         raise RecipeError(f"{data}: no such file; give a text file of stories apart by {MARK}")
-    Quickstart(model, data, out / (f"quickstart-{model.resolve().name}" if model else "quickstart"), scale, debug).run()
+    if model == smollm2.NAME:
+        smollm2.SmolLM2(data, out / f"quickstart-{model}", scale, debug).run()
+        return
+    if (model is None) != (data is None):
+        raise RecipeError("--model and --data go together: a checkpoint and text for it; give both, or neither")
+    folder = None if model is None else Path(model)
+    if folder is not None and not (folder / "config.json").is_file():
+        raise RecipeError(f"{folder} holds no config.json, so it is no checkpoint; give the folder of one, or {smollm2.NAME}")
+    Quickstart(folder, data, out / (f"quickstart-{folder.resolve().name}" if folder else "quickstart"), scale, debug).run()
 
 
 class Quickstart(Chain):
@@ -82,6 +90,8 @@ class Quickstart(Chain):
         self.step("5. Evaluate and generate", None, lambda: self.call(f"{PROJECT}recipes.tinystories.evaluate", *named, *options))
         self.tell_minutes()
         places = {"table": "evaluation/evaluation.md", "picture": "evaluation/evaluation.png", "model": "tuned/model"}
+        if self.own:
+            self.console.print(smollm2.measured())
         self.console.print("   ".join(f"{what}: {out}/{where}" for what, where in places.items()))
 
     def train(self, config: str, settings: list[str]) -> None:

