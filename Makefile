@@ -42,13 +42,16 @@ kills: $(VENV)/.test
 mutants: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m mutants $(ARGS)
 
-# builds dist/*.whl, with the CUDA kernels where nvcc is, and tries the command `linattn` in an environment that has nothing but the wheel
+# builds dist/: sources and a wheel, with the CUDA kernels where nvcc is, and tries that in an environment that has nothing else, nvcc neither
 wheel:
 	rm -rf dist .venv-wheel
-	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/pip install --quiet $(TORCH) "$$(ls dist/*.whl)[convert]"
-	.venv-wheel/bin/python tests/installed.py
+	.venv-wheel/bin/pip install --quiet build twine
+	.venv-wheel/bin/python -m build --sdist --wheel
+	.venv-wheel/bin/twine check --strict dist/*
+	$(PYTHON) -m venv --clear .venv-wheel
+	PATH=$(CURDIR)/.venv-wheel/bin pip install --quiet $(TORCH) "$$(ls dist/*.whl)[convert]"
+	PATH=$(CURDIR)/.venv-wheel/bin python tests/installed.py dist/*.whl
 
 # compiles the CUDA kernels into the checkout; needs nvcc
 kernels: $(VENV)/.test

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import Distribution, distributions
 from importlib.util import resolve_name
@@ -18,7 +19,20 @@ from tiny_softmax import softmax_model
 from linattn import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILT_OF = ("hf_linattn", "convert", "recipes", "linattn.py", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+BUILT_OF = (
+    "hf_linattn",
+    "convert",
+    "recipes",
+    "kernels",
+    "linattn.py",
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "CHANGELOG.md",
+)
+SOURCES = ("*.py", "*.yaml", "*.md", "*.cu", "*.cuh", "*.h", "*.txt")
 # The command, and then which of the modules that take seconds, or that a checkout alone has at its top, it has imported.
 RUN = """
 import sys
@@ -32,9 +46,9 @@ finally:
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the wheel was unpacked into, built without kernels of a copy with leftovers of an older build."""
-    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout with leftovers of an older build."""
+    source = tmp_path_factory.mktemp("source")
     for name in BUILT_OF:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -43,6 +57,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (source / "build" / "lib" / "hf_linattn").mkdir(parents=True)
     (source / "build" / "lib" / "hf_linattn" / "gone.py").touch()
     (source / "hf_linattn" / "_kernels.so").touch()
+    return source
+
+
+@pytest.fixture(scope="module")
+def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the wheel was unpacked into, built without kernels."""
+    folder = tmp_path_factory.mktemp("wheel")
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder)]
     subprocess.run(
         [sys.executable, "-m", "pip", "wheel", *options, "."], cwd=source, env=os.environ | {"HF_LINATTN_REQUIRE_CUDA": "0"}, check=True
@@ -61,7 +82,7 @@ def metadata(installed: Path) -> Distribution:
 
 
 def files_of(folder: Path, *patterns: str) -> set[str]:
-    return {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.rglob(pattern)}
+    return {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
 
 
 def test_the_wheel_holds_all_that_runs_below_two_names(installed: Path) -> None:
@@ -74,11 +95,35 @@ def test_the_wheel_holds_all_that_runs_below_two_names(installed: Path) -> None:
     assert not files_of(installed, "*.so", "*.pyc", "*.png")
 
 
+def built(kind: str, source: Path, folder: Path) -> Path:
+    """What setuptools builds in `source`, without kernels."""
+    build = f"from setuptools import build_meta; build_meta.build_{kind}({str(folder)!r})"
+    environment = os.environ | {"HF_LINATTN_REQUIRE_CUDA": "0"}
+    subprocess.run([sys.executable, "-c", build], cwd=source, env=environment, check=True, capture_output=True)
+    [made] = folder.iterdir()
+    return made
+
+
+def test_a_source_distribution_builds_the_same_wheel(source: Path, installed: Path, tmp_path: Path) -> None:
+    with tarfile.open(built("sdist", source, tmp_path / "sdist")) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    [unpacked] = (tmp_path / "unpacked").iterdir()
+    for name in ("kernels", "convert", "recipes"):
+        assert files_of(unpacked / name, "*") == files_of(ROOT / name, *SOURCES)
+    assert (unpacked / "CHANGELOG.md").is_file() and not files_of(unpacked, "*.so", "*.pyc", "tests/*")
+    with zipfile.ZipFile(built("wheel", unpacked, tmp_path / "wheel")) as wheel:
+        found = {name: wheel.read(name) for name in wheel.namelist() if ".dist-info/" not in name}
+        told = wheel.read(next(name for name in wheel.namelist() if name.endswith("/METADATA")))
+    assert set(found) == {name for name in files_of(installed, "*") if ".dist-info/" not in name}
+    assert all((installed / name).read_bytes() == content for name, content in found.items())
+    assert told.decode() == metadata(installed).read_text("METADATA")
+
+
 def test_the_metadata_is_complete(installed: Path) -> None:
     told = metadata(installed)
     [command] = told.entry_points
     assert (command.name, command.group) == ("linattn", "console_scripts")
-    assert {"convert", "evaluate", "recipes", "test"} == set(told.metadata.get_all("Provides-Extra") or [])
+    assert {"convert", "docs", "evaluate", "recipes", "test"} == set(told.metadata.get_all("Provides-Extra") or [])
     assert (told.read_text("top_level.txt") or "").split() == ["hf_linattn", "linattn"]
     assert f"\n## {told.version}, " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert told.metadata.get_all("Classifier") and told.metadata["License-Expression"] == "Apache-2.0"
