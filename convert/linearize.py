@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convert.errors import ConversionError, stage
-from convert.options import Beside, Decay, DType, Form, Gate, Kernel, LinearizeOptions, layer_numbers
+from convert.options import Beside, Decay, DType, Form, Gate, InputGate, Kernel, LinearizeOptions, layer_numbers
 from recipes.common import cli
 from recipes.common.files import check_target, output_path, staged_directory
 from recipes.common.reading import refuse_missing_folder
@@ -111,6 +111,7 @@ def main(
     keep_softmax: Annotated[str, typer.Option(help="Layers that stay softmax, such as 0-5,8, or @FILE of convert.select_layers.")] = "",
     temperature: Annotated[float | None, typer.Option(help="Its start (default 0.98 linear, 2 quadratic).", show_default=False)] = None,
     features: Annotated[int | None, typer.Option(help="Project queries and keys to so many.", show_default=False)] = None,
+    input_gate: Annotated[InputGate | None, typer.Option(help="Learned weight of keys (default: none).", show_default=False)] = None,
     window: Annotated[int | None, typer.Option(help="Tokens seen by softmax (default: 64).", show_default=False)] = None,
     sinks: Annotated[int | None, typer.Option(help="First tokens seen by softmax (default: 4).", show_default=False)] = None,
     gate: Annotated[Gate | None, typer.Option(help="The window's share per what (default: token).", show_default=False)] = None,
@@ -135,6 +136,7 @@ def main(
         keep_softmax=layer_numbers(keep_softmax),
         temperature=temperature,
         features=features,
+        input_gate=input_gate.value if input_gate else None,
         window=window,
         sinks=sinks,
         gate=gate.value if gate else None,

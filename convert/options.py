@@ -15,7 +15,7 @@ from recipes.common.reading import read_json, user_path
 if TYPE_CHECKING:
     from hf_linattn.config import LinAttnConfig
 
-OF_THE_FORM = ("kernel", "decay", "temperature", "features", "window", "sinks", "gate", "beside")
+OF_THE_FORM = ("kernel", "decay", "temperature", "features", "input_gate", "window", "sinks", "gate", "beside")
 """Options that are the form's, by the same names."""
 MOST_LAYERS = 9999
 """The highest layer number that a range may name."""
@@ -58,6 +58,13 @@ class Decay(str, Enum):
     token = "token"
 
 
+class InputGate(str, Enum):
+    """What keys weigh beside f: one, or what is learned per token and key head."""
+
+    none = "none"
+    token = "token"
+
+
 class DType(str, Enum):
     """What to store the source's floating-point weights as."""
 
@@ -77,6 +84,7 @@ class LinearizeOptions:
         keep_softmax: indices of the layers that keep softmax attention.
         temperature: where the temperature starts; None: 0.98 (linear), 2 (quadratic).
         features: to how many numbers queries and keys are projected before f is taken; None: they are not.
+        input_gate: ``none`` or ``token``; None: ``none``.
         window: tokens seen by softmax, the query's own among them; None: 64.
         sinks: first tokens seen by softmax from everywhere; None: 4.
         gate: ``head`` or ``token``; None: ``token``.
@@ -97,6 +105,7 @@ class LinearizeOptions:
     keep_softmax: tuple[int, ...] = ()
     temperature: float | None = None
     features: int | None = None
+    input_gate: str | None = None
     window: int | None = None
     sinks: int | None = None
     gate: str | None = None
@@ -116,7 +125,9 @@ class LinearizeOptions:
         Raises:
             ConversionError: an unknown choice, or a number out of its bounds.
         """
-        choices_of = {"form": Form, "kernel": Kernel, "decay": Decay, "gate": Gate, "beside": Beside, "dtype": DType}
+        choices_of = {
+            "form": Form, "kernel": Kernel, "decay": Decay, "input_gate": InputGate, "gate": Gate, "beside": Beside, "dtype": DType
+        }  # fmt: skip
         for name, choices in choices_of.items():
             given = getattr(self, name)
             if given is not None and given not in list(choices):

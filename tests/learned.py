@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tiny_models import tiny_config, tiny_tokens
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_linattn import LinAttnConfig, LinAttnParams
 from hf_linattn.models import config_class_for
@@ -31,6 +31,16 @@ def feed(model: Any, ids: Tensor, cache: Any, lengths: list[int], **kwargs: Any)
     """Logits (B, N, V) of `ids` (B, N), given in pieces of `lengths` with a cache."""
     with torch.no_grad():
         return torch.cat([model(part, past_key_values=cache, **kwargs).logits for part in ids.split(lengths, 1)], 1)
+
+
+def check_pieces_give_the_whole(model: Any) -> dict[str, Tensor]:
+    """Pieces and single tokens through both caches give what the whole gives; returns the state of the first layer behind them."""
+    ids = tiny_tokens()
+    with torch.no_grad():
+        full = model(ids, use_cache=False).logits
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
+        torch.testing.assert_close(feed(model, ids, cache, [8, 1, 1, 13]), full, atol=1e-5, rtol=0)
+    return cache.layers[0].state
 
 
 def check_tokens_are_taken_back(model: Any) -> None:

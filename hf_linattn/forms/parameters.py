@@ -67,6 +67,16 @@ class LinAttnParams(nn.Module):
         if name in self.names and hasattr(self, name + OFFSET):
             getattr(self, name + OFFSET).zero_()
 
+    def read_off(self, name: str, hidden: Tensor | None, option: str) -> Tensor:
+        """What a matrix (heads, hidden_size) reads off the hidden states (B, N, hidden_size), float32 (B, heads, N).
+
+        Raises:
+            ValueError: `option`, "decay" say, needs hidden states, and there are none.
+        """
+        if hidden is None:
+            raise ValueError(f'{option}="token" is computed from the hidden states that enter the layer, and none were seen to enter it.')
+        return (getattr(self, name).to(hidden.dtype) @ hidden.mT).float()
+
     def at_rest(self) -> dict[str, Tensor]:
         """What to attend with where the hidden states are zeros: (heads,) each, and matrices."""
         hidden = torch.zeros(1, 1, self.hidden_size) if self.hidden_size else None
@@ -92,6 +102,14 @@ class LinAttnParams(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join((*self.names, *self.matrices))
+
+
+def refuse_unread(option: str, learnable: bool, hidden_size: int | None) -> None:
+    """Raises ValueError where what is to be read off the hidden states is not to be learned, or their width is not known."""
+    if not learnable:
+        raise ValueError(f'linattn option {option}="token" is learned from the hidden states, so it needs learnable=true.')
+    if not hidden_size:
+        raise ValueError(f'linattn option {option}="token" needs to know the width of the hidden states that enter the layer.')
 
 
 def _keep_hidden_states(attention: Any, args: Any, kwargs: Any) -> None:

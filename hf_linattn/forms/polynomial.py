@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops import bounds, linear_attention, linear_attention_step, reference
+from ..ops import bounds
 from ..ops.features import feature_count
-from . import projection
+from . import input_gate, projection
 from .form import Call, Form, Numbers, Sizes, State, Tokens
+from .operators import attention, attention_reference, attention_step, per_token
 from .options import one_of, require_bool, require_count, require_number
-from .parameters import LinAttnParams
+from .parameters import LinAttnParams, refuse_unread
 from .seen import Seen
 
 KERNELS = ("linear", "quadratic")
@@ -53,6 +54,8 @@ class PolynomialOptions:
             head, from the hidden states.
         features: of converted checkpoints: f is taken of learned projections of query and key to so many numbers, fewer than D; the
             state has rows by these instead of D.
+        input_gate: "token", of converted checkpoints: a key weighs exp(u) as well, u learned for each token and key head from the hidden
+            states, from -5 to 5 and 0 at first; "none": it does not.
     """
 
     kernel: str = "linear"
@@ -63,10 +66,12 @@ class PolynomialOptions:
     normalize_qk: bool = True
     decay: str = "none"
     features: int | None = None
+    input_gate: str = "none"
 
     def __post_init__(self) -> None:
         one_of("kernel", self.kernel, KERNELS)
         one_of("decay", self.decay, DECAYS)
+        one_of("input_gate", self.input_gate, input_gate.CHOICES)
         if self.c is None:
             object.__setattr__(self, "c", 0.5 if self.kernel == "quadratic" else 0.0)
         for name in ("a", "b", "c", "temperature"):
@@ -108,19 +113,19 @@ class PolynomialParameters(LinAttnParams):
     - quadratic: the temperature, above 0, and b, in (0, 2 sqrt(a c)), so that f > 0 for every s; a and c stay as configured;
     - with a decay, the time constant T > 0 in tokens, per query head (``decay="head"``) or key head: a token n steps back is weighed by
       exp(-n / T) as well. With ``decay="token"`` 1 / T = softplus(r + w.x) of the hidden state x of each token, w starting at 0;
-    - with ``features``, the projections of `projection` and the centre of the keys.
+    - with ``features``, the projections of `projection` and the centre of the keys;
+    - with ``input_gate="token"`` the matrix that u = 5 tanh(w.x / 5) of `input_gate` is read off with, w starting at 0.
 
     Starting values: temperature and b as configured, but at most 0.98 of their bound; T from 1.5 tokens in the first head, growing
     geometrically to ``sizes.longest`` in the last.
 
     Raises:
         ValueError: no heads; the linear kernel without ``normalize_qk``; a, b, temperature (or c of the quadratic kernel) that is not
-            positive; a decay per token or a projection that is not to be learned, a layer of unknown width, features that are no fewer
-            than the head has.
+            positive; a decay or gate per token or a projection that is not to be learned, a layer of unknown width, features that are no
+            fewer than the head has.
     """
 
-    rate_weight: Tensor
-    of_hidden: ClassVar[tuple[str, ...]] = ("rate_weight",)
+    of_hidden: ClassVar[tuple[str, ...]] = ("rate_weight", "input_weight")
     """The matrices that read the hidden states."""
 
     def __init__(self, sizes: Sizes, options: PolynomialOptions, learnable: bool = True) -> None:
@@ -143,20 +148,22 @@ class PolynomialParameters(LinAttnParams):
             matrices["rate_weight"] = (sizes.key_heads, int(sizes.hidden_size or 0))
         if options.features is not None:
             matrices |= projection.shapes(sizes, options.features)
+        if options.input_gate == "token":
+            matrices["input_weight"] = (sizes.key_heads, int(sizes.hidden_size or 0))
         return numbers, matrices
 
     def forward(self, hidden: Tensor | None = None) -> dict[str, Tensor]:
         """The numbers to attend with, as new float32 tensors of shape (heads,).
 
         Args:
-            hidden: (B, N, hidden_size), for a decay per token.
+            hidden: (B, N, hidden_size), for a decay or an input gate per token.
 
         Returns:
             ``a``, ``b``, ``temperature``; with the quadratic kernel ``c``; with a decay ``log_decay`` = -1 / T < 0, for one per token
-            (B, Hk, N); with features the matrices of `projection`.
+            (B, Hk, N); with features the matrices of `projection`; with an input gate ``log_input_gate`` (B, Hk, N).
 
         Raises:
-            ValueError: a decay per token without hidden states.
+            ValueError: a decay or gate per token without hidden states.
         """
         options, learned = self.options, {name: self.number(name) for name in self.names}
         like = learned[self.names[0]]
@@ -171,16 +178,15 @@ class PolynomialParameters(LinAttnParams):
         if "log_rate" in learned:
             out["log_decay"] = -torch.exp(learned["log_rate"])
         elif "rate_logit" in learned:
-            if hidden is None:
-                raise ValueError('decay="token" is computed from the hidden states that enter the layer, and none were seen to enter it.')
-            told = (self.rate_weight.to(hidden.dtype) @ hidden.mT).float()
-            out["log_decay"] = -F.softplus(learned["rate_logit"][:, None] + told)
+            out["log_decay"] = -F.softplus(learned["rate_logit"][:, None] + self.read_off("rate_weight", hidden, "decay"))
+        if options.input_gate == "token":
+            out[input_gate.NAME] = input_gate.bounded(self.read_off("input_weight", hidden, "input_gate"))
         return out | {name: getattr(self, name) for name in self.matrices if name not in self.of_hidden}
 
     def start(self, name: str) -> Tensor:
         options = self.options
-        if name == "rate_weight":
-            return torch.zeros_like(self.rate_weight)
+        if name in self.of_hidden:
+            return torch.zeros_like(getattr(self, name))
         if name in self.matrices:
             return projection.start(name, getattr(self, name).shape)
         if name in ("log_rate", "rate_logit"):
@@ -211,14 +217,13 @@ def _refuse_what_cannot_be_learned(sizes: Sizes, options: PolynomialOptions, lea
         raise ValueError("linattn option features is of learned projections, so it needs learnable=true.")
     if options.features is not None and options.features >= sizes.head_dim:
         raise ValueError(f"linattn option features={options.features} must be below the {sizes.head_dim} numbers of a head.")
-    if options.decay == "token" and not learnable:
-        raise ValueError('linattn option decay="token" is learned from the hidden states, so it needs learnable=true.')
-    if options.decay == "token" and not sizes.hidden_size:
-        raise ValueError('linattn option decay="token" needs to know the width of the hidden states that enter the layer.')
+    for name in ("decay", "input_gate"):
+        if getattr(options, name) == "token":
+            refuse_unread(name, learnable, sizes.hidden_size)
 
 
 class Polynomial(Form):
-    """One state a head, of sums over all earlier tokens: float32 (Hs, F, Dv + 1), as of `linear_attention`."""
+    """One state a head, of sums over all earlier tokens: float32 (Hs, F, Dv + 1), as of `linear_attention`; Dv + 2 with an input gate."""
 
     name: ClassVar[str] = "polynomial"
     Options: ClassVar[type] = PolynomialOptions
@@ -230,19 +235,22 @@ class Polynomial(Form):
         usual = PolynomialOptions(kernel=self.options.kernel)
         numbers = {name: getattr(self.options, name) for name in ("a", "b", "c", "temperature", "normalize_qk", "features")}
         others = [f"{name}={value}" for name, value in numbers.items() if value != getattr(usual, name)]
-        return ", ".join((self.options.kernel + decays[self.options.decay], *others))
+        gate = [] if self.options.input_gate == "none" else [f"input gate per {self.options.input_gate}"]
+        return ", ".join((self.options.kernel + decays[self.options.decay], *others, *gate))
 
     def formula(self, learnable: bool) -> str:
         f = "a + b s" if self.options.kernel == "linear" else "a + b s + c s^2"
         decay = DECAY_WORDS[self.options.decay].format("learned" if learnable else "fixed")
-        return f"f(s) = {f}, normalised, of s = temperature times the cosine of query and key{decay}"
+        gate = ", times an exp(u) learned per token and key head" if self.options.input_gate == "token" else ""
+        return f"f(s) = {f}, normalised, of s = temperature times the cosine of query and key{decay}{gate}"
 
     # ---- what a layer learns
 
     def parameters(self, sizes: Sizes, learnable: bool) -> PolynomialParameters | None:
-        if not learnable and self.options.decay == "none":
+        options = self.options
+        if not learnable and options.decay == options.input_gate == "none" and options.features is None:
             return None
-        return PolynomialParameters(sizes, self.options, learnable)
+        return PolynomialParameters(sizes, options, learnable)
 
     def numbers(self, call: Call, parameters: LinAttnParams | None) -> Numbers:
         options, query = self.options, call.query
@@ -251,6 +259,8 @@ class Polynomial(Form):
             numbers.update(parameters(call.hidden))
         elif options.features is not None:
             raise ValueError("linattn option features is of learned projections, which only converted checkpoints have: leave it out.")
+        elif options.input_gate == "token":
+            raise ValueError('linattn option input_gate="token" is learned, which only converted checkpoints are: leave it out.')
         elif options.decay != "none":
             numbers["log_decay"] = starting_log_decay(self._rates(call.sizes), query.device)
         if not options.normalize_qk:
@@ -269,42 +279,31 @@ class Polynomial(Form):
         return call.causal or ("log_decay" not in numbers and not call.is_packed)
 
     def attend(self, call: Call, numbers: Numbers) -> Tensor:
-        return self._attend(call, numbers)
+        return attention(call, numbers)[0]
 
     def attend_from(self, call: Call, numbers: Numbers, before: State | None) -> tuple[Tensor, State]:
-        out, after = self._attend(call, numbers, initial_state=None if before is None else before["sums"], return_state=True)
+        out, after = attention(call, numbers, initial_state=None if before is None else before["sums"], return_state=True)
         return out, {"sums": after}
 
-    def _attend(self, call: Call, numbers: Numbers, **state: Any) -> Any:
-        call, numbers = projection.projected(call, numbers)
-        return linear_attention(
-            call.query, call.key, call.value, causal=call.causal, segment_ids=call.segments, **state, **numbers, **call.noise
-        )
-
     def step(self, call: Call, numbers: Numbers, state: State) -> Tensor:
-        call, numbers = projection.projected(call, numbers)
-        return linear_attention_step(call.query, call.key, call.value, state["sums"], segment_ids=call.segments, **numbers)
+        return attention_step(call, numbers, state["sums"])
 
     # ---- the state
 
     def layout(self, sizes: Sizes, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         heads = sizes.query_heads if self.options.decay == "head" else sizes.key_heads
         rows = feature_count(self.options.features or sizes.head_dim, self.options.degree)
-        return {"sums": ((heads, rows, sizes.value_dim + 1), torch.float64 if dtype == torch.float64 else torch.float32)}
+        columns = sizes.value_dim + (2 if self.options.input_gate == "token" else 1)
+        return {"sums": ((heads, rows, columns), torch.float64 if dtype == torch.float64 else torch.float32)}
 
     def tokens(self, call: Call, numbers: Numbers) -> Tokens:
-        rate = numbers.get("log_decay")
-        kept = {"key": call.key, "value": call.value}
-        if rate is not None and rate.dim() == 3:
-            kept["log_decay"] = rate
-        return kept
+        return {"key": call.key, "value": call.value, **per_token(numbers)}
 
     def advance(self, before: State | None, tokens: Tokens, numbers: Numbers, query_heads: int) -> State:
         key = tokens["key"]
         query = key.new_zeros(key.shape[0], query_heads, *key.shape[2:])
-        rate = tokens.get("log_decay", numbers.get("log_decay"))
         call = Call(query, key, tokens["value"], tokens["real"][:, 0])
-        return self.attend_from(call, {**numbers, "log_decay": rate}, before)[1]
+        return self.attend_from(call, numbers | per_token(tokens), before)[1]
 
     # ---- conversion
 
@@ -328,6 +327,8 @@ class Polynomial(Form):
         if options.features is not None:
             shapes = projection.shapes(sizes, options.features)
             numbers |= {name: projection.start(name, shape).double() for name, shape in shapes.items()}
+        if options.input_gate == "token":
+            numbers[input_gate.NAME] = torch.zeros(sizes.key_heads, dtype=torch.float64)
         return numbers
 
     def calibrate(self, parameters: LinAttnParams, seen: Seen, nearest: int = 0) -> None:
@@ -345,13 +346,12 @@ class Polynomial(Form):
                 parameters.start_from(name, matrix)
 
     def reference(self, call: Call, numbers: Numbers) -> Tensor:
-        call, numbers = projection.projected(call, numbers)
-        return reference(call.query, call.key, call.value, causal=call.causal, segment_ids=call.segments, **numbers)
+        return attention_reference(call, numbers)
 
     def alternatives(self) -> Iterator[Polynomial]:
         for kernel in KERNELS:
             for decay in ("none", "head", "key_head"):
-                yield Polynomial(PolynomialOptions(kernel=kernel, decay=decay, features=self.options.features))
+                yield Polynomial(PolynomialOptions(kernel, decay=decay, features=self.options.features, input_gate=self.options.input_gate))
 
 
 def starting_log_decay(heads: int, device: torch.device | None = None) -> Tensor:

@@ -15,15 +15,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..ops import linear_attention, linear_attention_step, reference, window, window_reference
+from ..ops import window, window_reference
 from ..ops.frame import Frame
 from ..ops.functional import cast_for_autocast, noisy
 from ..ops.ring import Ring
 from .form import Call, Form, Numbers, Sizes, State, Tokens
+from .operators import attention, attention_reference, attention_step, per_token
 from .options import one_of, require_count
-from .parameters import LinAttnParams
+from .parameters import LinAttnParams, refuse_unread
 from .polynomial import Polynomial, PolynomialOptions, PolynomialParameters
-from .projection import projected
 from .seen import Seen
 
 GATES = ("head", "token")
@@ -55,6 +55,10 @@ class WindowOptions(PolynomialOptions):
         require_count("sinks", self.sinks, 0)
         one_of("beside", self.beside, BESIDE)
         one_of("gate", self.gate, GATES)
+        if self.beside == "none" and self.input_gate != "none":
+            raise ValueError(
+                f'linattn option input_gate={self.input_gate!r} is of the polynomial beside the window, and beside="none" has none.'
+            )
 
 
 class WindowParameters(PolynomialParameters):
@@ -64,14 +68,11 @@ class WindowParameters(PolynomialParameters):
         ValueError: as for the polynomial; a gate per token that is not to be learned, or of a layer of unknown width.
     """
 
-    gate_weight: Tensor
-    of_hidden = ("rate_weight", "gate_weight")
+    of_hidden = (*PolynomialParameters.of_hidden, "gate_weight")
 
     def __init__(self, sizes: Sizes, options: WindowOptions, learnable: bool = True) -> None:
-        if options.gate == "token" and not learnable:
-            raise ValueError('linattn option gate="token" is learned from the hidden states, so it needs learnable=true.')
-        if options.gate == "token" and not sizes.hidden_size:
-            raise ValueError('linattn option gate="token" needs to know the width of the hidden states that enter the layer.')
+        if options.gate == "token":
+            refuse_unread("gate", learnable, sizes.hidden_size)
         self.per_token, self.heads = options.gate == "token", sizes.query_heads
         super().__init__(sizes, options, learnable)
 
@@ -88,14 +89,10 @@ class WindowParameters(PolynomialParameters):
         """
         logit = self.number("gate_logit")
         if self.per_token:
-            if hidden is None:
-                raise ValueError('gate="token" is computed from the hidden states that enter the layer, and none were seen to enter it.')
-            logit = logit[:, None] + (self.gate_weight.to(hidden.dtype) @ hidden.mT).float()
+            logit = logit[:, None] + self.read_off("gate_weight", hidden, "gate")
         return super().forward(hidden) | {"gate": torch.sigmoid(logit)}
 
     def start(self, name: str) -> Tensor:
-        if name == "gate_weight":
-            return torch.zeros_like(self.gate_weight)
         return torch.full((self.heads,), START) if name == "gate_logit" else super().start(name)
 
 
@@ -161,7 +158,7 @@ class Window(Form):
     def _attend(self, call: Call, numbers: Numbers, before: State | None, keep: bool) -> tuple[Tensor, State]:
         _refuse_what_a_window_has_not(call)
         call = _cast(call)
-        frame = self._frame(call.key, call.value, call.segments, _rates(numbers), before)
+        frame = self._frame(call.key, call.value, call.segments, _kept(numbers), before)
         query = frame.close(call.query)
         out = window.attend(query, frame, call.scaling)
         sums: State = {}
@@ -180,34 +177,29 @@ class Window(Form):
     def step(self, call: Call, numbers: Numbers, state: State) -> Tensor:
         call = _cast(call)
         ring, real = self._ring(state), None if call.segments is None else call.segments > 0
-        leaving = ring.push(call.key, call.value, _rates(numbers), real)
+        leaving = ring.push(call.key, call.value, _kept(numbers), real)
         near = window.step(call.query, ring, call.scaling, real)
         if self.beside is None:
             return near
         gate = _as_outputs(numbers["gate"])
-        given = {**numbers, "log_decay": leaving.log_decay} if leaving.log_decay is not None else numbers
-        old, rest = projected(Call(call.query, leaving.key.to(call.key.dtype), leaving.value.to(call.value.dtype)), _without_gate(given))
-        far = linear_attention_step(old.query, old.key, old.value, state["sums"], segment_ids=leaving.real, **rest)
+        old = Call(call.query, leaving.key.to(call.key.dtype), leaving.value.to(call.value.dtype), leaving.real)
+        far = attention_step(old, _of_the_kept(numbers, leaving.per_token), state["sums"])
         return _mixed(near, far, gate, (ring.seen > self.options.window)[:, None, None, None])
 
-    def _frame(self, key: Tensor, value: Tensor, segments: Tensor | None, rates: Tensor | None, before: State | None) -> Frame:
+    def _frame(self, key: Tensor, value: Tensor, segments: Tensor | None, kept: Tensor | None, before: State | None) -> Frame:
         ring = None if before is None else self._ring(before)
         options = {"window": self.options.window, "sinks": self.options.sinks}
-        return Frame.of(key, value, segment_ids=segments, ring=ring, log_decay=rates, **options)
+        return Frame.of(key, value, segment_ids=segments, ring=ring, per_token=kept, **options)
 
     def _far(self, query: Tensor, frame: Frame, numbers: Numbers, before: State | None, keep: bool) -> tuple[Tensor, State]:
         """The polynomial's output (B, Hq, N, Dv) at the frame's tokens over all before their windows, and its state behind them."""
         first = frame.front if before is None else 0  # a state comes with the window's tokens in front, which it does not hold yet
         runs = None if frame.runs is None else frame.runs[:, first:]
-        given = numbers if frame.log_decay is None else {**numbers, "log_decay": frame.log_decay[:, :, first:]}
-        call, rest = projected(Call(query, frame.key[:, :, first:], frame.value[:, :, first:]), _without_gate(given))
-        result: Any = linear_attention(
-            call.query, call.key, call.value, lag=self.options.window, segment_ids=runs, return_state=keep,
-            initial_state=None if before is None else before["sums"], **rest,
-        )  # fmt: skip
+        given = _of_the_kept(numbers, None if frame.per_token is None else frame.per_token[:, :, first:])
+        call, start = Call(query, frame.key[:, :, first:], frame.value[:, :, first:], runs), None if before is None else before["sums"]
+        out, sums = attention(call, given, lag=self.options.window, initial_state=start, return_state=keep)
         if not keep:
-            return result, {}
-        out, sums = result
+            return out, {}
         if frame.runs is not None and frame.front:  # of a sequence that ended in the last window's reach the next call sees nothing
             of_state, last = frame.runs[:, frame.length - 1], frame.runs[:, -1]
             sums = sums.masked_fill(((of_state != last) & (of_state > 0))[:, None, None, None], 0)
@@ -224,22 +216,23 @@ class Window(Form):
         }
         if self.beside is None:
             return ring
-        rates = {"log_decay": ((sizes.key_heads, self.options.window), torch.float32)} if self.options.decay == "token" else {}
-        return ring | rates | self.beside.layout(sizes, dtype)
+        rows = sizes.key_heads * [self.options.decay, self.options.input_gate].count("token")
+        numbers = {"per_token": ((rows, self.options.window), torch.float32)} if rows else {}
+        return ring | numbers | self.beside.layout(sizes, dtype)
 
     def _ring(self, state: State) -> Ring:
-        return Ring(state["key"], state["value"], state["seen"], state.get("log_decay"), self.options.window, self.options.sinks)
+        return Ring(state["key"], state["value"], state["seen"], state.get("per_token"), self.options.window, self.options.sinks)
 
     def _state(self, ring: Ring) -> State:
         state = {"key": ring.key, "value": ring.value, "seen": ring.seen}
-        return state if ring.log_decay is None else state | {"log_decay": ring.log_decay}
+        return state if ring.per_token is None else state | {"per_token": ring.per_token}
 
     def tokens(self, call: Call, numbers: Numbers) -> Tokens:
-        rates = _rates(numbers)
-        return {"key": call.key, "value": call.value} | ({} if rates is None else {"log_decay": rates})
+        kept = _kept(numbers)
+        return {"key": call.key, "value": call.value} | ({} if kept is None else {"per_token": kept})
 
     def advance(self, before: State | None, tokens: Tokens, numbers: Numbers, query_heads: int) -> State:
-        frame = self._frame(tokens["key"], tokens["value"], tokens["real"][:, 0], tokens.get("log_decay"), before)
+        frame = self._frame(tokens["key"], tokens["value"], tokens["real"][:, 0], tokens.get("per_token"), before)
         state = self._state(frame.ring_behind())
         if self.beside is None:
             return state
@@ -265,8 +258,7 @@ class Window(Form):
                                 segment_ids=call.segments)  # fmt: skip
         if self.beside is None:
             return near
-        old, rest = projected(call, _without_gate(numbers))
-        far = reference(old.query, old.key, old.value, lag=size, segment_ids=call.segments, **rest)
+        far = attention_reference(call, _without_gate(numbers), lag=size)
         place = torch.arange(call.query.shape[2], device=near.device)[None]
         if call.segments is not None:
             ids = call.segments.int()
@@ -303,10 +295,16 @@ def _as_outputs(gate: float | Tensor) -> float | Tensor:
     return gate[..., None] if gate.dim() == 3 else gate[:, None, None]
 
 
-def _rates(numbers: Numbers) -> Tensor | None:
-    """The decay's rates where each token has its own, (B, Hs, N)."""
-    rate = numbers.get("log_decay")
-    return rate if isinstance(rate, Tensor) and rate.dim() == 3 else None
+def _kept(numbers: Numbers) -> Tensor | None:
+    """What the polynomial needs of each token beside its key and value, (B, n Hk, N), None where it needs nothing."""
+    kept = per_token(numbers)
+    return torch.cat(list(kept.values()), 1) if kept else None
+
+
+def _of_the_kept(numbers: Numbers, kept: Tensor | None) -> Numbers:
+    """The polynomial's numbers with those of other tokens, as `_kept` gave them, in place of the call's."""
+    names = list(per_token(numbers))
+    return _without_gate(numbers) | (dict(zip(names, kept.chunk(len(names), 1), strict=True)) if kept is not None else {})
 
 
 def _without_gate(numbers: Numbers) -> Numbers:

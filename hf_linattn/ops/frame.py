@@ -23,7 +23,7 @@ class Frame:
 
     Attributes:
         key, value: (B, Hk, front + N, D) and (B, Hk, front + N, Dv), 0 in columns without a token.
-        log_decay: None, or (B, Hs, front + N), 0 in columns without a token.
+        per_token: None, or (B, n, front + N): numbers of each token, 0 in columns without one.
         runs: None where every new token is real, none is packed and none came before; else int (B, front + N): the number of the
             sequence of each column, rising from 1, 0 in columns without a token, which all come first.
         number: int (1 or B, front + N), each token's place in its own sequence, from 0.
@@ -37,21 +37,21 @@ class Frame:
     front: int
     window: int
     sinks: int
-    log_decay: Tensor | None = None
+    per_token: Tensor | None = None
     ring: Ring | None = None
     order: Tensor | None = None  # (B, N), the new token in each of the last N columns
     real: Tensor | None = None  # bool (B, N), of the new tokens as they were given
 
     @classmethod
     def of(cls, key: Tensor, value: Tensor, *, window: int, sinks: int, segment_ids: Tensor | None = None, ring: Ring | None = None,
-           log_decay: Tensor | None = None) -> Frame:  # fmt: skip
-        """From key (B, Hk, N, D), value (B, Hk, N, Dv), log_decay None or (B, Hs, N); `segment_ids` as in `linear_attention`.
+           per_token: Tensor | None = None) -> Frame:  # fmt: skip
+        """From key (B, Hk, N, D), value (B, Hk, N, Dv), per_token None or (B, n, N); `segment_ids` as in `linear_attention`.
 
         The first sequence of a row goes on from its ring.
         """
         batch, _, length, _ = key.shape
         front = window if ring is not None or length > window else 0
-        tensors: dict[str, Any] = {"key": key, "value": value} | ({} if log_decay is None else {"log_decay": log_decay})
+        tensors: dict[str, Any] = {"key": key, "value": value} | ({} if per_token is None else {"per_token": per_token})
         if segment_ids is None and ring is None:
             number = torch.arange(-front, length, device=key.device)[None]
             tensors = {name: ahead(x, front) for name, x in tensors.items()}
@@ -123,7 +123,7 @@ class Frame:
         newest = lambda x: take(ahead(x[:, :, -self.window :], max(self.window - columns, 0)), slots)  # noqa: E731
         sinks = self.sinks_of(torch.full((1,), columns - 1, device=seen.device))
         key, value = (torch.cat([sink[:, :, 0], newest(x)], 2) for x, sink in zip((self.key, self.value), sinks, strict=True))
-        return Ring(key, value, seen, None if self.log_decay is None else newest(self.log_decay), self.window, self.sinks)
+        return Ring(key, value, seen, None if self.per_token is None else newest(self.per_token), self.window, self.sinks)
 
 
 def ahead(x: Tensor, columns: int) -> Tensor:

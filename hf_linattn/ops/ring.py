@@ -18,7 +18,7 @@ class Leaving(NamedTuple):
 
     key: Tensor  # (B, Hk, 1, D)
     value: Tensor  # (B, Hk, 1, Dv)
-    log_decay: Tensor | None  # (B, Hs, 1)
+    per_token: Tensor | None  # (B, n, 1)
     real: Tensor  # bool (B, 1), False where none has left
 
 
@@ -29,24 +29,24 @@ class Ring:
     Attributes:
         key, value: (B, Hk, S + W, D) and (B, Hk, S + W, Dv), the sinks in front.
         seen: int64 (B,), the tokens of each sequence so far.
-        log_decay: None, or (B, Hs, W): a rate a token, where the attention beside the window has them; token t's in slot t mod W.
+        per_token: None, or (B, n, W): n numbers a token, where the attention beside the window has them; token t's in slot t mod W.
         window, sinks: W and S.
     """
 
     key: Tensor
     value: Tensor
     seen: Tensor
-    log_decay: Tensor | None
+    per_token: Tensor | None
     window: int
     sinks: int
 
     def in_order(self, x: Tensor) -> Tensor:
-        """The window of `key`, `value` or `log_decay` from its oldest token to its newest; slots that hold none yet come first."""
+        """The window of `key`, `value` or `per_token` from its oldest token to its newest; slots that hold none yet come first."""
         slots = (self.seen[:, None] + torch.arange(self.window, device=x.device)) % self.window
         return take(x[:, :, -self.window :], slots)
 
-    def push(self, key: Tensor, value: Tensor, log_decay: Tensor | None = None, real: Tensor | None = None) -> Leaving:
-        """Takes in one token a sequence, in place: (B, Hk, 1, D), (B, Hk, 1, Dv), None or (B, Hs, 1), and None or bool (B, 1)."""
+    def push(self, key: Tensor, value: Tensor, per_token: Tensor | None = None, real: Tensor | None = None) -> Leaving:
+        """Takes in one token a sequence, in place: (B, Hk, 1, D), (B, Hk, 1, Dv), None or (B, n, 1), and None or bool (B, 1)."""
         is_real = torch.ones_like(self.seen, dtype=torch.bool) if real is None else real[:, 0]
         had_left = is_real & (self.seen >= self.window)
         slot = self.seen[:, None] % self.window
@@ -55,11 +55,11 @@ class Ring:
             places = torch.cat([places, self.seen[:, None].clamp(max=self.sinks - 1)], 1)
             new = torch.cat([new, new & (self.seen[:, None] < self.sinks)], 1)
         leaving = [_exchange(x, places, incoming, new) for x, incoming in ((self.key, key), (self.value, value))]
-        rate = None
-        if self.log_decay is not None and log_decay is not None:
-            rate = _exchange(self.log_decay, slot, log_decay, is_real[:, None])
+        numbers = None
+        if self.per_token is not None and per_token is not None:
+            numbers = _exchange(self.per_token, slot, per_token, is_real[:, None])
         self.seen.add_(is_real)
-        return Leaving(leaving[0], leaving[1], rate, had_left[:, None])
+        return Leaving(leaving[0], leaving[1], numbers, had_left[:, None])
 
     def visible(self) -> Tensor:
         """Which slots the newest token sees, bool (B, S + W): itself among them, and a sink once it has left the window."""

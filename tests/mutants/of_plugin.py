@@ -105,6 +105,11 @@ MUTANTS = [
          "hf_linattn/training.py", '[x for x in weights if x.ndim <= 1], "lr": learning_rate, "weight_decay": 0.0',
          '[x for x in weights if x.ndim <= 1], "lr": learning_rate, "weight_decay": weight_decay',
          "plugin/test_parameter_groups.py"),
+        # an input gate
+        ("a gate without a bound", "hf_linattn/forms/input_gate.py", "return LARGEST * torch.tanh(x / LARGEST)", "return x",
+         "forms/test_input_gate.py::test_no_key_weighs_beyond_its_bound"),
+        ("noise on both parts of a quotient", "hf_linattn/forms/operators.py", "noise = {} if gated else call.noise",
+         "noise = call.noise", "forms/test_input_gate.py::test_noise_is_on_the_quotient"),
         # choice and adapters
         ("a refused choice that stays", "hf_linattn/choice.py", "config._attn_implementation_internal = implementation", "pass",
          "plugin/test_choice.py"),

@@ -23,7 +23,7 @@ def in_pieces(tensors, cuts, size, sinks, ids=None, rates=None):
             ring.push(key, value, rate, real)
             outs.append(window.step(query, ring, None, real))
             continue
-        frame = Frame.of(key, value, window=size, sinks=sinks, segment_ids=real, ring=ring, log_decay=rate)
+        frame = Frame.of(key, value, window=size, sinks=sinks, segment_ids=real, ring=ring, per_token=rate)
         outs.append(frame.open(window.attend(frame.close(query), frame, None)))
         ring = frame.ring_behind()
     return torch.cat(outs, 2), ring
@@ -63,7 +63,7 @@ def test_what_leaves_the_window():
     """Token t leaves when token t + W comes, with its rate; padding pushes nothing out."""
     query, key, value = make_tensors(12, grad=False)
     rates = -torch.rand(2, 2, 12, dtype=torch.float64)
-    frame = Frame.of(key[:, :, :2], value[:, :, :2], window=4, sinks=1, log_decay=rates[:, :, :2])
+    frame = Frame.of(key[:, :, :2], value[:, :, :2], window=4, sinks=1, per_token=rates[:, :, :2])
     ring, left = frame.ring_behind(), [[], []]
     real = torch.ones(2, 12, dtype=torch.bool)
     real[1, [3, 7, 8]] = False
@@ -71,7 +71,7 @@ def test_what_leaves_the_window():
         leaving = ring.push(key[:, :, t : t + 1], value[:, :, t : t + 1], rates[:, :, t : t + 1], real[:, t : t + 1])
         for row in range(2):
             if leaving.real[row]:
-                left[row].append((leaving.key[row], leaving.value[row], leaving.log_decay[row]))
+                left[row].append((leaving.key[row], leaving.value[row], leaving.per_token[row]))
     for row in range(2):
         expected = real[row].nonzero()[:, 0][:-4]
         assert len(left[row]) == len(expected)

@@ -1,0 +1,59 @@
+"""The operators, given what a polynomial attends with: queries and keys are projected where it has features, values weighed by a gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..ops import linear_attention, linear_attention_step, reference
+from ..ops.functional import noisy
+from . import input_gate, projection
+from .form import Call, Numbers
+
+PER_TOKEN = ("log_decay", input_gate.NAME)
+"""Numbers that each token may have of its own."""
+
+
+def per_token(numbers: Numbers) -> dict[str, Tensor]:
+    """The numbers that each token has of its own, (B, Hk, N) each: what is kept of a token beside its key and value."""
+    return {name: numbers[name] for name in PER_TOKEN if isinstance(numbers.get(name), Tensor) and numbers[name].dim() == 3}
+
+
+def attention(call: Call, numbers: Numbers, **options: Any) -> tuple[Tensor, Any]:
+    """The output of `linear_attention`, (B, Hq, N, Dv), and the state where `options` ask for it, else None.
+
+    Raises:
+        ValueError: as `linear_attention`; noise of the kind "moment" beside an input gate.
+    """
+    gated = input_gate.NAME in numbers
+    if gated and call.noise and call.noise["dropout_kind"] != "paper":
+        raise ValueError('linattn option dropout_kind="moment" knows of no input gate; give input_gate="none", or dropout_kind="paper".')
+    given, rest = _given(call, numbers)
+    noise = {} if gated else call.noise  # of the quotient, not of its two parts
+    result: Any = linear_attention(
+        given.query, given.key, given.value, causal=call.causal, segment_ids=call.segments, **rest, **noise, **options
+    )
+    out, state = result if options.get("return_state") else (result, None)
+    if gated:
+        out = input_gate.quotient(out)
+        out = noisy(out, call.noise["dropout_p"]) if call.noise else out
+    return out, state
+
+
+def attention_step(call: Call, numbers: Numbers, sums: Tensor) -> Tensor:
+    """`linear_attention_step`: `sums` is moved on in place."""
+    given, rest = _given(call, numbers)
+    out = linear_attention_step(given.query, given.key, given.value, sums, segment_ids=call.segments, **rest)
+    return input_gate.quotient(out) if input_gate.NAME in numbers else out
+
+
+def attention_reference(call: Call, numbers: Numbers, **options: Any) -> Tensor:
+    """`reference`, in the dtype of the call."""
+    given, rest = _given(call, numbers)
+    out = reference(given.query, given.key, given.value, causal=call.causal, segment_ids=call.segments, **rest, **options)
+    return input_gate.quotient(out) if input_gate.NAME in numbers else out
+
+
+def _given(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
+    return input_gate.weighed(*projection.projected(call, numbers))
