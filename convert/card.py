@@ -1,4 +1,4 @@
-"""The model card of a converted checkpoint: what it is, and what nobody has measured yet."""
+"""The model card of a converted checkpoint: what it is, and what has been measured of it, or that nothing has."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from recipes.common.reading import not_outside
 
 _INSTALLED = """The package is on no index: install a wheel of it (`pip install hf_linattn-*.whl`), or its
 checkout (`pip install .` in it), with nvcc at hand for its CUDA kernels."""
+_UNMEASURED, _MEASURED = "How well it predicts now has not been measured.", "How well it predicts now is told below."
+_BEGIN, _END = "<!-- convert.evaluate: begin -->", "<!-- convert.evaluate: end -->"
 
 
 def model_card(source: Source, config: Any, report: dict[str, Any], costs: Costs) -> str:
@@ -36,6 +38,23 @@ def model_card(source: Source, config: Any, report: dict[str, Any], costs: Costs
     return f"---\n{data.to_yaml()}\n---\n\n{_body(source, config, report, costs)}"
 
 
+def with_evaluation(card: str, section: str) -> str:
+    """A card with this section in place of the one it had, or at its end, between marks by which it is found again."""
+    card, section = card.replace(_UNMEASURED, _MEASURED), f"{_BEGIN}\n\n{section}\n\n{_END}"
+    begin, end = card.find(_BEGIN), card.find(_END)
+    if 0 <= begin < end:
+        return card[:begin] + section + card[end + len(_END) :]
+    return f"{card.rstrip()}\n\n{section}\n"
+
+
+def without_evaluation(card: str) -> str:
+    """A card without that section: of a model that is trained further, whose figures it will not be."""
+    begin, end = card.find(_BEGIN), card.find(_END)
+    if not 0 <= begin < end:
+        return card
+    return f"{card[:begin].rstrip()}\n\n{card[end + len(_END) :].lstrip()}".rstrip().replace(_MEASURED, _UNMEASURED) + "\n"
+
+
 def _body(source: Source, config: Any, report: dict[str, Any], costs: Costs) -> str:
     options, parameters = config.linattn, report["parameters"]
     kept, name = options["softmax_layers"], source.hub_id or source.folder.name
@@ -51,7 +70,7 @@ def _body(source: Source, config: Any, report: dict[str, Any], costs: Costs) -> 
     return f"""# {name}, with linear attention
 
 This checkpoint was converted from `{name}` with `hf_linattn` and **has not been trained since**. {weights} and its attention is another
-function: it has to be fine-tuned before it predicts well. How well it predicts now has not been measured.
+function: it has to be fine-tuned before it predicts well. {_UNMEASURED}
 
 - Attention weights are {formula}; {layers}{kept_text}.
 - {parameters["added"]:,} parameters were added to {parameters["source"]:,}. `conversion.json` holds all options and starting values.

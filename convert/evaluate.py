@@ -35,6 +35,7 @@ def evaluate(
     # Late, since importing torch takes seconds: what is wrong with the arguments has been said by now.
     from transformers.utils import logging
 
+    from convert.evaluation.cards import write_cards
     from convert.evaluation.curves import read_curves
     from convert.evaluation.measurements import measure_all
     from convert.evaluation.report import write_report
@@ -49,6 +50,8 @@ def evaluate(
     try:
         results = measure_all(options, store, tell)
         write_report(store.folder / "report", results, curves, ranking, options.commands(out))
+        for path in write_cards(options, results) if options.card else ():
+            tell(f"written to {path}")
         return results
     finally:
         store.close()
@@ -78,6 +81,7 @@ def main(
     device: Annotated[str, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on a GPU.")] = "",
     seed: Annotated[int, typer.Option(help="Of the prompts.", min=0)] = 0,
+    card: Annotated[bool, typer.Option("--card", help="Put each student's tables into its README.md.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Measure what is not there yet.")] = False,
     overwrite: cli.Overwrite = False,
 ) -> None:
@@ -105,6 +109,7 @@ def main(
         device=device,
         dtype=dtype,
         seed=seed,
+        card=card,
     )
     check_place(out, COMMAND, inputs=options.inputs(), resume=resume, overwrite=overwrite)
     console = cli.console()

@@ -43,6 +43,7 @@ class EvaluationOptions:
         batch_tokens: tokens a batch; 0: 32,768 on a GPU and 4,096 on a CPU.
         device, dtype: empty: a GPU if there is one, and bfloat16 on it.
         seed: of the prompts.
+        card: whether the README.md of every student gets its tables.
     """
 
     models: tuple[str, ...]
@@ -67,6 +68,7 @@ class EvaluationOptions:
     device: str = ""
     dtype: str = ""
     seed: int = 0
+    card: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what needs no model to be seen wrong.
@@ -91,6 +93,8 @@ class EvaluationOptions:
         names = [row.name for row in self.subjects()]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ConversionError(f"two models are called {twice}; give them names, as in first={twice}")
+        if self.card and not self.students():
+            raise ConversionError("--card: no model is a folder that convert or one of its stages wrote; name one, or leave out --card")
 
     @property
     def hidden_in(self) -> Path:
@@ -113,7 +117,7 @@ class EvaluationOptions:
             if field.name in ("models", "teacher", "data", "runs") or value == field.default:
                 continue
             text = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
-            words += [f"--{names.get(field.name, field.name).replace('_', '-')}", text]
+            words += [f"--{names.get(field.name, field.name).replace('_', '-')}", *([] if value is True else [text])]
         return [f"python -m convert.evaluate {shlex.join(words)} --out {shlex.quote(str(out))}"]
 
     def subjects(self) -> list[Subject]:
@@ -123,6 +127,11 @@ class EvaluationOptions:
         controls = [Subject(f"teacher, window {window} + {self.sinks}", teacher, window) for window in self.windows]
         models = [Subject(name or _short(path), student_folder(path)) for name, path in map(named_model, self.models)]
         return [Subject(name or "teacher", teacher), *controls, *models]
+
+    def students(self) -> list[Subject]:
+        """The models whose folder the converter or a stage wrote."""
+        models = self.subjects()[1 + len(self.windows) :]
+        return [subject for subject in models if (user_path(subject.path) / "conversion.json").is_file()]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ Results = dict[str, dict[str, dict[str, Any]]]
 """What was found, by model and measurement; the teacher first."""
 
 _LOSS = re.compile(r"loss-(\d+)-(\d+)")
-_BEGIN, _END = "<!-- convert.evaluate: begin -->", "<!-- convert.evaluate: end -->"
 
 
 @dataclass(frozen=True)
@@ -109,19 +108,11 @@ def costs(results: Results) -> Table:
 
 
 def card_section(results: Results, name: str) -> str:
-    """The table of one model beside its teacher as a section of its card, between marks by which `with_section` finds it again."""
+    """The tables of one model beside its teacher, as a section of its card."""
     chosen = {key: found for key, found in results.items() if key == name or key == next(iter(results))}
     tables = all_tables(chosen)
     parts = [f"**{table.title}**\n\n{table.markdown()}" + (f"\n\n{table.note}" if table.note else "") for table in tables]
-    return "\n\n".join([_BEGIN, "## Evaluation", *parts, _END])
-
-
-def with_section(card: str, section: str) -> str:
-    """A model card with this section in place of the one it had, or at its end."""
-    begin, end = card.find(_BEGIN), card.find(_END)
-    if 0 <= begin < end:
-        return card[:begin] + section + card[end + len(_END) :]
-    return f"{card.rstrip()}\n\n{section}\n"
+    return "\n\n".join(["## Evaluation", *parts])
 
 
 def above_teacher(found: dict[str, Any], teacher: dict[str, Any]) -> tuple[float, float]:

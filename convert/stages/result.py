@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from convert.card import without_evaluation
 from convert.companions import copy_companions
 from convert.errors import stage
 from convert.report import versions
@@ -19,6 +20,7 @@ from recipes.common.reading import read_json
 REPORT = "conversion.json"
 _NOT_LISTED = ("student", "output")
 _TRAINED = "It has been trained since, against its teacher:"
+_CONTROL = "This is the softmax model, fine-tuned by `hf_linattn` as a control: on the text alone, for as many tokens as a student."
 
 
 @dataclass(frozen=True)
@@ -100,16 +102,17 @@ def _report(before: Path, trained: Trained, validations: Sequence[dict[str, Any]
 
 def _card(text: str, stages: Sequence[dict[str, Any]]) -> str:
     """The card of the checkpoint that was trained, with what has been done to it in place of the paragraph that says nothing has."""
-    paragraphs = [part for part in text.split("\n\n") if not part.startswith("| stage |")]
+    paragraphs = [part for part in without_evaluation(text).split("\n\n") if not part.startswith("| stage |")]
     for number, part in enumerate(paragraphs):
         if "has not been trained since" in part:
             paragraphs[number] = f"{part.split('**has not been trained since**')[0].rstrip().removesuffix('and').rstrip()}. {_TRAINED}"
             break
-        if _TRAINED in part:
+        if _TRAINED in part or part == _CONTROL:
             break
     else:
         number = len(paragraphs)
-        paragraphs.append(f"This checkpoint was converted with `hf_linattn`. {_TRAINED}")
+        is_control = stages[-1]["options"].get("control")
+        paragraphs.append(_CONTROL if is_control else f"This checkpoint was converted with `hf_linattn`. {_TRAINED}")
     paragraphs.insert(number + 1, _table(stages))
     return "\n\n".join(paragraphs).rstrip() + "\n"
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from recipes.common.errors import RecipeError, stage
 from recipes.common.lock import Lock, lock
-from recipes.common.marks import MARK, begin, foreign, read_mark, remove, seal
+from recipes.common.marks import MARK, begin, enter, foreign, read_mark, remove, seal
 from recipes.common.reading import user_path
 from recipes.common.swap import exchange
 
@@ -36,6 +36,15 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """`write_text` of JSON, indented; NaN and infinity are refused by a ValueError."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def rewrite(path: Path, text: str) -> None:
+    """`write_text` over a file right in a folder that a command of ours wrote: it stays that command's, unless somebody has changed it."""
+    mark = read_mark(path.parent)
+    is_ours = mark is not None and path.name in (mark.files or {}) and path.name not in foreign(path.parent, mark)
+    write_text(path, text)
+    if mark is not None and is_ours:
+        enter(path, mark)
 
 
 @contextmanager

@@ -72,13 +72,19 @@ def seal(folder: Path, command: str, grows: Sequence[str] = (), folders: Sequenc
     files = {}
     for path, ours in account(folder, unlisted, compare=False):
         if not ours:
-            files[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest(path)]
+            files[path.relative_to(folder).as_posix()] = _written(path)
     _write(folder, Mark(command, _version(), files, grows, folders))
 
 
 def sign(folder: Path, mark: Mark) -> None:
     """Enter this process as the one that writes the folder."""
     _write(folder, Mark(**{**asdict(mark), "process": _process()}))
+
+
+def enter(path: Path, mark: Mark) -> None:
+    """Enter the file as it is now in the mark of its folder."""
+    files = {**(mark.files or {}), path.name: _written(path)}
+    _write(path.parent, Mark(**{**asdict(mark), "files": files}))
 
 
 def foreign(folder: Path, mark: Mark) -> list[str]:
@@ -132,7 +138,11 @@ def _is_ours(path: Path, name: str, mark: Mark, compare: bool) -> bool:
     if _matches(name, mark.grows):
         return True
     written = mark.files.get(name)
-    return written is not None and (not compare or written == [path.stat().st_size, digest(path)])
+    return written is not None and (not compare or written == _written(path))
+
+
+def _written(path: Path) -> list[Any]:
+    return [path.stat().st_size, digest(path)]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:

@@ -12,9 +12,11 @@ from byte_models import byte_model, byte_tokenizer
 from typer.testing import CliRunner
 
 from convert import evaluate
+from convert.card import without_evaluation
 from convert.errors import ConversionError
 from convert.evaluation.options import EvaluationOptions, chosen, whole_numbers
 from recipes.common import cli
+from recipes.common.files import check_target
 
 SHORT = ["--rows", "2", "--length", "32", "--recall", "none", "--decode", "none", "--device", "cpu"]
 
@@ -91,6 +93,26 @@ def test_of_a_stages_run_the_model_is_measured_and_its_curves_are_shown(evaluate
     assert set(measured(tmp_path / "out")) == {"teacher", "run"} and (tmp_path / "out" / "report" / "training-kl.png").is_file()
     byte_model(5).save_pretrained(tmp_path / "run" / "model")
     assert "was measured with model =" in run(evaluated, tmp_path / "out", "--resume", models=(str(tmp_path / "run"),)).stderr
+
+
+def test_the_tables_stand_in_the_card_and_the_folder_stays_its_commands(evaluated: Path, tmp_path: Path) -> None:
+    shutil.copytree(evaluated / "student", tmp_path / "student")
+    models, card = (str(tmp_path / "student"),), tmp_path / "student" / "README.md"
+    before = card.read_text()
+    done = run(evaluated, tmp_path / "out", "--card", models=models)
+    assert done.exit_code == 0, done.output
+    first = card.read_text()
+    assert "## Evaluation" in first and "| teacher | softmax |" in first and "has not been measured" not in first
+    assert "has not been measured" in before and without_evaluation(first) == before
+    assert run(evaluated, tmp_path / "out", "--card", "--resume", models=models).exit_code == 0 and card.read_text() == first
+    check_target(tmp_path / "student", "convert.linearize", overwrite=True)
+    card.write_text(first + "\nMine.\n")
+    assert run(evaluated, tmp_path / "out", "--card", "--resume", models=models).exit_code == 0 and card.read_text().endswith("Mine.\n")
+    with pytest.raises(ConversionError, match="holds README.md, not written by convert.linearize or changed since"):
+        check_target(tmp_path / "student", "convert.linearize", overwrite=True)
+    shutil.copytree(evaluated / "teacher", tmp_path / "other")
+    said = run(evaluated, tmp_path / "none", "--card", models=(str(tmp_path / "other"),)).stderr
+    assert "--card: no model is a folder that convert or one of its stages wrote" in said
 
 
 def test_another_vocabulary_or_tokenizer_is_refused(evaluated: Path, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from convert.card import with_evaluation, without_evaluation
 from convert.evaluation.curves import Curves, read_curves
 from convert.evaluation.options import EvaluationOptions
 from convert.evaluation.report import write_report
-from convert.evaluation.tables import above_teacher, all_tables, card_section, with_section
+from convert.evaluation.tables import above_teacher, all_tables, card_section
 
 WHERE = {"device": "a device", "torch": "2", "transformers": "5", "dtype": "float32"}
 
@@ -104,12 +105,15 @@ def test_the_page_holds_everything(tmp_path: Path) -> None:
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
 
 
-def test_the_card_takes_the_table_and_takes_it_again() -> None:
+def test_the_card_takes_the_tables_and_takes_them_again() -> None:
     section = card_section(RESULTS, "a|<b>")
     assert "Students" in section and "+0.300 ± 0.200" in section
-    card = with_section("# A model\n", section)
-    assert card.startswith("# A model\n\n<!--") and with_section(card, section) == card
-    assert with_section(card + "\n## More\n", "new") == "# A model\n\nnew\n\n## More\n"
+    plain = "# A model\n\nHow well it predicts now has not been measured.\n"
+    card = with_evaluation(plain, section)
+    assert card.startswith("# A model\n\nHow well it predicts now is told below.\n\n<!--") and with_evaluation(card, section) == card
+    later = card + "\n## More\n"
+    assert "Students" not in with_evaluation(later, "new") and with_evaluation(later, "new").endswith("end -->\n\n## More\n")
+    assert without_evaluation(card) == plain and without_evaluation(later) == plain + "\n## More\n"
 
 
 def test_curves_stand_beside_a_runs_model(tmp_path: Path) -> None:
