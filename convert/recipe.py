@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,32 @@ from recipes.common.reading import user_path
 RECIPES = Path(__file__).parent / "recipes"
 _SHARED = ("student", "output", "teacher", "data", "valid_data")
 _TRAINING: dict[str, type[StageOptions]] = {"calibrate": CalibrateOptions, "transfer": TransferOptions, "distill": DistillOptions}
+_CONTROLS: dict[str, dict[str, Any]] = {
+    "window_only": {"window_drop": 0.0, "train": "attention"},
+    "finetuned_teacher": {"window_drop": 0.0, "control": True, "kl_weight": 0.0, "text_weight": 1.0},
+}
+"""What a recipe may train beside its student, and which options of the stages are then others."""
 _COMMANDS: dict[str, Callable[..., Any]] = {"linearize": linearize.main, "evaluate": evaluate.main}
+
+
+@dataclass(frozen=True)
+class Student:
+    """One of the models that a recipe makes.
+
+    Attributes:
+        control: its name among the controls; empty for the student that the recipe is for.
+        linearize: options of its conversion; None: it stays softmax.
+        stages: those that train it, in their order.
+    """
+
+    control: str
+    linearize: dict[str, Any] | None
+    stages: tuple[str, ...]
+
+    @property
+    def is_window_only(self) -> bool:
+        """Whether it sees a window alone, and so has no numbers of its own."""
+        return self.linearize is not None and self.linearize.get("form") == "window" and self.linearize.get("beside") == "none"
 
 
 @dataclass
@@ -45,6 +70,8 @@ class Recipe:
     """Options of this stage; null: it is left out."""
     evaluate: dict[str, Any] | None = None
     """With `data`, files of text that nothing was trained on."""
+    controls: list[str] = field(default_factory=list)
+    """What is trained on the same tokens beside it: window_only, the student without its branch; finetuned_teacher, on the text alone."""
     tokens_per_second: dict[str, float] = field(default_factory=dict)
     """Of transfer and of distill, as measured; from these the minutes are foretold."""
     measured_on: str = ""
@@ -55,16 +82,40 @@ class Recipe:
             raise ValueError("data names no text")
         for command, given in (("linearize", self.linearize), ("evaluate", self.evaluate or {})):
             _check_keys(command, given, _parameters(_COMMANDS[command]))
-        for name in self.stages():
-            self.stage(name, "student")
+        for student in self.students():
+            for name in student.stages:
+                self.stage(name, "student", student.control)
         if self.evaluate is not None and not self.evaluate.get("data"):
             raise ValueError("evaluate: data must name files of text that nothing was trained on")
 
-    def stages(self) -> list[str]:
-        """Those that train, in their order, without the ones that are left out."""
-        return [name for name in _TRAINING if getattr(self, name) is not None]
+    def students(self) -> list[Student]:
+        """The student and its controls.
 
-    def stage(self, name: str, student: str) -> StageOptions:
+        Raises:
+            ValueError: a control that is unknown, or not to be had of this recipe.
+        """
+        return [self._student("", self.linearize), *map(self._control, dict.fromkeys(self.controls))]
+
+    def _student(self, control: str, linearize: dict[str, Any] | None) -> Student:
+        asked = tuple(name for name in _TRAINING if getattr(self, name) is not None)
+        student = Student(control, linearize, asked if linearize is not None else ("distill",))
+        without = tuple(name for name in student.stages if name != "calibrate")  # a window alone has nothing to calibrate
+        return replace(student, stages=without) if student.is_window_only else student
+
+    def _control(self, name: str) -> Student:
+        if name not in _CONTROLS:
+            raise ValueError(f"controls: {name!r} is unknown; give some of {', '.join(_CONTROLS)}")
+        if name == "window_only":
+            if self.linearize.get("form") != "window":
+                raise ValueError("controls: window_only is of a student with a window; give linearize.form=window, or leave it out")
+            return self._student(name, {**self.linearize, "beside": "none", "input_gate": None})
+        if self.distill is None:
+            raise ValueError("controls: finetuned_teacher is trained as distill trains, and distill is left out")
+        if self.source.endswith(".gguf"):
+            raise ValueError("controls: finetuned_teacher trains the source, which cannot be a GGUF file; give a folder or a hub id")
+        return self._student(name, None)
+
+    def stage(self, name: str, student: str, control: str = "") -> StageOptions:
         """The options of a stage that trains.
 
         Raises:
@@ -77,7 +128,8 @@ class Recipe:
         for key in _SHARED:
             if key in given:
                 raise ConversionError(f"{name}: {key} is set by the recipe itself; take it out")
-        shared = {"student": student, "output": f"{self.output}/{name}", "teacher": self.source}
+        given |= {key: value for key, value in _CONTROLS.get(control, {}).items() if key in known}
+        shared = {"student": student, "output": str(Path(self.output, control, name)), "teacher": self.source}
         return build(options, {**shared, "data": self.data, "valid_data": self.valid_data, **given}, name)
 
 

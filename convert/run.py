@@ -7,13 +7,14 @@ what was stopped goes on: start the same command again.
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from convert.recipe import Recipe, flags, recipe_file
+from convert.recipe import Recipe, Student, flags, recipe_file
 from convert.stages.options import StageOptions
 from recipes.common import cli
 from recipes.common.chain import PROJECT, Chain
@@ -38,26 +39,32 @@ class Conversion(Chain):
 
     def run(self) -> None:
         """Do what is not done yet."""
-        recipe, student = self.recipe, self.out / "swapped"
+        recipe = self.recipe
         self.console.print(self._ahead())
-        self.step(
-            "linearize", student, lambda: self.call(f"{PROJECT}convert.linearize", recipe.source, str(student), *flags(recipe.linearize))
-        )
-        named = [f"swapped={student}"]
-        for name in recipe.stages():
-            student = self._train(name, student)
-            named.append(f"{name}={student}")
+        if recipe.calibrate is not None and any(student.is_window_only for student in recipe.students()):
+            self.console.print("a window alone has no numbers to start anywhere, so it is not calibrated")
+        models = {student.control: self._make(student) for student in recipe.students()}
         if recipe.evaluate is not None:
-            asked = ["--teacher", recipe.source, "--out", str(self.out / "evaluation"), "--resume", *flags(recipe.evaluate)]
-            self.step("evaluate", None, lambda: self.call(f"{PROJECT}convert.evaluate", *named, *asked))
+            own = [f"{path.parent.name if path.name == 'model' else path.name}={path}" for path in models[""]]
+            controls = [f"{name.replace('_', ' ')}={paths[-1]}" for name, paths in models.items() if name]
+            asked = ["--teacher", recipe.source, "--out", str(self.out / "evaluation"), "--card", "--resume", *flags(recipe.evaluate)]
+            self.step("evaluate", None, lambda: self.call(f"{PROJECT}convert.evaluate", *own, *controls, *asked))
         self.tell_minutes()
-        self.console.print(f"the model: {student}")
+        self.console.print(f"the model: {models[''][-1]}")
 
-    def _train(self, name: str, student: Path) -> Path:
-        options = self.recipe.stage(name, str(student))
-        result = Path(options.output) / "model"
-        self.step(name, result, lambda: self._launch(name, options))
-        return result
+    def _make(self, student: Student) -> list[Path]:
+        """The checkpoints of one student, from the converted one to the last."""
+        place, linearize = self.out / student.control, student.linearize
+        made = []
+        if linearize is not None:
+            made.append(place / "swapped")
+            arguments = [self.recipe.source, str(made[-1]), *flags(linearize)]
+            self.step(_title(student, "linearize"), made[-1], lambda: self.call(f"{PROJECT}convert.linearize", *arguments))
+        for name in student.stages:
+            options = self.recipe.stage(name, str(made[-1]) if made else self.recipe.source, student.control)
+            made.append(Path(options.output) / "model")
+            self.step(_title(student, name), made[-1], partial(self._launch, name, options))
+        return made
 
     def _launch(self, name: str, options: StageOptions) -> None:
         from convert.stages.costs import training_memory  # late, as it imports torch
@@ -72,13 +79,18 @@ class Conversion(Chain):
         table = Table(
             "stage", "tokens", "rows a step and process", f"minutes{self.recipe.measured_on and ' on ' + self.recipe.measured_on}"
         )
-        for name in self.recipe.stages():
-            options = self.recipe.stage(name, "student")
-            rate = self.recipe.tokens_per_second.get(name)
-            minutes = f"{options.tokens / rate / 60:.1f}" if rate else "not measured"
-            rows = f"{options.batch_size * options.gradient_accumulation} of {options.length:,} tokens"
-            table.add_row(name, f"{options.tokens:,}", rows, minutes)
+        for student in self.recipe.students():
+            for name in student.stages:
+                options = self.recipe.stage(name, "student", student.control)
+                rate = self.recipe.tokens_per_second.get(name)
+                minutes = f"{options.tokens / rate / 60:.1f}" if rate else "not measured"
+                rows = f"{options.batch_size * options.gradient_accumulation} of {options.length:,} tokens"
+                table.add_row(_title(student, name), f"{options.tokens:,}", rows, minutes)
         return table
+
+
+def _title(student: Student, name: str) -> str:
+    return f"{student.control.replace('_', ' ')}: {name}" if student.control else name
 
 
 def main(

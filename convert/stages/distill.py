@@ -41,6 +41,10 @@ class Distill(Stage):
 
     options: DistillOptions
 
+    @property
+    def is_control(self) -> bool:
+        return self.options.control
+
     def trained(self) -> nn.Module:
         """The whole student, or with LoRA what it adds and what is new in attention."""
         o = self.options

@@ -54,7 +54,7 @@ class StageOptions:
     tokens: int = option(1_000_000, "Tokens to train on.", min=1)
     learning_rate: float = option(5e-4, "Of the weights; the new matrices, such as gates, learn at four times this.")
     head_learning_rate: float = option(0.03, "Of the new numbers that are one a head, such as decays.")
-    warmup: float = option(0.0, "Share of the steps over which the rates rise from 0.", min=0, max=0.5)
+    warmup: float = option(0.05, "Share of the steps over which the rates rise from 0.", min=0, max=0.5)
     final_rate: float = option(0.02, "What is left of the rates at the end of the cosine.", min=0, max=1)
     clip: float = option(1.0, "Bound of the gradient's norm.")
     mixed_precision: str = option("", "no, bf16 or fp16; by default what accelerate is configured for.")
@@ -171,12 +171,15 @@ class DistillOptions(StageOptions):
     lora: int = option(0, "Rank of LoRA on the attention layers' matrices, merged at the end; 0: all parameters learn.", min=0)
     long_length: int = option(0, "Tokens a row of the last steps; 0: as all others.", min=0)
     long_share: float = option(0.2, "Share of the steps with rows of long_length.", min=0, max=1)
+    control: bool = option(False, "STUDENT is the teacher itself, not converted, and learns the text: what students are held against.")
     repeat: int = option(0, "In so many of 16 rows, stretches of their own tokens come again later: it teaches recall.", min=0, max=16)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.kl_weight + self.text_weight > 0:
             raise ValueError("kl_weight and text_weight are both 0, so nothing would be learned; give one of them a weight")
+        if self.control and self.kl_weight:
+            raise ValueError("control: the teacher has nothing to learn of itself; give kl_weight 0 and text_weight 1")
         if self.long_length and (self.long_length <= self.length or self.batch_size * self.length % self.long_length):
             raise ValueError(
                 f"long_length {self.long_length} must be more than length ({self.length}) and divide the tokens of a batch "

@@ -112,6 +112,11 @@ class Stage(Loop):
         """The student and its weights, as they are saved."""
         return self.student, self.accelerator.get_state_dict(self.model)
 
+    @property
+    def is_control(self) -> bool:
+        """Whether what learns is the teacher itself, not converted."""
+        return False
+
     # -- the run ---------------------------------------------------------------------------------------------------------
 
     def run_all(self) -> None:
@@ -191,7 +196,10 @@ class Stage(Loop):
 
     def _check_student(self) -> None:
         o, model_type = self.options, self.student.config.model_type
-        if not model_type.startswith(PREFIX):
+        is_converted = model_type.startswith(PREFIX)
+        if self.is_control and is_converted:
+            raise ConversionError(f"{o.student} is converted, and a control is not: give the teacher itself, or leave out --control")
+        if not is_converted and not self.is_control:
             raise ConversionError(f"{o.student} is not converted (model_type {model_type}): give the output of convert.linearize")
         _check_length(o.student, self.student, o.length)
         if o.window_drop:

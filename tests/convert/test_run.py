@@ -90,6 +90,28 @@ def test_a_calibration_comes_first(recipe, called, tmp_path):
     assert [stage["stage"] for stage in stages] == ["convert.calibrate", "convert.transfer"]
 
 
+def test_a_window_alone_has_nothing_to_calibrate(recipe, called, capsys):
+    window = {"form": "window", "window": 8, "beside": "none", "check": False}
+    Conversion(build(Recipe, recipe(linearize=window, calibrate={}, transfer=None, distill={"tokens": 128}, evaluate=None), "test")).run()
+    assert called == ["convert.linearize", "convert.distill"] and "so it is not calibrated" in capsys.readouterr().out
+
+
+def test_controls_learn_the_same_tokens_and_stand_in_the_table(recipe, called, tmp_path):
+    asked = recipe(
+        linearize={"form": "window", "window": 8, "sinks": 2, "input_gate": "token", "check": False},
+        transfer=None, calibrate={"tokens": 128}, distill={"tokens": 128, "window_drop": 0.5},
+        controls=["window_only", "finetuned_teacher"],
+    )  # fmt: skip
+    Conversion(build(Recipe, asked, "test")).run()
+    trained = ["convert.linearize", "convert.calibrate", "convert.distill"]
+    assert called == [*trained, "convert.linearize", "convert.distill", "convert.distill", "convert.evaluate"]
+    page = (tmp_path / "out" / "evaluation" / "report" / "report.md").read_text()
+    assert "| window only | window 8 + 2 | 128 |" in page and "| finetuned teacher | softmax | 128 |" in page
+    assert "| distill | window 8 + 2, gate per token, beside linear with decay, temperature=0.98, input gate per token | 256 |" in page
+    card = (tmp_path / "out" / "window_only" / "distill" / "model" / "README.md").read_text()
+    assert "## Evaluation" in card and "| window only |" in card and "| finetuned teacher |" not in card
+
+
 def test_a_stage_may_be_left_out(recipe, called, tmp_path):
     Conversion(build(Recipe, recipe(transfer=None, evaluate=None), "test")).run()
     assert called == ["convert.linearize", "convert.distill"]
@@ -107,6 +129,10 @@ def test_a_stage_may_be_left_out(recipe, called, tmp_path):
         ({"evaluate": {"rows": 2}}, "data must name files"),
         ({"evaluate": {"data": ["x"], "row": 2}}, "did you mean 'rows'?"),
         ({"data": []}, "data names no text"),
+        ({"controls": ["window"]}, "controls: 'window' is unknown; give some of window_only, finetuned_teacher"),
+        ({"controls": ["window_only"]}, "is of a student with a window"),
+        ({"controls": ["finetuned_teacher"], "distill": None}, "distill is left out"),
+        ({"controls": ["finetuned_teacher"], "source": "x.gguf"}, "which cannot be a GGUF file"),
     ],
 )
 def test_what_no_stage_could_do_is_refused_at_once(recipe, changes, message):

@@ -198,7 +198,7 @@ def test_a_head_that_is_not_known_is_refused():
 
 
 def test_distilling_learns_and_what_it_leaves_loads_generates_and_goes_on(given, tiny, tmp_path):
-    records = run("distill", given(tokens=40 * 4 * 32, learning_rate=3e-3, validate_every=20))
+    records = run("distill", given(tokens=40 * 4 * 32, learning_rate=3e-3, warmup=0.0, validate_every=20))
     first, *_, last = [record for record in records if "valid_kl" in record]
     assert last["valid_kl"] < 0.8 * first["valid_kl"] and last["valid_above_teacher"] < first["valid_above_teacher"]
     assert last["valid_above_teacher"] == pytest.approx(last["valid_loss"] - last["valid_teacher_loss"], abs=1e-5)
@@ -425,6 +425,30 @@ def test_a_run_of_other_options_and_a_run_that_has_not_ended_are_refused(given, 
 def test_options_out_of_bounds_are_refused(given, options, changes, message):
     with pytest.raises(ValueError, match=message):
         options(**given(**changes))
+
+
+def test_rates_rise_before_they_fall(given):
+    """By default over the first twentieth of the steps: the first learns at a small part of the rate that the last of these has."""
+    stage, rates = made("transfer", given(tokens=40 * 4 * 32)), []
+    stage.run.close()
+    for _ in range(40):
+        rates.append(stage.optimizer.param_groups[0]["lr"])
+        stage.optimizer.step()
+        stage.schedule.step()
+    assert rates[:3] == pytest.approx([0, 5e-4 / 2, 5e-4])
+    assert all(0 < after < before for before, after in zip(rates[2:], rates[3:], strict=False))
+
+
+def test_a_teacher_learns_the_same_text_as_a_control(given, tiny, tmp_path):
+    control = {"student": str(tiny.teacher), "control": True, "kl_weight": 0.0, "text_weight": 1.0}
+    records = run("distill", given(**control, tokens=20 * 4 * 32, validate_every=20, save_every=20))
+    first, *_, last = [record for record in records if "valid_kl" in record]
+    assert first["valid_kl"] == pytest.approx(0, abs=1e-6) and last["valid_above_teacher"] < first["valid_above_teacher"] - 0.01
+    folder = tmp_path / "run" / "model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(model) is LlamaForCausalLM and json.loads((folder / "conversion.json").read_text())["stages"][0]["tokens"] == 20 * 4 * 32
+    card = (folder / "README.md").read_text()
+    assert "fine-tuned by `hf_linattn` as a control" in card and "converted" not in card and "| `convert.distill` |" in card
 
 
 @pytest.mark.parametrize("module", [transfer_command, distill_command])
