@@ -87,6 +87,10 @@ class LinAttnParams(nn.Module):
         if self.hidden_size:
             attention.register_forward_pre_hook(_keep_hidden_states, with_kwargs=True)
 
+    def leave_hidden_states(self, hidden: Tensor) -> None:
+        """What enters the layer's attention, for `take_hidden_states`."""
+        self.hidden = hidden
+
     def take_hidden_states(self) -> Tensor | None:
         """The hidden states (B, N, hidden_size) that entered the layer's attention, once."""
         hidden, self.hidden = self.hidden, None
@@ -113,5 +117,6 @@ def refuse_unread(option: str, learnable: bool, hidden_size: int | None) -> None
 
 
 def _keep_hidden_states(attention: Any, args: Any, kwargs: Any) -> None:
-    # Transformers' attention interface passes no hidden states on
-    attention.linattn.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    # Transformers' attention interface passes no hidden states on. A method and no attribute: PEFT's modules_to_save wraps the parameters,
+    # and hands on what is called, not what is set.
+    attention.linattn.leave_hidden_states(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])

@@ -241,6 +241,20 @@ def test_lora(converted: Converted, tokens: Tensor, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded, tokens), logits(adapted, tokens), rtol=1e-4, atol=1e-5)
 
 
+def test_lora_beside_what_is_computed_from_hidden_states(softmax_checkpoint: Callable[..., Path], tokens: Tensor, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    linearize(softmax_checkpoint("llama"), tmp_path / "model", LinearizeOptions(form="window", window=4, decay="token", check=False))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    expected = logits(model, tokens)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, modules_to_save=["linattn"], task_type="CAUSAL_LM"))
+    assert torch.equal(logits(adapted, tokens), expected)
+    adapted(tokens, labels=tokens).loss.backward()
+    gates = [parameter for name, parameter in adapted.named_parameters() if "modules_to_save" in name and name.endswith("_weight")]
+    assert len(gates) == 2 * model.config.num_hidden_layers and all(gate.grad.abs().sum() > 0 for gate in gates)
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted, tokens), expected)
+
+
 def test_sequence_classification_takes_the_body_of_a_causal_model(converted: Converted, tokens: Tensor) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(converted(), num_labels=3).eval()
     assert model(tokens).logits.shape == (2, 3)
