@@ -1,0 +1,215 @@
+"""Generating, as a user types it: time and memory of a token against context and batch, beside softmax, all in one run.
+
+    python benchmarks/generate.py --device cpu [--out benchmarks/results]
+    python benchmarks/generate.py --device cuda --shape tinyllama [--out benchmarks/results]
+
+Random weights of one shape, as converted models of several forms. A prompt of so many tokens is processed, then tokens are drawn by
+`model.generate(..., cache_implementation=...)`, and a streamer looks at the clock at each of them. Where the cache is static, `generate`
+compiles the step on accelerators, and does not on a CPU. There one thread works, and its own time is counted, so that other programs
+take none of it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from attention import machine
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.generation import BaseStreamer
+
+from hf_linattn import LinAttnConfig, cache_bytes
+from hf_linattn.models import config_class_for
+
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64},
+    "small": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6, "vocab_size": 4096},
+    "tinyllama": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+}  # fmt: skip
+SECOND = {"kernel": "quadratic", "decay": "key_head"}
+WINDOW = {"form": "window", "window": 64, "sinks": 4, "gate": "token", **SECOND}
+CASES: dict[str, tuple[dict[str, Any] | None, str]] = {
+    "softmax, dynamic": (None, "dynamic"),
+    "softmax, static": (None, "static"),
+    "linear, decay, dynamic": ({"decay": "head"}, "dynamic"),
+    "linear, decay, static": ({"decay": "head"}, "static"),
+    "second degree, static": (SECOND, "static"),
+    "window 64 + second degree, static": (WINDOW, "static"),
+    "the same, one layer of softmax, static": (WINDOW | {"softmax_layers": [1]}, "static"),
+}
+SETTLED = 4  # tokens of a call that are not timed: the first comes with the prompt, the next may still warm up
+
+
+class Clock(BaseStreamer):
+    """When each token came, in seconds; `generate` hands tokens over on the CPU, so that the device has finished them."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self.times: list[float] = []
+        self.now = now
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(self.now())
+
+    def end(self) -> None:
+        pass
+
+
+def model_of(shape: str, options: dict[str, Any] | None, longest: int, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of random weights: softmax, or converted with these options."""
+    sizes = {**SHAPES[shape], "max_position_embeddings": longest}
+    torch.manual_seed(0)
+    if options is None:
+        config = LlamaConfig(**sizes)
+    else:
+        config = config_class_for("llama")(**sizes, linattn=LinAttnConfig(learnable=True, **options).to_dict())
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def call(model: PreTrainedModel, ids: torch.Tensor, cache: str, tokens: int) -> tuple[list[float], int]:
+    """Seconds of the prompt and its first token, then of each token; bytes of the cache."""
+    clock = Clock(time.process_time if model.device.type == "cpu" else time.perf_counter)
+    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    out = model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), cache_implementation=cache, streamer=clock, return_dict_in_generate=True, **options
+    )
+    return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)], cache_bytes(out.past_key_values)
+
+
+def measure(model: PreTrainedModel, cache: str, batch: int, context: int, tokens: int, rounds: int) -> dict[str, float | None]:
+    """One case: after a call that warms up, and compiles, the medians of `rounds` calls."""
+    torch._dynamo.reset()
+    model.__dict__.pop("_previous_max_cache_length", None)  # else a static cache would be as long as the longest one before
+    device, ids = model.device, torch.randint(3, 60, (batch, context), device=model.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() if on_gpu else 0
+    first, size = call(model, ids, cache, tokens)
+    calls = [call(model, ids, cache, tokens)[0] for _ in range(rounds)]
+    token = statistics.median(t for times in calls for t in times[SETTLED:])
+    return {
+        "prompt_s": statistics.median(times[0] for times in calls),
+        "token_ms": 1e3 * token,
+        "tokens_a_second": batch / token,
+        "cache_bytes": size,
+        "peak_bytes": torch.cuda.max_memory_allocated() - held if on_gpu else None,
+        "compile_s": sum(first) - statistics.median(sum(times) for times in calls) if on_gpu and cache == "static" else None,
+    }
+
+
+def rows_of(shape: str, device: str, contexts: list[int], batches: list[int], most: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
+    """Every case at every batch and context of at most `most` tokens together; cases that are compared run one after another."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    models = {name: model_of(shape, options, max(contexts) + tokens, device, dtype) for name, (options, _) in CASES.items()}
+    rows = []
+    for batch in batches:
+        for context in (length for length in contexts if length * batch <= most):
+            for name, (_, cache) in CASES.items():
+                row: dict[str, Any] = {"case": name, "batch": batch, "context": context}
+                try:
+                    row |= measure(models[name], cache, batch, context, tokens, rounds)
+                except torch.OutOfMemoryError:
+                    row["out_of_memory"] = True
+                rows.append(row)
+                print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    return rows
+
+
+def table(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# Generating",
+        "",
+        f"{'bfloat16' if facts['device'] != 'cpu' else 'float32'}, random weights, {', '.join(f'{k} {v}' for k, v in facts.items())}.",
+        "",
+        "Medians. The prompt's time includes the first token. The peak is beside the weights. A dash: not there; x: out of memory."
+        + (" One thread, its own time." if facts["device"] == "cpu" else ""),
+        "",
+        "| batch | context | attention, cache | ms a token | tokens a second | cache, MB | peak, MB | prompt, s | compiling, s |",
+        "|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        numbers = [_cell(row, *field) for field in (("token_ms", 1, 2), ("tokens_a_second", 1, 0), ("cache_bytes", 1e-6, 2))]
+        numbers += [_cell(row, *field) for field in (("peak_bytes", 1e-6, 0), ("prompt_s", 1, 2), ("compile_s", 1, 1))]
+        lines.append(f"| {row['batch']} | {row['context']:,} | {row['case']} | {' | '.join(numbers)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, Any], field: str, scale: float, digits: int) -> str:
+    if row.get("out_of_memory"):
+        return "x"
+    return "-" if row[field] is None else f"{row[field] * scale:,.{digits}f}"
+
+
+def draw(rows: list[dict[str, Any]], title: str, target: Path) -> None:
+    """Three panels: milliseconds a token and bytes of cache against context at the smallest batch, tokens a second against batch."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if not row.get("out_of_memory")]
+    smallest, shortest = min(row["batch"] for row in rows), min(row["context"] for row in rows)
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), constrained_layout=True)
+    for name in CASES:
+        by_context = [row for row in rows if row["case"] == name and row["batch"] == smallest]
+        by_batch = [row for row in rows if row["case"] == name and row["context"] == shortest]
+        line = "--" if name.startswith("softmax") else "-"
+        lengths = [row["context"] for row in by_context]
+        panels[0].plot(lengths, [row["token_ms"] for row in by_context], line, marker="o", ms=4, label=name)
+        panels[1].plot(lengths, [row["cache_bytes"] / 1e6 for row in by_context], line, marker="o", ms=4)
+        panels[2].plot([row["batch"] for row in by_batch], [row["tokens_a_second"] for row in by_batch], line, marker="o", ms=4)
+    panels[0].set(title=f"batch {smallest}", xlabel="tokens before", ylabel="ms a token", xscale="log", yscale="log")
+    panels[1].set(title=f"batch {smallest}", xlabel="tokens before", ylabel="cache, MB", xscale="log", yscale="log")
+    panels[2].set(title=f"{shortest:,} tokens before", xlabel="sequences", ylabel="tokens a second", xscale="log", yscale="log")
+    for panel in panels:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def main(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "small",
+    contexts: Annotated[str, typer.Option(help="Tokens of the prompt, with commas between.")] = "128,1024,4096",
+    batches: Annotated[str, typer.Option(help="Sequences at once, with commas between.")] = "1,8",
+    most: Annotated[int, typer.Option(help="Tokens of all prompts together, beyond which a context is left out of a batch.")] = 8192,
+    tokens: Annotated[int, typer.Option(help="New tokens of each call, more than 4.")] = 24,
+    rounds: Annotated[int, typer.Option(help="Calls of each case, after one that warms up.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="A folder for generate-DEVICE.json, .md and .png.")] = None,
+) -> None:
+    """Time generation beside softmax."""
+    if device not in ("cpu", "cuda") or shape not in SHAPES or tokens <= SETTLED:
+        raise typer.BadParameter(f"the device is cpu or cuda, the shape one of {', '.join(SHAPES)}, and tokens more than {SETTLED}.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("PyTorch finds no usable CUDA device: check the driver with nvidia-smi, or take --device cpu.")
+    if device == "cpu":
+        torch.set_num_threads(1)
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    facts = {"device": name, **machine(), "transformers": transformers.__version__, "shape": shape, "new tokens": tokens, "rounds": rounds}
+    rows = rows_of(shape, device, [int(x) for x in contexts.split(",")], [int(x) for x in batches.split(",")], most, tokens, rounds)
+    if out is None:
+        print(table(facts, rows))
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"generate-{device}.json").write_text(json.dumps({**facts, "shape": SHAPES[shape], "rows": rows}, indent=1) + "\n")
+    (out / f"generate-{device}.md").write_text(table(facts, rows))
+    draw(rows, f"generate() on {facts['cpu'] if device == 'cpu' else name}", out / f"generate-{device}.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
