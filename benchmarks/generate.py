@@ -66,7 +66,7 @@ class Clock(BaseStreamer):
 
 def model_of(shape: str, options: dict[str, Any] | None, longest: int, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """A model of random weights: softmax, or converted with these options."""
-    sizes = {**SHAPES[shape], "max_position_embeddings": longest}
+    sizes: dict[str, Any] = {**SHAPES[shape], "max_position_embeddings": longest}
     torch.manual_seed(0)
     if options is None:
         config = LlamaConfig(**sizes)

@@ -10,6 +10,9 @@ three methods of `PreTrainedModel`, which `install` wraps. Each calls Transforme
 
 Whoever sets `config._attn_implementation` of a built model by hand goes past all three, so that property is wrapped too.
 
+Continuous batching chooses by itself: it changes any implementation that it finds into an installed flash attention, which would be
+softmax in a model that has none, and is refused before it does.
+
 Transformers never writes the implementation in use into config.json, but honours the key `attn_implementation` that it finds there. So
 `PreTrainedConfig.to_dict` is wrapped as well, to write it where it is ours: what was saved comes back.
 """
@@ -21,6 +24,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.generation.continuous_batching import ContinuousMixin
 
 from .architectures import refuse_class, refuse_model
 from .config import NAME, LinAttnConfig
@@ -29,6 +33,7 @@ UNASKED = "_linattn_unasked"  # a model that was given no implementation, and to
 
 _resolve, _post_init = PreTrainedModel.get_correct_attn_implementation, PreTrainedModel.post_init
 _set, _to_dict = PreTrainedModel.set_attn_implementation, PreTrainedConfig.to_dict
+_init_continuous_batching = ContinuousMixin.init_continuous_batching
 _implementation: Any = PreTrainedConfig._attn_implementation
 _built: WeakKeyDictionary[PreTrainedModel, None] = WeakKeyDictionary()  # in the order they were built: a part before its whole
 
@@ -96,6 +101,20 @@ def set_by_hand(self: PreTrainedConfig, implementation: str | dict | None) -> No
         model.__dict__.pop(UNASKED, None)
 
 
+def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Transformers' own, where no part of the model has linear attention.
+
+    Raises:
+        ValueError: one has.
+    """
+    if any(config._attn_implementation == NAME for config in _tree(self.config)):
+        raise ValueError(
+            "Continuous batching keeps keys and values in pages, and linear attention keeps none; call generate with a padded batch, or "
+            "`transformers serve` without --continuous-batching."
+        )
+    return _init_continuous_batching(self, *args, **kwargs)
+
+
 def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
     """Transformers' own, with "attn_implementation", and the options it ran with, where linear attention was chosen.
 
@@ -154,9 +173,10 @@ def _asked(config: PreTrainedConfig, implementation: Any) -> Iterator[PreTrained
 
 
 def install() -> None:
-    """Wraps the four methods and the property."""
+    """Wraps the five methods and the property."""
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation  # type: ignore[method-assign]
     PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
     PreTrainedModel.set_attn_implementation = set_attn_implementation  # type: ignore[method-assign]
     PreTrainedConfig.to_dict = to_dict  # type: ignore[method-assign]
+    ContinuousMixin.init_continuous_batching = init_continuous_batching  # type: ignore[method-assign]
     PreTrainedConfig._attn_implementation = _implementation.setter(set_by_hand)  # type: ignore[method-assign]

@@ -65,6 +65,11 @@ class LinAttnModelMixin:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if config._attn_implementation == "vllm":
+            raise ValueError(
+                "vLLM would put its own softmax attention in the place of this checkpoint's linear one; serve it by `transformers serve` "
+                "(docs/vllm.md)."
+            )
         if getattr(config, "linattn", None) is None:
             config.linattn = LinAttnConfig(learnable=True).to_dict()
         if config._attn_implementation is None:

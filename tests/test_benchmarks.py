@@ -13,9 +13,8 @@ import torch
 def test_generation_is_measured_beside_softmax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     generate, threads = importlib.import_module("generate"), torch.get_num_threads()
-    monkeypatch.setattr(
-        generate, "CASES", {name: generate.CASES[name] for name in ("softmax, static", "window 64 + second degree, static")}
-    )
+    cases = ("softmax, static", "window 64 + second degree, static")
+    monkeypatch.setattr(generate, "CASES", {name: generate.CASES[name] for name in cases})
     try:
         generate.main(shape="tiny", contexts="8,12", batches="1,2", most=16, tokens=6, rounds=1, out=tmp_path)
     finally:
@@ -27,5 +26,5 @@ def test_generation_is_measured_beside_softmax(tmp_path: Path, monkeypatch: pyte
     sizes = {row["case"]: [] for row in rows}
     for row in rows:
         sizes[row["case"]].append(row["cache_bytes"] / row["batch"])
-    ours, softmax = sizes["window 64 + second degree, static"], sizes["softmax, static"]
+    softmax, ours = (sizes[name] for name in cases)
     assert len(set(ours)) == 1 and softmax[1] > softmax[0]

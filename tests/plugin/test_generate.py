@@ -2,10 +2,20 @@
 
 import pytest
 import torch
+from byte_models import TOKENS, byte_tokenizer
 from tiny_models import CAUSAL, tiny_model, tiny_tokens
-from transformers import CompileConfig
+from transformers import CompileConfig, pipeline
+from transformers.generation import BaseStreamer
 
-VARIANTS = [(name, {}) for name in CAUSAL] + [("llama", {"kernel": "quadratic"}), ("qwen3", {"decay": "head"})]
+WINDOW = {"form": "window", "window": 5, "sinks": 2, "decay": "head"}
+STUDENTS = [  # the kinds of layers that a conversion makes, and mixtures of them
+    ("qwen3", {"decay": "head"}),
+    ("llama", {"kernel": "quadratic"}),
+    ("llama", WINDOW),
+    ("llama", {**WINDOW, "softmax_layers": [1]}),
+    ("mistral", {"decay": "key_head", "softmax_layers": [0, 2]}),
+]
+VARIANTS = [(name, {}) for name in CAUSAL] + STUDENTS
 NEW = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
 
 
@@ -93,6 +103,50 @@ def test_an_assistant_model_drafts(model):
     assistant = tiny_model("llama", scale=1.5)
     ids = tiny_tokens(1)
     assert torch.equal(generate(model, ids, assistant_model=assistant), generate(model, ids))
+
+
+@pytest.fixture(params=STUDENTS, ids=lambda v: "-".join([v[0], *map(str, v[1].values())]))
+def student(request):
+    name, options = request.param
+    return tiny_model(name, **options)
+
+
+class Seen(BaseStreamer):
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.tokens.append("end")
+
+
+def test_tokens_are_streamed(student):
+    ids = tiny_tokens(1)
+    for options in ({}, {"cache_implementation": "static"}):
+        seen = Seen()
+        out = generate(student, ids, streamer=seen, **options)
+        assert seen.tokens == [*out[0].tolist(), "end"]
+
+
+def test_the_same_bits_from_the_same_seed(student):
+    scores = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        out = generate(student, tiny_tokens(), do_sample=True, return_dict_in_generate=True, output_scores=True)
+        scores.append(torch.stack(out.scores))
+    assert torch.equal(*scores)
+
+
+def test_a_pipeline_of_batches_gives_what_each_prompt_gives_alone(student):
+    student.resize_token_embeddings(TOKENS)
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    generator = pipeline("text-generation", model=student, tokenizer=tokenizer)
+    prompts, options = ["once upon a time", "there was", "a"], {"max_new_tokens": 8, "do_sample": False}
+    together = generator(prompts, batch_size=3, **options)
+    assert together == [generator(prompt, **options) for prompt in prompts]
 
 
 @pytest.mark.parametrize("options", [{}, {"decay": "head"}, {"kernel": "quadratic"}], ids=str)

@@ -5,6 +5,7 @@ import sweep.tiny
 import torch
 from tiny_models import tiny_config, tiny_model, tiny_tokens
 from transformers import (
+    AttentionInterface,
     AutoModel,
     AutoModelForCausalLM,
     BartConfig,
@@ -20,6 +21,7 @@ from transformers import (
 from transformers.masking_utils import create_causal_mask
 
 from hf_linattn import require_attention_interface
+from hf_linattn.models import config_class_for
 
 
 @torch.no_grad()
@@ -180,3 +182,25 @@ def test_a_quantized_cache():
     options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
     with pytest.raises(ValueError, match="linattn|fp8"):  # Transformers' own sentence, which 5.17 has for the backend already
         tiny_model("llama").generate(tiny_tokens(), max_new_tokens=2, pad_token_id=0, **options)
+
+
+def test_continuous_batching_even_where_a_flash_attention_could_take_the_place(monkeypatch):
+    """Transformers would change any implementation that it finds into a flash attention, and so linear attention into softmax."""
+    from transformers.generation.continuous_batching import continuous_api
+
+    monkeypatch.setattr(continuous_api, "is_flash_attn_3_available", lambda **_: True, raising=False)
+    for options in ({}, {"softmax_layers": [0, 1, 2]}):
+        model = tiny_model("llama", **options)
+        for start in (model.init_continuous_batching, lambda: model.generate_batch([[5, 6, 7]])):  # noqa: B023
+            with pytest.raises(ValueError, match="Continuous batching keeps keys and values in pages, and linear attention keeps none"):
+                start()
+        assert model.config._attn_implementation == "linattn"
+
+
+def test_a_converted_checkpoint_with_the_attention_of_vllm(monkeypatch):
+    """As vLLM builds a model: its name in the config, then AutoModel."""
+    monkeypatch.setitem(AttentionInterface._global_mapping, "vllm", None)
+    config = config_class_for("llama")(**tiny_config("llama").to_diff_dict())
+    config._attn_implementation = "vllm"
+    with pytest.raises(ValueError, match="vLLM would put its own softmax attention in the place of this checkpoint's linear one"):
+        AutoModel.from_config(config)

@@ -49,15 +49,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "linear"
 
 
+def transformers_command(*arguments: str) -> tuple[list[str], dict[str, str]]:
+    """A command of Transformers, and the environment in which it uses one core and this checkout."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return [sys.executable, "-c", "from transformers.cli.transformers import main; main()", *arguments], environment
+
+
 @pytest.fixture(scope="module")
 def port(checkpoint: Path) -> Iterator[int]:
     """Of a server in a process of its own, which knows of hf_linattn by the checkpoint alone."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve"]
-    command += ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(number)]
+    options = ["--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", str(number)]
+    command, environment = transformers_command("serve", *options)
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
@@ -117,3 +122,15 @@ def test_two_clients_at_once_and_one_that_hangs_up(checkpoint: Path, port: int) 
     with ThreadPoolExecutor(2) as clients:
         answers = list(clients.map(lambda prompt: told(port, "completions", model=str(checkpoint), prompt=prompt, max_tokens=9), prompts))
     assert [answer["choices"][0]["text"] for answer in answers] == [expected(checkpoint, prompt, 9) for prompt in prompts]
+
+
+@pytest.mark.slow
+def test_transformers_chat(checkpoint: Path, port: int) -> None:
+    """Types a message, declines to go on behind the last token, and leaves."""
+    options = ["chat", str(checkpoint), f"http://127.0.0.1:{port}/v1", "max_new_tokens=12", "do_sample=False"]
+    command, environment = transformers_command(*options)
+    typed = f"{PROMPT}\nn\n!exit\n"
+    chat = subprocess.run(command, env=environment, input=typed, capture_output=True, text=True, timeout=300, check=False)
+    assert chat.returncode == 0, chat.stderr
+    shown, answer = ("".join(filter(str.isalnum, text)) for text in (chat.stdout, expected(checkpoint, PROMPT, 12)))
+    assert answer and answer in shown
