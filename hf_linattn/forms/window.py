@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..ops import window, window_reference
 from ..ops.frame import Frame
-from ..ops.functional import cast_for_autocast, noisy
-from ..ops.ring import Ring
+from ..ops.functional import cast_for_autocast, is_for_onnx, noisy
+from ..ops.ring import Ring, along, take
 from .form import Call, Form, Numbers, Sizes, State, Tokens
 from .operators import attention, attention_reference, attention_step, per_token
 from .options import one_of, require_count
@@ -158,6 +158,8 @@ class Window(Form):
     def _attend(self, call: Call, numbers: Numbers, before: State | None, keep: bool) -> tuple[Tensor, State]:
         _refuse_what_a_window_has_not(call)
         call = _cast(call)
+        if is_for_onnx(keep or before is not None or bool(call.noise)):
+            return self.reference(_in_float32(call), numbers).to(call.query.dtype), {}
         frame = self._frame(call.key, call.value, call.segments, _kept(numbers), before)
         query = frame.close(call.query)
         out = window.attend(query, frame, call.scaling)
@@ -258,12 +260,26 @@ class Window(Form):
                                 segment_ids=call.segments)  # fmt: skip
         if self.beside is None:
             return near
-        far = attention_reference(call, _without_gate(numbers), lag=size)
+        far = self._far_reference(call, numbers)
         place = torch.arange(call.query.shape[2], device=near.device)[None]
         if call.segments is not None:
             ids = call.segments.int()
             place = (ids[:, :, None] == ids[:, None, :]).tril().sum(-1) - 1
         return _mixed(near, far, _as_outputs(numbers["gate"]), (place >= size)[:, None, :, None])
+
+    def _far_reference(self, call: Call, numbers: Numbers) -> Tensor:
+        """The polynomial over all before each token's window. A lag counts columns and a window tokens, so padding is put in front."""
+        size = self.options.window
+        if call.segments is None:
+            return attention_reference(call, _without_gate(numbers), lag=size)
+        ids = call.segments.int()
+        padding, tokens = (ids <= 0).cumsum(-1), (ids > 0).cumsum(-1)
+        place = torch.where(ids > 0, padding[:, -1:] + tokens, padding) - 1  # no sort: ONNX has no stable one
+        close = lambda x: x.scatter(2, along(place, x).expand_as(x), x)  # noqa: E731
+        query, key, value = (close(x) for x in (call.query, call.key, call.value))
+        closed = dataclasses.replace(call, query=query, key=key, value=value, segments=ids.scatter(1, place, ids))
+        kept = {name: close(x) for name, x in per_token(numbers).items()}
+        return take(attention_reference(closed, _without_gate(numbers) | kept, lag=size), place)
 
     def calibrate(self, parameters: LinAttnParams, seen: Seen, nearest: int = 0) -> None:
         if self.beside is None:
@@ -313,6 +329,12 @@ def _without_gate(numbers: Numbers) -> Numbers:
 
 def _cast(call: Call) -> Call:
     query, key, value = cast_for_autocast(call.query, call.key, call.value)
+    return dataclasses.replace(call, query=query, key=key, value=value)
+
+
+def _in_float32(call: Call) -> Call:
+    """The call in at least float32."""
+    query, key, value = (x if x.dtype == torch.float64 else x.float() for x in (call.query, call.key, call.value))
     return dataclasses.replace(call, query=query, key=key, value=value)
 
 

@@ -134,9 +134,7 @@ def linear_attention(
     checks.check_weights(a, b, c, temperature, query.shape[1], normalize_qk)
     checks.check_dropout(dropout_p, dropout_kind)
     noisy = isinstance(dropout_p, Tensor) or dropout_p > 0
-    if torch.compiler.is_compiling() and _is_for_onnx():
-        if initial_state is not None or return_state or noisy:
-            raise ValueError("ONNX takes linear attention without state and without dropout: export model.eval() with use_cache=False.")
+    if is_for_onnx(initial_state is not None or return_state or noisy):
         return _by_pairs(query, key, value, a, b, c, causal=causal, normalize_qk=normalize_qk, temperature=temperature,
                          log_decay=log_decay, lag=lag, segment_ids=segment_ids)  # fmt: skip
     coefficients = _coefficients(query, a, b, c, temperature)
@@ -155,6 +153,19 @@ def linear_attention(
     else:
         out, _, state = _attend(call, lag, return_state, two_sided)
     return out if state is None or not return_state else (out, state)
+
+
+def is_for_onnx(has_state_or_noise: bool) -> bool:
+    """Whether an export to ONNX is under way, which has no operators of ours and takes the formula over all pairs in their place.
+
+    Raises:
+        ValueError: one is, and there is a state or noise, of which ONNX takes neither.
+    """
+    if not (torch.compiler.is_compiling() and _is_for_onnx()):
+        return False
+    if has_state_or_noise:
+        raise ValueError("ONNX takes linear attention without state and without dropout: export model.eval() with use_cache=False.")
+    return True
 
 
 @torch.compiler.assume_constant_result  # else a strict export, which ONNX tries second, takes it for False

@@ -90,6 +90,7 @@ def test_a_sequence_gives_what_it_gives_alone(kind: dict[str, Any], segments: st
     form, call = make_form(**kind), make_call(segments=segments)
     parameters = make_parameters(form)
     together = form.attend(call, form.numbers(call, parameters))
+    torch.testing.assert_close(form.reference(call, form.numbers(call, parameters)), together, rtol=0, atol=1e-6)
     assert call.segments is not None
     assert together.masked_fill((call.segments > 0)[:, None, :, None], 0).abs().max() == 0
     for row in range(2):
@@ -315,6 +316,40 @@ def test_a_ring_is_not_exported() -> None:
 
     with torch.no_grad(), pytest.raises(Exception, match="carries one tensor a cache layer"):
         torch.export.export(Decoder(), (tiny_tokens(1, 1),), strict=False)
+
+
+class Forward(torch.nn.Module):
+    """One layer's model without a cache."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.model = windowed(**options)
+        self.model.model.layers, self.model.config.num_hidden_layers = self.model.model.layers[:1], 1
+        self.eval()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def test_a_forward_pass_is_exported() -> None:
+    """For lengths beyond the window, W + 2 or more: shorter ones are another graph."""
+    plain = Forward()
+    length = torch.export.Dim("length", min=7, max=64)
+    program = torch.export.export(plain, (tiny_tokens(1, 9),), dynamic_shapes={"ids": {1: length}}, strict=False).module()
+    for ids in (tiny_tokens(1, 7), tiny_tokens(1, 23)):
+        torch.testing.assert_close(program(ids), plain(ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_takes_the_formula_over_all_pairs() -> None:
+    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
+    plain, ids = Forward(**KINDS[-1]), tiny_tokens(2, 13)
+    shapes = {"ids": {1: torch.export.Dim("length", min=2, max=256)}}
+    exported = torch.onnx.export(plain, (tiny_tokens(2, 9),), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    (out,) = evaluator(exported.model_proto).run(None, {exported.model_proto.graph.input[0].name: ids.numpy()})
+    torch.testing.assert_close(torch.from_numpy(out), plain(ids), atol=1e-4, rtol=0)
 
 
 def test_calibration_reads_the_gate_off_the_teacher() -> None:
