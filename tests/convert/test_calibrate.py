@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from byte_models import START, byte_model, byte_tokenizer
+from transformers import AutoModelForCausalLM
 
 from convert.errors import ConversionError
 from convert.linearize import LinearizeOptions, linearize
@@ -21,7 +21,6 @@ from hf_linattn.forms import projection
 from hf_linattn.forms.seen import SINKS, Seen
 from recipes.quickstart.corpus import stories
 
-MARK = "<|endoftext|>"
 FORM = {"kernel": "quadratic", "decay": "key_head", "features": 4}
 
 
@@ -36,17 +35,11 @@ def fresh_accelerate():
 def tiny(tmp_path_factory):
     """A tiny softmax Llama whose keys lie about a mean, with a tokenizer of bytes and a text, and the model converted."""
     folder = tmp_path_factory.mktemp("tiny")
-    (folder / "text.txt").write_text(f"\n{MARK}\n".join(stories(60, seed=1)), encoding="utf-8")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate([MARK, *letters])}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=MARK, eos_token=MARK).save_pretrained(folder / "teacher")
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    teacher = LlamaForCausalLM(LlamaConfig(vocab_size=len(letters) + 1, max_position_embeddings=64, attention_bias=True, **shape))
+    (folder / "text.txt").write_text(f"\n{START}\n".join(stories(60, seed=1)), encoding="utf-8")
+    byte_tokenizer().save_pretrained(folder / "teacher")
+    teacher = byte_model(max_position_embeddings=64, num_hidden_layers=2, attention_bias=True)
     with torch.no_grad():
         for name, parameter in teacher.named_parameters():
-            parameter.mul_(3) if parameter.dim() > 1 else None
             parameter.fill_(0.8) if name.endswith("k_proj.bias") else None
     teacher.save_pretrained(folder / "teacher")
     linearize(folder / "teacher", folder / "student", LinearizeOptions(**FORM))

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from byte_models import TOKENS, byte_tokenizer
 from tiny_softmax import softmax_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_linattn
 from convert.linearize import linearize
@@ -40,11 +40,10 @@ def test_converted_classes_are_found_in_transformers() -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["<end>", *letters])}, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", chat_template=TEMPLATE).save_pretrained(folder / "softmax")
-    softmax_model("llama", vocab_size=len(letters) + 1).save_pretrained(folder / "softmax")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "softmax")
+    softmax_model("llama", vocab_size=TOKENS).save_pretrained(folder / "softmax")
     linearize(folder / "softmax", folder / "linear")
     return folder / "linear"
 
