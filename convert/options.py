@@ -15,6 +15,8 @@ from recipes.common.reading import read_json, user_path
 if TYPE_CHECKING:
     from hf_linattn.config import LinAttnConfig
 
+# The choices below are those that the forms name, written down again since to import a form takes seconds; a test compares them.
+
 OF_THE_FORM = ("kernel", "decay", "temperature", "features", "input_gate", "window", "sinks", "gate", "beside")
 """Options that are the form's, by the same names."""
 MOST_LAYERS = 9999

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from convert import options
 from convert.errors import ConversionError, one_line
 from convert.options import LinearizeOptions, layer_numbers
+from hf_linattn import forms
+from hf_linattn.forms import input_gate, polynomial, window
 from recipes.common.reading import refuse_missing_folder
 
 RUN = """
@@ -140,6 +144,16 @@ def test_torch_is_not_imported_for_it(module: str, tmp_path: Path) -> None:
     for said in filter(None, ARGUMENTS[module].values()):
         assert said in done.stderr
     assert "Traceback" not in done.stderr and sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_choices_are_those_that_the_forms_name() -> None:
+    named = {
+        options.Form: forms.FORMS, options.Kernel: polynomial.KERNELS, options.Decay: polynomial.DECAYS,
+        options.InputGate: input_gate.CHOICES, options.Gate: window.GATES, options.Beside: window.BESIDE,
+    }  # fmt: skip
+    assert {choices: [str(choice.value) for choice in choices] for choices in named} == {key: list(value) for key, value in named.items()}
+    own = {field.name for form in forms.FORMS.values() for field in dataclasses.fields(form.Options)}
+    assert set(options.OF_THE_FORM) == own - {"a", "b", "c", "normalize_qk"}  # which a conversion leaves as they are
 
 
 @pytest.mark.parametrize(
