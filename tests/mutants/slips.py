@@ -15,7 +15,7 @@ from .mutant import CONVERTER, OPERATOR, PLUGIN, RECIPES, Mutant
 
 FILES = {
     OPERATOR: ("hf_linattn/ops/*.py",),
-    PLUGIN: ("hf_linattn/*.py",),
+    PLUGIN: ("hf_linattn/*.py", "hf_linattn/forms/*.py"),
     CONVERTER: ("convert/**/*.py",),
     RECIPES: ("recipes/**/*.py",),
 }
