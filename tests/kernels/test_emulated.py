@@ -46,21 +46,22 @@ def check(dtype, paths=None, **kind):
     compare(dtype, **kind)
 
 
-FAST = (torch.bfloat16, torch.float16)
 SLOW_HALF = (torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow))  # the same templates as bfloat16's
 
 
-@pytest.mark.parametrize("dtype", FAST, ids=str)
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 128])
+def fast(*head_dims):
+    """bfloat16 with each head dim, and float16 with the first."""
+    of_half = [pytest.param(torch.float16, d, marks=pytest.mark.slow) for d in head_dims[1:]]
+    return [*((torch.bfloat16, d) for d in head_dims), (torch.float16, head_dims[0]), *of_half]
+
+
+@pytest.mark.parametrize("dtype, head_dim", fast(32, 64, 80, 96, 128), ids=str)
 @pytest.mark.parametrize("length", [2, 63, 200])
 def test_head_dims_and_lengths(kernels, dtype, head_dim, length):
     check(dtype, ("stream", "stream"), head_dim=head_dim, value_dim=head_dim, length=length)
 
 
-@pytest.mark.parametrize("dtype, head_dim", [
-    *((torch.bfloat16, d) for d in (32, 64, 80, 128)), (torch.float16, 32),
-    *(pytest.param(torch.float16, d, marks=pytest.mark.slow) for d in (64, 80, 128)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("dtype, head_dim", fast(32, 64, 80, 128), ids=str)
 @pytest.mark.parametrize("kind", [
     {"decay": "key_head", "stateful": True, "heads": 4, "key_heads": 4},
     {"decay": "query_token", "segments": "packed", "heads": 4, "key_heads": 2},
@@ -89,20 +90,20 @@ def assert_order_of_warps_does_not_matter(dtype, **kind):
     {"decay": "key_token", "stateful": True, "key_heads": 2}, {"decay": "key_token", "stateful": True, "segments": "packed", "noisy": True},
     {"decay": "query_head", "segments": "left", "heads": 4, "key_heads": 2}, {"causal": False, "stateful": True, "segments": "mask"},
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("head_dim", [32, 80])
+@pytest.mark.parametrize("head_dim", [32, pytest.param(80, marks=pytest.mark.slow)])
 def test_the_order_of_warps_does_not_matter(kernels, dtype, kind, head_dim):
     assert_order_of_warps_does_not_matter(dtype, head_dim=head_dim, value_dim=head_dim, **kind)
 
 
 @pytest.mark.parametrize("dtype, head_dim, heads", [
-    (torch.float32, 32, 2), *(pytest.param(torch.float32, d, 2, marks=pytest.mark.slow) for d in (64, 128)), (torch.bfloat16, 192, 1),
+    (torch.float32, 32, 2),
+    *(pytest.param(*kind, marks=pytest.mark.slow) for kind in ((torch.float32, 64, 2), (torch.float32, 128, 2), (torch.bfloat16, 192, 1))),
 ], ids=str)  # fmt: skip
 def test_the_order_of_warps_does_not_matter_to_chunks(kernels, dtype, head_dim, heads):
     assert_order_of_warps_does_not_matter(dtype, head_dim=head_dim, value_dim=head_dim, heads=heads, stateful=True, length=270)
 
 
-@pytest.mark.parametrize("dtype", FAST, ids=str)
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("dtype, head_dim", fast(32, 64, 80, 128), ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_pairs(kernels, dtype, head_dim, causal):
     backward = "pairs" if dtype == torch.bfloat16 else "generic"
@@ -142,7 +143,7 @@ def test_chunks_of_every_kind(kernels, kind):
     check(**{"dtype": torch.float32, "paths": ("chunks", "chunks")} | kind)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *SLOW_HALF], ids=str)
 @pytest.mark.parametrize("kind", [
     {"head_dim": 24, "value_dim": 40}, {"head_dim": 136, "value_dim": 7, "length": 70}, {"head_dim": 24, "degree": 2, "causal": False},
     {"head_dim": 24, "decay": "query_token", "segments": "packed", "heads": 4, "key_heads": 2},
@@ -220,8 +221,9 @@ def test_workspace_is_linear_in_length(kernels, degree, length):
 @pytest.mark.parametrize("dtype, head_dim, kind", [
     (torch.bfloat16, 64, {}), (torch.bfloat16, 64, {"decay": "key_token", "segments": "packed"}), (torch.bfloat16, 80, {}),
     (torch.bfloat16, 128, {}),
-    (torch.bfloat16, 128, {"decay": "key_head"}), (torch.float16, 96, {}), (torch.float32, 64, {}), (torch.float32, 128, {}),
-    (torch.bfloat16, 256, {"length": 70}), (torch.bfloat16, 128, {"degree": 2}), (torch.float32, 256, {"decay": "key_head", "length": 70}),
+    (torch.bfloat16, 128, {"decay": "key_head"}), (torch.float16, 96, {}), (torch.float32, 64, {}),
+    (torch.bfloat16, 256, {"length": 70}), (torch.bfloat16, 128, {"degree": 2}),
+    *(pytest.param(torch.float32, *kind, marks=pytest.mark.slow) for kind in ((128, {}), (256, {"decay": "key_head", "length": 70}))),
 ], ids=str)  # fmt: skip
 def test_smaller_cards(kernels, monkeypatch, kilobytes, dtype, head_dim, kind):
     monkeypatch.setenv("EMULATED_SHARED_KB", str(kilobytes))

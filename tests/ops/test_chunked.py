@@ -155,6 +155,18 @@ def test_lengths_make_no_difference(scale):
     torch.testing.assert_close(scaled, linear_attention(query, key, value, **options))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_that_sum_to_zero_give_nothing_and_pass_no_gradient(dtype):
+    """f(-1) = 0: the first token sees itself alone and weighs nothing. There is no average of it, and no slope."""
+    key = torch.tensor([[[[0.0, 1.0], [0.6, 0.8], [1.0, 0.0]]]], dtype=dtype)
+    query = torch.cat([-key[:, :, :1], key[:, :, 1:]], 2)
+    value = torch.randn(1, 1, 3, 4, dtype=dtype)
+    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    linear_attention(*leaves)[:, :, 0].sum().backward()
+    for leaf in leaves:
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+
+
 def test_a_zero_vector_has_no_direction():
     """Its scores are 0 and its gradient is 0, where a clamped norm would give 1e12."""
     tensors, options = make_inputs(length=20, learned=False)

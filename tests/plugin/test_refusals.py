@@ -89,6 +89,13 @@ def test_an_architecture_without_the_attention_interface():
             require_attention_interface(given)
 
 
+def test_no_cache_is_made_for_it_either():
+    config = BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=97)
+    config._attn_implementation_internal = "linattn"
+    with pytest.raises(ValueError, match="does not use Transformers' attention interface"):
+        DynamicCache(config=config)
+
+
 def test_gptj_is_told_too():
     with pytest.raises(ValueError, match="attention interface"):
         require_attention_interface(GPTJConfig())
