@@ -61,6 +61,11 @@ def given(tiny, tmp_path):
 STAGES = {"transfer": (TransferOptions, Transfer), "distill": (DistillOptions, Distill)}
 
 
+def mainly(quick: str) -> list:
+    """Both stages: what they share is tried with one of them each time, with the other where time does not matter."""
+    return [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in STAGES]
+
+
 def made(name: str, values: dict, resume: bool = False):
     AcceleratorState._reset_state(reset_partial_state=True)
     options, stage = STAGES[name]
@@ -292,7 +297,7 @@ def test_rows_that_are_kept_out_are_spread():
 # -- both ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", mainly("distill"))
 def test_a_window_is_dropped_ever_less_and_a_resume_draws_the_same(given, tiny, tmp_path, name, monkeypatch):
     linearize(tiny.teacher, tmp_path / "student", LinearizeOptions(form="window", window=8, sinks=2, keep_softmax=(1,), check=False))
     shared = {"student": str(tmp_path / "student"), "window_drop": 0.8, "tokens": 10 * 4 * 32}
@@ -318,7 +323,7 @@ def test_a_window_is_dropped_ever_less_and_a_resume_draws_the_same(given, tiny, 
 LONGER = {"transfer": {}, "distill": {"repeat": 8, "length": 48, "tokens": 6 * 4 * 48, "gradient_accumulation": 2, "batch_size": 2}}
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", mainly("distill"))
 def test_killed_it_goes_on_to_the_same_bits(given, tmp_path, name, monkeypatch):
     expected = run(name, given(output=str(tmp_path / "whole"), **LONGER[name]))
     stage = STAGES[name][1]
@@ -337,7 +342,7 @@ def test_killed_it_goes_on_to_the_same_bits(given, tmp_path, name, monkeypatch):
     assert run(name, values, resume=True) == expected  # a finished run is left alone
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", mainly("transfer"))
 def test_two_processes_learn_what_one_does(given, tmp_path, name):
     expected = run(name, given(output=str(tmp_path / "one")))
     values = given(output=str(tmp_path / "two"), batch_size=2)
@@ -351,7 +356,7 @@ def test_two_processes_learn_what_one_does(given, tmp_path, name):
         )
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", mainly("transfer"))
 def test_bfloat16_and_checkpointed_gradients(given, name, tmp_path):
     plain = run(name, given())
     half = run(name, given(output=str(tmp_path / "half"), mixed_precision="bf16", gradient_checkpointing=True))

@@ -1,5 +1,7 @@
 """Masks are read: who sees whom, who is padding and what came before, against a quadratic form under the mask itself."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_models import SIZES, TEXT, tiny_model, tiny_tokens
@@ -229,15 +231,15 @@ def overlaid(model, embeddings, overlay):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("overlay", OVERLAYS.values(), ids=OVERLAYS)
-def test_overlays_are_refused_in_a_traced_graph_too(overlay):
+@pytest.mark.parametrize("name", ["hidden", *(pytest.param(name, marks=pytest.mark.slow) for name in OVERLAYS if name != "hidden")])
+def test_overlays_are_refused_in_a_traced_graph_too(name):
     model, embeddings = tiny_model("mistral", layers=1), torch.randn(2, 12, 64)
     torch._dynamo.reset()
     call = torch.compile(overlaid, backend="eager")
     close(call(model, embeddings, masking_utils.sliding_window_overlay(8)), model(inputs_embeds=embeddings, use_cache=False)[0])
     for run in (overlaid, call):
         with pytest.raises((ValueError, RuntimeError), match="knows no other pattern"):
-            run(model, embeddings, overlay)
+            run(model, embeddings, OVERLAYS[name])
 
 
 @torch.no_grad()
@@ -554,8 +556,9 @@ def test_a_mask_that_ends_before_the_text_is_refused(llama):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kept", [[], [1]])
-@pytest.mark.parametrize("kind", ["dynamic", "static", "compiled"])
+@pytest.mark.parametrize("kept, kind", [
+    *itertools.product(([], [1]), ("dynamic", "static")), ([1], "compiled"), pytest.param([], "compiled", marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 def test_one_new_token_may_be_padding(kept, kind):
     model, ids = tiny_model("llama", layers=2, softmax_layers=kept), tiny_tokens(3, 8)
     mask = torch.tensor([[1] * 8, [0, 0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 1, 1, 0, 1]])
