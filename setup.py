@@ -3,7 +3,8 @@ everything else about the package stands in pyproject.toml.
 
 `pip install .` builds the library on the way; `python setup.py build_kernels` builds it into a checkout. It has a C interface and no torch
 headers, so one wheel serves every Python and every torch. Environment: HF_LINATTN_REQUIRE_CUDA=1 makes a missing nvcc an error,
-HF_LINATTN_REQUIRE_CUDA=0 leaves the library out, MAX_JOBS sets the number of compilers that run at once, NVCC names the compiler.
+HF_LINATTN_REQUIRE_CUDA=0 leaves the library out, HF_LINATTN_CAPABILITIES="9.0" builds for cards of that compute capability alone,
+MAX_JOBS sets the number of compilers that run at once, NVCC names the compiler.
 
 At the top of site-packages the names `convert` and `recipes` would stand in everybody's way. A checkout has them at its top all the same,
 for `python -m convert.linearize` and `accelerate launch -m recipes...`, from where no relative import leads from one to the other; so the
@@ -43,9 +44,14 @@ def find_nvcc() -> str | None:
 
 
 def architectures_of(source: Path) -> str:
-    """A source may name the targets it is for in a first line, as `// architectures: sm_90a`; one without kernels names a single one."""
+    """A source may name the targets it is for in a first line, as `// architectures: sm_90a`; one without kernels names a single one.
+
+    Of these, those of the compute capabilities that were asked for; all of them where none is.
+    """
     named = re.match(r"// architectures: (.+)", source.read_text().split("\n", 1)[0])
-    return named[1].strip() if named else ARCHITECTURES
+    every = named[1].split() if named else ARCHITECTURES.split()
+    asked = os.environ.get("HF_LINATTN_CAPABILITIES", "").replace(".", "").split()
+    return " ".join([name for name in every if name.removeprefix("sm_").rstrip("a") in asked] or every)
 
 
 def instances() -> dict[str, str]:

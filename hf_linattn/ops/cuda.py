@@ -128,10 +128,21 @@ def cannot_run(device: int = 0) -> str:
     if not torch.cuda.is_available():
         return "PyTorch finds no usable CUDA device: check the NVIDIA driver with `nvidia-smi`"
     card = torch.cuda.get_device_capability(device)
+    told = f"{torch.cuda.get_device_name(device)} has compute capability {card[0]}.{card[1]}"
     if card < OLDEST_CARD:
-        name = torch.cuda.get_device_name(device)
-        return f"{name} has compute capability {card[0]}.{card[1]}, and the kernels need 8.0 (Ampere) or later"
+        return f"{told}, and the kernels need 8.0 (Ampere) or later"
+    if not any(_serves(name, card) for name in architectures().split()):
+        return f"{told}, and the library was built for {architectures()} alone: {_CURE}"
     return ""
+
+
+def _serves(architecture: str, card: tuple[int, int]) -> bool:
+    """sm_80 runs on cards of its kind from 8.0 on, sm_90a on 9.0 alone, compute_80 is translated for every card from 8.0 on."""
+    kind, digits = architecture.split("_")
+    built = int(digits.rstrip("a")[:-1]), int(digits.rstrip("a")[-1])
+    if kind == "compute":
+        return built <= card
+    return built == card if digits.endswith("a") else built[0] == card[0] and built <= card
 
 
 def _cannot_take(call: Call) -> str:

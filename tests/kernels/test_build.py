@@ -36,7 +36,19 @@ def test_a_source_may_name_its_targets(build, tmp_path):
     source.write_text("// architectures: sm_90a\nint x;\n")
     assert build.architectures_of(source) == "sm_90a"
     source.write_text("int x;\n")
-    assert build.architectures_of(source) == build.ARCHITECTURES
+    assert build.architectures_of(source) == build.ARCHITECTURES == "sm_80 compute_80 sm_90a"
+
+
+@pytest.mark.parametrize("asked, made", [
+    ("9.0", "sm_90a"), ("8.0", "sm_80"), ("8.0 9.0", "sm_80 sm_90a"), ("10.0", "sm_80 compute_80 sm_90a"), ("", "sm_80 compute_80 sm_90a"),
+])  # fmt: skip
+def test_some_cards_alone(build, tmp_path, monkeypatch, asked, made):
+    monkeypatch.setenv("HF_LINATTN_CAPABILITIES", asked)
+    source = tmp_path / "x.cu"
+    source.write_text("int x;\n")
+    assert build.architectures_of(source) == made
+    source.write_text("// architectures: sm_80 compute_80 sm_90\n")
+    assert build.architectures_of(source) == made.replace("90a", "90")
 
 
 def test_an_object_depends_on_every_header_it_includes(build):

@@ -40,6 +40,10 @@ def test_break_even(student: dict[str, Any], even: int | None) -> None:
     assert break_even(student, costs((5, 7), (10, 100), (20, 200))) == even
 
 
+def test_break_even_with_a_teacher_that_holds_something_of_any_length() -> None:
+    assert break_even(costs((10, 1000), (20, 1000)), costs((10, 150), (20, 250))) == 95
+
+
 def test_one_length_tells_of_no_break_even() -> None:
     one = {"costs": {"by_length": [{"length": 10, "cache_bytes": 1000, "ms": 1.0}]}}
     other = {"costs": {"by_length": [{"length": 10, "cache_bytes": 9000, "ms": 1.0}]}}
