@@ -43,7 +43,6 @@ def test_structures_are_those_of_the_header():
         assert library.linattn_struct_bytes(which) == ctypes.sizeof(struct)
 
 
-@needs_library
 @pytest.mark.parametrize("card, built, runs", [
     ((7, 5), "sm_80 compute_80 sm_90a", False), ((8, 0), "sm_80", True), ((8, 9), "sm_80", True), ((9, 0), "sm_80", False),
     ((9, 0), "sm_90a", True), ((8, 0), "sm_90a", False), ((10, 0), "sm_90a", False), ((10, 0), "sm_80 sm_90", False),
@@ -59,6 +58,7 @@ def test_a_library_without_code_for_the_card_is_not_run(monkeypatch, card, built
     assert said == "" if runs else said.startswith(f"A card has compute capability {card[0]}.{card[1]}, and the ")
 
 
+@needs_library
 def test_architectures():
     assert "sm_90a" in cuda.architectures().split()  # `make test` compiles no more where there is no GPU
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from recipes.common import cli, errors
+from recipes.common import cli, errors, reading
 from recipes.common.config import dump, load_config
 from recipes.common.errors import RecipeError, exit_with_sentence, stage
 from recipes.common.files import staged_directory, write_json, write_text
@@ -195,3 +195,19 @@ def test_the_place_of_a_bug_is_a_line_of_our_own(monkeypatch):
     monkeypatch.setattr(errors, "_ROOT", Path("/lib/site-packages/hf_linattn"))
     assert errors._is_ours(Path("/lib/site-packages/hf_linattn/convert/linearize.py"))
     assert not errors._is_ours(Path("/lib/site-packages/torch/nn/modules/module.py"))
+
+
+def test_aliases_count_as_often_as_they_stand(monkeypatch):
+    monkeypatch.setattr(reading, "MOST_YAML_VALUES", 11)
+    most = "a: &x [1, 2]\nb: [*x, *x]\n"
+    assert reading.parse_yaml(most.replace("[*x, *x]", "[*x, 3]"), "x") == {"a": [1, 2], "b": [[1, 2], 3]}
+    with pytest.raises(RecipeError, match="more than 11 values"):
+        reading.parse_yaml(most, "x")
+
+
+@pytest.mark.parametrize("parse", [reading.parse_yaml, reading.parse_json])
+def test_as_deep_as_is_told_and_no_deeper(parse):
+    deepest = "[" * (reading.DEEPEST - 1) + "1" + "]" * (reading.DEEPEST - 1)
+    parse(deepest, "x")
+    with pytest.raises(RecipeError, match=f"more than {reading.DEEPEST} deep"):
+        parse(f"[{deepest}]", "x")

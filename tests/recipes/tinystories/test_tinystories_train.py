@@ -216,9 +216,19 @@ def test_from_scratch(settings, tiny):
     first = train(s)
     config = AutoConfig.from_pretrained(Path(s.output) / "model")
     assert (config.model_type, config.vocab_size, config.hidden_size) == ("gpt_neox", 300, 16)
+    assert getattr(config, "linattn", None) is None
     torch.rand(7)  # the seed decides, not what was drawn before
     again, other = (train(settings(**{**vars(s), "seed": seed}), overwrite=True) for seed in (0, 1))
     assert losses(Path(s.output)) == other and again[0] == first[0] and other[0][3] != first[0][3]
+
+
+def test_from_scratch_with_options_of_linear_attention(settings, tiny):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    scratch = {"model": None, "model_type": "llama", "model_config": shape, "tokenizer": str(tiny.model), "steps": 1}
+    s = settings(**scratch, attn_implementation="linattn", linattn={"kernel": "quadratic", "decay": "none", "learnable": False})
+    train(s)
+    config = AutoConfig.from_pretrained(Path(s.output) / "model")
+    assert (config._attn_implementation, config.linattn["kernel"], config.hidden_size) == ("linattn", "quadratic", 16)
 
 
 KILLED = {**LINEAR, "noise": 0.2, "steps": 8, "gradient_accumulation": 2, "batch_size": 2, "eval_every": 4, "samples": 1}
