@@ -7,13 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+from markdown_pages import ROOT, markdown_pages
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 import hf_linattn
-
-ROOT = Path(__file__).parent.parent.parent
-NOT_OURS = ("out", "build", "dist")
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +46,7 @@ def test_the_readme_is_the_front_page(site: Path) -> None:
     assert (site / "benchmarks" / "results" / "smollm2.png").is_file()
 
 
-def markdown_files() -> list[Path]:
-    folders = [folder for folder in ROOT.glob("[!.]*/") if folder.name not in NOT_OURS]
-    return sorted([*ROOT.glob("*.md"), *(page for folder in folders for page in folder.rglob("*.md"))])
-
-
-@pytest.mark.parametrize("page", markdown_files(), ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", markdown_pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_to_files_of_the_repository(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s#]+)[^)]*\)", page.read_text(encoding="utf-8"))
     assert [target for target in targets if "://" not in target and not (page.parent / target).exists()] == []
