@@ -742,11 +742,11 @@ def test_attention_weights_are_said_to_be_none(llama, monkeypatch):
 
 def test_all_ones_cost_nothing(llama, monkeypatch):
     """Neither a mask of ones nor none gives the operator anything to read."""
-    from hf_linattn.forms import polynomial
+    from hf_linattn.forms import operators
 
     given = []
-    real = polynomial.linear_attention
-    monkeypatch.setattr(polynomial, "linear_attention", lambda *args, **kw: given.append(kw["segment_ids"]) or real(*args, **kw))
+    real = operators.linear_attention
+    monkeypatch.setattr(operators, "linear_attention", lambda *args, **kw: given.append(kw["segment_ids"]) or real(*args, **kw))
     cache = DynamicCache(config=llama.config)
     llama(tiny_tokens(2, 6), attention_mask=torch.ones(2, 6), past_key_values=cache)
     llama(tiny_tokens(2, 3), attention_mask=torch.ones(2, 9), past_key_values=cache)
