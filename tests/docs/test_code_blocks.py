@@ -94,6 +94,12 @@ def test_recipes_load(page: Path, tmp_path: Path) -> None:
         load_config(Recipe, tmp_path / "recipe.yaml")
 
 
+def test_no_block_is_passed_over() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("```") == 2 * len(BLOCK.findall(text)), page
+
+
 def test_few_blocks_do_not_run() -> None:
     reasons = [found["why"] for page in PAGES for found in BLOCK.finditer(page.read_text(encoding="utf-8")) if found["why"]]
     assert len(reasons) <= 2, reasons

@@ -40,6 +40,14 @@ def test_options_are_those_of_the_code(site: Path) -> None:
     assert "<!-- options" not in (site / "options" / "index.html").read_text(encoding="utf-8")
 
 
+def test_every_variable_of_the_environment_is_told() -> None:
+    sources = [ROOT / "setup.py", *(path for name in ("hf_linattn", "convert", "recipes") for path in (ROOT / name).rglob("*.py"))]
+    read = {name for path in sources for name in re.findall(r"\bHF_LINATTN_[A-Z_]+", path.read_text(encoding="utf-8"))}
+    assert sorted(read) == sorted(
+        re.findall(r"^\| `(HF_LINATTN_\w+)`", (ROOT / "docs" / "options.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+
+
 def test_the_readme_is_the_front_page(site: Path) -> None:
     page = (site / "index.html").read_text(encoding="utf-8")
     assert "Which way is mine?" in page and 'src="benchmarks/results/smollm2.png"' in page
