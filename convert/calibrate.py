@@ -6,7 +6,8 @@ and projections start; temperatures are tried. No weight is trained, and `conver
 
 from __future__ import annotations
 
-from convert.stages.options import CalibrateOptions, command
+from convert.commands import OVERWRITE, RESUME, command
+from convert.stages.options import CalibrateOptions
 from recipes.common import cli
 from recipes.common.place import check_place
 
@@ -23,7 +24,7 @@ def calibrate(options: CalibrateOptions, resume: bool = False, overwrite: bool =
     Calibrate(options, COMMAND, resume, overwrite).run_all()
 
 
-main = command(CalibrateOptions, calibrate)
+main = command(CalibrateOptions, calibrate, RESUME, OVERWRITE)
 
 
 if __name__ == "__main__":

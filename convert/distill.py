@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from convert.stages.options import DistillOptions, command
+from convert.commands import OVERWRITE, RESUME, command
+from convert.stages.options import DistillOptions
 from recipes.common import cli
 from recipes.common.place import check_place
 
@@ -19,7 +20,7 @@ def distill(options: DistillOptions, resume: bool = False, overwrite: bool = Fal
     Distill(options, COMMAND, resume, overwrite).run_all()
 
 
-main = command(DistillOptions, distill)
+main = command(DistillOptions, distill, RESUME, OVERWRITE)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from convert.evaluation.options import RECALL, TASKS, EvaluationOptions, chosen, whole_numbers
+from convert.commands import OVERWRITE, command, parameter
+from convert.evaluation.options import EvaluationOptions
 from recipes.common import cli
 from recipes.common.place import check_place
 
@@ -57,60 +58,8 @@ def evaluate(
         store.close()
 
 
-def main(
-    teacher: Annotated[str, typer.Option(help="What the models are held against: a folder, a GGUF file or a hub id.", show_default=False)],
-    data: Annotated[list[Path], typer.Option(help="Held-out text, a file; may be repeated.", show_default=False)],
-    models: Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help="The same, or NAME=MODEL.", show_default=False)] = None,
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("out/evaluation"),
-    rows: Annotated[int, typer.Option(help="Rows of the shortest length from each file, and as many tokens in longer ones.", min=1)] = 24,
-    length: Annotated[str, typer.Option(help="Tokens a row; several beyond one another, such as 1024,4096.")] = "1024",
-    window_control: Annotated[str, typer.Option(help="Windows to put the teacher under, untrained, such as 64,128.")] = "",
-    sinks: Annotated[int, typer.Option(help="First tokens that it sees besides.", min=0)] = 4,
-    recall: Annotated[str, typer.Option(help=f"Some of {', '.join(RECALL)}; all; or none.")] = "all",
-    distances: Annotated[str, typer.Option(help="Tokens between a key and where it is asked for.")] = "40,150,400,900,1900",
-    needles: Annotated[int, typer.Option(help="Prompts of each kind and distance.", min=1)] = 100,
-    recall_length: Annotated[int, typer.Option(help="Tokens of a prompt, where the distance does not need more.", min=64)] = 1024,
-    filler: Annotated[Path | None, typer.Option(help="Text to hide keys in (default: the first --data).", show_default=False)] = None,
-    ranking: Annotated[Path | None, typer.Option(help="What convert.select_layers wrote, to be shown.", show_default=False)] = None,
-    run: Annotated[list[str] | None, typer.Option(help="Folder of a training run whose curves are shown, or NAME=FOLDER.")] = None,
-    tasks: Annotated[str, typer.Option(help=f"lm-eval's: some of {', '.join(TASKS)}; all; or none.")] = "none",
-    task_rows: Annotated[Path | None, typer.Option(help="Folder of their rows (default: from the hub).", show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option(help="Examples a task (default: all).", min=1, show_default=False)] = None,
-    decode: Annotated[str, typer.Option(help="Lengths at which the cache and a token's time are measured.")] = "512,2048",
-    batch_tokens: Annotated[int, typer.Option(help="Tokens a batch; 0: 32,768 on a GPU, 4,096 on a CPU.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = "",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on a GPU.")] = "",
-    seed: Annotated[int, typer.Option(help="Of the prompts.", min=0)] = 0,
-    card: Annotated[bool, typer.Option("--card", help="Put each student's tables into its README.md.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Measure what is not there yet.")] = False,
-    overwrite: cli.Overwrite = False,
-) -> None:
+def _run(options: EvaluationOptions, out: Path, resume: bool, overwrite: bool) -> None:
     """Hold models against their teacher."""
-    options = EvaluationOptions(
-        models=tuple(models or ()),
-        teacher=teacher,
-        data=tuple(data),
-        rows=rows,
-        lengths=whole_numbers(length, "--length", 2),
-        windows=whole_numbers(window_control, "--window-control"),
-        sinks=sinks,
-        recall=chosen(recall, "--recall", RECALL),
-        distances=whole_numbers(distances, "--distances"),
-        needles=needles,
-        recall_length=recall_length,
-        filler=filler,
-        ranking=ranking,
-        runs=tuple(run or ()),
-        tasks=chosen(tasks, "--tasks", TASKS),
-        task_rows=task_rows,
-        limit=limit,
-        decode=whole_numbers(decode, "--decode"),
-        batch_tokens=batch_tokens,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        card=card,
-    )
     check_place(out, COMMAND, inputs=options.inputs(), resume=resume, overwrite=overwrite)
     console = cli.console()
     results = evaluate(options, out, resume, overwrite, tell=lambda text: console.print(text, soft_wrap=True))
@@ -132,6 +81,9 @@ def _show(console: Any, results: dict[str, dict[str, Any]]) -> None:
         console.print(shown)
 
 
+_OUT = parameter("out", Path, typer.Option(help="Folder of the results."), Path("out/evaluation"))
+_RESUME = parameter("resume", bool, typer.Option("--resume", help="Measure what is not there yet."), False)
+main = command(EvaluationOptions, _run, _OUT, _RESUME, OVERWRITE)
 app = cli.app(main)
 
 

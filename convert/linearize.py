@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from convert.commands import command, parameter
 from convert.errors import ConversionError, stage
-from convert.options import Beside, Decay, DType, Form, Gate, InputGate, Kernel, LinearizeOptions, layer_numbers
+from convert.options import LinearizeOptions
 from recipes.common import cli
 from recipes.common.files import check_target, output_path, staged_directory
 from recipes.common.reading import refuse_missing_folder
@@ -100,56 +101,9 @@ def _require_space(folder: Path, needed: int) -> None:
         raise ConversionError(f"{folder.parent} has {free / 1e9:.1f} GB free, and the converted checkpoint needs {needed / 1e9:.1f} GB")
 
 
-def main(
-    source: Annotated[str, typer.Argument(help="Folder of the checkpoint, a GGUF file, or a hub id.")],
-    output: Annotated[Path, typer.Argument(help="Folder to write, which must not exist.")],
-    form: Annotated[Form, typer.Option(help="The attention: a polynomial, or a window of softmax beside it.")] = Form.polynomial,
-    kernel: Annotated[
-        Kernel | None, typer.Option(help="Attention weight a + b s (default), or a + b s + c s^2.", show_default=False)
-    ] = None,
-    decay: Annotated[Decay | None, typer.Option(help="What a learned decay is kept for (default: head).", show_default=False)] = None,
-    keep_softmax: Annotated[str, typer.Option(help="Layers that stay softmax, such as 0-5,8, or @FILE of convert.select_layers.")] = "",
-    temperature: Annotated[float | None, typer.Option(help="Its start (default 0.98 linear, 2 quadratic).", show_default=False)] = None,
-    features: Annotated[int | None, typer.Option(help="Project queries and keys to so many.", show_default=False)] = None,
-    input_gate: Annotated[InputGate | None, typer.Option(help="Learned weight of keys (default: none).", show_default=False)] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens seen by softmax (default: 64).", show_default=False)] = None,
-    sinks: Annotated[int | None, typer.Option(help="First tokens seen by softmax (default: 4).", show_default=False)] = None,
-    gate: Annotated[Gate | None, typer.Option(help="The window's share per what (default: token).", show_default=False)] = None,
-    beside: Annotated[
-        Beside | None, typer.Option(help="What sees the tokens before the window (default: polynomial).", show_default=False)
-    ] = None,
-    dropout: Annotated[float | None, typer.Option(help="Noise dropout in training (default: the model's own).", show_default=False)] = None,
-    learnable: Annotated[bool, typer.Option(help="Train the new parameters, or keep them as they start.")] = True,
-    dtype: Annotated[DType | None, typer.Option(help="Store the weights as this (default: as they are).", show_default=False)] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what this command wrote to OUTPUT before.")] = False,
-    large_state: Annotated[bool, typer.Option("--large-state", help="Allow more than 1 GiB of state a sequence.")] = False,
-    check: Annotated[bool, typer.Option(help="Load and run the result before it takes its place.")] = True,
-    seed: Annotated[int, typer.Option(help="Of the random tokens that the check runs it on.")] = 0,
-) -> None:
+def _run(options: LinearizeOptions, source: str, output: Path) -> None:
     """Convert the softmax checkpoint SOURCE into a linear-attention checkpoint OUTPUT."""
     console = cli.console()
-    options = LinearizeOptions(
-        form=form.value,
-        kernel=kernel.value if kernel else None,
-        decay=decay.value if decay else None,
-        keep_softmax=layer_numbers(keep_softmax),
-        temperature=temperature,
-        features=features,
-        input_gate=input_gate.value if input_gate else None,
-        window=window,
-        sinks=sinks,
-        gate=gate.value if gate else None,
-        beside=beside.value if beside else None,
-        dropout=dropout,
-        learnable=learnable,
-        dtype=dtype.value if dtype else None,
-        revision=revision,
-        overwrite=overwrite,
-        large_state=large_state,
-        check=check,
-        seed=seed,
-    )
 
     def tell(costs: Costs) -> None:
         console.print(f"Generating will take {costs.sentence()} In bytes, by form: {costs.other_forms()}.", soft_wrap=True)
@@ -161,6 +115,9 @@ def main(
     console.print(summary(output, report))
 
 
+_SOURCE = parameter("source", str, typer.Argument(help="Folder of the checkpoint, a GGUF file, or a hub id."))
+_OUTPUT = parameter("output", Path, typer.Argument(help="Folder to write, which must not exist."))
+main = command(LinearizeOptions, _run, _SOURCE, _OUTPUT)
 app = cli.app(main)
 
 

@@ -5,79 +5,43 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from convert.commands import option
 from convert.errors import ConversionError
 from recipes.common.reading import read_json, user_path
 
 if TYPE_CHECKING:
     from hf_linattn.config import LinAttnConfig
 
-# The choices below are those that the forms name, written down again since to import a form takes seconds; a test compares them.
-
 OF_THE_FORM = ("kernel", "decay", "temperature", "features", "input_gate", "window", "sinks", "gate", "beside")
 """Options that are the form's, by the same names."""
 MOST_LAYERS = 9999
 """The highest layer number that a range may name."""
 
-
-class Form(str, Enum):
-    """The polynomial in every place, or softmax over the nearest tokens and the first, and the polynomial beside it."""
-
-    polynomial = "polynomial"
-    window = "window"
-
-
-class Gate(str, Enum):
-    """The window's share of the output: one per query head, or per token and query head."""
-
-    head = "head"
-    token = "token"
+# What the forms name, written down again since to import a form takes seconds; a test compares them.
+Form = Literal["polynomial", "window"]
+Kernel = Literal["linear", "quadratic"]
+Decay = Literal["none", "head", "key_head", "token"]
+InputGate = Literal["none", "token"]
+Gate = Literal["head", "token"]
+Beside = Literal["polynomial", "none"]
+DType = Literal["float32", "bfloat16", "float16"]
 
 
-class Beside(str, Enum):
-    """What sees the tokens before the window."""
-
-    polynomial = "polynomial"
-    none = "none"
+def _layers(text: str, option: str) -> tuple[int, ...]:
+    return layer_numbers(text)
 
 
-class Kernel(str, Enum):
-    """The attention weight: a + b s, or a + b s + c s^2."""
-
-    linear = "linear"
-    quadratic = "quadratic"
-
-
-class Decay(str, Enum):
-    """No decay with distance, or a learned rate per query head, per key head, or per token and key head."""
-
-    none = "none"
-    head = "head"
-    key_head = "key_head"
-    token = "token"
-
-
-class InputGate(str, Enum):
-    """What keys weigh beside f: one, or what is learned per token and key head."""
-
-    none = "none"
-    token = "token"
-
-
-class DType(str, Enum):
-    """What to store the source's floating-point weights as."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
+def _perhaps(text: str) -> Any:
+    """An option that may be left open, and whose help tells what happens then."""
+    return option(None, text, show_default=False)
 
 
 @dataclass(frozen=True)
 class LinearizeOptions:
-    """How to convert. The command line's options, by the same names; README.md says what each does.
+    """How to convert. Each field is an option of the command; README.md says more.
 
     Attributes:
         form: ``polynomial``, or ``window``, which has the options of the former for what stands beside it, and four of its own.
@@ -101,25 +65,27 @@ class LinearizeOptions:
         seed: of the random tokens that the check runs it on.
     """
 
-    form: str = "polynomial"
-    kernel: str | None = None
-    decay: str | None = None
-    keep_softmax: tuple[int, ...] = ()
-    temperature: float | None = None
-    features: int | None = None
-    input_gate: str | None = None
-    window: int | None = None
-    sinks: int | None = None
-    gate: str | None = None
-    beside: str | None = None
-    dropout: float | None = None
-    learnable: bool = True
-    dtype: str | None = None
-    revision: str | None = None
-    overwrite: bool = False
-    large_state: bool = False
-    check: bool = True
-    seed: int = 0
+    form: Form = option("polynomial", "The attention: a polynomial, or a window of softmax beside it.")
+    kernel: Kernel | None = _perhaps("Attention weight a + b s (default), or a + b s + c s^2.")
+    decay: Decay | None = _perhaps("What a learned decay is kept for (default: head).")
+    keep_softmax: tuple[int, ...] = option(
+        (), "Layers that stay softmax, such as 0-5,8, or @FILE of convert.select_layers.", kind=str, told="", parse=_layers
+    )
+    temperature: float | None = _perhaps("Its start (default 0.98 linear, 2 quadratic).")
+    features: int | None = _perhaps("Project queries and keys to so many.")
+    input_gate: InputGate | None = _perhaps("Learned weight of keys (default: none).")
+    window: int | None = _perhaps("Tokens seen by softmax (default: 64).")
+    sinks: int | None = _perhaps("First tokens seen by softmax (default: 4).")
+    gate: Gate | None = _perhaps("The window's share per what (default: token).")
+    beside: Beside | None = _perhaps("What sees the tokens before the window (default: polynomial).")
+    dropout: float | None = _perhaps("Noise dropout in training (default: the model's own).")
+    learnable: bool = option(True, "Train the new parameters, or keep them as they start.")
+    dtype: DType | None = _perhaps("Store the weights as this (default: as they are).")
+    revision: str | None = option(None, "Branch, tag or commit of a hub id.")
+    overwrite: bool = option(False, "Replace what this command wrote to OUTPUT before.", flag="--overwrite")
+    large_state: bool = option(False, "Allow more than 1 GiB of state a sequence.", flag="--large-state")
+    check: bool = option(True, "Load and run the result before it takes its place.")
+    seed: int = option(0, "Of the random tokens that the check runs it on.")
 
     def __post_init__(self) -> None:
         """Refuses what no checkpoint could make right; whether the layers and the temperature fit is seen with the source at hand.
@@ -127,13 +93,11 @@ class LinearizeOptions:
         Raises:
             ConversionError: an unknown choice, or a number out of its bounds.
         """
-        choices_of = {
-            "form": Form, "kernel": Kernel, "decay": Decay, "input_gate": InputGate, "gate": Gate, "beside": Beside, "dtype": DType
-        }  # fmt: skip
-        for name, choices in choices_of.items():
+        choices = {"form": Form, "kernel": Kernel, "decay": Decay, "input_gate": InputGate, "gate": Gate, "beside": Beside, "dtype": DType}
+        for name, known in choices.items():
             given = getattr(self, name)
-            if given is not None and given not in list(choices):
-                raise ConversionError(f"the {name} {given!r} is unknown; give one of {', '.join(choices)}")
+            if given is not None and given not in get_args(known):
+                raise ConversionError(f"the {name} {given!r} is unknown; give one of {', '.join(get_args(known))}")
         if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature > 0):
             raise ConversionError(f"the temperature must be a number above 0, not {self.temperature}")
         if self.dropout is not None and not 0 <= self.dropout < 1:

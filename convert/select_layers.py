@@ -9,56 +9,18 @@ is measured on the last rows of the text and on keys of its own, neither of whic
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from convert.commands import command, parameter
 from convert.errors import ConversionError
-from convert.evaluation.options import DTYPES, whole_numbers
+from convert.evaluation.selection_options import SelectOptions
 from recipes.common import cli
 from recipes.common.files import check_apart, write_json
-from recipes.common.reading import refuse_missing_folder, user_path
-
-
-@dataclass(frozen=True)
-class SelectOptions:
-    """How to choose, with the command line's names; README.md says what each does."""
-
-    teacher: str
-    data: tuple[Path, ...]
-    count: int = 4
-    candidates: int = 12
-    rows: int = 6
-    length: int = 1024
-    distances: tuple[int, ...] = (400, 900)
-    needles: int = 32
-    window: int = 64
-    sinks: int = 4
-    recall_weight: float = 1.0
-    attention_only: bool = False
-    batch_tokens: int = 0
-    device: str = ""
-    dtype: str = ""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuses what needs no model to be seen wrong.
-
-        Raises:
-            ConversionError: an unknown dtype, a file that is not there.
-        """
-        if self.dtype not in ("", *DTYPES):
-            raise ConversionError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
-        if not self.distances:
-            raise ConversionError("--distances is empty; give at least one, beyond the window")
-        if near := next((distance for distance in self.distances if distance <= self.window), None):
-            raise ConversionError(f"--distances names {near}, which the window of {self.window} reaches; give larger ones")
-        for path in self.data:
-            if not user_path(path).is_file():
-                raise ConversionError(f"{path}: no such file; give text, or rows of JSON with a key text, as it is or packed by xz")
-        refuse_missing_folder(self.teacher)
+from recipes.common.reading import user_path
 
 
 def select_layers(options: SelectOptions, tell: Any = print) -> dict[str, Any]:
@@ -102,45 +64,8 @@ def select_layers(options: SelectOptions, tell: Any = print) -> dict[str, Any]:
     return {"asked": asked, **found, "even": evenly_spaced(layers, o.count), **machine(device)}
 
 
-def main(
-    teacher: Annotated[str, typer.Argument(help="The softmax model: a folder, a GGUF file or a hub id.", show_default=False)],
-    data: Annotated[list[Path], typer.Option(help="Text, a file; may be repeated.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The file to write, such as layers.json.", show_default=False)],
-    count: Annotated[int, typer.Option(help="How many layers stay softmax.", min=1)] = 4,
-    candidates: Annotated[int, typer.Option(help="Layers that are tried together, those that cost most alone.", min=1)] = 12,
-    rows: Annotated[int, typer.Option(help="Rows of text from each file.", min=1)] = 6,
-    length: Annotated[int, typer.Option(help="Tokens a row, and at least of a prompt.", min=64)] = 1024,
-    distances: Annotated[str, typer.Option(help="Tokens between a key and where it is asked for.")] = "400,900",
-    needles: Annotated[int, typer.Option(help="Keys at each distance.", min=1)] = 32,
-    window: Annotated[int, typer.Option(help="Tokens that a layer sees which does not stay softmax.", min=1)] = 64,
-    sinks: Annotated[int, typer.Option(help="First tokens that it sees besides.", min=0)] = 4,
-    recall_weight: Annotated[float, typer.Option(help="Of a key's nats beside those of text.", min=0)] = 1.0,
-    attention_only: Annotated[bool, typer.Option("--attention-only", help="Rank by attention to keys alone: one pass.")] = False,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens a batch; 0: 32,768 on a GPU, 4,096 on a CPU.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda; by default a GPU if there is one.")] = "",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16; by default bfloat16 on a GPU.")] = "",
-    seed: Annotated[int, typer.Option(help="Of the prompts.", min=0)] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-) -> None:
+def _run(options: SelectOptions, out: Path, overwrite: bool) -> None:
     """Find the layers of TEACHER that should stay softmax."""
-    options = SelectOptions(
-        teacher=teacher,
-        data=tuple(data),
-        count=count,
-        candidates=candidates,
-        rows=rows,
-        length=length,
-        distances=whole_numbers(distances, "--distances"),
-        needles=needles,
-        window=window,
-        sinks=sinks,
-        recall_weight=recall_weight,
-        attention_only=attention_only,
-        batch_tokens=batch_tokens,
-        device=device,
-        dtype=dtype,
-        seed=seed,
-    )
     _check_file(out, options, overwrite)
     console = cli.console()
     found = select_layers(options, lambda text: console.print(text, soft_wrap=True))
@@ -164,6 +89,8 @@ def _check_file(out: Path, options: SelectOptions, overwrite: bool) -> None:
         raise ConversionError(f"{out} cannot be written, since there is no folder {path.absolute().parent}; choose another place")
 
 
+_OUT = parameter("out", Path, typer.Option(help="The file to write, such as layers.json.", show_default=False))
+main = command(SelectOptions, _run, _OUT, parameter("overwrite", bool, typer.Option("--overwrite", help="Replace the file."), False))
 app = cli.app(main)
 
 

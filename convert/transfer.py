@@ -6,7 +6,8 @@ near to what leaves the teacher's: the mean squared error over the mean square o
 
 from __future__ import annotations
 
-from convert.stages.options import TransferOptions, command
+from convert.commands import OVERWRITE, RESUME, command
+from convert.stages.options import TransferOptions
 from recipes.common import cli
 from recipes.common.place import check_place
 
@@ -23,7 +24,7 @@ def transfer(options: TransferOptions, resume: bool = False, overwrite: bool = F
     Transfer(options, COMMAND, resume, overwrite).run_all()
 
 
-main = command(TransferOptions, transfer)
+main = command(TransferOptions, transfer, RESUME, OVERWRITE)
 
 
 if __name__ == "__main__":

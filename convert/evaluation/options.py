@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
 
+from convert.commands import argument, option
 from convert.errors import ConversionError
 from convert.stages.options import student_folder
 from recipes.common.reading import refuse_missing_folder, user_path
@@ -17,58 +19,88 @@ DTYPES = ("float32", "bfloat16", "float16")
 MOST = 2**24
 
 
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What is measured, with the command line's names.
+def whole_numbers(text: str, option: str, low: int = 1) -> tuple[int, ...]:
+    """The numbers of a list such as ``128,512``, in order and each once; of ``none``, none.
 
-    Attributes:
-        models: folders, runs of stages, GGUF files or hub ids, or NAME=MODEL.
-        teacher: what they are held against.
-        data: files of held-out text.
-        rows: how many rows of the first of ``lengths`` each file gives; as many tokens in longer rows.
-        lengths: tokens a row.
-        windows: of the controls: the teacher under a sliding window and ``sinks``, untrained.
-        sinks: first tokens that every token sees there.
-        recall: kinds of recall, of RECALL.
-        distances: tokens between a key and where it is asked for.
-        needles: prompts of each kind and distance.
-        recall_length: least tokens of such a prompt.
-        filler: text that keys are hidden in; None: the first of ``data``.
-        ranking: what ``convert.select_layers`` wrote.
-        runs: further folders of training runs, or NAME=FOLDER, whose curves are shown.
-        tasks: lm-eval tasks, of TASKS.
-        task_rows: folder of local rows for them; None: the hub.
-        limit: examples a task; None: all.
-        decode: lengths at which the cache and the time of a token are measured.
-        batch_tokens: tokens a batch; 0: 32,768 on a GPU and 4,096 on a CPU.
-        device, dtype: empty: a GPU if there is one, and bfloat16 on it.
-        seed: of the prompts.
-        card: whether the README.md of every student gets its tables.
+    Raises:
+        ConversionError: it is no such list.
     """
+    try:
+        found = [] if text == "none" else sorted({int(word) for word in text.split(",") if word.strip()})
+    except ValueError:
+        found = [low - 1]
+    if not all(low <= number <= MOST for number in found):
+        raise ConversionError(f"{option} {text!r}: expected whole numbers from {low} to {MOST:,} with commas between, such as 128,512")
+    return tuple(found)
 
-    models: tuple[str, ...]
-    teacher: str
-    data: tuple[Path, ...]
-    rows: int = 24
-    lengths: tuple[int, ...] = (1024,)
-    windows: tuple[int, ...] = ()
-    sinks: int = 4
-    recall: tuple[str, ...] = RECALL
-    distances: tuple[int, ...] = (40, 150, 400, 900, 1900)
-    needles: int = 100
-    recall_length: int = 1024
-    filler: Path | None = None
-    ranking: Path | None = None
-    runs: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    task_rows: Path | None = None
-    limit: int | None = None
-    decode: tuple[int, ...] = (512, 2048)
-    batch_tokens: int = 0
-    device: str = ""
-    dtype: str = ""
-    seed: int = 0
-    card: bool = False
+
+def chosen(text: str, option: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The words of a list such as ``piqa,sciq``, where ``all`` stands for all and ``none`` for none of those known.
+
+    Raises:
+        ConversionError: a word that is not known.
+    """
+    if text in ("all", "none"):
+        return tuple(known) if text == "all" else ()
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if strange := next((word for word in words if word not in known), None):
+        raise ConversionError(f"{option} {strange}: unknown; give all, none, or some of {', '.join(known)} with commas between")
+    return tuple(word for word in known if word in words)
+
+
+def _many(values: Sequence[str] | None, option: str) -> tuple[str, ...]:
+    return tuple(values or ())
+
+
+def _lengths(text: str, option: str) -> tuple[int, ...]:
+    return whole_numbers(text, option, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What is measured and how. Each field is an option of the command, under its own or a shorter name; README.md says more."""
+
+    models: tuple[str, ...] = argument("[MODEL]...", "The same, or NAME=MODEL.", (), kind=list[str] | None, parse=_many)
+    teacher: str = option(MISSING, "What the models are held against: a folder, a GGUF file or a hub id.")
+    data: tuple[Path, ...] = option(MISSING, "Held-out text, a file; may be repeated.", kind=list[Path])
+    rows: int = option(24, "Rows of the shortest length from each file, and as many tokens in longer ones.", min=1)
+    lengths: tuple[int, ...] = option(
+        (1024,), "Tokens a row; several beyond one another, such as 1024,4096.", name="length", kind=str, told="1024", parse=_lengths
+    )
+    windows: tuple[int, ...] = option(
+        (), "Windows to put the teacher under, untrained, such as 64,128.", name="window_control", kind=str, told="", parse=whole_numbers
+    )
+    sinks: int = option(4, "First tokens that it sees besides.", min=0)
+    recall: tuple[str, ...] = option(
+        RECALL, f"Some of {', '.join(RECALL)}; all; or none.", kind=str, told="all", parse=partial(chosen, known=RECALL)
+    )
+    distances: tuple[int, ...] = option(
+        (40, 150, 400, 900, 1900),
+        "Tokens between a key and where it is asked for.",
+        kind=str,
+        told="40,150,400,900,1900",
+        parse=whole_numbers,
+    )
+    needles: int = option(100, "Prompts of each kind and distance.", min=1)
+    recall_length: int = option(1024, "Tokens of a prompt, where the distance does not need more.", min=64)
+    filler: Path | None = option(None, "Text to hide keys in (default: the first --data).", show_default=False)
+    ranking: Path | None = option(None, "What convert.select_layers wrote, to be shown.", show_default=False)
+    runs: tuple[str, ...] = option(
+        (), "Folder of a training run whose curves are shown, or NAME=FOLDER.", name="run", kind=list[str] | None, parse=_many
+    )
+    tasks: tuple[str, ...] = option(
+        (), f"lm-eval's: some of {', '.join(TASKS)}; all; or none.", kind=str, told="none", parse=partial(chosen, known=TASKS)
+    )
+    task_rows: Path | None = option(None, "Folder of their rows (default: from the hub).", show_default=False)
+    limit: int | None = option(None, "Examples a task (default: all).", min=1, show_default=False)
+    decode: tuple[int, ...] = option(
+        (512, 2048), "Lengths at which the cache and a token's time are measured.", kind=str, told="512,2048", parse=whole_numbers
+    )
+    batch_tokens: int = option(0, "Tokens a batch; 0: 32,768 on a GPU, 4,096 on a CPU.", min=0)
+    device: str = option("", "cpu or cuda; by default a GPU if there is one.")
+    dtype: str = option("", "float32, bfloat16 or float16; by default bfloat16 on a GPU.")
+    seed: int = option(0, "Of the prompts.", min=0)
+    card: bool = option(False, "Put each student's tables into its README.md.", flag="--card")
 
     def __post_init__(self) -> None:
         """Refuses what needs no model to be seen wrong.
@@ -109,15 +141,14 @@ class EvaluationOptions:
     def commands(self, out: str | Path) -> list[str]:
         """The command line that asks for this."""
         words: list[str] = [*self.models, "--teacher", self.teacher]
-        for option, values in (("--data", self.data), ("--run", self.runs)):
-            words += [word for value in values for word in (option, str(value))]
-        names = {"lengths": "length", "windows": "window-control"}
+        for name, values in (("--data", self.data), ("--run", self.runs)):
+            words += [word for value in values for word in (name, str(value))]
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, name = getattr(self, field.name), field.metadata.get("name") or field.name
             if field.name in ("models", "teacher", "data", "runs") or value == field.default:
                 continue
             text = ",".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
-            words += [f"--{names.get(field.name, field.name).replace('_', '-')}", *([] if value is True else [text])]
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [text])]
         return [f"python -m convert.evaluate {shlex.join(words)} --out {shlex.quote(str(out))}"]
 
     def subjects(self) -> list[Subject]:
@@ -147,35 +178,6 @@ def named_model(named: str) -> tuple[str, str]:
     """NAME and MODEL of NAME=MODEL; the name is empty where there is none."""
     name, _, path = named.rpartition("=") if not user_path(named).exists() else ("", "", named)
     return name, path
-
-
-def whole_numbers(text: str, option: str, low: int = 1) -> tuple[int, ...]:
-    """The numbers of a list such as ``128,512``, in order and each once; of ``none``, none.
-
-    Raises:
-        ConversionError: it is no such list.
-    """
-    try:
-        found = [] if text == "none" else sorted({int(word) for word in text.split(",") if word.strip()})
-    except ValueError:
-        found = [low - 1]
-    if not all(low <= number <= MOST for number in found):
-        raise ConversionError(f"{option} {text!r}: expected whole numbers from {low} to {MOST:,} with commas between, such as 128,512")
-    return tuple(found)
-
-
-def chosen(text: str, option: str, known: Sequence[str]) -> tuple[str, ...]:
-    """The words of a list such as ``piqa,sciq``, where ``all`` stands for all and ``none`` for none of those known.
-
-    Raises:
-        ConversionError: a word that is not known.
-    """
-    if text in ("all", "none"):
-        return tuple(known) if text == "all" else ()
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if strange := next((word for word in words if word not in known), None):
-        raise ConversionError(f"{option} {strange}: unknown; give all, none, or some of {', '.join(known)} with commas between")
-    return tuple(word for word in known if word in words)
 
 
 def _short(path: str) -> str:

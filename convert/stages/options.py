@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Literal
 
-import typer
-
+from convert.commands import argument, option
 from convert.errors import ConversionError
-from recipes.common.config import build
 from recipes.common.documents import Source
 from recipes.common.reading import refuse_missing_folder, user_path
-
-O = TypeVar("O", bound="StageOptions")  # noqa: E741
-_RESUME = "Go on from the newest checkpoint of the same run, if there is one."
-_OVERWRITE = "Replace what this command wrote to the output before."
-
-
-def argument(name: str, text: str) -> Any:
-    """A field that the command line takes by its place, and calls `name`."""
-    return field(metadata={"typer": typer.Argument(metavar=name, help=text, show_default=False)})
-
-
-def option(default: Any, text: str, **bounds: Any) -> Any:
-    """A field that the command line takes by its name. `bounds`: min and max, which the library typer checks, and `__post_init__` too."""
-    metadata = {"typer": typer.Option(help=text, **bounds), "bounds": bounds}
-    return (
-        field(default_factory=lambda: list(default), metadata=metadata)
-        if isinstance(default, list)
-        else field(default=default, metadata=metadata)
-    )
 
 
 @dataclass(kw_only=True)
@@ -116,33 +93,6 @@ def student_folder(name: str) -> str:
     if folder.is_dir() and not (folder / "config.json").exists() and (folder / "config.yaml").exists() and not inside.exists():
         raise ConversionError(f"{name} is the run of a stage that has not come to its end; start that stage again with --resume")
     return str(inside) if (inside / "config.json").exists() and not (folder / "config.json").exists() else name
-
-
-def command(options: type[O], run: Callable[[O, bool, bool], None]) -> Callable[..., None]:
-    """A function for the command line whose parameters are the fields of `options`, with --resume and --overwrite; it calls `run`."""
-
-    def main(resume: bool = False, overwrite: bool = False, **values: Any) -> None:
-        given = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        run(build(options, given, "the arguments"), resume, overwrite)
-
-    hints = get_type_hints(options)
-    parameters = [_parameter(one.name, hints[one.name], one.metadata["typer"], _default(one)) for one in fields(options)]
-    for name, text in (("resume", _RESUME), ("overwrite", _OVERWRITE)):
-        parameters.append(_parameter(name, bool, typer.Option(f"--{name}", help=text), False))
-    main.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    main.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    main.__doc__ = (run.__doc__ or "").splitlines()[0]
-    return main
-
-
-def _parameter(name: str, kind: Any, info: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
-
-
-def _default(one: Field[Any]) -> Any:
-    if one.default_factory is not MISSING:
-        return one.default_factory()
-    return inspect.Parameter.empty if one.default is MISSING else one.default
 
 
 @dataclass(kw_only=True)

@@ -128,6 +128,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         return value
     if origin is list and isinstance(value, list):
         return [_typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value)]
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {_typed(k, arguments[0], where): _typed(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
@@ -140,6 +142,8 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             number = math.nan
         if math.isfinite(number):
             return number
+    if hint is Path and isinstance(value, (str, Path)):
+        return Path(value)
     if hint in (bool, int, str) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         if hint is int and abs(value) >= 2**63:
             raise RecipeError(f"{where}: {value!r:.40} is too large a number; give a smaller one")
@@ -148,10 +152,10 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
 
 
 def _name(hint: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join("nothing (null)" if option is type(None) else _name(option) for option in get_args(hint))
-    if get_origin(hint) is list:
+    if get_origin(hint) in (list, tuple):
         return f"a list, each of it {_name(get_args(hint)[0])}"
     if get_origin(hint) is dict or dataclasses.is_dataclass(hint):
         return "a dictionary"
