@@ -92,7 +92,7 @@ MUTANTS = [
          "float(np.std(accuracies))",
          "recipes/lra/test_lra_train.py::test_a_cell_is_the_mean_of_its_seeds_and_the_deviation_of_a_sample"),
         # files
-        ("changes to a file not noticed", "recipes/common/marks.py", "written == [path.stat().st_size, digest(path)]",
+        ("changes to a file not noticed", "recipes/common/marks.py", "written == _written(path)",
          "written[0] == path.stat().st_size",
          "test_folders.py::test_what_we_did_not_write_is_left_alone"),
         ("what grows counted as foreign", "recipes/common/marks.py", "    if _matches(name, mark.grows):\n        return True\n", ""),

@@ -14,6 +14,7 @@ from convert.evaluation.curves import Curves, read_curves
 from convert.evaluation.options import EvaluationOptions
 from convert.evaluation.report import write_report
 from convert.evaluation.tables import above_teacher, all_tables, card_section
+from convert.stages.result import _card as trained_card
 
 WHERE = {"device": "a device", "torch": "2", "transformers": "5", "dtype": "float32"}
 
@@ -113,6 +114,8 @@ def test_the_card_takes_the_tables_and_takes_them_again() -> None:
     assert card.startswith("# A model\n\nHow well it predicts now is told below.\n\n<!--") and with_evaluation(card, section) == card
     later = card + "\n## More\n"
     assert "Students" not in with_evaluation(later, "new") and with_evaluation(later, "new").endswith("end -->\n\n## More\n")
+    stage = {"stage": "convert.distill", "options": {"teacher": "t"}, "tokens": 1, "steps": 1}
+    assert "Students" not in trained_card(card, [stage]) and "`convert.distill`" in trained_card(card, [stage])
     assert without_evaluation(card) == plain and without_evaluation(later) == plain + "\n## More\n"
 
 
