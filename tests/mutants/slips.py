@@ -80,6 +80,8 @@ def _nodes(node: ast.AST) -> Iterator[ast.AST]:
         return
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in PICTURES:
         return
+    if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: a guard against what does not happen
+        return
     if isinstance(node, ast.If) and ast.unparse(node.test) in ("__name__ == '__main__'", "TYPE_CHECKING"):
         return
     yield node

@@ -45,6 +45,16 @@ def test_lengths(length, causal):
     assert_equal_with_gradients(tensors, options, causal=causal)
 
 
+@pytest.mark.parametrize("length, quadratic, sums_are_kept", [(64, True, False), (65, True, True), (64, False, True)])
+def test_short_texts_of_second_degree_form_pairs_instead_of_a_state(monkeypatch, length, quadratic, sums_are_kept):
+    """Up to D^2 tokens, which is 64 here."""
+    advanced, real = [], chunked.Problem.advance
+    monkeypatch.setattr(chunked.Problem, "advance", lambda *given: advanced.append(1) or real(*given))
+    tensors, options = make_inputs(length=length, quadratic=quadratic)
+    linear_attention(*tensors, **options)
+    assert bool(advanced) == sums_are_kept
+
+
 @pytest.mark.parametrize("lag", [1, 4, 16, 40, 100])
 @pytest.mark.parametrize("segments", [None, "packed", "middle", "left"])
 def test_lag(lag, segments):
