@@ -173,7 +173,10 @@ def draw(rows: list[dict[str, Any]], title: str, target: Path) -> None:
     panels[0].set(title=f"batch {smallest}", xlabel="tokens before", ylabel="ms a token", xscale="log", yscale="log")
     panels[1].set(title=f"batch {smallest}", xlabel="tokens before", ylabel="cache, MB", xscale="log", yscale="log")
     panels[2].set(title=f"{shortest:,} tokens before", xlabel="sequences", ylabel="tokens a second", xscale="log", yscale="log")
-    for panel in panels:
+    for panel, field in zip(panels, ("context", "context", "batch"), strict=True):
+        places = sorted({row[field] for row in rows})
+        panel.set_xticks(places, [f"{place:,}" for place in places])
+        panel.xaxis.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
@@ -207,7 +210,7 @@ def main(
         return
     out.mkdir(parents=True, exist_ok=True)
     (out / f"generate-{device}.json").write_text(json.dumps({**facts, "shape": SHAPES[shape], "rows": rows}, indent=1) + "\n")
-    (out / f"generate-{device}.md").write_text(table(facts, rows))
+    (out / f"generate-{device}.md").write_text(f"{table(facts, rows)}\n![Time, cache and tokens a second](generate-{device}.png)\n")
     draw(rows, f"generate() on {facts['cpu'] if device == 'cpu' else name}", out / f"generate-{device}.png")
 
 
