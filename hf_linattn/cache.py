@@ -341,9 +341,10 @@ class StaticLinearStateLayer(LinearStateLayer):
 
     def write(self, state: State) -> None:
         saved_for_backward = torch.is_grad_enabled() and not _is_exporting()
-        if self.state is None or (saved_for_backward and any(tensor.requires_grad for tensor in state.values())):
+        if saved_for_backward and any(tensor.requires_grad for tensor in state.values()):
             self.state = _each(Tensor.detach, state)
             return
+        assert self.state is not None  # as `allocate` leaves it
         for name, tensor in self.state.items():
             tensor.copy_(state[name].detach())
 

@@ -185,3 +185,14 @@ def test_state_is_float32_in_a_bfloat16_model():
 def test_other_models_keep_their_own_caches():
     cache = DynamicCache(config=tiny_model("gemma3", "sdpa").config)
     assert not any(isinstance(layer, LinearStateLayer) for layer in cache.layers)
+
+
+def test_pieces_through_a_static_cache_have_the_gradients_of_a_dynamic_one():
+    """A state that a backward pass still needs is not written over by the next piece."""
+    llama, ids = tiny_model("llama"), tiny_tokens(2, 9)
+    found = []
+    for cache in (DynamicCache(config=llama.config), StaticCache(config=llama.config, max_cache_len=16)):
+        loss = sum(llama(piece, past_key_values=cache).logits.square().sum() for piece in ids.split([4, 3, 2], 1))
+        found.append(torch.autograd.grad(loss, list(llama.parameters())))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(other, one)
