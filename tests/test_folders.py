@@ -10,7 +10,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from typer.testing import CliRunner
 from convert import evaluate as measure
 from convert import linearize
 from recipes.common import cli, files
+from recipes.common.errors import RecipeError
 from recipes.common.lock import lock
 from recipes.common.marks import MARK, begin, digest, foreign, read_mark, seal
+from recipes.common.place import check_place
 from recipes.lra import prepare, report
 from recipes.lra import train as lra_train
 from recipes.tinystories import compare, evaluate, train
@@ -502,3 +504,13 @@ def test_a_config_that_conversion_cannot_take_names_its_key(changes: dict[str, A
     config = json.loads((home / "model" / "config.json").read_text())
     (home / "model" / "config.json").write_text(json.dumps(config | changes))
     assert next(iter(changes)) in refused("linearize", "new", home)
+
+
+@pytest.mark.parametrize("processes, refused_at_once", [(None, True), ("1", True), ("2", False)])
+def test_a_folder_is_refused_before_torch_is_loaded_where_one_process_trains(tmp_path, monkeypatch, processes, refused_at_once):
+    """Of several, all must know of it, or some would wait for the others for ever."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(RecipeError, match="exists already") if refused_at_once else nullcontext():
+        check_place(tmp_path, "command")
