@@ -29,7 +29,8 @@ lint: $(VENV)/.test
 	$(BIN)/clang-format --dry-run --Werror $(CUDA)
 	$(BIN)/mypy
 
-# the site, in out/site; a warning is an error (--quiet would keep warnings from being counted). Left out is a notice that Material is kept until May 2027, and Zensical after it.
+# the site, in out/site; a warning is an error, which --quiet would hide from the count. Left out is a notice that Material is kept until
+# May 2027, and Zensical after it.
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
