@@ -229,45 +229,73 @@ def forward(call: Call, return_state: bool) -> Forward:
 
 def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | None) -> Gradients:
     """Gradients of query, key, value, coefficients (4, Hq), log_decay and initial_state; the last two None where the input is."""
-    query, key, value, coefficients, log_decay, query_segments, key_segments, initial_state, *_ = call
-    degree, causal, normalize_qk = call.degree, call.causal, call.normalize_qk
-    p = Problem(call, grad_state is not None or initial_state is not None)
-    grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-    grad_coefficients = coefficients.new_zeros(4, p.states, p.group, dtype=p.dtype)
+    sweeps = Sweeps(call, out, mass, grad_out, grad_mass, grad_state)
+    sweeps.forward()
+    sweeps.backward()
+    grad_log_decay = None
+    if call.log_decay is not None and sweeps.rate is not None:
+        total = sweeps.rate.total()
+        grad_log_decay = (total.sum((0, -1)) if call.log_decay.dim() == 1 else total).to(call.log_decay.dtype)
+    grad_coefficients = sweeps.grad_coefficients.flatten(1).to(call.coefficients.dtype)
+    grad_initial = None if call.initial_state is None else sweeps.reverse
+    return sweeps.grad_query, sweeps.grad_key, sweeps.grad_value, grad_coefficients, grad_log_decay, grad_initial
 
-    def rows_gradient(rows: slice) -> Tensor:
+
+class Sweeps:
+    """Backward, chunk by chunk: through the sequence beside the state for the queries' side, and back beside R for the keys'."""
+
+    def __init__(
+        self, call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | None
+    ) -> None:
+        self.call, self.out, self.mass, self.grad_out, self.grad_mass, self.grad_state = call, out, mass, grad_out, grad_mass, grad_state
+        self.p = p = Problem(call, grad_state is not None or call.initial_state is not None)
+        self.grad_query, self.grad_key, self.grad_value = map(torch.empty_like, (call.query, call.key, call.value))
+        self.grad_coefficients = call.coefficients.new_zeros(4, p.states, p.group, dtype=p.dtype)
+        self.reverse = p.empty_state()  # R: the gradient of the state; gathered by `forward` where attention is bidirectional
+        self.rate = None if call.log_decay is None else DecayGradient(call.query, p.states, p.key_length, len(p.chunks(p.length)))
+
+    def of_rows(self, rows: slice) -> Tensor:
         """w (B, Hs, r, C, Dv + 1)."""
-        upstream = p.real(grad_out[:, :, rows].to(p.dtype), query_segments, rows)
-        g = mass[:, :, rows, None]
+        p = self.p
+        upstream = p.real(self.grad_out[:, :, rows].to(p.dtype), p.query_segments, rows)
+        g = self.mass[:, :, rows, None]
         inverse = torch.where(g == 0, 0, 1 / g)
-        last = -inverse * (upstream * out[:, :, rows]).sum(-1, keepdim=True)
-        if grad_mass is not None:
-            last = last + p.real(grad_mass[:, :, rows, None].to(p.dtype), query_segments, rows)
+        last = -inverse * (upstream * self.out[:, :, rows]).sum(-1, keepdim=True)
+        if self.grad_mass is not None:
+            last = last + p.real(self.grad_mass[:, :, rows, None].to(p.dtype), p.query_segments, rows)
         return p.fold(torch.cat([inverse * scaled(upstream, p.noise(rows)), last], -1))
 
-    # forward through the sequence, beside the state: the queries' side
-    state = p.first_state() if causal or p.direct else p.whole_state()
-    reverse = p.empty_state()  # R: the gradient of the state; gathered here where attention is bidirectional
-    has_past = initial_state is not None or not causal
-    rate = None if log_decay is None else DecayGradient(query, p.states, p.key_length, len(p.chunks(p.length)))
-    for number, rows in enumerate(p.chunks(p.length)):
-        if rate is not None and not p.direct and number % rate.stride == 0:
-            rate.states[number] = state
-        q, w = p.queries(rows), rows_gradient(rows)
+    def forward(self) -> None:
+        """The gradients of queries and coefficients."""
+        p, rate = self.p, self.rate
+        state = p.first_state() if p.causal or p.direct else p.whole_state()
+        has_past = p.initial_state is not None or not p.causal
+        for number, rows in enumerate(p.chunks(p.length)):
+            if rate is not None and not p.direct and number % rate.stride == 0:
+                rate.states[number] = state
+            keys = [(columns, p.psi(columns), p.values(columns)) for columns in p.columns_for(rows)]
+            self.queries_side(rows, keys, state if has_past and not p.direct else None)
+            if p.causal and not p.direct and (rows.stop < p.length or self.grad_state is not None):
+                ((_, psi, values),) = keys
+                state = p.advance(state, psi, values, rows)
+                has_past = True
+
+    def queries_side(self, rows: slice, keys: list[tuple[slice, Tensor, Tensor]], state: Tensor | None) -> None:
+        """The gradients of these queries, from the keys of their pairs and the state ahead of them; None where it is empty."""
+        p, q, w = self.p, self.p.queries(rows), self.of_rows(rows)
         phi = p.phi(q)
         grad_phi, grad_q, grad_c = torch.zeros_like(phi), torch.zeros_like(q), torch.zeros_like(q[..., 0])
-        if has_past and not p.direct:
+        if state is not None:
             carried = scaled(w, p.carry_in(rows))
             grad_phi = p.products(carried, state)
-            if rate is not None:
-                rate.rows_carried(rows, phi, grad_phi)
-            if not causal:
-                reverse += phi.flatten(2, 3).mT @ carried.flatten(2, 3)
-        for columns in p.columns_for(rows):
-            psi, values = p.psi(columns), p.values(columns)
+            if self.rate is not None:
+                self.rate.rows_carried(rows, phi, grad_phi)
+            if not p.causal:
+                self.reverse += phi.flatten(2, 3).mT @ carried.flatten(2, 3)
+        for columns, psi, values in keys:
             grad_weights = p.seen_(p.products(w, values), rows, columns)
             grad_phi[..., : p.head_dim + 1] += p.sums(grad_weights, psi[..., : p.head_dim + 1])
-            if degree == 2:
+            if p.degree == 2:
                 k = psi[..., : p.head_dim]
                 grad_s = grad_weights * p.products(q, k)
                 grad_q += 2 * p.c * p.sums(grad_s, k)
@@ -276,31 +304,36 @@ def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass:
         grad_q += part
         rows_of_coefficients[2] = rows_of_coefficients[2] + grad_c
         rows_of_coefficients.append((grad_q * q).sum(-1) / p.temperature[..., 0])
-        grad_coefficients += torch.stack([x.sum((0, 3)) for x in rows_of_coefficients])
+        self.grad_coefficients += torch.stack([x.sum((0, 3)) for x in rows_of_coefficients])
         grad_q = (grad_q * p.temperature).flatten(1, 2)
-        plain = p.real(query[:, :, rows].to(p.dtype), query_segments, rows)
-        grad_q = unit_backward(grad_q, plain) if normalize_qk else grad_q
-        grad_query[:, :, rows] = p.real(grad_q, query_segments, rows)
-        if causal and not p.direct and (rows.stop < p.length or grad_state is not None):
-            state = p.advance(state, psi, values, rows)
-            has_past = True
+        if p.normalize_qk:
+            grad_q = unit_backward(grad_q, p.real(p.query[:, :, rows].to(p.dtype), p.query_segments, rows))
+        self.grad_query[:, :, rows] = p.real(grad_q, p.query_segments, rows)
 
-    # backward through the sequence, beside R: the keys' side
-    if grad_state is not None:
-        reverse = reverse + grad_state
-    has_future = grad_state is not None or not causal
-    for number, columns in reversed(list(enumerate(p.chunks(p.key_length)))):
+    def backward(self) -> None:
+        """The gradients of keys and values."""
+        p = self.p
+        if self.grad_state is not None:
+            self.reverse = self.reverse + self.grad_state
+        has_future = self.grad_state is not None or not p.causal
+        for number, columns in reversed(list(enumerate(p.chunks(p.key_length)))):
+            self.keys_side(number, columns, has_future and not p.direct)
+            has_future = has_future or not p.direct
+
+    def keys_side(self, number: int, columns: slice, has_future: bool) -> None:
+        """The gradients of these keys and values; R becomes the gradient of the state ahead of them."""
+        p, rate = self.p, self.rate
         psi, values = p.psi(columns), p.values(columns)
         k = psi[..., : p.head_dim]
         grad_psi, grad_k, grad_values = torch.zeros_like(psi), torch.zeros_like(k), torch.zeros_like(values)
         column, keep = p.carry_out(columns)
-        if has_future and not p.direct:
-            grad_values = scaled(psi @ reverse, column)
-            grad_psi = scaled(values, column) @ reverse.mT
+        if has_future:
+            grad_values = scaled(psi @ self.reverse, column)
+            grad_psi = scaled(values, column) @ self.reverse.mT
         if rate is not None and not p.direct:
-            rate.columns_carry(columns, values, grad_values, p.state_ahead(number, rate.states), scaled(reverse, keep))
+            rate.columns_carry(columns, values, grad_values, p.state_ahead(number, rate.states), scaled(self.reverse, keep))
         for rows in p.rows_for(columns):
-            q, w = p.queries(rows), rows_gradient(rows)
+            q, w = p.queries(rows), self.of_rows(rows)
             phi = p.phi(q)
             weights, s = p.weights(q, phi, psi, rows, columns)
             grad_weights = p.products(w, values)
@@ -313,17 +346,9 @@ def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass:
                 grad_k += (grad_weights * s).flatten(2, 3).mT @ (2 * p.c * q).flatten(2, 3)
             if not p.direct:
                 carried = scaled(w, p.carry_in(rows))
-                reverse = scaled(reverse, keep) + phi.flatten(2, 3).mT @ carried.flatten(2, 3)
-                has_future = True
+                self.reverse = scaled(self.reverse, keep) + phi.flatten(2, 3).mT @ carried.flatten(2, 3)
         grad_k += key_features_backward(grad_psi, k, p.state_degree)
-        if normalize_qk:
-            plain = p.real(key[:, :, columns].to(p.dtype), key_segments, columns)
-            grad_k = unit_backward(grad_k, p.per_state(plain))
-        per_key_head = lambda x: p.real(x.unflatten(1, (key.shape[1], -1)).sum(2), key_segments, columns)  # noqa: B023, E731
-        grad_key[:, :, columns], grad_value[:, :, columns] = per_key_head(grad_k), per_key_head(grad_values[..., :-1])
-
-    grad_log_decay = None
-    if log_decay is not None and rate is not None:
-        grad_log_decay = (rate.total().sum((0, -1)) if log_decay.dim() == 1 else rate.total()).to(log_decay.dtype)
-    grad_initial = None if initial_state is None else reverse
-    return grad_query, grad_key, grad_value, grad_coefficients.flatten(1).to(coefficients.dtype), grad_log_decay, grad_initial
+        if p.normalize_qk:
+            grad_k = unit_backward(grad_k, p.per_state(p.real(p.key[:, :, columns].to(p.dtype), p.key_segments, columns)))
+        for grad, found in ((self.grad_key, grad_k), (self.grad_value, grad_values[..., :-1])):
+            grad[:, :, columns] = p.real(found.unflatten(1, (p.key.shape[1], -1)).sum(2), p.key_segments, columns)
