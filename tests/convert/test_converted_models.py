@@ -97,6 +97,12 @@ def test_starting_values_survive_a_load_that_lacks_the_parameters(model_type: st
         torch.testing.assert_close(direct[name], start)
 
 
+def test_a_converted_class_without_options_learns() -> None:
+    config_class = config_class_for("llama")
+    model = model_class_for(config_class)(config_class(num_hidden_layers=1, hidden_size=16, intermediate_size=16, num_attention_heads=2))
+    assert model.config.linattn["learnable"] and new_parameters(model)
+
+
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_stored_weight_names_are_read_as_the_base_reads_them(model_type: str) -> None:
     base_config, config_class = CONFIG_MAPPING[model_type], config_class_for(model_type)

@@ -710,6 +710,25 @@ class Encoder(nn.Module):
     config, is_causal = CrossAttention.config, False
 
 
+class Silent(nn.Module):
+    config = CrossAttention.config
+
+
+def test_a_module_that_says_nothing_of_causality_is_causal():
+    """As in Transformers' own attention functions."""
+    query, silent, said = torch.randn(1, 4, 16, 8), Silent(), Silent()
+    said.is_causal = True
+    outs = [linattn_attention(module, query, query, query, None)[0] for module in (silent, said, Encoder())]
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+def test_a_2d_mask_with_numbers_below_0_is_refused():
+    query, mask = torch.randn(1, 4, 16, 8), torch.ones(1, 16)
+    linattn_attention(Silent(), query, query, query, mask)
+    with pytest.raises(ValueError, match="has numbers below 0"):
+        linattn_attention(Silent(), query, query, query, mask - 2 * (torch.arange(16) == 3))
+
+
 @pytest.mark.parametrize("length", [16, 9])
 @pytest.mark.parametrize("kind", [CrossAttention, Resampler, Encoder, "flag"])
 def test_cross_attention_that_was_not_refused_before_is_at_the_call(kind, length):

@@ -77,6 +77,7 @@ class Page(HTMLParser):
         self.open: list[str] = []
         self.text = ""
         self.sources: list[str] = []
+        self.headings: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.open += [tag] * (tag not in ("meta", "img"))
@@ -87,6 +88,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        self.headings += [data] * (self.open[-1:] == ["th"])
 
 
 def test_the_page_holds_everything(tmp_path: Path) -> None:
@@ -104,6 +106,7 @@ def test_the_page_holds_everything(tmp_path: Path) -> None:
     page.feed((tmp_path / "report" / "index.html").read_text())
     assert page.open == [] and "Evaluation: " + ", ".join(list(RESULTS)[1:]) in page.text and len(page.sources) == len(pictures)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert page.headings[:2] == ["model", "attention"] and not {"teacher", "a|<b>"} & set(page.headings)
 
 
 def test_the_card_takes_the_tables_and_takes_them_again() -> None:
