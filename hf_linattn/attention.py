@@ -101,6 +101,7 @@ def segments_of(pattern: Pattern, position_ids: Tensor | None, cu_seq_lens: Tens
 def attend_with_state(form: Form, layer: LinearStateLayer, first: bool, call: Call, numbers: Numbers) -> Tensor:
     """Attention over the state and the new tokens; leaves the state after them in `layer`."""
     length = call.query.shape[2]
+    layer.be_of(form)
     before = None if first else layer.allocate(form, call.sizes, length)
     if call.is_packed:
         layer.forget_recent()

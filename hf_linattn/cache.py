@@ -49,7 +49,7 @@ class LinearStateLayer(CacheLayerMixin):
 
     def __init__(self, form: Form | None = None, query_heads: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._form, self._query_heads = form, query_heads
+        self.form, self._query_heads = form, query_heads
         self._state: State | None = None
         self.cumulative_length: Any = 0
         self.record_past = False
@@ -85,9 +85,9 @@ class LinearStateLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self._begin(key_states.dtype, key_states.device, key_states.shape[0])
-        if key_states.shape[-2] == 0 and self._form is not None:  # ahead of the first token, to export
+        if key_states.shape[-2] == 0 and self.form is not None:  # ahead of the first token, to export
             heads = self._query_heads or key_states.shape[1]
-            self.allocate(self._form, Sizes(heads, key_states.shape[1], key_states.shape[-1], value_states.shape[-1]), 0)
+            self.allocate(self.form, Sizes(heads, key_states.shape[1], key_states.shape[-1], value_states.shape[-1]), 0)
             self.left_out = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
 
     def _begin(self, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
@@ -122,6 +122,7 @@ class LinearStateLayer(CacheLayerMixin):
 
         Raises:
             RuntimeError: what was handed over before, by this layer or by one below, was not read as often as it should be.
+            ValueError: the state is of more or fewer sequences.
         """
         key_states, value_states = _received_by_update(key_states), _received_by_update(value_states)
         if self._reads == 0:
@@ -130,6 +131,11 @@ class LinearStateLayer(CacheLayerMixin):
             raise RuntimeError(_reads_differ(self._reads, 1 + len(self._more)))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        elif not is_torchdynamo_compiling() and self.state is not None and key_states.shape[0] != self.batch_size:
+            raise ValueError(
+                f"The cache holds {self.batch_size} sequences, and {key_states.shape[0]} are to go on from it; repeat those of the cache "
+                "(cache.batch_repeat_interleave, or copies of load_cache), or give as many as it holds."
+            )
         self._advance(key_states.shape[-2])
         self._may_grow, self._reads = self._reads is None, 0
         return hand_over(key_states, self), hand_over(value_states, self)
@@ -167,6 +173,23 @@ class LinearStateLayer(CacheLayerMixin):
     def seen_before(self, tokens: int) -> Any:
         """How many tokens there were before the `tokens` just counted by `update`, an int or a tensor."""
         return self.cumulative_length - tokens
+
+    def be_of(self, form: Form) -> None:
+        """Remembers the form that the first state is of, and refuses another one's.
+
+        Raises:
+            ValueError: the state is there, and of other options.
+        """
+        if is_torchdynamo_compiling():
+            return
+        if self.state is not None and self.form is not None and self.form.options != form.options:
+            now = form.named()
+            name, seen = next((name, value) for name, value in self.form.named().items() if now.get(name) != value)
+            raise ValueError(
+                f"The cache holds what a model with linattn option {name}={seen!r} has seen, and this one has {now.get(name)!r}; give each "
+                "model a cache of its own."
+            )
+        self.form = form
 
     def leave_out(self, padding: Tensor) -> None:
         """Remembers which of the tokens just counted by `update` are padding, bool (B, N)."""

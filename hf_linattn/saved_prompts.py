@@ -41,7 +41,8 @@ def save_cache(cache: Cache, path: str | Path, model: PreTrainedModel, *, overwr
         overwrite: whether to replace a file that is there.
 
     Raises:
-        FileExistsError: there is one.
+        FileExistsError: there is one, or a folder.
+        FileNotFoundError: there is no folder to write it to.
         ValueError: the cache was not made for `model`, has seen nothing, or holds layers of other kinds than linear attention and softmax
             over all tokens or a sliding window; weights are offloaded.
     """
@@ -76,9 +77,13 @@ def load_cache(path: str | Path, model: PreTrainedModel, *, copies: int = 1, max
 
     Raises:
         FileNotFoundError: there is no such file.
+        TypeError: `copies` or `max_cache_len` is no whole number.
         ValueError: it was not written by `save_cache`, is damaged, or was saved by a model of another type, size, dtype, attention or
             other weights; `copies` is below 1; `max_cache_len` leaves no room for a new token, or a layer has a sliding window there.
     """
+    for name, number in (("copies", copies), ("max_cache_len", max_cache_len)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+            raise TypeError(f"{name} must be a whole number, not {number!r}.")
     if copies < 1:
         raise ValueError(f"copies={copies} leaves no sequence to continue; give 1 or more.")
     about, tensors = _read(Path(path))
@@ -110,7 +115,9 @@ def _tensors_of(cache: Cache, model: PreTrainedModel) -> Iterator[tuple[int, str
 
 
 def _kind(layer: Any) -> str:
-    return "linear" if isinstance(layer, LinearStateLayer) else "window" if getattr(layer, "is_sliding", False) else "all"
+    if isinstance(layer, LinearStateLayer):
+        return str(None if layer.form is None else layer.form.named())
+    return "window" if getattr(layer, "is_sliding", False) else "all"
 
 
 def _held(layer: Any, number: int, tokens: int) -> dict[str, Tensor]:
@@ -165,5 +172,9 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def _refuse_what_is_there(path: Path, overwrite: bool) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} to; make it first.")
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder, and a prompt is saved as one file; give another path.")
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(f"{path} exists already; give another path, or overwrite=True to replace it.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -86,6 +87,10 @@ class Form(ABC):
 
     def __init__(self, options: Any) -> None:
         self.options = options
+
+    def named(self) -> dict[str, Any]:
+        """The form's name and options, as `config.linattn` holds them."""
+        return {"form": self.name, **dataclasses.asdict(self.options)}
 
     # ---- in words, for reports and model cards
 

@@ -196,3 +196,29 @@ def test_pieces_through_a_static_cache_have_the_gradients_of_a_dynamic_one():
         found.append(torch.autograd.grad(loss, list(llama.parameters())))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one)
+
+
+@pytest.mark.parametrize("form", ["polynomial", "window"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_other_sequences_and_other_options_are_refused_in_words(form, kind):
+    model, ids = tiny_model("llama", form=form), tiny_tokens()
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        model(ids[:, :10], past_key_values=cache)
+        for new in (ids[:1, 10:11], ids.repeat(2, 1)[:, 10:]):
+            with pytest.raises(ValueError, match=f"The cache holds 2 sequences, and {len(new)} are to go on from it"):
+                model(new, past_key_values=copy.deepcopy(cache))
+        cache.batch_repeat_interleave(2)
+        model(ids[:, 10:].repeat_interleave(2, 0), past_key_values=cache)
+    other = tiny_model("llama", form=form, kernel="quadratic")
+    with pytest.raises(ValueError, match="a model with linattn option kernel='linear' has seen, and this one has 'quadratic'; give each"):
+        other(ids[:, 10:].repeat_interleave(2, 0), past_key_values=cache)
+
+
+def test_a_state_of_another_window_is_refused():
+    """Six tokens behind one sink lie as five behind two."""
+    one, other = tiny_model("llama", form="window", window=6, sinks=1), tiny_model("llama", form="window", window=5, sinks=2)
+    cache, ids = DynamicCache(config=other.config), tiny_tokens()
+    one(ids[:, :10], past_key_values=cache)
+    with pytest.raises(ValueError, match="a model with linattn option window=6 has seen, and this one has 5"):
+        other(ids[:, 10:], past_key_values=cache)

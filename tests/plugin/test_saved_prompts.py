@@ -218,6 +218,16 @@ def test_what_cannot_be_saved_or_continued_is_refused(saved: Path, tmp_path: Pat
     sliding = tiny_model("mistral", softmax_layers=[1])
     with pytest.raises(ValueError, match="Layer 1 of the cache is a StaticSlidingWindowLayer"):
         save_cache(processed(sliding, static=True), path, sliding)
+    with pytest.raises(ValueError, match=r"not made for this model; make it by DynamicCache"):
+        save_cache(processed(tiny_model("llama", decay="key_head")), path, model)
+    with pytest.raises(FileNotFoundError, match="There is no folder .*absent to write prompt to; make it first"):
+        save_cache(processed(model), tmp_path / "absent" / "prompt", model)
+    with pytest.raises(FileExistsError, match="is a folder, and a prompt is saved as one file"):
+        save_cache(processed(model), tmp_path, model, overwrite=True)
+    with pytest.raises(TypeError, match=r"copies must be a whole number, not 1\.5"):
+        load_cache(saved, model, copies=1.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"max_cache_len must be a whole number, not '40'"):
+        load_cache(saved, model, max_cache_len="40")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="copies=0 leaves no sequence"):
         load_cache(saved, model, copies=0)
     with pytest.raises(ValueError, match="max_cache_len=23 leaves no room behind the 23 tokens"):
