@@ -158,6 +158,7 @@ def draw(rows: list[dict[str, Any]], title: str, target: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     rows = [row for row in rows if not row.get("out_of_memory")]
     smallest, shortest = min(row["batch"] for row in rows), min(row["context"] for row in rows)
@@ -166,9 +167,10 @@ def draw(rows: list[dict[str, Any]], title: str, target: Path) -> None:
         by_context = [row for row in rows if row["case"] == name and row["batch"] == smallest]
         by_batch = [row for row in rows if row["case"] == name and row["context"] == shortest]
         line = "--" if name.startswith("softmax") else "-"
+        wide = {"lw": 4, "alpha": 0.4} if "dynamic" in name else {}  # both caches hold the same: one line would hide the other
         lengths = [row["context"] for row in by_context]
         panels[0].plot(lengths, [row["token_ms"] for row in by_context], line, marker="o", ms=4, label=name)
-        panels[1].plot(lengths, [row["cache_bytes"] / 1e6 for row in by_context], line, marker="o", ms=4)
+        panels[1].plot(lengths, [row["cache_bytes"] / 1e6 for row in by_context], line, marker="o", ms=4, **wide)
         panels[2].plot([row["batch"] for row in by_batch], [row["tokens_a_second"] for row in by_batch], line, marker="o", ms=4)
     panels[0].set(title=f"batch {smallest}", xlabel="tokens before", ylabel="ms a token", xscale="log", yscale="log")
     panels[1].set(title=f"batch {smallest}", xlabel="tokens before", ylabel="cache, MB", xscale="log", yscale="log")
@@ -177,6 +179,9 @@ def draw(rows: list[dict[str, Any]], title: str, target: Path) -> None:
         places = sorted({row[field] for row in rows})
         panel.set_xticks(places, [f"{place:,}" for place in places])
         panel.xaxis.minorticks_off()
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,g}"))
+        panel.yaxis.minorticks_off()
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)

@@ -102,6 +102,7 @@ def test_the_tables_stand_in_the_card_and_the_folder_stays_its_commands(evaluate
     done = run(evaluated, tmp_path / "out", "--card", models=models)
     assert done.exit_code == 0, done.output
     first = card.read_text()
+    assert str(card) in done.output.replace("\n", "")
     assert "## Evaluation" in first and "| teacher | softmax |" in first and "has not been measured" not in first
     assert "has not been measured" in before and without_evaluation(first) == before
     assert run(evaluated, tmp_path / "out", "--card", "--resume", models=models).exit_code == 0 and card.read_text() == first
