@@ -82,7 +82,7 @@ def linattn_mask(
     pattern = asked.pattern()
     pattern.real, pattern.past = read_padding(attention_mask, q_length, q_offset)
     told = pack(pattern, q_length, device)
-    alone = None if q_length == 1 and attention_mask is None else told  # a compiled step without a mask has no use for it
+    alone = None if q_length == 1 and attention_mask is None and is_tracing(told) else told  # a compiled step has no use for it
     if not softmax_layers(config):
         return alone
     mask = softmax_mask()
@@ -96,11 +96,13 @@ def linattn_mask(
 def read_padding(mask: Tensor | None, length: int, offset: int | Tensor) -> tuple[Tensor | None, Tensor | int | None]:
     """Which of the new tokens are real, bool (B, length) or None for all, and the digest of the hidden ones before (`Pattern.past`).
 
+    No mask says that all tokens are real, those before too: generate() gives none where it was given ones.
+
     Raises:
         ValueError: a mask that is not 2D, or has fewer columns than there are tokens.
     """
     if mask is None:
-        return None, None
+        return None, None if is_tracing(mask) or (isinstance(offset, int) and offset == 0) else 0
     if mask.dim() != 2:
         raise ValueError(f"attention_mask has the shape {tuple(mask.shape)}; linear attention takes a 2D padding mask, or a 4D one.")
     traced = is_tracing(mask)

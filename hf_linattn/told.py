@@ -23,8 +23,8 @@ OTHER_PATTERN = (
     "padding mask or position_ids that restart at each sequence."
 )
 OTHER_PAST = (
-    "The attention mask hides other tokens of the past than the ones that were padding when the cache saw them, and a state cannot take "
-    "a token back; give the mask that they came with, or start again from an empty cache."
+    "The attention mask hides other tokens of the past than the ones that were padding when the cache saw them (no mask hides none), and "
+    "a state cannot take a token back; give the mask that they came with, or start again from an empty cache."
 )
 BIAS = (
     "The 4D attention mask holds other numbers than 0 and the least one, a bias on softmax scores, which linear attention has not; "
