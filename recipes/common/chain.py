@@ -83,7 +83,9 @@ class Chain:
 
     def _run(self, module: str, command: list[str]) -> None:
         paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        status = subprocess.run([sys.executable, "-m", *command], env={**os.environ, "PYTHONPATH": paths}).returncode
+        # PYTHONSAFEPATH: else what lies in the working directory, a checkout of this for one, would stand before what is installed
+        environment = {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
+        status = subprocess.run([sys.executable, "-m", *command], env=environment).returncode
         if status:
             self.console.print(f"{module} stopped with status {status}; start again to go on from there", style="bold")
             raise SystemExit(2 if status == 2 else 1)

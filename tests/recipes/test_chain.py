@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ def test_a_command_that_fails_ends_it_and_says_how_to_go_on(tmp_path: Path, capf
     told = capfd.readouterr().out
     assert ended.value.code == 1 and "python -m recipes.absent --no matter" in told
     assert "recipes.absent stopped with status 1; start again to go on from there" in " ".join(told.split())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
+def test_the_working_directory_does_not_stand_before_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a checkout's linattn.py would stand before an installed linattn."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes.py").write_text("raise SystemExit(1)")
+    chain(tmp_path / "out").call("recipes.lra.listops", "--help")
 
 
 def test_what_is_there_is_not_made_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
