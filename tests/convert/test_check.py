@@ -14,7 +14,7 @@ from tiny_softmax import softmax_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-import hf_linattn.forms.polynomial
+import hf_linattn.forms.operators
 from convert.check import CheckReport, check_converted
 from convert.errors import ConversionError
 from convert.linearize import LinearizeOptions, linearize
@@ -102,8 +102,8 @@ def test_errors_are_shares_of_the_exact_result_and_the_bar_is_twice_plain_pytorc
     monkeypatch.setattr("convert.check.layer_truths", truths(2))
     assert llama_float32.check().plain_error == pytest.approx(1, rel=1e-9)
     monkeypatch.undo()
-    attend = hf_linattn.forms.polynomial.linear_attention
-    monkeypatch.setattr(hf_linattn.forms.polynomial, "linear_attention", lambda *x, **options: 2 * attend(*x, **options))
+    attend = hf_linattn.forms.operators.linear_attention
+    monkeypatch.setattr(hf_linattn.forms.operators, "linear_attention", lambda *x, **options: 2 * attend(*x, **options))
     with pytest.raises(ConversionError, match=r"is 1\.0e\+00 away from the source's layer .* and rounding explains [1-9]\.\de-06:"):
         llama_float32.check()
 
@@ -172,9 +172,9 @@ OPERATOR_SLIPS: dict[str, Callable[..., Any]] = {
 @pytest.mark.parametrize("where", [("linear_attention", "linear_attention_step"), ("linear_attention_step",)], ids=["all", "steps"])
 def test_a_slip_in_the_operator_is_refused(slip: str, where: Any, llama: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in where:
-        attend = getattr(hf_linattn.forms.polynomial, name)
+        attend = getattr(hf_linattn.forms.operators, name)
         monkeypatch.setattr(
-            hf_linattn.forms.polynomial, name, lambda *x, attend=attend, **options: OPERATOR_SLIPS[slip](attend, *x, **options)
+            hf_linattn.forms.operators, name, lambda *x, attend=attend, **options: OPERATOR_SLIPS[slip](attend, *x, **options)
         )
     how = "in cached steps" if len(where) == 1 else "in a forward pass"
     with pytest.raises(ConversionError, match=rf"self_attn in .*, {how}, is .* away from the source's layer"):
@@ -187,7 +187,7 @@ def test_a_slip_of_ten_times_the_rounding_of_float32_is_refused(
     where: str, dtype: torch.dtype, llama: Conversion, llama_float32: Conversion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the weights are stored in: each output is moved by a share of 6e-6, where 4e-7 is measured."""
-    conversion, attend = (llama_float32 if dtype == torch.float32 else llama), getattr(hf_linattn.forms.polynomial, where)
+    conversion, attend = (llama_float32 if dtype == torch.float32 else llama), getattr(hf_linattn.forms.operators, where)
 
     def moved(*tensors: Tensor, **options: Any) -> Any:
         out = attend(*tensors, **options)
@@ -196,7 +196,7 @@ def test_a_slip_of_ten_times_the_rounding_of_float32_is_refused(
         return out
 
     conversion.check()
-    monkeypatch.setattr(hf_linattn.forms.polynomial, where, moved)
+    monkeypatch.setattr(hf_linattn.forms.operators, where, moved)
     with pytest.raises(ConversionError, match="in float32.* away from the source's layer"):
         conversion.check()
 
