@@ -216,7 +216,9 @@ def _refuse_what_cannot_be_learned(sizes: Sizes, options: PolynomialOptions, lea
     if options.features is not None and not learnable:
         raise ValueError("linattn option features is of learned projections, so it needs learnable=true.")
     if options.features is not None and options.features >= sizes.head_dim:
-        raise ValueError(f"linattn option features={options.features} must be below the {sizes.head_dim} numbers of a head.")
+        raise ValueError(
+            f"linattn option features={options.features} must be below the {sizes.head_dim} numbers of a head; give fewer, or leave it out."
+        )
     for name in ("decay", "input_gate"):
         if getattr(options, name) == "token":
             refuse_unread(name, learnable, sizes.hidden_size)

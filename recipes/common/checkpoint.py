@@ -269,7 +269,10 @@ def without_memory(build: Callable[[], torch.nn.Module], where: str | Path) -> t
         with torch.device("meta"):
             return build()
     except Exception as error:  # strict configs, overflowing sizes and missing keys come in many types
-        raise RecipeError(f"{where}: no model can be made of it ({' '.join(str(error).split())[:300]})") from error
+        told = " ".join(str(error).split())[:300].rstrip(".")
+        if told.startswith("linattn option"):  # it names what is wrong, and that is not the file
+            raise RecipeError(f"{told}; it was to be a model of {where}") from error
+        raise RecipeError(f"{where}: no model can be made of it ({told})") from error
 
 
 def check_fits(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
