@@ -20,6 +20,10 @@ class Calibrate(Transfer):
 
     options: CalibrateOptions
 
+    def ahead(self, learning: int) -> str:
+        """A line before it begins: nothing learns."""
+        return f"{self.pace.steps:,} batches of {self.tokens_per_step:,} tokens to look at; numbers are started from them, none learns"
+
     def train(self) -> None:
         """Look at the teacher, start from that, and choose among shifts of what cannot be read off."""
         progress = self.run.restore(self.pace.steps)

@@ -108,7 +108,9 @@ class Distill(Stage):
         for name, model in ((o.student, self.student), (o.teacher, self.teacher)):
             positions = getattr(model.config, "max_position_embeddings", None)
             if positions is not None and o.long_length > positions:
-                raise ConversionError(f"long_length {o.long_length} is more than the {positions} positions of {name}; lower it")
+                raise ConversionError(
+                    f"long_length {o.long_length} is more than the {positions} positions of {name}; give --long-length {positions} or less"
+                )
         whole = Windows(tokens, o.long_length, o.separate)
         kept = np.array([], dtype=np.int64) if valid is not None else self.valid_rows.chosen
         touched = np.concatenate([kept * o.length // o.long_length, ((kept + 1) * o.length - 1) // o.long_length])

@@ -86,9 +86,7 @@ class Stage(Loop):
         schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, round(o.warmup * steps), steps, min_lr_rate=o.final_rate)
         self.prepare(model, optimizer, schedule, o.batch_size)
         learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        self.accelerator.print(
-            f"{steps:,} steps of {self.tokens_per_step:,} tokens, {len(self.train_rows):,} rows, {learning:,} numbers learn"
-        )
+        self.accelerator.print(self.ahead(learning))
         self.run.open(to_dict(o), {"rows": len(self.train_rows), "text": tokens.digest, "learning": learning})
 
     # -- what a subclass says --------------------------------------------------------------------------------------------
@@ -104,6 +102,11 @@ class Stage(Loop):
     def told(self, means: dict[str, Any]) -> dict[str, Any]:
         """A validation's means as the log has them."""
         return {f"valid_{name}": value for name, value in means.items()}
+
+    def ahead(self, learning: int) -> str:
+        """A line before it begins, of a run in which so many numbers learn."""
+        steps, tokens, rows = self.pace.steps, self.tokens_per_step, len(self.train_rows)
+        return f"{steps:,} steps of {tokens:,} tokens, {rows:,} rows, {learning:,} numbers learn"
 
     def draw(self, records: Sequence[dict[str, Any]]) -> None:
         """Draw the run's pictures."""
@@ -279,4 +282,4 @@ def draw_curves(run: Run, name: str, curves: dict[str, str], what: str) -> None:
 def _check_length(name: str, model: Any, length: int) -> None:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and length > positions:
-        raise ConversionError(f"length {length} is more than the {positions} positions of {name}; lower it")
+        raise ConversionError(f"length {length} is more than the {positions} positions of {name}; give --length {positions} or less")

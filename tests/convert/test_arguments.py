@@ -203,6 +203,8 @@ def test_a_missing_folder_is_called_missing(tmp_path: Path, monkeypatch: pytest.
     for name in ("./absent", "../absent", "~/absent", "/absent", "a/b/c", "models/absent", "absent/", "a\\b"):
         with pytest.raises(ConversionError, match="there is no folder"):
             refuse_missing_folder(name)
+    with pytest.raises(ConversionError, match="no folder models/absent, though models exists, so the hub is not asked"):
+        refuse_missing_folder("models/absent")
     for name in ("models", "models/", "gpt2", "EleutherAI/pythia-14m"):
         refuse_missing_folder(name)
 

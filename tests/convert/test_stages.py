@@ -370,7 +370,7 @@ def test_bfloat16_and_checkpointed_gradients(given, name, tmp_path):
     ("name", "changes", "message"),
     [
         ("transfer", {"student": "teacher"}, "is not converted"),
-        ("transfer", {"length": 65}, "length 65 is more than the 64 positions"),
+        ("transfer", {"length": 65}, "length 65 is more than the 64 positions of .*; give --length 64 or less"),
         ("transfer", {"batch_size": 10_000}, "one step takes 10000; give more text"),
         ("transfer", {"data": ["absent.txt"]}, "no such file"),
         ("transfer", {"data": ["short.txt"], "length": 48}, "shorter than one sequence of 48"),
@@ -379,7 +379,7 @@ def test_bfloat16_and_checkpointed_gradients(given, name, tmp_path):
         ("distill", {"teacher": "words"}, "has 257 tokens and the teacher 260"),
         ("distill", {"teacher": "other"}, "the tokenizer of .* is not the teacher's"),
         ("distill", {"repeat": 4, "length": 40}, "too short to repeat stretches of 24"),
-        ("distill", {"long_length": 128}, "long_length 128 is more than the 64 positions"),
+        ("distill", {"long_length": 128}, "long_length 128 is more than the 64 positions of .*; give --long-length 64 or less"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(given, tiny, tmp_path, monkeypatch, name, changes, message):

@@ -68,7 +68,6 @@ def given(page: Path) -> dict[str, Any]:
         return {}
     query, key, value = torch.randn(3, 1, 2, 8, 16)
     return {
-        "inputs": byte_tokenizer()("Once upon a time", return_tensors="pt"),
         "query": query,
         "key": key,
         "value": value,
