@@ -247,6 +247,4 @@ def refuse_missing_folder(name: str) -> None:
     if not _HUB_ID.fullmatch(name) or name.startswith(".") or "\\" in name:
         raise RecipeError(f"there is no folder {name}, and this is no hub id such as EleutherAI/pythia-14m either")
     if "/" in name and path.parent.is_dir():
-        raise RecipeError(
-            f"there is no folder {path}, though {path.parent} exists, so the hub is not asked for it; give one that exists"
-        )
+        raise RecipeError(f"there is no folder {path}, though {path.parent} exists, so the hub is not asked for it; give one that exists")

@@ -1,4 +1,4 @@
-"""A softmax model in, a linear-attention model out, in a few minutes on two CPU cores.
+"""A softmax model in, a linear-attention model out, in some eight minutes on two CPU cores.
 
     python -m recipes.quickstart [--model DIR --data FILE] [--out DIR]
     python -m recipes.quickstart --model smollm2 [--data FILE] [--out DIR]

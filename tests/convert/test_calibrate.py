@@ -104,9 +104,7 @@ def test_the_projection_is_the_best_of_its_rank() -> None:
     assert lost(whole[projection.QUERY][0], whole[projection.KEY][0]) == pytest.approx(0, abs=1e-9)
 
 
-def test_a_calibrated_student_is_nearer_to_its_teacher(
-    tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_calibrated_student_is_nearer_to_its_teacher(tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Calibrate(options(tiny, tmp_path / "run"), "convert.calibrate", False, False).run_all()
     said = capsys.readouterr().out
     assert "tokens to look at" in said and "numbers learn" not in said
