@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -55,10 +55,12 @@ class WindowOptions(PolynomialOptions):
         require_count("sinks", self.sinks, 0)
         one_of("beside", self.beside, BESIDE)
         one_of("gate", self.gate, GATES)
-        if self.beside == "none" and self.input_gate != "none":
-            raise ValueError(
-                f'linattn option input_gate={self.input_gate!r} is of the polynomial beside the window, and beside="none" has none.'
-            )
+        if self.beside == "none":
+            for name, unset in asdict(PolynomialOptions()).items():
+                if (given := getattr(self, name)) != unset:
+                    raise ValueError(
+                        f'linattn option {name}={given!r} is of the polynomial beside the window, and beside="none" has none; leave it out.'
+                    )
 
 
 class WindowParameters(PolynomialParameters):

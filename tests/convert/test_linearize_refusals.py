@@ -68,6 +68,12 @@ def test_an_option_that_does_not_fit_is_not_blamed_on_the_file(source: Path, out
     assert said.startswith("error: linattn option features=64 must be below the ") and "leave it out; it was to be a model of" in said
 
 
+@pytest.mark.parametrize("option", [("--decay", "head"), ("--kernel", "quadratic"), ("--features", "4"), ("--temperature", "0.5")])
+def test_options_of_a_polynomial_that_is_not_there(option: tuple[str, str], source: Path, output: Path) -> None:
+    said = refused(source, output, "--form", "window", "--beside", "none", *option)
+    assert f"{option[0][2:]}=" in said and 'is of the polynomial beside the window, and beside="none" has none' in said
+
+
 def test_names_that_look_like_markup(source: Path, output: Path) -> None:
     odd = source.parent / "[bold] and [" / "red]"
     odd.parent.mkdir()
