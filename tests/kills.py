@@ -130,14 +130,14 @@ def attack(home: Path, run: Callable[[], object], kills: int, chance: random.Ran
 def main(kills: int, seed: int = 0) -> None:
     """Attack conversion and training, each in a folder of its own; print what happened, as JSON."""
     torch.set_num_threads(1)
-    for command in (linearize.main, train.main):
+    for name, command in (("convert.linearize", linearize.main), ("recipes.tinystories.train", train.main)):
         with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as cache:
             home = Path(place)
             os.environ["HF_LINATTN_CACHE"] = cache
             forked(lambda home=home: make_user(home), None)
             paths = [home / "model", home / "out"] if command is linearize.main else ["--config", home / "config.yaml"]
             run = functools.partial(cli.app(command), [*map(str, paths), "--overwrite"])
-            print(json.dumps({"command": command.__module__, **attack(home, run, kills, random.Random(seed))}))
+            print(json.dumps({"command": name, **attack(home, run, kills, random.Random(seed))}))
 
 
 if __name__ == "__main__":

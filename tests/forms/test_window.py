@@ -213,7 +213,7 @@ def test_a_compiled_step_is_one_graph() -> None:
     assert [x.data_ptr() for layer in cache.layers for x in layer.state.values()] == addresses
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_trains_under_autocast(compiled: bool) -> None:
     model, ids = windowed(**KINDS[-1]), tiny_tokens()
     model.model.layers, model.config.num_hidden_layers = model.model.layers[:1], 1

@@ -117,7 +117,10 @@ def test_gradients_of_pairs(kernels, kind):
     check(torch.bfloat16, ("pairs", "pairs"), degree=2, **kind)
 
 
-@pytest.mark.parametrize("dtype, head_dim", [*((torch.float32, d) for d in (32, 64, 80, 96, 128)), (torch.bfloat16, 192)], ids=str)
+@pytest.mark.parametrize("dtype, head_dim", [
+    (torch.float32, 32), (torch.float32, 80), (torch.bfloat16, 192),
+    *(pytest.param(torch.float32, d, marks=pytest.mark.slow) for d in (64, 96, 128)),
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("length", [1, 140])
 def test_chunks(kernels, dtype, head_dim, length):
     check(dtype, ("chunks", "chunks"), head_dim=head_dim, value_dim=head_dim, length=length)
