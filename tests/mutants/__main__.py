@@ -5,10 +5,13 @@ Named mutants by default; `--random N` draws as many that nobody chose, another 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import random
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from . import of_converter, of_kernels, of_operator, of_plugin, of_recipes, slips
@@ -17,6 +20,7 @@ from .trial import CAUGHT, Outcome, attempt, copy_checkout, import_what_is_slow
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = (OPERATOR, PLUGIN, CONVERTER, RECIPES, KERNELS)
+_copy = Path()  # of the process that tries mutants
 NAMED = [*of_operator.MUTANTS, *of_plugin.MUTANTS, *of_converter.MUTANTS, *of_recipes.MUTANTS, *of_kernels.MUTANTS]
 
 
@@ -28,16 +32,33 @@ def main() -> int:
         for mutant in mutants:
             print(f"{mutant.kind}: {mutant.name}\n  {mutant.file}\n  - {mutant.old.strip()}\n  + {mutant.new.strip()}")
         return 0
-    import_what_is_slow()
     outcomes: list[tuple[Mutant, Outcome]] = []
-    with tempfile.TemporaryDirectory(prefix="mutants-") as place:
-        copy_checkout(ROOT, Path(place))
-        for mutant in mutants:
-            outcome = attempt(mutant, Path(place), options.seconds)
-            outcomes.append((mutant, outcome))
-            told = f"{outcome.seconds:.0f}s {mutant.kind}: {mutant.name} ({mutant.file}): {outcome.verdict} {outcome.by}"
-            print(f"{len(outcomes)}/{len(mutants)} {told}", flush=True)
+    for mutant, outcome in _attempts(mutants, options.jobs, options.seconds):
+        outcomes.append((mutant, outcome))
+        told = f"{outcome.seconds:.0f}s {mutant.kind}: {mutant.name} ({mutant.file}): {outcome.verdict} {outcome.by}"
+        print(f"{len(outcomes)}/{len(mutants)} {told}", flush=True)
     return _summary(outcomes)
+
+
+def _attempts(mutants: list[Mutant], jobs: int, seconds: float) -> Iterator[tuple[Mutant, Outcome]]:
+    """What becomes of each, as it is known. Every job is a process with a copy of the checkout to itself."""
+    import_what_is_slow()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as place:
+        with multiprocessing.get_context("fork").Pool(jobs, _begin, (place,)) as pool:
+            yield from pool.imap_unordered(_try, [(mutant, seconds) for mutant in mutants])
+
+
+def _begin(place: str) -> None:
+    """A process that tries mutants begins: it copies the checkout to a folder of its own."""
+    global _copy
+    _copy = Path(place) / str(os.getpid())
+    _copy.mkdir()
+    copy_checkout(ROOT, _copy)
+
+
+def _try(asked: tuple[Mutant, float]) -> tuple[Mutant, Outcome]:
+    mutant, seconds = asked
+    return mutant, attempt(mutant, _copy, seconds)
 
 
 def _options() -> argparse.Namespace:
@@ -47,6 +68,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sample", type=int, metavar="N", help="as many of the named ones, drawn by --seed")
     parser.add_argument("--random", type=int, metavar="N", help="as many slips at random places instead, drawn by --seed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at a time, each with a copy of the checkout")
     parser.add_argument("--seconds", type=float, default=600.0, help="for the tests of one mutant; more count as caught")
     parser.add_argument("--list", action="store_true", help="show them and run nothing")
     return parser.parse_args()
