@@ -43,9 +43,9 @@ def main() -> int:
 def _attempts(mutants: list[Mutant], jobs: int, seconds: float) -> Iterator[tuple[Mutant, Outcome]]:
     """What becomes of each, as it is known. Every job is a process with a copy of the checkout to itself."""
     import_what_is_slow()
-    with tempfile.TemporaryDirectory(prefix="mutants-") as place:
-        with multiprocessing.get_context("fork").Pool(jobs, _begin, (place,)) as pool:
-            yield from pool.imap_unordered(_try, [(mutant, seconds) for mutant in mutants])
+    fork = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory(prefix="mutants-") as place, fork.Pool(jobs, _begin, (place,)) as pool:
+        yield from pool.imap_unordered(_try, [(mutant, seconds) for mutant in mutants])
 
 
 def _begin(place: str) -> None:
