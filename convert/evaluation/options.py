@@ -120,7 +120,7 @@ class EvaluationOptions:
                 raise ConversionError(f"--run {run} holds no metrics.jsonl, so it is no folder of a training run; give one that is")
         if self.task_rows and not user_path(self.task_rows).is_dir():
             raise ConversionError(f"--task-rows {self.task_rows}: no such folder; leave it out to have the rows from the hub")
-        for model in (self.teacher, *(path for _, path in map(named_model, self.models))):
+        for _, model in map(named_model, (self.teacher, *self.models)):
             refuse_missing_folder(model)
         names = [row.name for row in self.subjects()]
         if twice := next((name for name in names if names.count(name) > 1), None):

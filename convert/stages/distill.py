@@ -16,6 +16,7 @@ from convert.stages.options import DistillOptions
 from convert.stages.repeats import SHORTEST, with_repeats
 from convert.stages.stage import Stage, draw_curves
 from hf_linattn.models import attention_modules
+from recipes.common.compiling import layers
 from recipes.common.tokens import Tokens
 from recipes.common.windows import Windows
 
@@ -44,6 +45,14 @@ class Distill(Stage):
     @property
     def is_control(self) -> bool:
         return self.options.control
+
+    @property
+    def compiled(self) -> bool:
+        return self.options.compile
+
+    def to_compile(self, model: Any) -> list[nn.Module]:
+        """The layers of student and teacher."""
+        return [*layers(self.student), *layers(self.teacher)]
 
     def trained(self) -> nn.Module:
         """The whole student, or with LoRA what it adds and what is new in attention."""

@@ -84,7 +84,7 @@ class Stage(Loop):
         groups = hf_linattn.parameter_groups(model, o.learning_rate, o.head_learning_rate)
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=self.accelerator.device.type == "cuda")
         schedule = get_cosine_with_min_lr_schedule_with_warmup(optimizer, round(o.warmup * steps), steps, min_lr_rate=o.final_rate)
-        self.prepare(model, optimizer, schedule, o.batch_size)
+        self.prepare(model, optimizer, schedule, o.batch_size, self.compiled)
         learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.accelerator.print(self.ahead(learning))
         self.run.open(to_dict(o), {"rows": len(self.train_rows), "text": tokens.digest, "learning": learning})
@@ -114,6 +114,11 @@ class Stage(Loop):
     def finished_student(self) -> tuple[Any, dict[str, Tensor]]:
         """The student and its weights, as they are saved."""
         return self.student, self.accelerator.get_state_dict(self.model)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiling is asked for."""
+        return False
 
     @property
     def is_control(self) -> bool:

@@ -100,6 +100,10 @@ class Transfer(Stage):
         self.names = names
         return AttentionLayers(self.student, names)
 
+    def to_compile(self, model: Any) -> list[nn.Module]:
+        """The student's attention layers."""
+        return [module for name, module in attention_modules(self.student) if name in self.names]
+
     def errors(self, batch: dict[str, Tensor]) -> Tensor:
         """Of each row and layer, (B, layers)."""
         entered: dict[str, Tensor] = {}

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from recipes.common.compiling import compile_options, layers
 from recipes.common.errors import RecipeError
 from recipes.common.run import Run
 
@@ -105,8 +106,15 @@ class Loop(ABC):
         """Whether the run ends before its last step."""
         return False
 
-    def prepare(self, model: Any, optimizer: Any, schedule: Any, batch_size: int) -> None:
-        """Hand model, optimizer and schedule to accelerate; `batch_size` is a process's."""
+    def to_compile(self, model: Any) -> list[nn.Module]:
+        """What is compiled of the model, where compiling is asked for."""
+        return layers(model)
+
+    def prepare(self, model: Any, optimizer: Any, schedule: Any, batch_size: int, compiled: bool = False) -> None:
+        """Hand model, optimizer and schedule to accelerate; `batch_size` is a process's, and `compiled` asks for torch.compile."""
+        if (told := compile_options(self.accelerator, compiled)) is not None:
+            for module in self.to_compile(model):
+                module.compile(**told)
         if plugin := getattr(self.accelerator.state, "deepspeed_plugin", None):
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size  # which it would else ask a DataLoader for
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 import hf_linattn
 from recipes.common.checkpoint import check_size
+from recipes.common.compiling import compile_options
 from recipes.common.config import to_dict
 from recipes.common.errors import RecipeError, sentence, stage
 from recipes.common.files import staged_directory, write_json
@@ -70,12 +71,15 @@ class Training(Loop):
             eps=1e-6,
             fused=self.accelerator.device.type == "cuda",
         )
+        told = compile_options(self.accelerator)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.bare: PreTrainedModel = self.accelerator.unwrap_model(self.model)
         self.call: Any = self.model
         if settings.compile != "none":
             varied = not self.task.side
-            self.call = torch.compile(self.model, mode=settings.compile, dynamic=True if varied else None)
+            told = {"mode": settings.compile, "dynamic": True if varied else None}
+        if told is not None:
+            self.call = torch.compile(self.model, **told)
         self.noise = None
         if settings.dropout == "noise":
             self.noise = hf_linattn.DropoutSchedule(settings.noise_schedule, settings.attention_dropout, 1_000_000)

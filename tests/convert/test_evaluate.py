@@ -154,6 +154,8 @@ def test_rows_have_names_of_their_own(evaluated: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "model").mkdir(parents=True)
     named = EvaluationOptions(**twice | {"models": (f"first={student}", str(tmp_path / "run" / "model"))})
     assert [subject.name for subject in named.subjects()] == ["teacher", "first", "run"]
+    teacher = EvaluationOptions(**twice | {"models": (), "teacher": f"softmax={twice['teacher']}"})
+    assert [(subject.name, subject.path) for subject in teacher.subjects()] == [("softmax", str(twice["teacher"]))]
 
 
 def test_lists() -> None:

@@ -490,3 +490,35 @@ def test_stories260k_comes_nearer_to_its_teacher_by_both_stages(tmp_path, given)
     student = str(tmp_path / "run" / "model")
     kl = [r["valid_kl"] for r in run("distill", given(student=student, output=str(tmp_path / "next"), **shared)) if "valid_kl" in r]
     assert kl[1] < 0.8 * kl[0]
+
+
+# -- compiled layers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by", ["option", "accelerate"])
+def test_compiled_layers_learn_and_save_what_plain_ones_do(given, tmp_path, monkeypatch, by):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **told: compiled.append((type(module).__name__, told)))
+    plain = run("distill", given(output=str(tmp_path / "plain")))
+    assert not compiled
+    if by == "accelerate":
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+        monkeypatch.setattr(torch, "compile", None)  # accelerate's own way of compiling, which renames weights
+    told = {"backend": "eager"} if by == "accelerate" else {}
+    values = given(output=str(tmp_path / "compiled"), compile=by == "option")
+    assert run("distill", values) == plain
+    layers = 2 * LlamaConfig.from_pretrained(values["teacher"]).num_hidden_layers
+    assert [given for _, given in compiled] == [told] * layers
+    assert {name for name, _ in compiled} == {"LlamaDecoderLayer"}
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("plain", "compiled"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_compiled_by_inductor(given, tmp_path, monkeypatch, name):
+    plain = run(name, given(output=str(tmp_path / "plain")))
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    compiled = run(name, given(output=str(tmp_path / "compiled")))
+    assert [record["loss"] for record in compiled if "loss" in record] == pytest.approx([r["loss"] for r in plain if "loss" in r], rel=1e-4)
+    weights(tmp_path / "compiled" / "model")
