@@ -248,7 +248,9 @@ class Polynomial(Form):
         f = "a + b s" if self.options.kernel == "linear" else "a + b s + c s^2"
         decay = DECAY_WORDS[self.options.decay].format("learned" if learnable else "fixed")
         gate = ", times an exp(u) learned per token and key head" if self.options.input_gate == "token" else ""
-        return f"f(s) = {f}, normalised, of s = temperature times the cosine of query and key{decay}{gate}"
+        product = "cosine" if self.options.normalize_qk else "scaled product"
+        projected = "" if self.options.features is None else f", each projected to {self.options.features} learned features"
+        return f"f(s) = {f}, normalised, of s = temperature times the {product} of query and key{projected}{decay}{gate}"
 
     # ---- what a layer learns
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from byte_models import START, byte_model, byte_tokenizer
+from no_caches import no_caches
 from transformers import AutoModelForCausalLM
 
 from convert.errors import ConversionError
@@ -105,7 +106,8 @@ def test_the_projection_is_the_best_of_its_rank() -> None:
 
 
 def test_a_calibrated_student_is_nearer_to_its_teacher(tiny: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Calibrate(options(tiny, tmp_path / "run"), "convert.calibrate", False, False).run_all()
+    with no_caches():
+        Calibrate(options(tiny, tmp_path / "run"), "convert.calibrate", False, False).run_all()
     said = capsys.readouterr().out
     assert "tokens to look at" in said and "numbers learn" not in said
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

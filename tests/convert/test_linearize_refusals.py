@@ -24,6 +24,7 @@ import recipes.common.checkpoint
 import recipes.common.files
 from convert.errors import ConversionError
 from convert.linearize import LinearizeOptions, app, linearize
+from convert.source import check_architecture
 
 Checkpoint = Callable[..., Path]
 
@@ -203,6 +204,14 @@ def test_other_architectures(tmp_path: Path, output: Path) -> None:
         encoder(BertConfig(**sizes)).save_pretrained(tmp_path / name)
         message = refused(tmp_path / name, output)
         assert "encoder" in message and "attn_implementation='linattn'" in message
+    # a model type may have heads of both kinds, and a config need not name any
+    for heads, said in (
+        ({"architectures": ["BertLMHeadModel"]}, "has the architecture bert"),
+        ({}, "is an encoder"),
+        ({"architectures": None}, "is an encoder"),
+    ):
+        with pytest.raises(ConversionError, match=said):
+            check_architecture({"model_type": "bert", **heads}, "a model")
     BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "bloom")
     message = refused(tmp_path / "bloom", output)
     assert "bloom" in message and "supported are llama" in message

@@ -81,3 +81,19 @@ def test_batch_operations_reach_both_states_of_a_layer():
         cache.batch_select_indices(torch.tensor([5, 0]))
         out = model(ids[[2, 0], 22:], past_key_values=cache).logits
     torch.testing.assert_close(out, full[[2, 0], 22:], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_tokens_are_taken_back_from_both_states_of_a_layer():
+    """But for the recurrence, which Transformers cannot take back: assisted generation asks `is_croppable` before it begins."""
+    config = transformers.FalconH1Config(**TEXT, **MODELS["FalconH1"], num_key_value_heads=2)
+    model = transformers.FalconH1ForCausalLM._from_config(config, attn_implementation="linattn").eval()
+    caches = [DynamicCache(config=config) for _ in range(2)]
+    for cache, seen, taken_back in zip(caches, (12, 9), (3, 0), strict=True):
+        cache.activate_past_recording()
+        model(tiny_tokens()[:, :seen], past_key_values=cache)
+        cache.crop(-taken_back)
+        assert not cache.is_croppable and cache.get_seq_length() == 9
+    for cropped, never in zip(*(cache.layers for cache in caches), strict=True):
+        torch.testing.assert_close(cropped.state["sums"], never.state["sums"], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(cropped.conv_states[0], never.conv_states[0], atol=1e-5, rtol=1e-5)

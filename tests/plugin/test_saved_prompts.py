@@ -215,6 +215,13 @@ def test_what_cannot_be_saved_or_continued_is_refused(saved: Path, tmp_path: Pat
         save_cache(DynamicCache(config=model.config), path, model)
     with pytest.raises(ValueError, match=r"not made for this model; make it by DynamicCache\(config=model.config\)"):
         save_cache(processed(tiny_model("llama", softmax_layers=[1])), path, model)
+    seen_both_ways, cache = tiny_model("llama", decay="head"), processed(model)
+    cache.reset()  # what it holds now are states of nothing
+    seen_both_ways.config.is_causal = False
+    with torch.no_grad():
+        seen_both_ways(tiny_tokens(), past_key_values=cache)
+    with pytest.raises(ValueError, match="Layer 0 has seen tokens both ways"):
+        save_cache(cache, path, model)
     sliding = tiny_model("mistral", softmax_layers=[1])
     with pytest.raises(ValueError, match="Layer 1 of the cache is a StaticSlidingWindowLayer"):
         save_cache(processed(sliding, static=True), path, sliding)

@@ -76,11 +76,14 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.text = ""
+        self.notes = 0
         self.sources: list[str] = []
         self.headings: list[str] = []
+        self.blocks: list[tuple[str, str]] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.open += [tag] * (tag not in ("meta", "img"))
+        self.notes += ("class", "note") in attrs
         self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
 
     def handle_endtag(self, tag: str) -> None:
@@ -89,6 +92,7 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text += data
         self.headings += [data] * (self.open[-1:] == ["th"])
+        self.blocks += [(self.open[-1], data)] if self.open[-1:] and self.open[-1] in ("h1", "h2", "p", "pre", "title") else []
 
 
 def test_the_page_holds_everything(tmp_path: Path) -> None:
@@ -106,6 +110,11 @@ def test_the_page_holds_everything(tmp_path: Path) -> None:
     page.feed((tmp_path / "report" / "index.html").read_text())
     assert page.open == [] and "Evaluation: " + ", ".join(list(RESULTS)[1:]) in page.text and len(page.sources) == len(pictures)
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    said = {tag: [text for kind, text in page.blocks if kind == tag] for tag, _ in page.blocks}
+    assert said["title"] == said["h1"] == ["Evaluation: a|<b>"] and said["pre"] == ["python -m convert.evaluate a"]
+    assert said["h2"][0] == "Students" and said["h2"][-2:] == ["Layers, one at a time under a window", "Commands"]
+    assert said["p"][0].startswith("Measured on a device") and "By convert.select_layers, on text and keys of its own." in said["p"]
+    assert page.notes == len(pictures) + sum(bool(table.note) for table in all_tables(RESULTS)) + 1
     assert page.headings[:2] == ["model", "attention"] and not {"teacher", "a|<b>"} & set(page.headings)
 
 

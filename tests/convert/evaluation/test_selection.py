@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from byte_models import byte_model, byte_tokenizer
+from no_caches import no_caches
 
 from convert.errors import ConversionError
 from convert.evaluation.prompts import Prompt
@@ -20,8 +21,9 @@ PROMPTS = [Prompt(torch.randint(1, 257, (30,), generator=GENERATOR).tolist(), an
 
 def test_damage_against_the_same_computed_apart() -> None:
     model, tokenizer = byte_model(), byte_tokenizer()
-    selection = Selection(model, tokenizer, TEXT, PROMPTS, 6, 2, batch_tokens=80)
-    found, under = selection.damage({0, 2}), windowed(model, 6, 2, {0, 2})
+    with no_caches():
+        selection = Selection(model, tokenizer, TEXT, PROMPTS, 6, 2, batch_tokens=80)
+        found, under = selection.damage({0, 2}), windowed(model, 6, 2, {0, 2})
     with torch.no_grad():
         p, q = (one(TEXT).logits.double().softmax(-1) for one in (model, under))
         assert found.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
@@ -78,7 +80,8 @@ def test_evenly_spaced() -> None:
 
 def test_attention_on_keys_is_that_of_eager_attention() -> None:
     model = byte_model()
-    found = attention_on_keys(model, PROMPTS, 5, 60)
+    with no_caches():
+        found = attention_on_keys(model, PROMPTS, 5, 60)
     assert model.config._attn_implementation == "sdpa"
     model.set_attn_implementation("eager")
     with torch.no_grad():

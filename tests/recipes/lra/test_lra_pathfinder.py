@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from scipy import ndimage
 
 from recipes.lra.pathfinder import RULES, Paddle, Rules, Scene, make_scene, render
 from recipes.lra.pathfinder.picture import grey_mask, sprite_reach, stamp
+from recipes.lra.pathfinder.room import Room
 from recipes.lra.prepare import GENERATORS
 
 COUNTS = {32: 120, 64: 16, 128: 8}
@@ -137,6 +138,16 @@ def test_a_path_turns_by_no_more_than_continuity_allows(made):
             for before, after in zip(path, path[1:], strict=False):
                 turn = abs(math.remainder(after.angle - before.angle, 2 * math.pi))
                 assert turn * rules.continuity < math.pi / 2
+
+
+@pytest.mark.parametrize("size", COUNTS)
+def test_a_gap_may_lie_at_the_very_edge_and_not_beyond(size, monkeypatch):
+    room = Room(RULES[size], RULES[size].margins[0])
+    free = np.zeros_like(room.empty)  # without the padding of a picture, so that its edge itself is tried
+    for gap in product((-1, 0, size // 2, size - 1, size), repeat=2):
+        monkeypatch.setattr(room, "gap_after", lambda paddle, gap=gap: gap)
+        found = room.follower(Paddle((0, 0), (0, 0), 0.0), free, random.Random(0))
+        assert (found is not None) == all(0 <= place < size for place in gap), gap
 
 
 def test_distractors_are_shorter_whole_and_there(made):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from no_caches import no_caches
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
@@ -38,7 +39,8 @@ def test_scores_are_those_of_each_story_alone(tiny, converted, which, batch_size
     model = load_model(str(tiny.model if which == "softmax" else converted)).eval()
     tokenizer = load_tokenizer(str(tiny.model))
     texts = [tiny.texts[0], "A cat.", "The dog ran to the park.", tiny.texts[1][:90]]
-    result = evaluation.score(model, tokenizer, texts, length=50, batch_size=batch_size)
+    with no_caches():
+        result = evaluation.score(model, tokenizer, texts, length=50, batch_size=batch_size)
     nats, sizes = zip(*(by_hand(model, tokenizer, text, 50) for text in texts), strict=True)
     together = torch.cat(nats)
     assert result["tokens"] == len(together)

@@ -1,0 +1,73 @@
+"""Every form in float64 is exact to its last digits: nothing on the way is cast to a narrower dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from window_cases import make_tensors
+
+from hf_linattn import LinAttnConfig
+from hf_linattn.forms import Call, Sizes
+from hf_linattn.ops import reference, window_reference
+
+KINDS: list[dict[str, Any]] = [
+    {}, {"decay": "head", "kernel": "quadratic"}, {"decay": "token", "input_gate": "token"},
+    {"kernel": "quadratic", "features": 3, "decay": "key_head"}, {"form": "window", "beside": "none"}, {"form": "window", "decay": "head"},
+    {"form": "window", "kernel": "quadratic", "decay": "token", "gate": "token", "features": 3, "input_gate": "token"},
+]  # fmt: skip
+LENGTH, W, S = 20, 5, 2
+
+
+def by_pairs(call: Call, numbers: dict[str, Any], form: str) -> Tensor:
+    """The formula of a form over all pairs, put together anew from the references of its parts."""
+    query, key, value, given = call.query, call.key, call.value, dict(numbers)
+    near = window_reference(query, key, value, window=W, sinks=S) if form == "window" else None
+    gate = given.pop("gate", None)
+    if not given:
+        return near
+    if "query_projection" in given:
+        center = given.pop("key_center")[:, None]
+        query, key = query @ given.pop("query_projection"), (key - center) @ given.pop("key_projection")
+    lag = {} if near is None else {"lag": W}
+    if "log_input_gate" in given:
+        weight = given.pop("log_input_gate").exp()[..., None]
+        above, below = (reference(query, key, x, **given, **lag) for x in (value * weight, weight))
+        far = above / below.masked_fill(below == 0, 1)
+    else:
+        far = reference(query, key, value, **given, **lag)
+    if near is None:
+        return far
+    share = gate[:, None, None] if gate.dim() == 1 else gate[..., None]
+    mixed = share * near + (1 - share) * far
+    return torch.cat([near[:, :, :W], mixed[:, :, W:]], 2)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_whole_in_pieces_and_token_by_token(kind: dict[str, Any]) -> None:
+    form = LinAttnConfig(**({"window": W, "sinks": S} if "form" in kind else {}), **kind).attention
+    generator = torch.Generator().manual_seed(1)
+    parameters = form.parameters(Sizes(4, 2, 8, 6, 12), True)
+    for parameter in [] if parameters is None else parameters.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+    hidden = torch.randn(2, LENGTH, 12, generator=generator)
+    call = Call(*make_tensors(LENGTH, grad=False), hidden=hidden)
+    numbers = {name: x.detach().double() if isinstance(x, Tensor) else x for name, x in form.numbers(call, parameters).items()}
+    expected = by_pairs(call, numbers, form.name)
+
+    def part(start: int, stop: int) -> tuple[Call, dict[str, Any]]:
+        tensors = (x[:, :, start:stop] for x in (call.query, call.key, call.value))
+        return Call(*tensors), {
+            name: x[..., start:stop] if name in ("log_decay", "log_input_gate", "gate") and isinstance(x, Tensor) and x.dim() == 3 else x
+            for name, x in numbers.items()
+        }
+
+    first, state = form.attend_from(*part(0, 9), None)
+    outs = [first, form.attend_from(*part(9, 14), state)]
+    outs, state = [first, outs[1][0]], outs[1][1]
+    outs += [form.step(*part(at, at + 1), state) for at in range(14, LENGTH)]
+    for found in (form.attend(call, numbers), form.reference(call, numbers), torch.cat(outs, 2)):
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
