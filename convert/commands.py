@@ -68,7 +68,7 @@ def command(options: type[O], run: Callable[..., None], *own: inspect.Parameter)
     parameters = [*asked, *own]
     main.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     main.__annotations__ = {one.name: one.annotation for one in parameters}
-    main.__doc__ = (run.__doc__ or "").splitlines()[0]
+    main.__doc__ = str(run.__doc__).splitlines()[0]
     return main
 
 

@@ -35,15 +35,14 @@ def select_layers(options: SelectOptions, tell: Any = print) -> dict[str, Any]:
     from transformers.utils import logging
 
     from convert.evaluation.measurements import machine
-    from convert.evaluation.models import check_length, load, stamp, usable_device
+    from convert.evaluation.models import check_length, load, stamp, tokens_at_once, usable_device, usable_dtype
     from convert.evaluation.prompts import Prompts
     from convert.evaluation.selection import Selection, attention_on_keys, choose, evenly_spaced
     from convert.evaluation.text import last_rows
 
     logging.set_verbosity_error()
     o, device = options, usable_device(options.device)
-    batch_tokens = o.batch_tokens or (32768 if device.type == "cuda" else 4096)
-    teacher = load(o.teacher, device, getattr(torch, o.dtype or ("bfloat16" if device.type == "cuda" else "float32")))
+    batch_tokens, teacher = tokens_at_once(o.batch_tokens, device), load(o.teacher, device, usable_dtype(o.dtype, device))
     layers = teacher.model.config.get_text_config(decoder=True).num_hidden_layers
     if not o.count < layers:
         raise ConversionError(f"--count {o.count}: the teacher has {layers} layers, and at least one is to become linear; give fewer")

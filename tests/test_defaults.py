@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
+import convert.calibrate
+import convert.distill
 import convert.evaluate
 import convert.linearize
 import convert.select_layers
+import convert.transfer
 import recipes.lra.prepare
 import recipes.lra.settings
 import recipes.quickstart.__main__
@@ -25,6 +28,12 @@ from convert.select_layers import SelectOptions
 from recipes.lra.data import TASKS
 from recipes.lra.model import LRAConfig
 
+STAGE: dict[str, Any] = {
+    "teacher": "", "data": [], "valid_data": [], "split": "train", "column": "text", "separator": "<|endoftext|>", "separate": False,
+    "length": 1024, "batch_size": 16, "gradient_accumulation": 1, "tokens": 1_000_000, "learning_rate": 5e-4, "head_learning_rate": 0.03,
+    "warmup": 0.05, "final_rate": 0.02, "clip": 1.0, "mixed_precision": "", "window_drop": 0.0, "gradient_checkpointing": False,
+    "seed": 0, "log_every": 10, "validate_every": 100, "save_every": 100, "valid_rows": 32, "dtype": "float32",
+}  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 # By parameter, wherever one of that name has a default: nothing is replaced, gone on with or allowed that was not asked for.
 EVERYWHERE = {"overwrite": False, "resume": False, "debug": False, "large_state": False, "seed": 0}
@@ -36,6 +45,12 @@ SIGNATURES: dict[Callable[..., Any], dict[str, Any]] = {
     convert.select_layers.main: {
         "count": 4, "candidates": 12, "rows": 6, "length": 1024, "distances": "400,900", "needles": 32, "window": 64, "sinks": 4,
         "recall_weight": 1.0, "attention_only": False, "batch_tokens": 0, "device": "", "dtype": "", "seed": 0, "overwrite": False,
+    },
+    convert.transfer.main: STAGE | {"train": "attention"},
+    convert.calibrate.main: STAGE | {"train": "attention", "tokens": 65_536},
+    convert.distill.main: STAGE | {
+        "tokens": 20_000_000, "kl_weight": 1.0, "text_weight": 0.0, "lora": 0, "long_length": 0, "long_share": 0.2, "compile": False,
+        "control": False, "repeat": 0,
     },
     convert.evaluate.main: {
         "rows": 24, "length": "1024", "window_control": "", "sinks": 4, "recall": "all", "distances": "40,150,400,900,1900",
@@ -87,6 +102,30 @@ SETTINGS: dict[type, dict[str, Any]] = {
         "eval_sequences": 64, "checkpoint_every": 100, "samples": 2, "sample_tokens": 60,
     },
 }  # fmt: skip
+ABOVE_ZERO = ("batch_size", "gradient_accumulation", "tokens", "log_every", "validate_every", "save_every", "valid_rows")
+STAGE_BOUNDS: dict[str, tuple[Any, Any]] = dict.fromkeys(ABOVE_ZERO, (1, None)) | {
+    "length": (2, None), "warmup": (0, 0.5), "final_rate": (0, 1), "window_drop": (0, 1), "seed": (0, 2**32 - 1),
+}  # fmt: skip
+BOUNDS: dict[Callable[..., Any], dict[str, tuple[Any, Any]]] = {
+    convert.linearize.main: {},
+    convert.select_layers.main: {
+        "count": (1, None), "candidates": (1, None), "rows": (1, None), "length": (64, None), "needles": (1, None), "window": (1, None),
+        "sinks": (0, None), "recall_weight": (0, None), "batch_tokens": (0, None), "seed": (0, None),
+    },
+    convert.evaluate.main: {
+        "rows": (1, None), "sinks": (0, None), "needles": (1, None), "recall_length": (64, None), "limit": (1, None),
+        "batch_tokens": (0, None), "seed": (0, None),
+    },
+    convert.transfer.main: STAGE_BOUNDS,
+    convert.calibrate.main: STAGE_BOUNDS,
+    convert.distill.main: STAGE_BOUNDS | {
+        "kl_weight": (0, None), "text_weight": (0, None), "lora": (0, None), "long_length": (0, None), "long_share": (0, 1),
+        "repeat": (0, 16),
+    },
+    recipes.tinystories.evaluate.main: {"stories": (1, None), "length": (2, None), "tokens": (1, None), "batch_size": (1, None)},
+    recipes.lra.prepare.prepare: {"seed": (0, None)},
+    recipes.quickstart.__main__.main: {"scale": (0.001, None)},
+}  # fmt: skip
 
 
 def every_function() -> Iterator[Callable[..., Any]]:
@@ -113,6 +152,13 @@ def test_nothing_is_done_that_was_not_asked_for() -> None:
 def test_the_defaults_of_a_command(function: Callable[..., Any]) -> None:
     found = {name: getattr(each.default, "value", each.default) for name, each in inspect.signature(function).parameters.items()}
     assert {name: found[name] for name in SIGNATURES[function]} == SIGNATURES[function]
+
+
+@pytest.mark.parametrize("function", BOUNDS, ids=lambda function: f"{function.__module__}.{function.__qualname__}")
+def test_the_bounds_of_a_command(function: Callable[..., Any]) -> None:
+    annotations = function.__annotations__ if hasattr(function, "__signature__") else get_type_hints(function, include_extras=True)
+    found = {name: (told.min, told.max) for name, hint in annotations.items() for told in getattr(hint, "__metadata__", ())}
+    assert {name: bounds for name, bounds in found.items() if bounds != (None, None)} == BOUNDS[function]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: f"{settings.__module__}.{settings.__qualname__}")

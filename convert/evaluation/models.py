@@ -42,6 +42,17 @@ def usable_device(name: str) -> torch.device:
     return device
 
 
+def usable_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of this name; where it is empty bfloat16 on a GPU, float32 elsewhere."""
+    dtype: torch.dtype = getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
+    return dtype
+
+
+def tokens_at_once(asked: int, device: torch.device) -> int:
+    """Tokens of a batch, where 0 is asked for what a device has room for."""
+    return asked or (32768 if device.type == "cuda" else 4096)
+
+
 def load(path: str, device: torch.device, dtype: torch.dtype) -> Loaded:
     """The model and the tokenizer in a folder, a GGUF file or of a hub id.
 
@@ -73,8 +84,7 @@ class Models:
 
     def __init__(self, options: EvaluationOptions) -> None:
         self.device = usable_device(options.device)
-        self.dtype = getattr(torch, options.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
-        self.batch_tokens = options.batch_tokens or (32768 if self.device.type == "cuda" else 4096)
+        self.dtype, self.batch_tokens = usable_dtype(options.dtype, self.device), tokens_at_once(options.batch_tokens, self.device)
         self._teacher_path, self._sinks = options.subjects()[0].path, options.sinks
         self._teacher: Loaded | None = None
         self._other: tuple[Subject, Loaded] | None = None

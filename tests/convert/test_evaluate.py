@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from convert import evaluate
 from convert.card import without_evaluation
+from convert.commands import command
 from convert.errors import ConversionError
 from convert.evaluation.options import EvaluationOptions, chosen, whole_numbers
 from recipes.common import cli
@@ -156,6 +158,34 @@ def test_rows_have_names_of_their_own(evaluated: Path, tmp_path: Path) -> None:
     assert [subject.name for subject in named.subjects()] == ["teacher", "first", "run"]
     teacher = EvaluationOptions(**twice | {"models": (), "teacher": f"softmax={twice['teacher']}"})
     assert [(subject.name, subject.path) for subject in teacher.subjects()] == [("softmax", str(twice["teacher"]))]
+
+
+def test_the_command_that_is_told_asks_for_the_same(evaluated: Path, tmp_path: Path) -> None:
+    for name in ("more text.txt", "layers.json", "run/metrics.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    student, teacher, text = (str(evaluated / name) for name in ("student", "teacher", "text.txt"))
+    told: dict[str, Any] = {"models": (f"a b={student}", student), "teacher": teacher, "data": (Path(text), tmp_path / "more text.txt")}
+    files = {"filler": Path(text), "ranking": tmp_path / "layers.json", "runs": (str(tmp_path / "run"),), "task_rows": tmp_path}
+    numbers = {"rows": 3, "lengths": (32, 64), "windows": (8, 16), "sinks": 0, "distances": (60,), "needles": 5, "recall_length": 128}
+    more = {
+        "recall": (),
+        "tasks": ("piqa", "sciq"),
+        "limit": 2,
+        "decode": (),
+        "batch_tokens": 7,
+        "dtype": "float16",
+        "seed": 4,
+        "card": True,
+    }
+    got: list[Any] = []
+    app = cli.app(command(EvaluationOptions, lambda options, out: got.append((options, out)), evaluate._OUT))
+    for given in (told, told | files | numbers | more, told | {"recall": ("needle",), "device": "cpu"}):
+        options = EvaluationOptions(**given)
+        words = shlex.split(options.commands("some where")[0])
+        assert words[:3] == ["python", "-m", "convert.evaluate"]
+        done = CliRunner().invoke(app, words[3:])
+        assert done.exit_code == 0 and got.pop() == (options, Path("some where")), done.output
 
 
 def test_lists() -> None:

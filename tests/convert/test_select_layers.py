@@ -6,9 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+from byte_models import byte_tokenizer
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from convert import evaluate, linearize, select_layers
+from convert.errors import ConversionError
+from convert.evaluation import models
+from convert.evaluation.selection_options import SelectOptions
 from convert.evaluation.text import first_rows, last_rows
 from recipes.common import cli
 
@@ -26,7 +32,9 @@ def test_the_layers_it_chooses_stay_softmax(evaluated: Path, tmp_path: Path) -> 
     assert done.exit_code == 0, done.output
     found = json.loads(out.read_text())
     assert len(found["layers"]) == len(found["attention"]) == 3 and len(found["steps"]) == 2 and found["even"] == [1]
-    assert f"--keep-softmax {found['chosen'][0]}," in done.stdout
+    assert f"--keep-softmax {found['chosen'][0]}," in done.stdout and done.stdout.count("softmax in ") == 3
+    by_name = {one["name"]: one for one in found["sets"]}
+    assert f"softmax in {found['chosen'][0]} (chosen): KL {by_name['chosen']['kl']:.3f}" in done.stdout
     assert "exists already" in run(evaluated, out).stderr and run(evaluated, out, "--overwrite").exit_code == 0
     arguments = [str(evaluated / "teacher"), str(tmp_path / "student"), "--keep-softmax", f"@{out}", "--no-check"]
     done = CliRunner().invoke(cli.app(linearize.main), arguments)
@@ -60,8 +68,26 @@ def test_what_cannot_be_chosen_is_refused(evaluated: Path, tmp_path: Path) -> No
 
 
 def test_its_text_is_none_that_evaluation_scores(evaluated: Path) -> None:
-    from byte_models import byte_tokenizer
-
     tokenizer = byte_tokenizer()
     first, last = (rows(evaluated / "text.txt", tokenizer, 64, 4).ids.tolist() for rows in (first_rows, last_rows))
     assert not [row for row in first if row in last]
+
+
+def test_prompts_and_their_answers_fit_a_model_that_has_an_embedding_for_each_position(
+    evaluated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of 256 tokens, and sixteen for an answer."""
+    sizes = {"vocab_size": 257, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    given: dict[str, Any] = {"teacher": str(evaluated / "teacher"), "data": (evaluated / "text.txt",), "distances": (90,), "length": 256}
+    options = SelectOptions(**given, rows=2, needles=2, window=8, count=1, device="cpu", seed=5)
+    for positions in (271, 272):
+        model = GPT2LMHeadModel(GPT2Config(**sizes, n_positions=positions)).eval()
+        monkeypatch.setattr(models, "load", lambda *args, model=model: models.Loaded(model, byte_tokenizer()))
+        if positions == 271:
+            with pytest.raises(ConversionError, match="--distances asks for 272 tokens and the model has 271 positions"):
+                select_layers.select_layers(options)
+        else:
+            told: list[str] = []
+            found = select_layers.select_layers(options, told.append)
+    assert found["asked"]["seed"] == 5 and found["asked"]["data"] == [str(evaluated / "text.txt")] and len(found["asked"]["stamps"]) == 2
+    assert found["even"] == [1] and found["device"].startswith("CPU") and len(told) == 3

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from launched import finish, launch
+from no_caches import no_caches
 from safetensors.torch import load_file
 from shared_data import require_shared_data
 from tiny_softmax import MODEL_TYPES, softmax_model
@@ -74,7 +75,8 @@ def made(name: str, values: dict, resume: bool = False):
 
 
 def run(name: str, values: dict, resume: bool = False) -> list[dict]:
-    made(name, values, resume).run_all()
+    with no_caches():
+        made(name, values, resume).run_all()
     records = read_records(Path(values["output"]) / "metrics.jsonl")
     return [{key: value for key, value in record.items() if "second" not in key} for record in records]
 

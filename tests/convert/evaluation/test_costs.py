@@ -9,7 +9,7 @@ import pytest
 from byte_models import byte_model
 from transformers import AutoModelForCausalLM
 
-from convert.evaluation.costs import break_even, measure_costs
+from convert.evaluation.costs import STEPS, break_even, measure_costs
 from convert.evaluation.tables import _cost
 
 
@@ -19,6 +19,13 @@ def test_bytes_of_a_softmax_cache_and_of_a_state(evaluated: Path) -> None:
     student = measure_costs(AutoModelForCausalLM.from_pretrained(evaluated / "student").eval(), (16, 64))["by_length"]
     assert [x["cache_bytes"] for x in student] == [3 * 4 * 9 * 9 * 4] * 2  # layers, heads, features, values and a sum
     assert all(x["ms"] > 0 for x in (*teacher, *student))
+
+
+def test_the_head_is_asked_for_one_token_alone() -> None:
+    model, asked = byte_model(), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: asked.append(args[0].shape[1]))
+    measure_costs(model, (16,))
+    assert asked == [1] * (1 + STEPS)
 
 
 def costs(*sizes: tuple[int, int]) -> dict[str, Any]:
@@ -34,6 +41,9 @@ def costs(*sizes: tuple[int, int]) -> dict[str, Any]:
         (costs((10, 1100), (20, 1200)), None),
         (costs((10, 100), (20, 200)), 0),
         (costs((10, 1000)), None),
+        (costs((10, 100), (20, 200), (30, 210)), 20),  # by the two longest alone: from 180, 1 a token
+        (costs((10, 105), (20, 205)), None),  # as steep, from higher up
+        (costs((10, 90), (20, 200)), None),  # from lower down, and steeper
     ],
 )
 def test_break_even(student: dict[str, Any], even: int | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ from convert.errors import ConversionError
 from convert.evaluation.options import RECALL
 from convert.evaluation.prompts import Prompt, Prompts
 from convert.evaluation.recall import generated, is_answer, measure_recall
+
+DIGESTS = ("8a7f1238953da787", "45106bab6498a7d3", "034d0771b3179c81", "3632653ad19fe9ae")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,14 @@ def test_prompts_hold_the_answer_once_and_at_its_distance(kind: str, distance: i
     assert all(tokenizer.decode(prompt.ids).count(sign) == times for prompt in made)
     assert made == Prompts(filler, tokenizer, 512).make(kind, distance, 20)
     assert made[0] != Prompts(filler, tokenizer, 512, seed=1).make(kind, distance, 1)[0]
+
+
+@pytest.mark.parametrize(("kind", "digest"), list(zip(RECALL, DIGESTS, strict=True)))
+def test_a_seed_gives_the_same_prompts_in_every_version(kind: str, digest: str, filler: Path) -> None:
+    """So that figures of one version can be held against those of another."""
+    made = [Prompts(filler, byte_tokenizer(), 300, seed=3, from_the_end=end).make(kind, 170, 4) for end in (False, True)]
+    assert {len(prompt.ids) for prompt in made[0]} == {384}
+    assert hashlib.sha256(repr(made).encode()).hexdigest()[:16] == digest
 
 
 @pytest.mark.parametrize("kind", RECALL)

@@ -69,6 +69,24 @@ def test_the_other_tables() -> None:
     assert [table.title for table in all_tables(few)] == ["Students", "Loss by position: held_out.txt, 128 tokens"]
 
 
+def test_what_tells_nothing_is_left_open() -> None:
+    """A teacher that recalls nothing has no shares, and one of unknown or enough positions none beyond them."""
+    for positions, beyond in ((None, False), (128, False), (127, True)):
+        weak = found([2.0, 4.0], 0.0, 0.0, 10, positions=positions)
+        results = {"teacher": weak, "b": found([2.0, 4.0], 0.2, 0.0, 2000, kl=0.5)}
+        by_title = {table.title: table for table in all_tables(results)}
+        students = [dict(zip(by_title["Students"].cells[0], row, strict=True)) for row in by_title["Students"].cells[1:]]
+        assert students[1]["needle, share of the teacher's at 40 / 400"] == "- / -" and "tasks kept" not in students[0]
+        assert "tokens trained" not in students[0] and students[1]["smaller cache from"] == "200 tokens"
+        assert by_title["Recall: needle"].cells[1:] == [
+            ["teacher", "0.00 ± 0.01", "0.00 ± 0.01"],
+            ["b", "0.20 ± 0.01", "0.10 ± 0.01"],
+        ]
+        assert "2 prompts a cell" in by_title["Recall: needle"].note and "piqa 50." in by_title["Tasks"].note
+        assert ("are beyond those" in by_title["Loss by position: held_out.txt, 128 tokens"].note) == beyond
+        assert by_title["Loss by position: held_out.txt, 128 tokens"].note.startswith("Nats a token")
+
+
 class Page(HTMLParser):
     """What stands in a page, and what it would fetch."""
 
