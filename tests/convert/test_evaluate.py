@@ -25,7 +25,7 @@ SHORT = ["--rows", "2", "--length", "32", "--recall", "none", "--decode", "none"
 
 def run(home: Path, out: Path, *more: str, models: tuple[str, ...] = ("student",), data: str = "text.txt") -> Any:
     arguments = [*(str(home / model) for model in models), "--teacher", str(home / "teacher"), "--data", str(home / data)]
-    return CliRunner().invoke(cli.app(evaluate.main), [*arguments, "--out", str(out), *SHORT, *more])
+    return CliRunner().invoke(cli.app(evaluate.main), [*arguments, "--out", str(out), *SHORT, *more], env={"COLUMNS": "300"})
 
 
 def measured(out: Path) -> dict[str, dict[str, Any]]:
@@ -45,6 +45,10 @@ def test_loss_of_teacher_control_and_student(evaluated: Path, tmp_path: Path) ->
     teacher, control, student = (found[name]["loss-0-32"] for name in ("teacher", "teacher, window 8 + 4", "student"))
     assert "kl" not in teacher and control["kl"] > 0 and student["kl"] > 0 and student["device"].startswith("CPU")
     assert teacher["tokens"] == student["tokens"] == 62
+    shown = " ".join(done.stdout.split())
+    assert "Students" in shown and "│ attention │ softmax │ softmax, last 8 tokens and first 4, untrained │ linear with decay │" in shown
+    assert "Loss by position: text.txt, 32 tokens" in shown and f"│ teacher │ {teacher['nats']:.3f} │" in shown
+    assert "report/index.html, report/report.md, measured/" in done.stdout
     page = (tmp_path / "out" / "report" / "report.md").read_text()
     assert "| teacher, window 8 + 4 | softmax, last 8 tokens and first 4, untrained |" in page and "--window-control 8" in page
 
@@ -189,6 +193,10 @@ def test_the_command_that_is_told_asks_for_the_same(evaluated: Path, tmp_path: P
 
 
 def test_lists() -> None:
+    assert whole_numbers("1", "--x") == (1,) and whole_numbers(str(2**24), "--x") == (2**24,) and whole_numbers("2", "--x", 2) == (2,)
+    for text, low in ((str(2**24 + 1), 1), ("1", 2)):
+        with pytest.raises(ConversionError, match=rf"--x '{text}': expected whole numbers from {low} to 16,777,216 with commas"):
+            whole_numbers(text, "--x", low)
     assert whole_numbers("512, 128,512", "--x") == (128, 512) and whole_numbers("none", "--x") == ()
     assert chosen("b,a", "--x", ("a", "b", "c")) == ("a", "b") and chosen("all", "--x", ("a", "b")) == ("a", "b")
     for text in ("a", "0", "-1", "1.5", str(2**40)):

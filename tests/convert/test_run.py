@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -43,11 +44,13 @@ def called(monkeypatch):
 
     class Called(list):
         fails = ""
+        arguments: dict = {}
 
     done = Called()
 
     def run_here(self, module, *arguments):
         done.append(module)
+        done.arguments[module] = arguments
         if module == done.fails:
             raise SystemExit(2)
         monkeypatch.setattr(sys, "argv", [module, *arguments])
@@ -69,7 +72,14 @@ def test_the_stages_follow_one_another_and_go_on_where_they_stopped(recipe, call
     with pytest.raises(SystemExit):
         main(str(tmp_path / "recipe.yaml"))
     assert called == ["convert.linearize", "convert.transfer", "convert.distill"]
-    assert "GiB a device" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "GiB a device" in said and said.startswith("┏")
+    for cell in ("tokens", "rows a step and process", "minutes", "transfer │ 256 │ 4 of 32 tokens │ not measured", "distill │ 384 │"):
+        assert cell in said, said
+    place, shared = str(tmp_path / "out"), ["--length=32", "--batch-size=4", "--log-every=1", "--save-every=1", "--valid-rows=2"]
+    student, output, *told = called.arguments["convert.transfer"]
+    assert [student, output, told[-1]] == [f"{place}/swapped", f"{place}/transfer", "--resume"]
+    assert {*shared, "--tokens=256"} == {word for word in told[:-1] if not word.startswith(("--teacher", "--data"))}
     called.fails = ""
     called.clear()
     main(str(tmp_path / "recipe.yaml"))
@@ -160,5 +170,20 @@ def test_memory_is_told_from_the_sizes_of_the_student(tiny):
     options = {"batch_size": 4, "length": 64, "mixed_precision": "bf16", "gradient_checkpointing": False, "kl_weight": 1.0}
     told = training_memory(tiny.student, options)
     assert told.startswith("about 0.0 GiB a device: 0.0 for 0M numbers") and "256 tokens" in told
+    vast = {"batch_size": 2**12, "length": 2**10}  # 2^22 tokens, of a model with 32 channels and 3 layers and 257 tokens
+    GiB, activations = 2**30, 2**22 * 32 * 3
+    for changes, kept, compared in (
+        ({}, 60, 24 * 2**26),
+        ({"mixed_precision": "no"}, 96, 24 * 2**26),
+        ({"gradient_checkpointing": True}, 4, 24 * 2**26),
+        ({"mixed_precision": "fp16"}, 60, 24 * 2**26),
+    ):
+        told = training_memory(tiny.student, options | vast | changes)
+        rounded = math.ceil(kept * activations / 2**20) / 1024
+        assert told.endswith(f"{rounded:.1f} for activations of 4,194,304 tokens, {compared / GiB:.1f} to compare"), told
+        assert told.startswith(f"about {(kept * activations + compared) / GiB:.1f} GiB a device")
+    of_transfer = {key: value for key, value in (options | vast).items() if key != "kl_weight"}
+    assert training_memory(tiny.student, of_transfer).endswith(f"{4 * activations / GiB:.1f} to compare")
+    assert "0.0 to compare" in training_memory(tiny.student, options | {"batch_size": 1})
     assert DistillOptions.__dataclass_fields__.keys() >= options.keys()
     assert Path(tiny.student).is_dir()

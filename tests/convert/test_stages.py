@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import fields
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from shared_data import require_shared_data
 from tiny_softmax import MODEL_TYPES, softmax_model
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.main import get_command
 
 from convert import distill as distill_command
@@ -205,6 +206,22 @@ def test_a_head_that_is_not_known_is_refused():
     assert head_of(model) is not None
 
 
+@pytest.mark.parametrize(("model_type", "changes"), [
+    ("cohere", {"logit_scale": 0.25}), ("granite", {"logits_scaling": 4.0}), ("gemma2", {"final_logit_softcapping": 0.5}),
+])  # fmt: skip
+def test_heads_that_scale_or_cap_are_known(model_type, changes):
+    sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes, **more, **changes)).eval()
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        given, plain = head_of(model)(model.base_model(tokens).last_hidden_state), model.get_output_embeddings()
+        torch.testing.assert_close(given, model(tokens).logits)
+        assert not torch.allclose(given, plain(model.base_model(tokens).last_hidden_state), rtol=0.05)
+    check_head("model", model.train(), tokens)
+    assert model.training
+
+
 def test_distilling_learns_and_what_it_leaves_loads_generates_and_goes_on(given, tiny, tmp_path):
     records = run("distill", given(tokens=40 * 4 * 32, learning_rate=3e-3, warmup=0.0, validate_every=20))
     first, *_, last = [record for record in records if "valid_kl" in record]
@@ -288,6 +305,11 @@ def test_repeats_come_from_the_row_itself_in_so_many_of_sixteen_rows():
         assert len(moved) >= 24 and (changed[index][moved] < rows[index][moved]).all()  # each from an earlier place
     assert np.array_equal(with_repeats(rows, 3, seed=0, number=0), changed)
     assert not np.array_equal(with_repeats(rows, 3, seed=0, number=16), changed)
+    drawn = with_repeats(rows, 5, seed=1, number=2)  # the same in every version, so that one goes on with another's run
+    assert hashlib.sha256(drawn.tobytes()).hexdigest()[:16] == "bfd6165ae1c572cf"
+    assert [index for index in range(4) if (with_repeats(rows[:4], 2, 0, 4)[index] != rows[index]).any()] == [0, 1]
+    assert not (with_repeats(rows[:4], 2, 0, 1) != rows[:4]).any()  # rows 4 to 7 of the run
+    assert (with_repeats(rows[:, :48], 1, 0, 0)[0] == [*range(24), *range(24)]).all()
     with pytest.raises(ValueError, match="too short"):
         with_repeats(rows[:, :47], 1, 0, 0)
 
@@ -433,6 +455,58 @@ def test_a_run_of_other_options_and_a_run_that_has_not_ended_are_refused(given, 
 def test_options_out_of_bounds_are_refused(given, options, changes, message):
     with pytest.raises(ValueError, match=message):
         options(**given(**changes))
+
+
+@pytest.mark.parametrize("options", [TransferOptions, DistillOptions])
+def test_the_bounds_themselves_are_allowed(given, options):
+    for one in fields(options):
+        bounds = {} if one.name == "kl_weight" else one.metadata.get("bounds", {})  # with which nothing would be left to learn
+        for end, value in bounds.items():
+            fitting = {"log_every": 1} if one.name == "save_every" else {}
+            options(**given(**{one.name: value, **fitting}))
+            beyond = value - 1e-3 if end == "min" else value + 1e-3
+            with pytest.raises(ValueError, match=f"{one.name} is .*; expected "):
+                options(**given(**{one.name: beyond, **fitting}))
+    if options is DistillOptions:
+        options(**given(kl_weight=0.0, text_weight=0.1)), options(**given(long_length=64)), options(**given(kl_weight=0.1))
+        with pytest.raises(ValueError, match="long_length 32 must be more than length"):
+            options(**given(long_length=32))
+
+
+def test_a_run_says_what_is_ahead_that_it_goes_on_and_where_it_wrote(given, capsys):
+    stage = made("transfer", given())
+    rows, learning = len(stage.train_rows), sum(p.numel() for p in stage.model.parameters() if p.requires_grad)
+    stage.run.close()
+    shutil.rmtree(given()["output"])
+    capsys.readouterr()
+    run("transfer", given())
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"6 steps of 128 tokens, {rows:,} rows, {learning:,} numbers learn" in said
+    assert said.endswith(f"written to {given()['output']}/model")
+    run("transfer", given(), resume=True)
+    assert f"{given()['output']} is finished; its model is in" in " ".join(capsys.readouterr().out.split())
+
+
+def test_text_to_validate_on_of_its_own(given, tiny, tmp_path):
+    words = tiny.text.read_text().split()
+    (tmp_path / "own.txt").write_text(" ".join(words[:200]))
+    stage = made("distill", given(valid_data=[str(tmp_path / "own.txt")], valid_rows=3, long_length=64))
+    stage.run.close()
+    assert stage.valid_rows.chosen.tolist() == [0, 1, 2] and len(stage.train_rows) == len(stage.train_rows.tokens) // 32
+    assert len(stage.long_rows) == len(stage.train_rows.tokens) // 64
+
+
+def test_as_much_as_there_is_may_be_asked_for(given):
+    """Rows as long as the models have positions, and all of the rows in one step."""
+    whole = made("transfer", given(length=64))
+    whole.run.close()
+    shutil.rmtree(given()["output"])
+    most = made("transfer", given(length=64, batch_size=len(whole.train_rows)))
+    most.run.close()
+    assert most.pace.steps == 1 and len(most.train_rows) == most.rows_per_step
+    shutil.rmtree(given()["output"])
+    with pytest.raises(RecipeError, match=f"one step takes {len(whole.train_rows) + 1}"):
+        made("transfer", given(length=64, batch_size=len(whole.train_rows) + 1))
 
 
 def test_rates_rise_before_they_fall(given):

@@ -166,3 +166,9 @@ def test_curves_stand_beside_a_runs_model(tmp_path: Path) -> None:
     curves = read_curves(options)
     assert curves.by_tokens == {name: {"kl": [(0, 2.0), (1000, 1.0)]} for name in ("transfer", "run")}
     assert curves.by_layer["run"] == ([1.0, 1.0], [0.5, 0.25])
+    # a run that has not come to a first step tells of no tokens, and one line that is broken off of no layers
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 0, "valid_kl": 2.0, "valid_layer_errors": []}) + "\n")
+    curves = read_curves(options)
+    assert set(curves.by_tokens) == {"transfer"} and set(curves.by_layer) == {"transfer"}
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"step": 4, "tokens": 8}) + "\n")
+    assert set(read_curves(options).by_tokens) == {"transfer"}

@@ -115,6 +115,8 @@ def test_what_is_told_of_it_was_measured():
     untrained, converted = rows["window 64 + 4, untrained"], rows["window 64 + second degree, 4 of 30 layers softmax"]
     cache = converted["state"] + 1024 * converted["bytes_a_token"]
     teacher = f".{100 * results['teacher_recall'][-1]:.0f}"
+    shown = smollm2.measured()
+    assert [tuple(column.cells) for column in shown.columns] == list(zip(*smollm2.MEASURED, strict=True)) and shown.row_count == 3
     assert smollm2.MEASURED[0][2:] == ("0", teacher, f"{1024 * results['teacher_bytes_a_token'] / 1e6:.1f} MB")
     assert smollm2.MEASURED[1][2:4] == (f"{untrained['articles']}", f"{untrained['recall'][-1]:.0f}")
     assert smollm2.MEASURED[2][1:] == (

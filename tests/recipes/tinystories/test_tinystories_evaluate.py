@@ -113,7 +113,9 @@ def test_the_report(tiny, converted, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"decode": "8,x"}, "expected whole numbers from 1 to"),
+        ({"decode": "8,x"}, "expected whole numbers from 1 to 16,777,216 with commas"),
+        ({"decode": "0"}, "expected whole numbers from 1 to"),
+        ({"decode": str(2**24 + 1)}, "expected whole numbers from 1 to"),
         ({"dtype": "int8"}, "expected float32, bfloat16 or float16"),
         ({"device": "nonsense"}, "--device nonsense: not usable here"),
     ],
@@ -123,6 +125,10 @@ def test_bad_options_are_refused(tiny, tmp_path, options, message):
     assert isinstance(done.exception, RecipeError)
     assert message in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_lengths_to_decode_at():
+    assert evaluate._lengths("1, 16777216,") == [1, 2**24] and evaluate._lengths("") == []
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tiny):
