@@ -284,8 +284,12 @@ def test_set_window_drop() -> None:
     callback = WindowDropCallback(DropoutSchedule("linear", 0.5, 10))
     callback.on_step_begin(None, SimpleNamespace(global_step=4), None, model=model)
     assert kept.item() == pytest.approx(0.3)
-    with pytest.raises(ValueError, match="must be from 0 to 1"):
-        set_window_drop(model, 1.1)
+    for p in (0.0, 1.0):
+        set_window_drop(model, p)
+        assert kept.item() == p
+    for p in (1.00001, -0.00001, float("nan")):
+        with pytest.raises(ValueError, match="must be from 0 to 1"):
+            set_window_drop(model, p)
     for other in (windowed(beside="none"), learned_model()):
         with pytest.raises(ValueError, match="no window beside another attention"):
             set_window_drop(other, 0.1)

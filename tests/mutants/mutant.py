@@ -19,10 +19,10 @@ TESTS = {
     "hf_linattn/ops/noise.py": ["ops/test_noise.py"],
     "hf_linattn/ops/one_token.py": ["ops/test_state.py", "ops/test_operators.py"],
     "hf_linattn/ops/operators.py": ["ops/test_operators.py", "ops/test_chunked.py", "ops/test_noise.py", "ops/test_state.py"],
-    "hf_linattn/ops/blocks.py": ["ops/test_window.py", "forms/test_window.py"],
-    "hf_linattn/ops/frame.py": ["ops/test_window.py", "forms/test_window.py"],
+    "hf_linattn/ops/blocks.py": ["ops/test_window.py", "ops/test_ring.py", "forms/test_window.py"],
+    "hf_linattn/ops/frame.py": ["ops/test_window.py", "ops/test_ring.py", "forms/test_window.py"],
     "hf_linattn/ops/ring.py": ["ops/test_ring.py", "ops/test_window.py", "forms/test_window.py"],
-    "hf_linattn/ops/window": ["ops/test_window.py", "forms/test_window.py"],
+    "hf_linattn/ops/window": ["ops/test_window.py", "ops/test_ring.py", "forms/test_window.py"],
     "hf_linattn/ops/cuda.py": ["kernels/test_library.py", "kernels/test_emulated.py"],
     "hf_linattn/": ["plugin/test_masks.py", "plugin/test_cache.py", "plugin/test_sequences.py", "plugin/test_options.py",
                     "plugin/test_refusals.py", "plugin/test_hybrid.py", "plugin/test_training.py", "plugin/test_generate.py",
@@ -38,7 +38,7 @@ TESTS = {
     "hf_linattn/choice.py": ["plugin/test_choice.py", "plugin/test_saved.py", "plugin/test_options.py", "plugin/test_refusals.py"],
     "hf_linattn/config.py": ["plugin/test_options.py", "plugin/test_hybrid.py", "convert/test_costs.py",
                              "convert/test_linearize_refusals.py"],
-    "hf_linattn/counted.py": ["plugin/test_masks.py", "plugin/test_crop.py"],
+    "hf_linattn/counted.py": ["plugin/test_values.py", "plugin/test_masks.py", "plugin/test_crop.py"],
     "hf_linattn/dropout.py": ["plugin/test_dropout.py", "forms/test_window.py", "plugin/test_training.py"],
     "hf_linattn/hand_over.py": ["plugin/test_hand_over.py", "plugin/test_cache.py"],
     "hf_linattn/forms/": ["forms/", "plugin/test_cache.py", "plugin/test_crop.py", "plugin/test_options.py", "convert/test_calibrate.py",
@@ -49,11 +49,13 @@ TESTS = {
     "hf_linattn/models.py": ["convert/test_converted_models.py", "plugin/test_adapters.py", "convert/test_costs.py",
                              "convert/test_linearize.py", "convert/test_more_architectures.py"],
     "hf_linattn/packing.py": ["plugin/test_packing.py", "plugin/test_masks.py", "plugin/test_sequences.py"],
+    "hf_linattn/pattern.py": ["plugin/test_pattern.py", "plugin/test_masks.py", "plugin/test_sequences.py", "plugin/test_export.py"],
     "hf_linattn/rollback.py": ["plugin/test_crop.py", "plugin/test_masks.py", "plugin/test_generate.py"],
     "hf_linattn/same_model.py": ["plugin/test_saved_prompts.py"],
     "hf_linattn/saved_prompts.py": ["plugin/test_saved_prompts.py"],
     "hf_linattn/told.py": ["plugin/test_masks.py", "plugin/test_sequences.py"],
     "hf_linattn/training.py": ["plugin/test_parameter_groups.py"],
+    "hf_linattn/values.py": ["plugin/test_values.py", "plugin/test_masks.py", "plugin/test_sequences.py", "plugin/test_export.py"],
     "convert/": ["convert/test_check.py", "convert/test_linearize.py", "convert/test_linearize_refusals.py", "convert/test_companions.py",
                  "convert/test_costs.py", "convert/test_arguments.py", "inputs/test_checkpoint_folder.py"],
     "convert/commands.py": ["convert/test_evaluate.py", "convert/test_arguments.py", "convert/test_select_layers.py",
@@ -139,7 +141,7 @@ class Mutant:
         if self.test:
             return [f"tests/{self.test}"]
         place = max((place for place in TESTS if self.file.startswith(place)), key=len)
-        of_all = ["test_defaults.py"] if self.kind in (CONVERTER, RECIPES) else []
+        of_all = {OPERATOR: ["plugin/test_public.py"], PLUGIN: ["plugin/test_public.py"], KERNELS: []}.get(self.kind, ["test_defaults.py"])
         return [f"tests/{name}" for name in [*TESTS[place], *of_all]]
 
     def applied(self, root: Path) -> str:

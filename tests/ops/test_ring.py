@@ -5,7 +5,7 @@ import torch
 from operator_cases import make_segments
 from window_cases import make_tensors
 
-from hf_linattn.ops import window, window_attention
+from hf_linattn.ops import window, window_attention, window_operator
 from hf_linattn.ops.frame import Frame
 
 SIZES = [(1, 0), (1, 2), (5, 0), (6, 3), (4, 9), (100, 4)]
@@ -98,3 +98,23 @@ def test_padding_before_any_token_gives_zeros():
     out, _ = in_pieces(tensors, [1, 2], 4, 2, ids)
     torch.testing.assert_close(out, window_attention(*tensors, window=4, sinks=2, segment_ids=ids), rtol=0, atol=1e-12)
     assert torch.equal(out[0, :, :2], torch.zeros(4, 2, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("segments", [None, "left"])
+@pytest.mark.parametrize("size, sinks", [(5, 0), (6, 3), (100, 4)])
+def test_the_operator_of_a_graph_goes_on_from_a_ring(size, sinks, segments):
+    """Output and gradients of a later piece, by the one operator that torch.compile sees."""
+    tensors = make_tensors(30)
+    ids = None if segments is None else make_segments(segments, 2, 30)
+    whole = window_attention(*tensors, window=size, sinks=sinks, segment_ids=ids)[:, :, 17:]
+    query, key, value = (x[:, :, 17:].detach().requires_grad_() for x in tensors)
+    ring = Frame.of(
+        *(x[:, :, :17].detach() for x in tensors[1:]), window=size, sinks=sinks, segment_ids=None if ids is None else ids[:, :17]
+    )
+    frame = Frame.of(key, value, window=size, sinks=sinks, segment_ids=None if ids is None else ids[:, 17:], ring=ring.ring_behind())
+    out = frame.open(window_operator.traced(frame.close(query), frame, None))
+    torch.testing.assert_close(out, whole, rtol=0, atol=1e-12)
+    weight = torch.randn_like(out)
+    wanted = [grad[:, :, 17:] for grad in torch.autograd.grad((whole * weight).sum(), tensors)]
+    for grad, right in zip(torch.autograd.grad((out * weight).sum(), (query, key, value)), wanted, strict=True):
+        torch.testing.assert_close(grad, right, rtol=0, atol=1e-12)

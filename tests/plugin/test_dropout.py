@@ -22,11 +22,22 @@ def test_schedules():
     assert [cosine(step) for step in (*range(11), 99)] == pytest.approx(wave, abs=1e-7)
 
 
+def test_the_bounds_of_schedules_are_allowed():
+    assert DropoutSchedule("linear", 0.0, 1)(0) == 0 and DropoutSchedule("cosine", 0.99999, 1)(0) == 0.99999
+    assert DropoutSchedule("linear", 0.4, 4)(-1) == 0.4
+    model = tiny_llama()
+    for p in (0.0, 0.99999):
+        set_dropout(model, p)
+        assert model.model.layers[1].self_attn.linattn_dropout_p == pytest.approx(p)
+
+
 @pytest.mark.parametrize("arguments, words", [
     (("step", 0.1, 3), "constant, linear, cosine"),
     (("linear", 1.0, 3), "below 1"),
     (("linear", float("nan"), 3), "below 1"),
     (("linear", 0.1), "number of steps"),
+    (("cosine", 0.1, 0), "number of steps"),
+    (("cosine", 0.1, -1), "number of steps"),
 ])  # fmt: skip
 def test_bad_schedules(arguments, words):
     with pytest.raises(ValueError, match=words):
@@ -46,9 +57,12 @@ def test_set_dropout_rules_training_only_and_keeps_its_tensor():
     assert not any("dropout_p" in name for name in model.state_dict())
 
 
-def test_set_dropout_refuses():
-    with pytest.raises(ValueError, match="below 1"):
-        set_dropout(tiny_llama(), 1.5)
+@pytest.mark.parametrize("p", [1.0, 1.5, -0.00001, float("nan")])
+def test_set_dropout_refuses(p):
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        set_dropout(tiny_llama(), p)
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        DropoutSchedule("constant", p)
     with pytest.raises(ValueError, match="no attention module"):
         set_dropout(torch.nn.Linear(2, 2), 0.1)
 

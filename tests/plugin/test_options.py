@@ -1,6 +1,7 @@
 """LinAttnConfig: what it accepts, how it travels, and what bad options are told."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from tiny_models import ENCODERS, tiny_config, tiny_model, tiny_tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Gemma3Config
 
 from hf_linattn import LinAttnConfig
+from hf_linattn.config import sizes_of, sliding_windows, softmax_layers
+from hf_linattn.forms import Sizes
 
 
 def test_defaults_are_the_linear_kernel():
@@ -138,6 +141,47 @@ def check_refusal(options, sentence, error):
 ], ids=str)  # fmt: skip
 def test_a_bound_itself_is_allowed_and_without_unit_length_there_is_none(options):
     assert options.items() <= LinAttnConfig(**options).to_dict().items()
+
+
+@pytest.mark.parametrize(("given", "sizes"), [
+    ({}, (4, 4, 16, 16, 64)), ({"head_dim": 8}, (4, 4, 8, 8, 64)), ({"head_dim": None, "num_key_value_heads": None}, (4, 4, 16, 16, 64)),
+    ({"num_key_value_heads": 2}, (4, 2, 16, 16, 64)), ({"num_key_value_heads": 1, "head_dim": 32}, (4, 1, 32, 32, 64)),
+], ids=str)  # fmt: skip
+def test_sizes_of_a_config_that_may_leave_them_unsaid(given, sizes):
+    config = SimpleNamespace(num_attention_heads=4, hidden_size=64, **given)
+    assert sizes_of(config) == Sizes(*sizes, 512.0) and sizes_of(config, 7.0, 48) == Sizes(*sizes[:4], 48, 7.0)
+
+
+WINDOWS = {"sliding_window": 8, "attention_chunk_size": 16}
+KINDS = ["full_attention", "sliding_attention", "chunked_attention"]
+
+
+@pytest.mark.parametrize(("given", "windows"), [
+    ({}, [None] * 3), ({"sliding_window": 8}, [8] * 3), ({"sliding_window": None, "layer_types": None}, [None] * 3),
+    ({**WINDOWS, "layer_types": KINDS}, [None, 8, 16]), ({"layer_types": KINDS}, [None] * 3),
+    ({"sliding_window": 0, "layer_types": ["full_attention"] * 3}, [None] * 3), ({"sliding_window": 1}, [1] * 3),
+], ids=str)  # fmt: skip
+def test_windows_of_a_config_that_may_leave_them_unsaid(given, windows):
+    assert sliding_windows(SimpleNamespace(num_hidden_layers=3, **given)) == windows
+
+
+@pytest.mark.parametrize(("given", "sentence"), [
+    ({"sliding_window": 0}, "sliding_window must be a whole number above 0, not 0"), ({"sliding_window": True}, "not True"),
+    ({"sliding_window": 8.0}, "not 8.0"), ({"attention_chunk_size": -1, "layer_types": KINDS}, "attention_chunk_size must be"),
+    ({"layer_types": KINDS[:2]}, "one word for each of 3 layers"), ({"layer_types": [*KINDS[:2], 3]}, "one word"),
+    ({"layer_types": "abc"}, "one word"),
+], ids=str)  # fmt: skip
+def test_windows_that_are_none_are_named(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        sliding_windows(SimpleNamespace(num_hidden_layers=3, **given))
+
+
+def test_layers_that_keep_softmax_are_those_that_there_are():
+    config = tiny_config("llama", softmax_layers=[0, 2])
+    assert softmax_layers(config) == {0, 2} and softmax_layers(tiny_config("llama")) == set()
+    config.linattn["softmax_layers"] = [3]
+    with pytest.raises(ValueError, match="names layer 3, but the model has layers 0 to 2"):
+        softmax_layers(config)
 
 
 def test_a_config_without_options_has_the_defaults():

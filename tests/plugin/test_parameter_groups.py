@@ -43,6 +43,25 @@ def test_frozen_parameters_and_empty_groups_are_left_out():
         parameter_groups(model, 1e-3, -1.0)
 
 
+def test_new_matrices_have_a_rate_between():
+    """Four times that of the weights, where none is given: gates start at nothing."""
+    model = converted(form="window", gate="token", features=4)
+    for given, rate in (({}, 4e-3), ({"matrix_learning_rate": 0.02}, 0.02), ({"matrix_learning_rate": 0.0}, 0.0)):
+        matrices, _, new, heads = parameter_groups(model, 1e-3, weight_decay=0.1, **given)
+        assert (new["lr"], new["weight_decay"], heads["lr"], heads["weight_decay"]) == (rate, 0.0, 0.1, 0.0)
+        assert {name.rpartition(".")[2] for name in names(model, new)} == {
+            "gate_weight",
+            "query_projection",
+            "key_projection",
+            "key_center",
+        }
+        assert all(".linattn." in name for name in names(model, new)) and matrices["weight_decay"] == 0.1
+    assert all(group["lr"] == 0 for group in parameter_groups(model, 0.0, 0.0)) and parameter_groups(model, 1e-3)[0]["weight_decay"] == 0
+    for name in ("learning_rate", "head_learning_rate", "weight_decay", "matrix_learning_rate"):
+        with pytest.raises(ValueError, match=f"^{name} must be at least 0, not -0.5"):
+            parameter_groups(model, **{"learning_rate": 1e-3, name: -0.5})
+
+
 def test_under_a_trainer_each_group_moves_at_its_own_rate(tmp_path):
     """Adam's first step is the rate itself, whatever the gradient; the schedule scales each group."""
     model, data = converted(), [{"input_ids": row, "labels": row} for row in tiny_tokens(4)]
