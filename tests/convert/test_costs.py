@@ -154,7 +154,7 @@ def test_the_command_says_it_before_and_refuses_what_was_not_asked_for(tmp_path:
     monkeypatch.setattr("convert.costs.LARGEST_STATE", 19_440)
     assert CliRunner().invoke(app, [*arguments[:1], str(tmp_path / "at the bound"), *arguments[2:]]).exit_code == 0
     monkeypatch.setattr("convert.costs.LARGEST_STATE", 10_000)
-    done = CliRunner().invoke(app, [*arguments, "--large-state"])
+    done = CliRunner().invoke(app, [*arguments, "--large-state"], env={"COLUMNS": "30"})  # what may be copied stays on a line
     assert done.exit_code == 0
     assert done.stdout.startswith("Generating will take 19,440 bytes of state a sequence, as much as the source's cache after 51 tokens")
     assert "each new token reads and writes them once, 38,880 bytes, which takes 0.0019 ms at 20 GB/s" in done.stdout

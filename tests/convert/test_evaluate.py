@@ -23,9 +23,9 @@ from recipes.common.files import check_target
 SHORT = ["--rows", "2", "--length", "32", "--recall", "none", "--decode", "none", "--device", "cpu"]
 
 
-def run(home: Path, out: Path, *more: str, models: tuple[str, ...] = ("student",), data: str = "text.txt") -> Any:
+def run(home: Path, out: Path, *more: str, models: tuple[str, ...] = ("student",), data: str = "text.txt", columns: int = 300) -> Any:
     arguments = [*(str(home / model) for model in models), "--teacher", str(home / "teacher"), "--data", str(home / data)]
-    return CliRunner().invoke(cli.app(evaluate.main), [*arguments, "--out", str(out), *SHORT, *more], env={"COLUMNS": "300"})
+    return CliRunner().invoke(cli.app(evaluate.main), [*arguments, "--out", str(out), *SHORT, *more], env={"COLUMNS": str(columns)})
 
 
 def measured(out: Path) -> dict[str, dict[str, Any]]:
@@ -71,7 +71,8 @@ def test_it_goes_on_where_it_stopped(evaluated: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in out.glob("measured/*/*.json")}
     lost = next(path for path in before if "student" in str(path) and path.name == "loss-0-32.json")
     lost.unlink()
-    done = run(evaluated, out, "--resume", "--length", "32,64")
+    done = run(evaluated, out, "--resume", "--length", "32,64", columns=12)
+    assert done.stdout.endswith(f"written to {out}: report/index.html, report/report.md, measured/\n")
     assert done.exit_code == 0, done.output
     assert "teacher: loss-0-32\n" not in done.stdout and "student: loss-0-32\n" in done.stdout and "student: loss-0-64\n" in done.stdout
     assert json.loads(lost.read_text())["found"] == json.loads(before[lost])["found"]

@@ -21,9 +21,9 @@ from recipes.common import cli
 SHORT = ["--rows", "2", "--length", "256", "--distances", "90", "--needles", "2", "--window", "8", "--count", "1", "--device", "cpu"]
 
 
-def run(home: Path, out: Path, *more: str) -> Any:
+def run(home: Path, out: Path, *more: str, columns: int = 80) -> Any:
     arguments = [str(home / "teacher"), "--data", str(home / "text.txt"), "--out", str(out), *SHORT, *more]
-    return CliRunner().invoke(cli.app(select_layers.main), arguments)
+    return CliRunner().invoke(cli.app(select_layers.main), arguments, env={"COLUMNS": str(columns)})
 
 
 def test_the_layers_it_chooses_stay_softmax(evaluated: Path, tmp_path: Path) -> None:
@@ -35,7 +35,10 @@ def test_the_layers_it_chooses_stay_softmax(evaluated: Path, tmp_path: Path) -> 
     assert f"--keep-softmax {found['chosen'][0]}," in done.stdout and done.stdout.count("softmax in ") == 3
     by_name = {one["name"]: one for one in found["sets"]}
     assert f"softmax in {found['chosen'][0]} (chosen): KL {by_name['chosen']['kl']:.3f}" in done.stdout
-    assert "exists already" in run(evaluated, out).stderr and run(evaluated, out, "--overwrite").exit_code == 0
+    assert "exists already" in run(evaluated, out).stderr
+    narrow = run(evaluated, out, "--overwrite", columns=20).stdout.splitlines()  # what may be copied from the screen stays on a line
+    assert narrow[-1] == f"written to {out}; convert with --keep-softmax {found['chosen'][0]}, or --keep-softmax @{out}"
+    assert sum(line.endswith("of keys right") for line in narrow) == 3 and sum(line.startswith("layer 0 under") for line in narrow) == 1
     arguments = [str(evaluated / "teacher"), str(tmp_path / "student"), "--keep-softmax", f"@{out}", "--no-check"]
     done = CliRunner().invoke(cli.app(linearize.main), arguments)
     assert done.exit_code == 0, done.output

@@ -7,7 +7,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from hf_linattn import empty_state, linear_attention, linear_attention_step
-from hf_linattn.ops import functional, reference
+from hf_linattn.ops import functional, operators, reference
 from hf_linattn.ops.segments import canonical_segments
 
 
@@ -147,6 +147,17 @@ def test_the_dispatcher_is_passed_where_something_watches_and_only_there():
     assert any("linattn.forward" in name for name in Marked.calls)
     mapped = [x.detach()[None] for x in (query, key, value)]
     assert operators_recorded(lambda: torch.vmap(linear_attention)(*mapped))
+
+
+def test_what_nobody_used_asks_for_no_gradient(monkeypatch):
+    """Of the mass and of a state that is not looked at, backward is given None, and computes nothing for them."""
+    given, backward = [], operators._BACKWARD["cpu"]
+    monkeypatch.setitem(operators._BACKWARD, "cpu", lambda call, *rest: given.append(rest[2:]) or backward(call, *rest))
+    tensors, options = make_inputs(dtype=torch.float32)
+    out, state = linear_attention(*tensors, **options, return_state=True)
+    torch.autograd.grad(out.sum(), tensors, retain_graph=True)
+    torch.autograd.grad(state.sum(), tensors[1:])
+    assert [[x is None for x in gradients] for gradients in given] == [[False, True, True], [False, True, False]]
 
 
 def test_views_of_conjugates():

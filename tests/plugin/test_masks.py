@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from hf_linattn import calls
+from hf_linattn import calls, told
 from hf_linattn import mask as mask_module
 from hf_linattn.attention import linattn_attention
 from hf_linattn.counted import digest, joined
@@ -164,6 +164,23 @@ def test_a_prompt_seen_both_ways_and_then_steps(told):
         prompt, step = real[:, :9], real
     got, wanted = (by_steps(model, ids, prompt, step, name) for name in ("linattn", "by_the_mask"))
     close(got[real > 0], wanted[real > 0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["made by us", "2D", "4D"])
+def test_a_mask_is_read_once_a_forward_pass(kind, monkeypatch):
+    """By the first of the layers: whoever reads values waits for the device."""
+    model, reads = tiny_model("llama"), []
+    ids, mask = tiny_tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :3] = 0
+    for name in ("unpack", "_of_2d", "_of_4d"):
+        original = getattr(told, name)
+        monkeypatch.setattr(told, name, lambda *args, original=original, name=name: reads.append(name) or original(*args))
+    if kind == "2D":
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, "linattn", lambda attention_mask, **_: attention_mask)
+    given = {"4D": visible(9) & (mask[:, None, None] > 0)}.get(kind, mask)
+    model(ids, attention_mask=given, use_cache=False)
+    assert reads == {"made by us": ["unpack"], "2D": ["_of_2d"], "4D": ["_of_4d"]}[kind]
 
 
 @torch.no_grad()
