@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 START = "<|endoftext|>"
@@ -12,10 +12,14 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "nu
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Token 0 starts a document, and every byte is one of the others."""
+    """Token 0 starts a document, and every byte is one of the others.
+
+    As many tokenizers do, it begins every text with a token of its own where it is not told to leave special tokens out.
+    """
     alphabet = [START, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A", special_tokens=[(START, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=START, eos_token=START)
 
 

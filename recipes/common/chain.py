@@ -17,8 +17,8 @@ from recipes.common.files import write_json
 from recipes.common.reading import read_json
 from recipes.common.state import check_written
 
-PROJECT = (__package__ or "").removesuffix("recipes.common")  # "hf_linattn." in a wheel, which has all of this below it
-_ROOT = Path(__file__).parents[(__package__ or "").count(".") + 1]
+PROJECT = __name__.removesuffix("recipes.common.chain")  # "hf_linattn." in a wheel, which has all of this below it
+_ROOT = Path(__file__).parents[__name__.count(".")]
 
 
 class Chain:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from no_caches import no_caches
 from tiny_softmax import softmax_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -17,6 +18,7 @@ from transformers import LlamaForCausalLM
 import hf_linattn.forms.operators
 from convert.check import CheckReport, check_converted
 from convert.errors import ConversionError
+from convert.forcing import teacher_forced
 from convert.linearize import LinearizeOptions, linearize
 from convert.source import Source, open_source
 from convert.truth import LayerTruth, layer_truths
@@ -70,6 +72,18 @@ def test_a_right_conversion_is_never_refused(name: str, request: pytest.FixtureR
     assert all(report.layers == 3 and report.error > 0 and report.step_error > 0 for report in reports)
     assert max(report.bar for report in reports) < 0.6
     assert min(report.bar for report in reports) > 0.06  # the bar is felt: ten times as much would be refused
+
+
+def test_what_runs_in_one_pass_makes_no_cache(llama_float32: Conversion) -> None:
+    base = llama_float32.model_class.__bases__[-1]
+    model = base.from_pretrained(llama_float32.source.folder, attn_implementation="eager").eval()
+    tokens, hidden = torch.arange(6)[None], {"model.layers.1.self_attn": torch.randn(1, 6, 32)}
+    with no_caches():
+        truths = layer_truths(model, tokens, LinearizeOptions().linattn())
+        whole = teacher_forced(model, hidden, tokens, (6,), torch.float32)
+    pieces = teacher_forced(model, hidden, tokens, (3, 2, 1), torch.float32)
+    assert len(truths) == 3 and whole.keys() == pieces.keys() == hidden.keys()
+    torch.testing.assert_close(pieces["model.layers.1.self_attn"], whole["model.layers.1.self_attn"], rtol=1e-4, atol=1e-5)
 
 
 def test_the_bar_is_the_worst_of_all_precisions(llama: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,7 @@ def test_companions_travel_whole(source: Path, tmp_path: Path) -> None:
         "chat_template.jinja": "{{ messages[0].content }}",
         "chat_template.json": '{"chat_template": ""}',
         "additional_chat_templates/tools.jinja": "{{ tools }}",
+        "additional_chat_templates/rag.jinja": "{{ documents }}",
         "preprocessor_config.json": '{"size": 4}',
         "processor_config.json": "{}",
         "bpe.codes": "a b 1",

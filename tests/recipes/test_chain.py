@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from recipes.common.chain import Chain
+from recipes.common.chain import PROJECT, Chain
 from recipes.common.errors import RecipeError
+from recipes.common.files import staged_directory
 
 REMEDY = "choose another folder"
 
@@ -33,12 +38,46 @@ def test_the_working_directory_does_not_stand_before_what_is_installed(tmp_path:
     chain(tmp_path / "out").call("recipes.lra.listops", "--help")
 
 
+@pytest.mark.parametrize("debug", [False, True])
+def test_commands_are_run_as_they_are_shown(debug: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    ran, status = [], [0, 2, -9]
+
+    def run(command: list[str], env: dict[str, str]) -> SimpleNamespace:
+        ran.append((command[1:], env["PYTHONSAFEPATH"], env["PYTHONPATH"].split(os.pathsep)))
+        return SimpleNamespace(returncode=status.pop(0))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    made, more = Chain(tmp_path / "out", {}, "trial", REMEDY, debug), ["--debug"] * debug
+    made.launch("recipes.some", "--a", "b c")
+    for wanted in (2, 1):
+        with pytest.raises(SystemExit) as ended:
+            made.call("recipes.some", "x")
+        assert ended.value.code == wanted
+    launched, called = ["-m", "accelerate.commands.launch", "-m", "recipes.some", "--a", "b c"], ["-m", "recipes.some", "x"]
+    assert [command for command, *_ in ran] == [[*launched, *more], [*called, *more], [*called, *more]]
+    assert all(safe == "1" and paths == [str(Path(__file__).parents[2]), "elsewhere"] for _, safe, paths in ran)
+    told = " ".join(capfd.readouterr().out.split())
+    flag = " --debug" * debug
+    assert told.startswith(f"accelerate launch -m recipes.some --a 'b c'{flag} python -m recipes.some x{flag}")
+    assert "recipes.some stopped with status -9; start again" in told
+    assert PROJECT == ""
+
+
 def test_what_is_there_is_not_made_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     made, work = chain(tmp_path / "out"), []
     made.step("first", None, lambda: work.append(1))
     made.step("first", tmp_path / "absent", lambda: work.append(2))
     made.tell_minutes()
     assert work == [1, 2] and "first: 0.0 min" in capfd.readouterr().out
+    with staged_directory(tmp_path / "there", "test") as aside:
+        (aside / "a").write_text("1")
+    (tmp_path / "there" / "a").write_text("mine")  # which is its owner's business
+    made.step("second", tmp_path / "there", lambda: work.append(3))
+    assert work == [1, 2] and f"{tmp_path / 'there'} is there already" in capfd.readouterr().out.replace("\n", "")
+    (tmp_path / "there" / "a").unlink()
+    with pytest.raises(RecipeError, match="a is missing; remove that folder to have it made again"):
+        made.step("second", tmp_path / "there", lambda: work.append(3))
 
 
 def test_another_chains_folder_is_refused(tmp_path: Path) -> None:

@@ -107,9 +107,21 @@ def test_generated_is_greedy_and_equal_alone_or_in_a_batch() -> None:
 def test_the_error_and_what_is_an_answer() -> None:
     tokenizer = byte_tokenizer()
     model = SimpleNamespace(device="cpu", generate=lambda ids, **_: torch.cat([ids, ids], 1))
-    prompts = [Prompt(tokenizer(f" {text}")["input_ids"], "12345", 0) for text in ("12345", "12345", "12345", "99999")]
+    prompts = [
+        Prompt(tokenizer(f" {text}", add_special_tokens=False)["input_ids"], "12345", 0) for text in ("12345", "12345", "12345", "99999")
+    ]
     found = measure_recall(model, tokenizer, prompts, 3)
     assert found["right"] == 0.75 and found["hits"] == [1, 1, 1, 0] and found["right_error"] == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+    asked = SimpleNamespace(device="cpu", asked=[])
+
+    def generate(ids: torch.Tensor, generation_config: Any, **_: Any) -> torch.Tensor:  # the start token, then the answer
+        asked.asked.append((generation_config.max_new_tokens, len(ids)))
+        return torch.cat([ids, torch.zeros_like(ids[:, :1]), ids], 1)
+
+    asked.generate = generate
+    found = measure_recall(asked, tokenizer, prompts, 3)
+    assert found["hits"] == [1, 1, 1, 0] and asked.asked == [(8, 3), (8, 1)]  # a blank, five digits, and two tokens more
+    assert found["answers"] == [f" {text}" for text in ("12345", "12345", "12345", "99999")]
     assert is_answer(" 12345.", "12345") and is_answer("12345", "12345") and is_answer("\n lamp,", "lamp")
     assert not is_answer("123456", "12345") and not is_answer("lamps", "lamp") and not is_answer("a lamp", "lamp")
 

@@ -29,7 +29,7 @@ def test_damage_against_the_same_computed_apart() -> None:
         assert found.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
         nats, hits = [], []
         for prompt in PROMPTS:
-            answer = tokenizer(f" {prompt.answer}")["input_ids"]
+            answer = tokenizer(f" {prompt.answer}", add_special_tokens=False)["input_ids"]
             log_p = under(torch.tensor([prompt.ids + answer])).logits[0, 29:-1].log_softmax(-1)
             nats.append(-sum(log_p[i, token].item() for i, token in enumerate(answer)) / len(answer))
             hits.append(log_p.argmax(-1).tolist() == answer)

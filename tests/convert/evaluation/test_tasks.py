@@ -127,7 +127,7 @@ def test_rows_that_are_none_are_refused(tmp_path: Path) -> None:
 
 def _likelihood(model: Any, tokenizer: Any, row: dict[str, Any], choice: str) -> float:
     question = tokenizer(f"Question: {row['goal']}\nAnswer:")["input_ids"]
-    ids = question + tokenizer(f" {row[choice]}")["input_ids"]
+    ids = question + tokenizer(f" {row[choice]}", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         log_p = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
     return sum(log_p[at - 1, ids[at]].item() for at in range(len(question), len(ids)))

@@ -33,7 +33,7 @@ def test_separators_are_found_wherever_a_block_ends(tmp_path: Path) -> None:
 def test_rows_are_the_stream_cut(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(START.join(TEXTS))
     tokenizer = byte_tokenizer()
-    stream = [token for text in TEXTS for token in [0, *tokenizer(text)["input_ids"]]]
+    stream = [token for text in TEXTS for token in [0, *tokenizer(text, add_special_tokens=False)["input_ids"]]]
     assert len(stream) == 3 + sum(len(text.encode()) for text in TEXTS)
     rows = first_rows(tmp_path / "text", tokenizer, 20, 2)
     assert rows.ids.tolist() == [stream[:20], stream[20:40]]
@@ -41,6 +41,12 @@ def test_rows_are_the_stream_cut(tmp_path: Path) -> None:
     last = last_rows(tmp_path / "text", tokenizer, 20, 1)
     assert last.ids.tolist() == [stream[-20:]]
     assert len(first_rows(tmp_path / "text", tokenizer, 20, 99).ids) == len(stream) // 20
+
+
+def test_bytes_are_those_of_the_text_as_it_stands(tmp_path: Path) -> None:
+    """Blanks before a full stop, which decoding may clean up, are counted."""
+    (tmp_path / "text").write_text("an end . And n't , so ?")
+    assert first_rows(tmp_path / "text", byte_tokenizer(), 24, 1).nbytes == [23]
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:

@@ -67,8 +67,15 @@ def commands(monkeypatch, quickstart) -> list[str]:
     return asked
 
 
+def told(capsys, out) -> tuple[bool, bool]:
+    """Whether it was said where the results are, and how a real model did by the same commands."""
+    text = capsys.readouterr().out.replace("\n", "")
+    places = f"table: {out}/evaluation/evaluation.md", f"picture: {out}/evaluation/evaluation.png", f"model: {out}/tuned/model"
+    return all(place in text for place in places), "A real language model by the same commands" in text
+
+
 @pytest.mark.parametrize(("scale", "steps", "held"), [(1.0, (300, 100), 300), (0.5, (150, 50), 150), (4.0, (1200, 400), 300)])
-def test_what_the_job_consists_of(scale, steps, held, tmp_path, monkeypatch):
+def test_what_the_job_consists_of(scale, steps, held, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     text = f'train_data=["{out}/corpus/stories.txt"] valid_stories={held}'
     configs = Path(quickstart_module.__file__).parent
@@ -82,10 +89,11 @@ def test_what_the_job_consists_of(scale, steps, held, tmp_path, monkeypatch):
         f"recipes.tinystories.evaluate teacher={out}/teacher/model swapped={out}/swapped fine-tuned={out}/tuned/model "
         f"--data {out}/corpus/stories.txt --stories {held} --out {out}/evaluation --overwrite",
     ]
+    assert told(capsys, out) == (True, True)
 
 
 @pytest.mark.parametrize(("positions", "length", "batch"), [(256, 256, 16), (4096, 512, 8), (8192, 512, 8), (None, 512, 8)])
-def test_what_the_job_of_ones_own_model_consists_of(positions, length, batch, tiny, tmp_path, monkeypatch):
+def test_what_the_job_of_ones_own_model_consists_of(positions, length, batch, tiny, tmp_path, monkeypatch, capsys):
     out, model = tmp_path / "out", tmp_path / "model"
     model.mkdir()
     config = {"model_type": "llama"} | ({"max_position_embeddings": positions} if positions else {})
@@ -93,7 +101,7 @@ def test_what_the_job_of_ones_own_model_consists_of(positions, length, batch, ti
     asked = commands(monkeypatch, Quickstart(model, tiny.text, out, 0.5))
     assert [command.split()[0] for command in asked] == ["convert.linearize", "recipes.tinystories.train", "recipes.tinystories.evaluate"]
     assert asked[1].endswith(f"steps=75 train_data=[{json.dumps(str(tiny.text))}] valid_stories=250 length={length} batch_size={batch}")
-    assert f"teacher={model} swapped={out}/swapped" in asked[2]
+    assert f"teacher={model} swapped={out}/swapped" in asked[2] and told(capsys, out) == (True, False)
 
 
 def test_a_step_that_fails_ends_the_job_with_its_status(tiny, tmp_path, capfd):
