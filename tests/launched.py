@@ -6,10 +6,12 @@ import os
 import socket
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.multiprocessing as mp
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
 
 
 def launch(command: Callable[..., object], *arguments: Any) -> mp.ProcessContext:
@@ -35,3 +37,20 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def as_fsdp2(command: Callable[..., object], state_dict: str, *arguments: Any) -> None:
+    """Run `command(*arguments)` as `accelerate launch --use_fsdp --fsdp_version 2` has it; accelerate itself does so on GPUs alone."""
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": state_dict, "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    }  # fmt: skip
+    made = Accelerator.__init__
+
+    def on_cpus(accelerator: Accelerator, **options: Any) -> None:
+        made(accelerator, **options)
+        PartialState._shared_state["distributed_type"] = AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+
+    with patch.object(Accelerator, "__init__", on_cpus):
+        command(*arguments)

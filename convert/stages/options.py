@@ -121,7 +121,7 @@ class DistillOptions(StageOptions):
     lora: int = option(0, "Rank of LoRA on the attention layers' matrices, merged at the end; 0: all parameters learn.", min=0)
     long_length: int = option(0, "Tokens a row of the last steps; 0: as all others.", min=0)
     long_share: float = option(0.2, "Share of the steps with rows of long_length.", min=0, max=1)
-    compile: bool = option(False, "Compile the layers by torch.compile, which takes a minute or two and makes steps shorter.")
+    compile: bool = option(False, "Compile the layers by torch.compile: a minute or more before the first step, then fewer kernels.")
     control: bool = option(False, "STUDENT is the teacher itself, not converted, and learns the text: what students are held against.")
     repeat: int = option(0, "In so many of 16 rows, stretches of their own tokens come again later: it teaches recall.", min=0, max=16)
 

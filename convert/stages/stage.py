@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
@@ -21,6 +20,7 @@ from convert.gguf import unpacked
 from convert.stages.options import StageOptions
 from convert.stages.result import Trained, write_result
 from hf_linattn.config import PREFIX
+from recipes.common.accelerating import new_accelerator
 from recipes.common.checkpoint import locate
 from recipes.common.config import to_dict
 from recipes.common.documents import read_all
@@ -53,7 +53,7 @@ class Stage(Loop):
 
     def __init__(self, options: StageOptions, command: str, resume: bool, overwrite: bool) -> None:
         self.options = o = options
-        self.accelerator = Accelerator(
+        self.accelerator = new_accelerator(
             gradient_accumulation_steps=o.gradient_accumulation,
             mixed_precision=o.mixed_precision or None,
             step_scheduler_with_optimizer=False,  # stepped once an optimizer step, however many processes share the batch

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from recipes.common.accelerating import own_part, whole
 from recipes.common.compiling import compile_options, layers
 from recipes.common.errors import RecipeError
 from recipes.common.run import Run
@@ -166,7 +167,7 @@ class Loop(ABC):
                 losses = self.losses(batch)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients:
-                    norm = self.clip()
+                    norm = whole(self.clip())
                 self.optimizer.step()
                 if accelerator.sync_gradients and self.schedule is not None:
                     self.schedule.step()
@@ -195,7 +196,7 @@ class Loop(ABC):
 
     def _save(self) -> None:
         trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
-        bad = torch.stack([~torch.isfinite(weight.detach()).all() for weight in trained.values()]).int()
+        bad = torch.stack([~torch.isfinite(own_part(weight.detach())).all() for weight in trained.values()]).int()
         if wrong := [name for name, is_bad in zip(trained, self.accelerator.reduce(bad, "sum").tolist(), strict=True) if is_bad]:
             raise RecipeError(self._no_number(f"the weight {wrong[0]} after step {self.step}"))
         self.run.save(self.step, {"seconds": self.seconds, **self.progress()})

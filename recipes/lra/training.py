@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 import hf_linattn
+from recipes.common.accelerating import new_accelerator
 from recipes.common.checkpoint import check_size
 from recipes.common.compiling import compile_options
 from recipes.common.config import to_dict
@@ -49,7 +49,7 @@ class Training(Loop):
         inputs: Sequence[str | Path] = (),
     ) -> None:
         self.settings, self.seed, self.task = settings, seed, TASKS[settings.task]
-        self.accelerator = Accelerator(mixed_precision=settings.mixed_precision, step_scheduler_with_optimizer=False)
+        self.accelerator = new_accelerator(mixed_precision=settings.mixed_precision, step_scheduler_with_optimizer=False)
         processes = self.accelerator.num_processes
         if settings.batch_size % processes:
             raise RecipeError(f"batch_size {settings.batch_size} is not a multiple of the {processes} processes; change one of them")

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import DistributedType
 from accelerate.utils import set_seed
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 import hf_linattn
+from recipes.common.accelerating import new_accelerator
 from recipes.common.config import to_dict
 from recipes.common.documents import Source
 from recipes.common.errors import RecipeError, stage
@@ -37,7 +38,7 @@ class Training(Loop):
 
     def __init__(self, settings: Settings, resume: bool, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
         self.settings = s = settings
-        self.accelerator = Accelerator(
+        self.accelerator = new_accelerator(
             gradient_accumulation_steps=s.gradient_accumulation,
             mixed_precision=s.mixed_precision,
             log_with="tensorboard",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from launched import finish, launch
+from launched import as_fsdp2, finish, launch
 from no_caches import no_caches
 from safetensors.torch import load_file
 from shared_data import require_shared_data
@@ -379,6 +379,20 @@ def test_two_processes_learn_what_one_does(given, tmp_path, name):
         assert {k: v for k, v in two.items() if not isinstance(v, list)} == pytest.approx(
             {k: v for k, v in one.items() if not isinstance(v, list)}, rel=2e-3, abs=1e-4
         )
+
+
+@pytest.mark.parametrize("state_dict", ["FULL_STATE_DICT", pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow)])
+def test_two_processes_that_share_the_weights_learn_what_one_does(given, tmp_path, state_dict):
+    expected = run("distill", given(output=str(tmp_path / "one")))
+    values = given(output=str(tmp_path / "two"), batch_size=2)
+    finish(launch(as_fsdp2, distill_command.distill, state_dict, STAGES["distill"][0](**values)))
+    found = list(read_records(tmp_path / "two" / "metrics.jsonl"))
+    for key in ("loss", "gradient_norm", "valid_kl"):
+        one, two = ([record[key] for record in records if key in record] for records in (expected, found))
+        assert len(one) > 2 and two == pytest.approx(one, rel=2e-3)
+    one, two = (weights(tmp_path / name / "model") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    torch.testing.assert_close(two, one, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", mainly("transfer"))
