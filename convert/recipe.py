@@ -73,7 +73,7 @@ class Recipe:
     controls: list[str] = field(default_factory=list)
     """What is trained on the same tokens beside it: window_only, the student without its branch; finetuned_teacher, on the text alone."""
     tokens_per_second: dict[str, float] = field(default_factory=dict)
-    """Of transfer and of distill, as measured; from these the minutes are foretold."""
+    """Of transfer and of distill, as measured; from these the minutes are foretold. 0 was not measured, whatever the base says."""
     measured_on: str = ""
     """The device of `tokens_per_second`."""
 

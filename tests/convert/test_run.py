@@ -166,6 +166,18 @@ def test_every_recipe_that_comes_with_it_is_valid():
         recipe_file("absent")
 
 
+def test_minutes_are_foretold_by_rates_of_the_recipes_own_and_not_of_its_base():
+    rates = {file.stem: load_config(Recipe, file) for file in RECIPES.glob("*.yaml")}
+    told = {name: {stage for stage, rate in read.tokens_per_second.items() if rate} for name, read in rates.items()}
+    both = {"transfer", "distill"}
+    assert {name: stages for name, stages in told.items() if stages} == {
+        "smollm2-135m": both, "pythia-160m": both, "pythia-410m": both, "qwen3-0.6b": {"transfer"}
+    }  # fmt: skip
+    for name, stages in told.items():
+        own = (RECIPES / f"{name}.yaml").read_text()
+        assert bool(rates[name].measured_on) == bool(stages) and (not stages or "tokens_per_second:" in own), name
+
+
 def test_memory_is_told_from_the_sizes_of_the_student(tiny):
     options = {"batch_size": 4, "length": 64, "mixed_precision": "bf16", "gradient_checkpointing": False, "kl_weight": 1.0}
     told = training_memory(tiny.student, options)
