@@ -117,8 +117,9 @@ def test_every_save_keeps_what_loading_needs(converted: Converted, tmp_path: Pat
     folder = converted()
     for generation in range(3):
         model = AutoModelForCausalLM.from_pretrained(folder)
-        folder = tmp_path / str(generation)
-        model.save_pretrained(folder)
+        folder = tmp_path / "below" / "others" / str(generation)
+        for _ in range(2):  # into a folder that is not there, and over itself
+            model.save_pretrained(folder)
         config = json.loads((folder / "config.json").read_text())
         assert config["attn_implementation"] == "linattn"
         assert config["model_type"] == "linattn_llama"

@@ -127,6 +127,69 @@ def test_bad_options_are_refused(tiny, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def span(low, high, nats):
+    return {"from": low, "to": high, "tokens": 1, "nats_per_token": nats}
+
+
+PLAIN = {"attention": "softmax", "nats_per_token": 2.0, "nats_per_token_error": 0.125, "bits_per_byte": 1.5, "parameters": 12_345}
+RESULTS = [
+    {
+        **PLAIN, "name": "a", "by_position": [span(1, 1, 3.0), span(2, 3, 2.5)], "decoding": [],
+        "samples": [{"prompt": "One [1]\n day", "text": "a | cat\nran"}],
+    },
+    {
+        **PLAIN, "name": "b", "by_position": [span(1, 1, 1.0), span(2, 3, 2.0), span(4, 4, 0.5)], "parameters": 9,
+        "decoding": [{"length": 2048, "cache_bytes": 1_000_000, "ms_per_token": 1.256}], "samples": [{"prompt": "?", "text": "a dog"}],
+    },
+]  # fmt: skip
+PAGE = """# Evaluation
+
+data: x; stories: 2.
+
+## Prediction
+
+| model | attention | parameters | nats a token | bits a byte |
+|---|---|---|---|---|
+| a | softmax | 12,345 | 2.0000 ± 0.1250 | 1.5000 |
+| b | softmax | 9 | 2.0000 ± 0.1250 | 1.5000 |
+
+## Nats a token, by the number of tokens before
+
+| model | 1 | 2-3 | 4 |
+|---|---|---|---|
+| a | 3.000 | 2.500 | - |
+| b | 1.000 | 2.000 | 0.500 |
+
+## Decoding, one sequence
+
+| model | tokens so far | cache bytes | ms a token |
+|---|---|---|---|
+| b | 2,048 | 1,000,000 | 1.26 |
+
+## Continuations
+
+**One \\[1] day** ...
+
+- a: a \\| cat ran
+- b: a dog
+"""
+
+
+def test_the_page_as_it_stands():
+    assert evaluation.markdown({"data": "x", "stories": 2}, RESULTS) == PAGE
+    assert "Decoding" not in evaluation.markdown({"data": "x"}, RESULTS[:1])
+
+
+def test_what_is_shown_is_what_stands_on_the_page(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    evaluation.show({"stories": 2, "dtype": "float32", "device": "a device"}, RESULTS)
+    said = " ".join(capsys.readouterr().out.split())
+    for row in (line.strip("| ").replace("|", "│") for line in PAGE.splitlines() if line.startswith(("| a", "| b"))):
+        assert row.replace(" - ", " - ") in said, row
+    for words in ("Prediction", "Decoding, one sequence", "One [1] day ...", "a: a | cat ran b: a dog", "2 stories, float32, a device"):
+        assert words in said, words
+
+
 def test_lengths_to_decode_at():
     assert evaluate._lengths("1, 16777216,") == [1, 2**24] and evaluate._lengths("") == []
 
