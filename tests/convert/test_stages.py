@@ -497,6 +497,8 @@ def test_a_run_says_what_is_ahead_that_it_goes_on_and_where_it_wrote(given, caps
     said = " ".join(capsys.readouterr().out.split())
     assert f"6 steps of 128 tokens, {rows:,} rows, {learning:,} numbers learn" in said
     assert said.endswith(f"written to {given()['output']}/model")
+    with open(Path(given()["output"]) / "model" / "README.md", "a") as card:
+        card.write("Mine.")  # what its owner wrote into a finished run is nobody else's business
     run("transfer", given(), resume=True)
     assert f"{given()['output']} is finished; its model is in" in " ".join(capsys.readouterr().out.split())
 
