@@ -74,18 +74,29 @@ class Chain:
         """Run a training script of the project by `accelerate launch`, on what it is configured for."""
         arguments += ("--debug",) * self.debug
         self.console.print(f"accelerate launch -m {shlex.join([module, *arguments])}", style="dim")
-        self._run(module, ["accelerate.commands.launch", "-m", module, *arguments])
+        self._run(module, ["accelerate.commands.launch", "-m", module, *arguments], **_threads())
 
     def tell_minutes(self) -> None:
         """Print what each step took."""
         for name, minutes in self.minutes.items():
             self.console.print(f"{name}: {minutes:.1f} min")
 
-    def _run(self, module: str, command: list[str]) -> None:
+    def _run(self, module: str, command: list[str], **environment: str) -> None:
         paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         # PYTHONSAFEPATH: else what lies in the working directory, a checkout of this for one, would stand before what is installed
-        environment = {**os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
+        environment = {**environment, **os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
         status = subprocess.run([sys.executable, "-m", *command], env=environment).returncode
         if status:
             self.console.print(f"{module} stopped with status {status}; start again to go on from there", style="bold")
             raise SystemExit(2 if status == 2 else 1)
+
+
+def _threads() -> dict[str, str]:
+    """All cores for a training without a device: accelerate that nobody has configured takes a single thread then."""
+    import psutil
+    from accelerate.commands.config.config_args import default_config_file
+    from torch.accelerator import is_available  # late, as it imports torch
+
+    if is_available() or Path(default_config_file).is_file():
+        return {}
+    return {"OMP_NUM_THREADS": str(psutil.cpu_count(logical=False) or 1)}

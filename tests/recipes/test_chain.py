@@ -9,7 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import torch
+from accelerate.commands.config import config_args
 
 from recipes.common.chain import PROJECT, Chain
 from recipes.common.errors import RecipeError
@@ -92,3 +95,18 @@ def test_another_chains_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes").write_text("")
     with pytest.raises(RecipeError, match=f"holds something else; {REMEDY}"):
         chain(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("told", ["nothing", "a configuration", "a device", "by the user"])
+def test_a_training_without_a_device_has_every_core(told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: told == "a device")
+    (tmp_path / "there").touch()
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / ("there" if told == "a configuration" else "absent")))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told == "by the user":
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "threads.py").write_text("import os\nprint('threads', os.environ['OMP_NUM_THREADS'])")
+    chain(tmp_path / "out").launch("threads")
+    cores = psutil.cpu_count(logical=False) or 1
+    assert f"threads {({'nothing': cores, 'by the user': 3}).get(told, 1)}" in capfd.readouterr().out
