@@ -14,15 +14,13 @@ def step(call: Call, state: Tensor) -> Tensor:
     dtype, heads, groups = state.dtype, state.shape[1], query.shape[1] // state.shape[1]
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)
     padding = None if segments is None else (segments <= 0)[:, :, None, None]
-    if padding is not None:
-        q, k, v = q.masked_fill(padding, 0), k.masked_fill(padding, 0), v.masked_fill(padding, 0)
     if call.normalize_qk:
         q, k = unit(q), unit(k)
     a, b, c, temperature = coefficients.to(dtype).view(4, heads, groups, 1).unbind()
     features = key_features(k, call.degree)
     values = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    if padding is not None:
-        features = features.masked_fill(padding, 0)
+    if padding is not None:  # both, for 0 times what is no number would be none
+        features, values = features.masked_fill(padding, 0), values.masked_fill(padding, 0)
     new = features.mT @ values  # an outer product a key head
     if heads != key.shape[1]:
         new = new.repeat_interleave(heads // key.shape[1], 1)

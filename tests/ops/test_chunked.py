@@ -10,6 +10,7 @@ from operator_cases import gradients, make_inputs
 
 from hf_linattn import linear_attention
 from hf_linattn.ops import chunked, reference
+from hf_linattn.ops.unit import unit
 
 DECAYS = (None, "key_head", "query_head", "key_token", "query_token")
 SEGMENTS = (None, "left", "right", "middle", "packed", "mask")
@@ -189,3 +190,8 @@ def test_a_zero_vector_has_no_direction():
     torch.testing.assert_close(out[:, :, 3], value[:, :, :4].mean(2).repeat_interleave(2, 1))
     grad_query, grad_key = torch.autograd.grad(out.sum(), (query, key))
     assert grad_query[:, :, 3].abs().max() == 0 and grad_key[:, :, 5].abs().max() == 0
+
+
+def test_a_length_of_1e_12_is_the_last_without_direction():
+    short = torch.tensor([[1e-12, 0], [1.0001e-12, 0], [0, -1]], dtype=torch.float64)
+    torch.testing.assert_close(unit(short), torch.tensor([[0, 0], [1, 0], [0, -1]], dtype=torch.float64))

@@ -223,3 +223,6 @@ def test_meta_device():
     tensors = [torch.empty(2, 4, 9, 8, device="meta") for _ in range(3)]
     out, state = linear_attention(*tensors, return_state=True)
     assert out.device.type == "meta" and state.shape == (2, 4, 9, 9)
+    for kind, causal in (("paper", True), ("moment", True), ("moment", False)):  # within the kernel and outside
+        out = linear_attention(*tensors, causal=causal, dropout_p=0.1, dropout_kind=kind, seed=1)
+        assert out.device.type == "meta" and out.shape == (2, 4, 9, 8)
