@@ -72,8 +72,13 @@ def _refuse_config(name: str, config: PreTrainedConfig) -> None:
     softmax_layers(config)
     if options.learnable and not type(config).model_type.startswith(PREFIX):
         raise ValueError(missing_parameters(name))
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+    if has_cross_attention(config):
         raise ValueError(f"{name} has cross-attention, which linear attention does not serve; {_cure()}")
+
+
+def has_cross_attention(config: PreTrainedConfig) -> bool:
+    """Whether there is some anywhere in a model of this config."""
+    return config.is_encoder_decoder or getattr(config, "add_cross_attention", False)
 
 
 def _refuse_attention(name: str, attention: nn.Module) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.utils import is_torchdynamo_compiling, logging
 
+from .architectures import has_cross_attention
+
 logger = logging.get_logger(__name__)
 
 OTHER_STATES = {"encoder_hidden_states", "encoder_states", "key_value_states", "cross_attention_states", "context", "key", "value"}
@@ -50,9 +52,9 @@ def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: 
 
 
 def _is_cross_attention(module: nn.Module) -> bool:
-    config = getattr(module, "config", None)
-    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        return True  # there is some in the model, and one class may serve for both
+    config: Any = module.config
+    if has_cross_attention(config):
+        return True  # one class may serve for both
     return getattr(module, "is_cross_attention", False) or _takes_other_states(type(module))
 
 

@@ -154,6 +154,17 @@ def test_gguf_is_unpacked(given: str, wanted: str | None, tmp_path: Path, monkey
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == (wanted or "bfloat16")
 
 
+def test_what_is_no_gguf_is_given_back(source: Path, tmp_path: Path) -> None:
+    """A file of another kind, a folder that is but called so, a name of nothing here."""
+    checkpoint = source.rename(tmp_path / "tiny.gguf")
+    others = checkpoint / "model.safetensors", checkpoint / "config.json", checkpoint, tmp_path / "absent.gguf", Path("owner/tiny.gguf")
+    (tmp_path / "empty.gguf").mkdir()
+    for given in (*others, tmp_path / "empty.gguf"):
+        with convert.gguf.unpacked(str(given)) as found:
+            assert found == str(given)
+    assert linearize(checkpoint, tmp_path / "out")["check"]["layers"] == 3
+
+
 def test_gguf_is_read_dequantised_and_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that stays packed cannot be saved; what a repository says beside the file is not run."""
     asked: list[dict[str, Any]] = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_linattn import LinAttnConfig
-from hf_linattn.forms import Sizes
+from hf_linattn.forms import Call, Sizes
 from hf_linattn.forms.polynomial import PolynomialParameters
 
 KERNELS = ("linear", "quadratic")
@@ -33,6 +33,13 @@ def test_whatever_the_parameters_are_the_weights_stay_positive(kernel: str, raw:
     else:
         assert (out["b"] ** 2 < 4 * out["a"] * out["c"]).all()
     assert (out["log_decay"] <= 0).all()
+
+
+@pytest.mark.parametrize("scaling, scale", [(0.3, 0.3), (None, 0.25)], ids=str)
+def test_products_that_are_no_cosines_are_scaled_as_the_model_scales(scaling: float | None, scale: float) -> None:
+    call = Call(*torch.zeros(3, 1, 2, 5, 16), scaling=scaling)
+    assert LinAttnConfig(normalize_qk=False, b=0.2, temperature=2.0).attention.numbers(call, None)["temperature"] == 2 * scale
+    assert LinAttnConfig(b=0.2, temperature=2.0).attention.numbers(call, None)["temperature"] == 2
 
 
 def test_starting_values() -> None:

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask
 
-from hf_linattn import require_attention_interface
+from hf_linattn import calls, require_attention_interface
 from hf_linattn.models import config_class_for
 
 
@@ -140,6 +140,22 @@ def test_attention_weights_are_none():
     """There are none: as for SDPA, the model answers without them."""
     out = tiny_model("llama")(tiny_tokens(), output_attentions=True)
     assert out.attentions is None or all(weights is None for weights in out.attentions)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, asked, said", [
+    ("llama", {}, []),
+    ("llama", {"output_attentions": True}, ["LlamaAttention: linear attention computes no attention weights"]),
+    ("gemma2", {}, ["Gemma2Attention: softcap and attention sinks shape softmax scores; linear attention drops them."]),
+    ("gpt_oss", {}, ["GptOssAttention: softcap and attention sinks"]),
+])  # fmt: skip
+def test_what_is_dropped_is_said(name, asked, said, monkeypatch):
+    config = sweep.tiny.tiny_config(name) if name == "gpt_oss" else tiny_config(name)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="linattn")
+    told: list[str] = []
+    monkeypatch.setattr(calls.logger, "warning_once", told.append)
+    model(tiny_tokens(), **asked)
+    assert len(set(told)) == len(said) and all(one.startswith(words) for one, words in zip(told, said, strict=False))
 
 
 @torch.no_grad()

@@ -40,6 +40,8 @@ def test_saved_by_transformers(name, options, tmp_path):
     model.set_attn_implementation("sdpa")
     for number, other in enumerate((softmax, model)):  # whose options stay, and would ask for linear attention
         other.save_pretrained(tmp_path / f"softmax {number}")
+        written = json.loads((tmp_path / f"softmax {number}" / "config.json").read_text())
+        assert written.get("attn_implementation") == ("sdpa" if "linattn" in written else None)
         loaded = auto.from_pretrained(tmp_path / f"softmax {number}")
         assert loaded.config._attn_implementation == "sdpa" and torch.equal(logits(loaded), logits(softmax))
 
@@ -86,6 +88,17 @@ def test_parts_that_went_back_to_softmax_stay_with_theirs(tmp_path):
         loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
         assert loaded.config.text_config._attn_implementation == model.config.text_config._attn_implementation
         assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_part_that_knows_no_sdpa_is_not_asked_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.models.clip.modeling_clip.CLIPPreTrainedModel, "_supports_sdpa", False)
+    config = llava()
+    LinAttnConfig(decay="head").store(config)
+    cls = transformers.LlavaForConditionalGeneration
+    model = cls._from_config(config, attn_implementation={"": "sdpa", "text_config": "sdpa", "vision_config": "eager"})
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["attn_implementation"] == {"": "sdpa"}
+    assert torch.equal(logits(cls.from_pretrained(tmp_path)), logits(model))
 
 
 def test_without_the_package_transformers_says_what_is_missing(tmp_path, monkeypatch):

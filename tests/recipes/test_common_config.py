@@ -108,6 +108,14 @@ def test_a_wrong_file_is_refused_by_name(tmp_path, text, message):
     assert message in str(error.value)
 
 
+def test_whole_numbers_are_those_of_64_bits(file):
+    for number in (2**63 - 1, 1 - 2**63):
+        assert load_config(Settings, file, [f"limit={number}"]).limit == number
+    for number in (2**63, -(2**63)):
+        with pytest.raises(RecipeError, match=f"limit: {number} is too large a number"):
+            load_config(Settings, file, [f"limit={number}"])
+
+
 def test_the_word_no_is_a_choice_where_it_is_one(file):
     """YAML 1.1 reads it as false."""
     assert load_config(Settings, file, ["kind=no"]).kind == "no"

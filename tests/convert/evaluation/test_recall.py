@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import random
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +126,27 @@ def test_the_error_and_what_is_an_answer() -> None:
     assert found["answers"] == [f" {text}" for text in ("12345", "12345", "12345", "99999")]
     assert is_answer(" 12345.", "12345") and is_answer("12345", "12345") and is_answer("\n lamp,", "lamp")
     assert not is_answer("123456", "12345") and not is_answer("lamps", "lamp") and not is_answer("a lamp", "lamp")
+
+
+def test_what_just_fits_is_made(filler: Path, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    maker = Prompts(filler, tokenizer, 256)
+    assert tokenizer.decode(maker.make("key-value", 9, 1)[0].ids[-9:]).startswith(".\n\n")  # the end of a line, and the question at once
+    with pytest.raises(ConversionError, match="--distances names 8, and the question alone takes 9 tokens"):
+        maker.make("key-value", 8, 1)
+    remark = [1] * 10
+    assert maker._filled(random.Random(0), 10, [remark]) == remark
+    with pytest.raises(ConversionError, match="by 1 tokens"):
+        maker._filled(random.Random(0), 9, [remark])
+    words = [f"word{chr(97 + index)}" for index in range(16)]
+    for text, said in (("x" * 257, ""), ("x" * 256, "has 256 tokens, too few to hide keys in prompts of 256")):
+        (tmp_path / "text").write_text(text)
+        with nullcontext() if not said else pytest.raises(ConversionError, match=said):
+            Prompts(tmp_path / "text", tokenizer, 256).make("key-value", 60, 1)
+    for count in (16, 15):
+        (tmp_path / "text").write_text(" ".join(words[:count]) * 9)
+        with nullcontext() if count == 16 else pytest.raises(ConversionError, match="has 15 different words, too few for pairs"):
+            Prompts(tmp_path / "text", tokenizer, 256).make("associative", 60, 1)
 
 
 def test_what_does_not_fit_is_refused(filler: Path, tmp_path: Path) -> None:

@@ -69,6 +69,21 @@ def test_the_other_tables() -> None:
     assert [table.title for table in all_tables(few)] == ["Students", "Loss by position: held_out.txt, 128 tokens"]
 
 
+def test_a_table_has_a_column_or_is_left_out() -> None:
+    one: dict[str, dict[str, Any]] = {}
+    for name, of in RESULTS.items():
+        loss, costs = {**of["loss-0-128"]}, of["costs"]["by_length"][:1]
+        loss["by_position"], by_distance = loss["by_position"][:1], {"40": of["recall-needle"]["by_distance"]["40"]}
+        one[name] = {
+            "model": of["model"], "loss-0-128": loss, "recall-needle": {"by_distance": by_distance}, "recall-key-value": {"by_distance": {}},
+            "costs": {**of["costs"], "by_length": costs},
+        }  # fmt: skip
+    by_title = {table.title: table.cells for table in all_tables(one)}
+    assert list(by_title) == ["Students", "Loss by position: held_out.txt, 128 tokens", "Recall: needle", "Generating, one sequence"]
+    assert by_title["Recall: needle"] == [["model", "40 tokens"], ["teacher", "0.80 ± 0.01"], ["a|<b>", "0.40 ± 0.01 (50%)"]]
+    assert by_title["Loss by position: held_out.txt, 128 tokens"][0] == ["model", "0-63"]
+
+
 def test_what_tells_nothing_is_left_open() -> None:
     """A teacher that recalls nothing has no shares, and one of unknown or enough positions none beyond them."""
     for positions, beyond in ((None, False), (128, False), (127, True)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from byte_models import byte_model
-from transformers import AttentionInterface, Gemma2Config, Gemma2ForCausalLM, GenerationConfig
+from transformers import AttentionInterface, DynamicCache, Gemma2Config, Gemma2ForCausalLM, GenerationConfig
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from convert.errors import ConversionError
@@ -50,6 +50,16 @@ def test_it_generates_what_it_would_find_without_a_cache() -> None:
     ids = under.generate(IDS, attention_mask=torch.ones_like(IDS), generation_config=config)
     logits = under(ids).logits
     assert torch.equal(logits[:, 29:-1].argmax(-1), ids[:, 30:])
+
+
+@pytest.mark.parametrize("layers", [None, {1}])
+@torch.no_grad()
+def test_in_pieces_it_finds_what_it_finds_at_once(layers: set[int] | None) -> None:
+    """Layers that no window was put on see all that the cache holds too."""
+    under = windowed(byte_model(), 5, 2, layers)
+    cache = DynamicCache(config=under.config)
+    found = torch.cat([under(part, past_key_values=cache).logits for part in IDS.split([11, 1, 13, 5], 1)], 1)
+    torch.testing.assert_close(found, under(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_window_is_put_on_softmax_over_all_tokens_alone() -> None:
