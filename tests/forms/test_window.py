@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from window_cases import make_tensors
 
+import hf_linattn.forms.window
 from hf_linattn import DropoutSchedule, LinAttnConfig, WindowDropCallback, set_window_drop
 from hf_linattn.forms import Call, Sizes, Window
 from hf_linattn.forms.seen import Seen
@@ -354,6 +355,19 @@ def test_onnx_takes_the_formula_over_all_pairs() -> None:
     exported = torch.onnx.export(plain, (tiny_tokens(2, 9),), dynamo=True, dynamic_shapes=shapes, verbose=False)
     (out,) = evaluator(exported.model_proto).run(None, {exported.model_proto.graph.input[0].name: ids.numpy()})
     torch.testing.assert_close(torch.from_numpy(out), plain(ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS[:3], ids=str)
+@torch.no_grad()
+def test_what_onnx_takes_is_summed_in_float32_or_wider(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    form = make_form(**kind)
+    numbers = form.numbers(make_call(), make_parameters(form))
+    monkeypatch.setattr(hf_linattn.forms.window, "is_for_onnx", lambda has_state_or_noise: not has_state_or_noise)
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), *[(x, x) for x in (torch.float32, torch.float64)]):
+        call = make_call(dtype=dtype)
+        wider = Call(*(x.to(wide) for x in (call.query, call.key, call.value)))
+        found = form.attend(call, numbers)
+        assert found.dtype == dtype and torch.equal(found, form.reference(wider, numbers).to(dtype))
 
 
 def test_calibration_reads_the_gate_off_the_teacher() -> None:

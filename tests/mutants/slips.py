@@ -23,7 +23,8 @@ FILES = {
 LEFT_OUT = ("hf_linattn/ops/cuda.py", "hf_linattn/env.py", "recipes/common/plots.py", "convert/evaluation/pictures.py")
 PICTURES = ("draw", "plot", "show", "summary", "extra_repr")
 
-EITHER_WAY = ("min", "max", "minimum", "maximum", "isinstance", "issubclass", "getattr", "setattr", "hasattr")  # the same exchanged, or none at all
+# the same exchanged, or none at all
+EITHER_WAY = ("min", "max", "minimum", "maximum", "isinstance", "issubclass", "getattr", "setattr", "hasattr")
 
 SWAPPED = {
     "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not", "is not": "is", "in": "not in", "not in": "in",

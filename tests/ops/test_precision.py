@@ -5,7 +5,7 @@ import torch
 from operator_cases import gradients, make_inputs
 
 from hf_linattn import linear_attention
-from hf_linattn.ops import reference
+from hf_linattn.ops import functional, reference
 
 OPTIONS = {
     "linear": {},
@@ -106,3 +106,13 @@ def test_long_sequence_in_bfloat16():
         exact = linear_attention(*(x.detach().double() for x in tensors), b=0.5)
         errors.append(distance(linear_attention(*tensors, b=0.5), exact))
     assert errors[1] < 2 * errors[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"decay": "query_token", "segments": "packed"}, {"quadratic": True, "segments": "mask"}], ids=str)
+def test_what_onnx_takes_is_summed_in_float32_or_wider(options, monkeypatch):
+    monkeypatch.setattr(functional, "is_for_onnx", lambda has_state_or_noise: not has_state_or_noise)
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), *[(x, x) for x in (torch.float32, torch.float64)]):
+        tensors, given = make_inputs(dtype=dtype, grad=False, **options)
+        ids = {"segment_ids": given["segment_ids"].int()} if "segment_ids" in given else {}
+        found = linear_attention(*tensors, **given)
+        assert found.dtype == dtype and torch.equal(found, reference(*(x.to(wide) for x in tensors), **given | ids).to(dtype))

@@ -75,8 +75,8 @@ def test_a_table_has_a_column_or_is_left_out() -> None:
         loss, costs = {**of["loss-0-128"]}, of["costs"]["by_length"][:1]
         loss["by_position"], by_distance = loss["by_position"][:1], {"40": of["recall-needle"]["by_distance"]["40"]}
         one[name] = {
-            "model": of["model"], "loss-0-128": loss, "recall-needle": {"by_distance": by_distance}, "recall-key-value": {"by_distance": {}},
-            "costs": {**of["costs"], "by_length": costs},
+            "model": of["model"], "loss-0-128": loss, "costs": {**of["costs"], "by_length": costs},
+            "recall-needle": {"by_distance": by_distance}, "recall-key-value": {"by_distance": {}},
         }  # fmt: skip
     by_title = {table.title: table.cells for table in all_tables(one)}
     assert list(by_title) == ["Students", "Loss by position: held_out.txt, 128 tokens", "Recall: needle", "Generating, one sequence"]
