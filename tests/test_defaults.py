@@ -126,6 +126,26 @@ BOUNDS: dict[Callable[..., Any], dict[str, tuple[Any, Any]]] = {
     recipes.lra.prepare.prepare: {"seed": (0, None)},
     recipes.quickstart.__main__.main: {"scale": (0.001, None)},
 }  # fmt: skip
+# How much of what a user gives is taken, and how much of it lies in memory at once: what is refused, and what a machine needs.
+LIMITS: dict[str, dict[str, int]] = {
+    "recipes.common.reading": {"MOST_BYTES": 2**26, "MOST_YAML_BYTES": 2**20, "MOST_YAML_VALUES": 100_000, "DEEPEST": 50},
+    "recipes.common.documents": {"LONGEST_DOCUMENT": 2**18, "LONGEST_LINE": 2**26, "_ROWS": 100},
+    "recipes.common.state": {"LONGEST_RECORD": 2**20, "LARGEST": 10**18},
+    "recipes.common.checkpoint": {"MOST_LAYERS": 2048},
+    "recipes.lra.data": {"LONGEST_LINE": 2**22},
+    "recipes.lra.batches": {"BATCHES_SORTED_TOGETHER": 50},
+    "recipes.lra.prepare": {"IMAGES_PER_FOLDER": 1000},
+    "recipes.tinystories.evaluate": {"LONGEST": 2**24},
+    "recipes.tinystories.evaluation": {"STEPS_TIMED": 24},
+    "convert.options": {"MOST_LAYERS": 9999},
+    "convert.costs": {"LARGEST_STATE": 2**30},
+    "convert.evaluation.options": {"MOST": 2**24},
+    "convert.evaluation.costs": {"STEPS": 24},
+    "convert.evaluation.models": {"_LOOKED_AT": 2**20},
+    "convert.evaluation.prompts": {"_FILLER_CHARACTERS": 2**20},
+    "convert.evaluation.text": {"LONGEST": 2**16, "_CHARACTERS": 16},
+    "convert.stages.divergence": {"NUMBERS_AT_ONCE": 2**26},
+}
 
 
 def every_function() -> Iterator[Callable[..., Any]]:
@@ -159,6 +179,12 @@ def test_the_bounds_of_a_command(function: Callable[..., Any]) -> None:
     annotations = function.__annotations__ if hasattr(function, "__signature__") else get_type_hints(function, include_extras=True)
     found = {name: (told.min, told.max) for name, hint in annotations.items() for told in getattr(hint, "__metadata__", ())}
     assert {name: bounds for name, bounds in found.items() if bounds != (None, None)} == BOUNDS[function]
+
+
+@pytest.mark.parametrize("module", LIMITS)
+def test_how_much_is_taken(module: str) -> None:
+    found = vars(import_module(module))
+    assert {name: found[name] for name in LIMITS[module]} == LIMITS[module]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: f"{settings.__module__}.{settings.__qualname__}")
