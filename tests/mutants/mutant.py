@@ -27,6 +27,7 @@ TESTS = {
     "hf_linattn/": ["plugin/test_masks.py", "plugin/test_cache.py", "plugin/test_sequences.py", "plugin/test_options.py",
                     "plugin/test_refusals.py", "plugin/test_hybrid.py", "plugin/test_training.py", "plugin/test_generate.py",
                     "plugin/test_encoders.py"],
+    "hf_linattn/__init__.py": ["plugin/test_cache.py", "plugin/test_saved.py", "plugin/test_adapters.py", "plugin/test_choice.py"],
     "hf_linattn/adapters.py": ["plugin/test_saved.py", "plugin/test_adapters.py"],
     "hf_linattn/architectures.py": ["plugin/test_choice.py", "plugin/test_refusals.py", "plugin/test_options.py"],
     "hf_linattn/attention.py": ["plugin/test_cache.py", "plugin/test_training.py", "plugin/test_sequences.py", "plugin/test_hybrid.py",
