@@ -64,7 +64,7 @@ class LinAttnParams(nn.Module):
     def start_from(self, name: str, value: Tensor) -> None:
         """Begins anew from another value of a number (heads,) or of a matrix."""
         getattr(self, name).copy_(value)
-        if name in self.names and hasattr(self, name + OFFSET):
+        if hasattr(self, name + OFFSET):
             getattr(self, name + OFFSET).zero_()
 
     def read_off(self, name: str, hidden: Tensor | None, option: str) -> Tensor:

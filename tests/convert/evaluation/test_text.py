@@ -10,7 +10,7 @@ import pytest
 from byte_models import START, byte_tokenizer
 
 from convert.errors import ConversionError
-from convert.evaluation.text import LONGEST, documents, first_rows, last_rows
+from convert.evaluation.text import LONGEST, documents, first_documents, first_rows, last_documents, last_rows
 
 TEXTS = ["first story", "höher", "third, and longer than the others"]
 
@@ -28,6 +28,13 @@ def test_separators_are_found_wherever_a_block_ends(tmp_path: Path) -> None:
         (tmp_path / "text").write_text("a" * before + START + "b")
         assert [part[0] for part in documents(tmp_path / "text")][-1] == "b"
         assert "".join(documents(tmp_path / "text")) == "a" * before + "b"
+
+
+@pytest.mark.parametrize(("characters", "count"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3), (99, 3)])
+def test_documents_of_an_end_are_as_few_as_suffice(characters: int, count: int, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(START.join(["aaaa", "bbbb", "cccc"]))
+    assert first_documents(tmp_path / "text", characters) == ["aaaa", "bbbb", "cccc"][:count]
+    assert last_documents(tmp_path / "text", characters) == ["aaaa", "bbbb", "cccc"][-count:]
 
 
 def test_rows_are_the_stream_cut(tmp_path: Path) -> None:

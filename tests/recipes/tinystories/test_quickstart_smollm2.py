@@ -96,11 +96,13 @@ def test_the_text_is_pythons_manual_or_ones_own(tiny, tmp_path):
 def test_its_recipe(gpu, recipe, tokens, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr(smollm2, "fetch", lambda folder: folder.mkdir())
-    monkeypatch.setattr(smollm2.SmolLM2, "step", lambda self, title, result, work: None)
+    steps: list[tuple[str, Path]] = []
+    monkeypatch.setattr(smollm2.SmolLM2, "step", lambda self, title, result, work: steps.append((title[:2], result)))
     asked: list[str] = []
     monkeypatch.setattr(smollm2.SmolLM2, "call", lambda self, *words: asked.extend(words))
     quickstart_module.main(model="smollm2", out=tmp_path, scale=0.5)
     out = tmp_path / "quickstart-smollm2"
+    assert steps == [("1.", out / "teacher"), ("2.", out / "corpus")]
     assert asked[:3] == ["convert.run", recipe, "--set"] and " ".join(asked[3:5]) == tokens
     if gpu:
         return
