@@ -13,7 +13,8 @@ from convert import evaluate, linearize
 from convert.errors import ConversionError
 from convert.stages.options import CalibrateOptions, DistillOptions, StageOptions, TransferOptions
 from recipes.common.config import build
-from recipes.common.reading import user_path
+from recipes.common.documents import Source
+from recipes.common.reading import read_json, refuse_missing_folder, user_path
 
 RECIPES = Path(__file__).parent / "recipes"
 _SHARED = ("student", "output", "teacher", "data", "valid_data")
@@ -116,6 +117,29 @@ class Recipe:
             raise ValueError("controls: finetuned_teacher trains the source, which cannot be a GGUF file; give a folder or a hub id")
         return self._student(name, None)
 
+    def check_inputs(self) -> None:
+        """Refuses, before anything is made, what a stage or the evaluation would refuse when its turn comes.
+
+        Raises:
+            RecipeError: a text or the source is nowhere, or rows are longer than the source has positions.
+        """
+        refuse_missing_folder(self.source)
+        for name in (*self.data, *self.valid_data):
+            Source(name).files()
+        for name in _listed((self.evaluate or {}).get("data")):
+            if not user_path(name).is_file():
+                raise ConversionError(f"evaluate.data: {name}: no such file; give text, or rows of JSON with a key text")
+        config = user_path(self.source) / "config.json"
+        positions = read_json(config).get("max_position_embeddings") if config.is_file() else None
+        for student in self.students():
+            for name in student.stages:
+                length = self.stage(name, "student", student.control).length
+                if isinstance(positions, int) and length > positions:
+                    raise ConversionError(
+                        f"{name}: length {length} is more than the {positions} positions of {self.source}; "
+                        f"give --set training.length={positions} or less"
+                    )
+
     def stage(self, name: str, student: str, control: str = "") -> StageOptions:
         """The options of a stage that trains.
 
@@ -148,6 +172,10 @@ def recipe_file(name: str) -> Path:
     return RECIPES / f"{name}.yaml"
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def flags(options: dict[str, Any]) -> list[str]:
     """Options as a command line has them."""
     words: list[str] = []
@@ -156,7 +184,7 @@ def flags(options: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             words += [name] if value else [f"--no-{key.replace('_', '-')}"]
         elif value is not None and value != "":
-            words += [f"{name}={item}" for item in (value if isinstance(value, list) else [value])]
+            words += [f"{name}={item}" for item in _listed(value)]
     return words
 
 

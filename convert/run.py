@@ -20,7 +20,6 @@ from recipes.common import cli
 from recipes.common.chain import PROJECT, Chain
 from recipes.common.config import load_config, to_dict
 from recipes.common.files import check_apart, output_path
-from recipes.common.reading import refuse_missing_folder
 
 COMMAND = "convert.run"
 
@@ -101,7 +100,7 @@ def main(
 ) -> None:
     """Convert a softmax checkpoint by a recipe: linearize, calibrate, transfer, distill, evaluate."""
     read = load_config(Recipe, recipe_file(recipe), [*(set_values or []), *(more or [])])
-    refuse_missing_folder(read.source)
+    read.check_inputs()
     Conversion(read, debug).run()
 
 

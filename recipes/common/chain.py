@@ -74,7 +74,8 @@ class Chain:
         """Run a training script of the project by `accelerate launch`, on what it is configured for."""
         arguments += ("--debug",) * self.debug
         self.console.print(f"accelerate launch -m {shlex.join([module, *arguments])}", style="dim")
-        self._run(module, ["accelerate.commands.launch", "-m", module, *arguments], **_threads())
+        # quiet: the training has said what went wrong, and accelerate's own traceback says nothing more
+        self._run(module, ["accelerate.commands.launch", "--quiet", "-m", module, *arguments], **_threads())
 
     def tell_minutes(self) -> None:
         """Print what each step took."""
@@ -87,7 +88,9 @@ class Chain:
         environment = {**environment, **os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
         status = subprocess.run([sys.executable, "-m", *command], env=environment).returncode
         if status:
-            self.console.print(f"{module} stopped with status {status}; start again to go on from there", style="bold")
+            self.console.print(
+                f"{module} stopped with status {status}; what is done is kept: start again to go on from there", style="bold"
+            )
             raise SystemExit(2 if status == 2 else 1)
 
 

@@ -199,3 +199,26 @@ def test_memory_is_told_from_the_sizes_of_the_student(tiny):
     assert "0.0 to compare" in training_memory(tiny.student, options | {"batch_size": 1})
     assert DistillOptions.__dataclass_fields__.keys() >= options.keys()
     assert Path(tiny.student).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data": ["nothere.txt"]}, "nothere.txt: no such file"),
+        ({"valid_data": ["nothere.txt"]}, "nothere.txt: no such file"),
+        ({"evaluate": {"data": ["nothere.txt"]}}, "evaluate.data: nothere.txt: no such file"),
+        ({"evaluate": {"data": "nothere.txt"}}, "evaluate.data: nothere.txt: no such file"),
+        ({"source": "./nothere"}, "there is no folder ./nothere"),
+        ({"training": {"length": 65}}, "length 65 is more than the 64 positions of .*; give --set training.length=64 or less"),
+        ({"distill": {"length": 65}}, "distill: length 65 is more than the 64 positions"),
+    ],
+    ids=str,
+)
+def test_what_a_later_stage_would_refuse_is_refused_before_anything_is_made(recipe, called, tmp_path, monkeypatch, changes, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(**changes)))
+    with pytest.raises(RecipeError, match=said):
+        main(str(tmp_path / "recipe.yaml"))
+    assert not called and not (tmp_path / "out").exists()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(training={"length": 64})))
+    load_config(Recipe, tmp_path / "recipe.yaml", []).check_inputs()

@@ -30,7 +30,7 @@ def test_a_command_that_fails_ends_it_and_says_how_to_go_on(tmp_path: Path, capf
         chain(tmp_path / "out").call("recipes.absent", "--no", "matter")
     told = capfd.readouterr().out
     assert ended.value.code == 1 and "python -m recipes.absent --no matter" in told
-    assert "recipes.absent stopped with status 1; start again to go on from there" in " ".join(told.split())
+    assert "recipes.absent stopped with status 1; what is done is kept: start again to go on from there" in " ".join(told.split())
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
@@ -57,13 +57,13 @@ def test_commands_are_run_as_they_are_shown(debug: bool, tmp_path: Path, capfd: 
         with pytest.raises(SystemExit) as ended:
             made.call("recipes.some", "x")
         assert ended.value.code == wanted
-    launched, called = ["-m", "accelerate.commands.launch", "-m", "recipes.some", "--a", "b c"], ["-m", "recipes.some", "x"]
+    launched, called = ["-m", "accelerate.commands.launch", "--quiet", "-m", "recipes.some", "--a", "b c"], ["-m", "recipes.some", "x"]
     assert [command for command, *_ in ran] == [[*launched, *more], [*called, *more], [*called, *more]]
     assert all(safe == "1" and paths == [str(Path(__file__).parents[2]), "elsewhere"] for _, safe, paths in ran)
     told = " ".join(capfd.readouterr().out.split())
     flag = " --debug" * debug
     assert told.startswith(f"accelerate launch -m recipes.some --a 'b c'{flag} python -m recipes.some x{flag}")
-    assert "recipes.some stopped with status -9; start again" in told
+    assert "recipes.some stopped with status -9; what is done is kept: start again" in told
     assert PROJECT == ""
 
 
