@@ -89,7 +89,7 @@ class Chain:
         status = subprocess.run([sys.executable, "-m", *command], env=environment).returncode
         if status:
             self.console.print(
-                f"{module} stopped with status {status}; what is done is kept: start again to go on from there", style="bold"
+                f"{module} stopped with status {status}; start again to go on from there", style="bold"
             )
             raise SystemExit(2 if status == 2 else 1)
 
