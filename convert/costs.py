@@ -59,10 +59,6 @@ class Costs:
             f"{self.bandwidth / 1e9:.0f} GB/s (one core of a CPU; plain PyTorch there takes {SLOWER[0]} to {SLOWER[1]} times as long)"
         )
 
-    def other_forms(self) -> str:
-        """What the state would be in every form."""
-        return _listed(self.forms)
-
 
 def generating_costs(config: Any, large_state: bool = False) -> Costs:
     """The costs of a converted configuration.

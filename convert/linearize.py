@@ -106,7 +106,9 @@ def _run(options: LinearizeOptions, source: str, output: Path) -> None:
     console = cli.console()
 
     def tell(costs: Costs) -> None:
-        console.print(f"Generating will take {costs.sentence()} In bytes, by form: {costs.other_forms()}.", soft_wrap=True)
+        console.print(f"Generating will take {costs.sentence()} In bytes, by form:", soft_wrap=True)
+        for name, size in costs.forms.items():
+            console.print(f"  {size:>13,}  {name}", soft_wrap=True)
 
     with console.status("Converting") as status:
         report = linearize(source, output, options, on_shard=lambda shard: status.update(f"Wrote {shard.name}"), on_costs=tell)

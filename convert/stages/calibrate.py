@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 import hf_linattn
 from convert.errors import ConversionError
@@ -36,7 +37,7 @@ class Calibrate(Transfer):
         form = hf_linattn.LinAttnConfig.of(self.student.config).attention
         sample = [batch for batch, _ in zip(self.batches(0), range(self.pace.steps), strict=False)]
         with torch.no_grad(), watched_attention(self.teacher) as found:
-            for batch in sample:
+            for batch in tqdm(sample, disable=not self.accelerator.is_main_process, dynamic_ncols=True, unit="batch"):
                 self.teacher.base_model(**batch, use_cache=False)
         for layer, parameters in layers.items():
             found[layer].share(self.accelerator)
