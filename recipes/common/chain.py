@@ -88,9 +88,7 @@ class Chain:
         environment = {**environment, **os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
         status = subprocess.run([sys.executable, "-m", *command], env=environment).returncode
         if status:
-            self.console.print(
-                f"{module} stopped with status {status}; start again to go on from there", style="bold"
-            )
+            self.console.print(f"{module} stopped with status {status}; start again to go on from there", style="bold")
             raise SystemExit(2 if status == 2 else 1)
 
 
