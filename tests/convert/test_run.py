@@ -84,6 +84,8 @@ def test_the_stages_follow_one_another_and_go_on_where_they_stopped(recipe, call
     called.clear()
     main(str(tmp_path / "recipe.yaml"))
     assert called == ["convert.distill", "convert.evaluate"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "distill: 0." in said and "evaluate: 0." in said  # minutes of what was done now
     model = tmp_path / "out" / "distill" / "model"
     assert AutoModelForCausalLM.from_pretrained(model).config.linattn["softmax_layers"] == [1]
     stages = json.loads((model / "conversion.json").read_text())["stages"]

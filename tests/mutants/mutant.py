@@ -89,7 +89,7 @@ TESTS = {
     "recipes/common/place.py": ["test_folders.py", "convert/test_arguments.py"],
     "recipes/common/checkpoint.py": ["inputs/test_checkpoint_folder.py", "convert/test_linearize_refusals.py", "convert/test_linearize.py",
                                      "test_folders.py"],
-    "recipes/common/config.py": ["recipes/test_common_config.py"],
+    "recipes/common/config.py": ["recipes/test_common_config.py", "convert/test_run.py"],
     "recipes/common/documents.py": ["recipes/test_text.py", "inputs/test_text.py"],
     "recipes/common/tokens.py": ["recipes/test_text.py", "inputs/test_text.py"],
     "recipes/common/windows.py": ["recipes/test_text.py"],
