@@ -52,8 +52,8 @@ def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: 
 
 
 def _is_cross_attention(module: nn.Module) -> bool:
-    config: Any = module.config
-    if has_cross_attention(config):
+    config = getattr(module, "config", None)  # a module that is no part of Transformers may have none
+    if config is not None and has_cross_attention(config):
         return True  # one class may serve for both
     return getattr(module, "is_cross_attention", False) or _takes_other_states(type(module))
 

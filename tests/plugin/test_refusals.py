@@ -227,3 +227,7 @@ def test_a_converted_checkpoint_with_the_attention_of_vllm(monkeypatch):
     config._attn_implementation = "vllm"
     with pytest.raises(ValueError, match="vLLM would put its own softmax attention in the place of this checkpoint's linear one"):
         AutoModel.from_config(config)
+
+
+def test_a_module_without_a_config_is_no_cross_attention():
+    assert not calls._is_cross_attention(torch.nn.Linear(2, 2))
