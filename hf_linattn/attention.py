@@ -22,6 +22,8 @@ from .told import made_pattern, pattern_of, refuse_another_past
 from .values import require
 
 Number = float | Tensor
+KEEPS_SOFTMAX = "linattn_keeps_softmax"
+"""Of a converted model's attention modules: a compiled graph that asks for a layer's index is that layer's alone."""
 SDPA_HAS_NOT = ("softcap", "s_aux", "sinks")  # what shapes softmax scores and PyTorch's SDPA has no argument for
 PACKED_IN_A_CACHE = (
     "Positions fall, so sequences are packed together, and the softmax layers of this model cannot tell them apart in a cache that is "
@@ -139,6 +141,9 @@ def keeps_softmax(module: nn.Module, options: LinAttnConfig) -> bool:
     """
     if not options.softmax_layers:
         return False
+    known: bool | None = getattr(module, KEEPS_SOFTMAX, None)
+    if known is not None:
+        return known
     index = getattr(module, "layer_idx", None)
     if index is None:
         raise ValueError(f"{type(module).__name__} does not know its layer's index, so linattn option softmax_layers cannot apply to it.")

@@ -20,6 +20,7 @@ from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.utils import is_peft_available
 
+from hf_linattn.attention import KEEPS_SOFTMAX
 from hf_linattn.config import PREFIX, LinAttnConfig, sizes_of, sliding_windows
 from hf_linattn.forms import LinAttnParams
 from hf_linattn.forms.parameters import OFFSET
@@ -113,7 +114,9 @@ def _attach_parameters(model: PreTrainedModel) -> None:
     longest = min(getattr(config, "max_position_embeddings", None) or LONGEST_TIME_CONSTANT, LONGEST_TIME_CONSTANT)
     windows = sliding_windows(config)
     for _, module in list(attention_modules(model)):
-        if module.layer_idx not in options.softmax_layers:
+        keeps_softmax = module.layer_idx in options.softmax_layers
+        setattr(module, KEEPS_SOFTMAX, keeps_softmax)
+        if not keeps_softmax:
             width = next((child.in_features for child in module.modules() if isinstance(child, nn.Linear)), None)
             sizes = sizes_of(config, min(longest, windows[module.layer_idx] or longest), width)
             parameters = options.attention.parameters(sizes, options.learnable)

@@ -276,6 +276,24 @@ def test_compiles_as_one_graph(converted: Converted, tokens: Tensor) -> None:
     torch.testing.assert_close(compiled(tokens, use_cache=False).logits, logits(model, tokens))
 
 
+def test_layers_of_a_kind_share_a_compiled_graph(softmax_checkpoint: Callable[..., Path], tokens: Tensor, tmp_path: Path) -> None:
+    """The layers but one are of a kind; their places in the model are no part of it."""
+    graphs: list[Any] = []
+
+    def counted(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    linearize(softmax_checkpoint(), tmp_path / "student", LinearizeOptions(check=False, keep_softmax=(0,)))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    expected = logits(model, tokens)
+    torch._dynamo.reset()
+    for layer in model.model.layers:
+        layer.compile(backend=counted)
+    torch.testing.assert_close(model(tokens, use_cache=False).logits, expected)
+    assert len(graphs) == 2
+
+
 def test_copies_and_pickles(converted: Converted, tokens: Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(converted())
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
