@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from recipes.common.accelerating import own_part, whole
-from recipes.common.compiling import compile_options, layers
+from recipes.common.compiling import compile_in_place, compile_options, layers
 from recipes.common.errors import RecipeError
 from recipes.common.run import Run
 
@@ -114,8 +114,7 @@ class Loop(ABC):
     def prepare(self, model: Any, optimizer: Any, schedule: Any, batch_size: int, compiled: bool = False) -> None:
         """Hand model, optimizer and schedule to accelerate; `batch_size` is a process's, and `compiled` asks for torch.compile."""
         if (told := compile_options(self.accelerator, compiled)) is not None:
-            for module in self.to_compile(model):
-                module.compile(**told)
+            compile_in_place(self.to_compile(model), told)
         if plugin := getattr(self.accelerator.state, "deepspeed_plugin", None):
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size  # which it would else ask a DataLoader for
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)

@@ -18,6 +18,7 @@ from no_caches import no_caches
 from safetensors.torch import load_file
 from shared_data import require_shared_data
 from tiny_softmax import MODEL_TYPES, softmax_model
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.main import get_command
@@ -604,6 +605,16 @@ def test_compiled_layers_learn_and_save_what_plain_ones_do(given, tmp_path, monk
     assert {name for name, _ in compiled} == {"LlamaDecoderLayer"}
     first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("plain", "compiled"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_no_layer_is_left_uncompiled(given, tmp_path, monkeypatch):
+    """Student and teacher, in training and validation, the last of whose batches is smaller, and longer rows in the end."""
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    run("distill", given(long_length=64, long_share=0.5))
+    assert not counters["unimplemented"] and not counters["graph_break"]
 
 
 @pytest.mark.slow
