@@ -78,7 +78,8 @@ def linattn_attention(
     segments = segments_of(pattern, position_ids, cu_seq_lens_q, length, query.shape[0])
     form, parameters = options.attention, parameters_of(module, options)
     hidden = None if parameters is None else parameters.take_hidden_states()
-    call = Call(query, key, value, segments, causal, scaling, noise(module, options, dropout), hidden, window_drop(module))
+    kept = None if layer is None else layer.made(parameters, length)
+    call = Call(query, key, value, segments, causal, scaling, noise(module, options, dropout), hidden, window_drop(module), kept)
     numbers = form.numbers(call, parameters)
     if layer is None or not form.keeps_state(call, numbers):
         if layer is not None:

@@ -19,7 +19,8 @@ from transformers.utils import is_torchdynamo_compiling
 
 from .config import NAME, LinAttnConfig, softmax_layers
 from .counted import digest, joined
-from .forms import Call, Form, Numbers, Sizes, State
+from .forms import Call, Form, LinAttnParams, Numbers, Sizes, State
+from .forms.kept import Kept, Made
 from .hand_over import FILLED, NEVER_READ, hand_over, receive
 from .rollback import RecentTokens
 from .support import require_attention_interface
@@ -55,6 +56,7 @@ class LinearStateLayer(CacheLayerMixin):
         self.record_past = False
         self.is_incomplete = False  # whether there were tokens that no state could take in, seen both ways under a decay or packed
         self._recent: RecentTokens | None = None
+        self._kept = Kept()
         self._reads: int | None = None  # how often the last update was read; None before the first
         self._may_grow = False  # whether the last update was the first, so that there can be new readers
         self._more: list[LinearStateLayer] = []
@@ -191,6 +193,15 @@ class LinearStateLayer(CacheLayerMixin):
             )
         self.form = form
 
+    def made(self, parameters: LinAttnParams | None, tokens: int) -> Made | None:
+        """What was made of the layer's numbers at the token before this one, see `Kept`; None where nothing is kept."""
+        if is_torchdynamo_compiling():
+            return None
+        if tokens > 1:
+            self._kept.forget()
+            return None
+        return self._kept.of(() if parameters is None else parameters.tensors())
+
     def leave_out(self, padding: Tensor) -> None:
         """Remembers which of the tokens just counted by `update` are padding, bool (B, N)."""
         new = digest(padding, self.seen_before(padding.shape[-1]))
@@ -276,6 +287,7 @@ class LinearStateLayer(CacheLayerMixin):
                 reader.write(_each(torch.zeros_like, reader.state))
             if reader.left_out is not None:
                 reader._remember(torch.zeros_like(reader.left_out))
+            reader._kept.forget()
             reader._recent, reader.is_incomplete = None, False
         self._reads = None
 

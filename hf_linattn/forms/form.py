@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .kept import Made
 from .parameters import LinAttnParams
 from .seen import Seen
 
@@ -52,6 +53,7 @@ class Call:
         noise: dropout_p and dropout_kind of `linear_attention` in training; empty outside it.
         hidden: (B, N, hidden_size), what entered the layer, where its parameters need it.
         drop: the probability with which a sequence and query head goes without its window in training, where the form has one.
+        made: what was made of the layer's numbers for the tokens before, to be added to; None where nothing is kept.
     """
 
     query: Tensor
@@ -63,6 +65,7 @@ class Call:
     noise: Numbers = field(default_factory=dict)
     hidden: Tensor | None = None
     drop: float | Tensor = 0.0
+    made: Made | None = None
 
     @property
     def sizes(self) -> Sizes:

@@ -6,10 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops import linear_attention, linear_attention_step, reference
+from ..ops import linear_attention, reference
 from ..ops.functional import noisy
+from ..ops.step import step_by
+from ..ops.weights import weights_of
 from . import input_gate, projection
 from .form import Call, Numbers
+from .kept import once
 
 PER_TOKEN = ("log_decay", input_gate.NAME)
 """Numbers that each token may have of its own."""
@@ -44,7 +47,9 @@ def attention(call: Call, numbers: Numbers, **options: Any) -> tuple[Tensor, Any
 def attention_step(call: Call, numbers: Numbers, sums: Tensor) -> Tensor:
     """`linear_attention_step`: `sums` is moved on in place."""
     given, rest = _given(call, numbers)
-    out = linear_attention_step(given.query, given.key, given.value, sums, segment_ids=call.segments, **rest)
+    f = [rest[name] for name in ("a", "b", "c", "temperature", "normalize_qk")]
+    weights = once(call.made, ("weights", call.scaling, call.query.dtype), lambda: weights_of(given.query, *f))
+    out = step_by(weights, given.query, given.key, given.value, sums, rest.get("log_decay"), call.segments)
     return input_gate.quotient(out) if input_gate.NAME in numbers else out
 
 

@@ -82,6 +82,10 @@ class LinAttnParams(nn.Module):
         hidden = torch.zeros(1, 1, self.hidden_size) if self.hidden_size else None
         return {name: number if name in self.matrices else number.flatten() for name, number in self(hidden).items()}
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that the numbers are made of."""
+        return *self._parameters.values(), *self._buffers.values()  # type: ignore[arg-type]
+
     def keep_hidden_states(self, attention: nn.Module) -> None:
         """Has `attention` leave the hidden states that enter it here, where something is computed from them."""
         if self.hidden_size:

@@ -15,6 +15,7 @@ from ..ops import bounds
 from ..ops.features import feature_count
 from . import input_gate, projection
 from .form import Call, Form, Numbers, Sizes, State, Tokens
+from .kept import Made, once
 from .operators import attention, attention_reference, attention_step, per_token
 from .options import one_of, require_bool, require_count, require_number
 from .parameters import LinAttnParams, refuse_unread
@@ -152,11 +153,12 @@ class PolynomialParameters(LinAttnParams):
             matrices["input_weight"] = (sizes.key_heads, int(sizes.hidden_size or 0))
         return numbers, matrices
 
-    def forward(self, hidden: Tensor | None = None) -> dict[str, Tensor]:
-        """The numbers to attend with, as new float32 tensors of shape (heads,).
+    def forward(self, hidden: Tensor | None = None, made: Made | None = None) -> dict[str, Tensor]:
+        """The numbers to attend with, as float32 tensors of shape (heads,).
 
         Args:
             hidden: (B, N, hidden_size), for a decay or an input gate per token.
+            made: where what tokens have no say in is kept; without it all are new.
 
         Returns:
             ``a``, ``b``, ``temperature``; with the quadratic kernel ``c``; with a decay ``log_decay`` = -1 / T < 0, for one per token
@@ -165,8 +167,12 @@ class PolynomialParameters(LinAttnParams):
         Raises:
             ValueError: a decay or gate per token without hidden states.
         """
-        options, learned = self.options, {name: self.number(name) for name in self.names}
-        like = learned[self.names[0]]
+        learned: dict[str, Tensor] = once(made, "learned", lambda: {name: self.number(name) for name in self.names})
+        return once(made, "same for all tokens", lambda: self._of_layer(learned)) | self._of_tokens(learned, hidden)
+
+    def _of_layer(self, learned: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The numbers that are the same for all tokens."""
+        options, like = self.options, learned[self.names[0]]
         out = {"a": torch.full_like(like, options.a)}
         if options.kernel == "linear":
             out["b"] = torch.full_like(like, options.b)
@@ -177,11 +183,16 @@ class PolynomialParameters(LinAttnParams):
             out["temperature"] = torch.exp(learned["log_temperature"])
         if "log_rate" in learned:
             out["log_decay"] = -torch.exp(learned["log_rate"])
-        elif "rate_logit" in learned:
-            out["log_decay"] = -F.softplus(learned["rate_logit"][:, None] + self.read_off("rate_weight", hidden, "decay"))
-        if options.input_gate == "token":
-            out[input_gate.NAME] = input_gate.bounded(self.read_off("input_weight", hidden, "input_gate"))
         return out | {name: getattr(self, name) for name in self.matrices if name not in self.of_hidden}
+
+    def _of_tokens(self, learned: dict[str, Tensor], hidden: Tensor | None) -> dict[str, Tensor]:
+        """Those that each token has of its own, (B, heads, N)."""
+        out = {}
+        if "rate_logit" in learned:
+            out["log_decay"] = -F.softplus(learned["rate_logit"][:, None] + self.read_off("rate_weight", hidden, "decay"))
+        if self.options.input_gate == "token":
+            out[input_gate.NAME] = input_gate.bounded(self.read_off("input_weight", hidden, "input_gate"))
+        return out
 
     def start(self, name: str) -> Tensor:
         options = self.options
@@ -261,10 +272,15 @@ class Polynomial(Form):
         return PolynomialParameters(sizes, options, learnable)
 
     def numbers(self, call: Call, parameters: LinAttnParams | None) -> Numbers:
+        if parameters is not None and parameters.hidden_size:  # each token has its own
+            return self._numbers(call, parameters)
+        return once(call.made, ("numbers", call.scaling), lambda: self._numbers(call, parameters))
+
+    def _numbers(self, call: Call, parameters: LinAttnParams | None) -> Numbers:
         options, query = self.options, call.query
         numbers: Numbers = {name: getattr(options, name) for name in ("a", "b", "c", "temperature", "normalize_qk")}
         if parameters is not None:
-            numbers.update(parameters(call.hidden))
+            numbers.update(parameters(call.hidden, call.made))
         elif options.features is not None:
             raise ValueError("linattn option features is of learned projections, which only converted checkpoints have: leave it out.")
         elif options.input_gate == "token":

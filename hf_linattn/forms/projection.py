@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .form import Call, Numbers, Sizes
+from .kept import once
 from .seen import Seen
 
 QUERY, KEY, CENTER = "query_projection", "key_projection", "key_center"
@@ -64,11 +65,16 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * roots[:, None]) @ vectors.mT, (vectors * inverse[:, None]) @ vectors.mT
 
 
+def _in(dtype: torch.dtype, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor]:
+    """The matrices in the dtype of queries, the centre as a row of keys."""
+    return numbers[QUERY].to(dtype), numbers[KEY].to(dtype), numbers[CENTER].to(dtype)[:, None]
+
+
 def projected(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
     """The call with projected queries and keys, and the numbers that are left; both as they are where nothing is projected."""
     if QUERY not in numbers:
         return call, numbers
-    query_projection, key_projection, center = (numbers[name].to(call.query.dtype) for name in (QUERY, KEY, CENTER))
-    query, key = call.query @ query_projection, (call.key - center[:, None]) @ key_projection
+    of_query, of_key, center = once(call.made, ("projections", call.query.dtype), lambda: _in(call.query.dtype, numbers))
+    query, key = call.query @ of_query, (call.key - center) @ of_key
     rest = {name: number for name, number in numbers.items() if name not in (QUERY, KEY, CENTER)}
     return dataclasses.replace(call, query=query, key=key), rest

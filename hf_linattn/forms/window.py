@@ -64,7 +64,8 @@ class WindowOptions(PolynomialOptions):
 
 
 class WindowParameters(PolynomialParameters):
-    """Those of the polynomial, and the gate: sigmoid(g) per query head, or sigmoid(g + w.x) of the hidden state x, w starting at 0.
+    """Those of the polynomial, and ``gate``, float32: sigmoid(g) per query head (Hq,), or sigmoid(g + w.x) of the hidden state x of each
+    token (B, Hq, N), w starting at 0.
 
     Raises:
         ValueError: as for the polynomial; a gate per token that is not to be learned, or of a layer of unknown width.
@@ -83,16 +84,15 @@ class WindowParameters(PolynomialParameters):
         more = {"gate_weight": (sizes.query_heads, int(sizes.hidden_size or 0))} if self.per_token else {}
         return numbers | {"gate_logit": sizes.query_heads}, matrices | more
 
-    def forward(self, hidden: Tensor | None = None) -> dict[str, Tensor]:
-        """The polynomial's numbers, and ``gate``, float32 (Hq,), or (B, Hq, N) for one per token of ``hidden`` (B, N, hidden_size).
+    def _of_layer(self, learned: dict[str, Tensor]) -> dict[str, Tensor]:
+        numbers = super()._of_layer(learned)
+        return numbers if self.per_token else numbers | {"gate": torch.sigmoid(learned["gate_logit"])}
 
-        Raises:
-            ValueError: a gate or a decay per token without hidden states.
-        """
-        logit = self.number("gate_logit")
+    def _of_tokens(self, learned: dict[str, Tensor], hidden: Tensor | None) -> dict[str, Tensor]:
+        numbers = super()._of_tokens(learned, hidden)
         if self.per_token:
-            logit = logit[:, None] + self.read_off("gate_weight", hidden, "gate")
-        return super().forward(hidden) | {"gate": torch.sigmoid(logit)}
+            numbers["gate"] = torch.sigmoid(learned["gate_logit"][:, None] + self.read_off("gate_weight", hidden, "gate"))
+        return numbers
 
     def start(self, name: str) -> Tensor:
         return torch.full((self.heads,), START) if name == "gate_logit" else super().start(name)
@@ -186,7 +186,7 @@ class Window(Form):
         if self.beside is None:
             return near
         gate = _as_outputs(numbers["gate"])
-        old = Call(call.query, leaving.key.to(call.key.dtype), leaving.value.to(call.value.dtype), leaving.real)
+        old = Call(call.query, leaving.key.to(call.key.dtype), leaving.value.to(call.value.dtype), leaving.real, made=call.made)
         far = attention_step(old, _of_the_kept(numbers, leaving.per_token), state["sums"])
         return _mixed(near, far, gate, (ring.seen > self.options.window)[:, None, None, None])
 

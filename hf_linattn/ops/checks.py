@@ -3,6 +3,7 @@
 import math
 from functools import lru_cache
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +18,26 @@ def values_are_readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+class _Facts(NamedTuple):
+    """What is asked of a tensor that needs no look at its values."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, lag: int, causal: bool, has_state: bool) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor of shape (batch, heads, length, head_dim), not {type(x).__name__}.")
-        if x.dim() != 4:
+    of_query, of_key, of_value = (_Facts(x.shape, x.dtype, x.device) for x in (query, key, value))
+    are_plain = type(query) is type(key) is type(value) is Tensor and not torch.compiler.is_compiling()
+    (_check_facts_once if are_plain else _check_facts)(of_query, of_key, of_value, lag, causal, has_state)  # else sizes may be symbols
+
+
+def _check_facts(query: _Facts, key: _Facts, value: _Facts, lag: int, causal: bool, has_state: bool) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if len(x.shape) != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head_dim), but its shape is {tuple(x.shape)}.")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, not {x.dtype}: cast it first.")
@@ -43,6 +59,9 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, lag: int, causal: b
     if causal and key.shape[2] != length and not (lag and has_state and key.shape[2] == length + lag):
         expected = f"{length}" + (f", or {length + lag} with the {lag} tokens before in front and an initial_state" if lag else "")
         raise ValueError(f"causal attention needs as many keys as queries: expected {expected}, got {key.shape[2]}.")
+
+
+_check_facts_once = lru_cache(maxsize=256)(_check_facts)  # what raises is not kept
 
 
 def check_weights(a, b, c, temperature, heads: int, normalize_qk: bool) -> None:

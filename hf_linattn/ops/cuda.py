@@ -147,8 +147,8 @@ def _serves(architecture: str, card: tuple[int, int]) -> bool:
 
 def _cannot_take(call: Call) -> str:
     """Why the kernels cannot take this problem, or ""."""
-    length, head_dim = call.query.shape[2:]
-    keys, value_dim = call.value.shape[2:]
+    _, _, length, head_dim = call.query.shape
+    _, _, keys, value_dim = call.value.shape
     if call.query.dtype not in _DTYPES:
         return f"the kernels take float32, float16 and bfloat16, not {call.query.dtype}"
     if head_dim > MAX_DIM or value_dim > MAX_DIM:

@@ -1,4 +1,4 @@
-"""linear_attention and linear_attention_step: what a user calls. Arguments in any allowed form go in, the operators' one form comes out."""
+"""linear_attention: what a user calls. Arguments in any allowed form go in, the operators' one form comes out."""
 
 import torch
 import torch.nn.functional as F
@@ -7,12 +7,10 @@ from torch import Tensor
 from . import checks
 from .call import Call, Forward
 from .features import feature_count
-from .operators import forward, noise_like, step
+from .operators import forward, noise_like
 from .reference import reference
 from .segments import canonical_segments, reversed_segments
-
-Coefficient = float | Tensor
-_constants: dict[tuple, Tensor] = {}  # coefficients given as numbers, kept so that a call starts no kernel to write them
+from .weights import Coefficient, coefficients_of, degree_of
 
 
 def empty_state(batch: int, heads: int, head_dim: int, value_dim: int, *, degree: int = 1, device: torch.device | str | None = None,
@@ -21,36 +19,10 @@ def empty_state(batch: int, heads: int, head_dim: int, value_dim: int, *, degree
     return torch.zeros(batch, heads, feature_count(head_dim, degree), value_dim + 1, device=device, dtype=dtype)
 
 
-def _coefficients(query: Tensor, a: Coefficient, b: Coefficient, c: Coefficient, temperature: Coefficient) -> Tensor:
-    """(4, Hq), float32 beside inputs of up to 32 bits."""
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    heads = query.shape[1]
-    given = (a, b, c, temperature)
-    if any(isinstance(x, Tensor) for x in given):
-        return torch.stack([
-            (x.to(dtype) if isinstance(x, Tensor) else torch.full((), float(x), dtype=dtype, device=query.device)).expand(heads)
-            for x in given
-        ])  # fmt: skip
-    if torch.compiler.is_compiling():
-        return torch.stack([torch.full((heads,), float(x), dtype=dtype, device=query.device) for x in given])
-    signature = (*map(float, given), heads, dtype, query.device)
-    if signature not in _constants:
-        with torch.inference_mode(False), torch.no_grad():
-            made = torch.tensor([[float(x)] * heads for x in given], dtype=dtype, device=query.device)
-        if type(made) is not Tensor or made.device.type == "meta":
-            return made
-        if len(_constants) >= 256:
-            _constants.clear()
-        _constants[signature] = made
-    return _constants[signature]
-
-
-def _degree(c: Coefficient) -> int:
-    return 1 if not isinstance(c, Tensor) and c == 0 else 2
-
-
 def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the dtype that autocast asks for, as they are outside it; float64 stays."""
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return tensors
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     given = all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors)
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)  # torch 2.11 cannot trace the question
@@ -137,8 +109,8 @@ def linear_attention(
     if is_for_onnx(initial_state is not None or return_state or noisy):
         return _by_pairs(query, key, value, a, b, c, causal=causal, normalize_qk=normalize_qk, temperature=temperature,
                          log_decay=log_decay, lag=lag, segment_ids=segment_ids)  # fmt: skip
-    coefficients = _coefficients(query, a, b, c, temperature)
-    call = _canonical(query, key, value, coefficients, log_decay, segment_ids, initial_state, _degree(c), causal, normalize_qk)
+    coefficients = coefficients_of(query, a, b, c, temperature)
+    call = canonical(query, key, value, coefficients, log_decay, segment_ids, initial_state, degree_of(c), causal, normalize_qk)
     two_sided = not causal and (call.log_decay is not None or (segment_ids is not None and segment_ids.dtype != torch.bool))
     if two_sided and (initial_state is not None or return_state):
         raise ValueError("a state goes with causal attention, or with bidirectional attention without log_decay and packed segments.")
@@ -181,8 +153,8 @@ def _by_pairs(query: Tensor, key: Tensor, value: Tensor, *coefficients: Coeffici
     return out.to(query.dtype)
 
 
-def _canonical(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None, segment_ids: Tensor | None,
-               initial_state: Tensor | None, degree: int, causal: bool, normalize_qk: bool) -> Call:  # fmt: skip
+def canonical(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None, segment_ids: Tensor | None,
+              initial_state: Tensor | None, degree: int, causal: bool, normalize_qk: bool) -> Call:  # fmt: skip
     """The operators' form of what a user gives, without noise; raises where the decay, the segments or the state do not fit."""
     segments = None if segment_ids is None else canonical_segments(segment_ids, query.shape[0], key.shape[2])
     decay = _canonical_decay(log_decay, query, key, segments)
@@ -313,43 +285,3 @@ def _dropout_deviation(out: Tensor, mass: Tensor, moments: Tensor, squared_mass:
     is_spread = spread > 64 * torch.finfo(spread.dtype).eps * second  # below, it is rounding, and a square root has no slope at 0
     share = torch.where(mass == 0, 0, squared_mass / mass.masked_fill(mass == 0, 1).square())[..., None]
     return torch.where(is_spread, (p / (1 - p) * share * torch.where(is_spread, spread, 1)).sqrt(), 0)
-
-
-def linear_attention_step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    state: Tensor,
-    a: Coefficient = 1.0,
-    b: Coefficient = 1.0,
-    c: Coefficient = 0.0,
-    *,
-    normalize_qk: bool = True,
-    temperature: Coefficient = 1.0,
-    log_decay: Tensor | None = None,
-    segment_ids: Tensor | None = None,
-) -> Tensor:
-    """One new token a sequence: `state` is updated in place, and what `linear_attention` would give at this token is returned.
-
-    Args:
-        query, key, value: (B, Hq, 1, D), (B, Hk, 1, D), (B, Hk, 1, Dv).
-        state: float32 (B, Hs, F, Dv + 1), from `linear_attention(..., return_state=True)` or `empty_state`; changed in place.
-        a, b, c, normalize_qk, temperature: as in `linear_attention`.
-        log_decay: None, (H,) or (B, H, 1).
-        segment_ids: (B, 1); where 0 or False the sequence has no new token: its state stays and its output is 0.
-
-    Returns:
-        (B, Hq, 1, Dv) in query's dtype. Not differentiable: train with `linear_attention`.
-
-    Raises:
-        ValueError, TypeError: as `linear_attention`, and ValueError where N is not 1.
-    """
-    query, key, value = cast_for_autocast(query, key, value)
-    checks.check_tensors(query, key, value, 0, True, True)
-    checks.check_weights(a, b, c, temperature, query.shape[1], normalize_qk)
-    if query.shape[2] != 1:
-        raise ValueError(f"linear_attention_step takes one token a call, not {query.shape[2]}: use linear_attention for more.")
-    coefficients = _coefficients(query, a, b, c, temperature)
-    call = _canonical(query, key, value, coefficients, log_decay, segment_ids, None, _degree(c), True, normalize_qk)
-    checks.check_state(state, call.state_shape, call.dtype)
-    return step(query, key, value, state, coefficients, call.log_decay, call.key_segments, call.degree, normalize_qk)

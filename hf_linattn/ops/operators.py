@@ -32,7 +32,6 @@ _library.define(
 )
 _library.define("noise(Tensor x, Tensor? dropout_p, Tensor seed) -> Tensor")
 
-step = torch.ops.linattn.step
 noise_like = torch.ops.linattn.noise
 
 
@@ -171,18 +170,38 @@ def forward(call: Call, return_state: bool = False) -> Forward:
 # ---- one new token
 
 
+_STEP = {"cpu": _in_full_precision(one_token.step), "cuda": _in_full_precision(cuda.step)}
+
+
 def _on_a_state(kernel: Callable) -> Callable:
     """A kernel of one token as torch.library calls it."""
 
     def run(query, key, value, state, coefficients, log_decay, segments, degree, normalize_qk):
         call = Call(query, key, value, coefficients, log_decay, segments, segments, degree=degree, normalize_qk=normalize_qk)
-        return _in_full_precision(kernel)(call, state)
+        return kernel(call, state)
 
     return run
 
 
-_library.impl("step", _on_a_state(one_token.step), "CompositeExplicitAutograd")
-_library.impl("step", _on_a_state(cuda.step), "CUDA")
+_library.impl("step", _on_a_state(_STEP["cpu"]), "CompositeExplicitAutograd")
+_library.impl("step", _on_a_state(_STEP["cuda"]), "CUDA")
+
+
+def step(call: Call, state: Tensor) -> Tensor:
+    """out (B, Hq, 1, Dv); `state` is moved on in place."""
+    if _reaches_kernels(call, state) and _is_written_alike(call, state):
+        torch.autograd.graph.increment_version(state)
+        return _STEP[state.device.type](call, state)
+    return torch.ops.linattn.step(
+        call.query, call.key, call.value, state, call.coefficients, call.log_decay, call.key_segments, call.degree, call.normalize_qk
+    )
+
+
+def _is_written_alike(call: Call, state: Tensor) -> bool:
+    """Whether the dispatcher would do no more than count what is written: no gradient is asked for, and the state may be written."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*call.tensors, state)):
+        return False
+    return not state.is_inference() or torch.is_inference_mode_enabled()
 
 
 @torch.library.register_fake("linattn::step")

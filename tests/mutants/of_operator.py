@@ -4,6 +4,7 @@ from .mutant import OPERATOR, named
 
 CHUNKED, CHECKS, BOUNDS, FUNCTIONAL = (f"hf_linattn/ops/{name}.py" for name in ("chunked", "checks", "bounds", "functional"))
 DECAY, NOISE, STEP, OPERATORS = (f"hf_linattn/ops/{name}.py" for name in ("decay_gradient", "noise", "one_token", "operators"))
+WEIGHTS = "hf_linattn/ops/weights.py"
 
 MUTANTS = [
     *named(
@@ -27,9 +28,9 @@ MUTANTS = [
          "ops/test_memory.py"),
         ("pairs formed one by one however long the text", CHUNKED, "DIRECT_LENGTH = 1.0", "DIRECT_LENGTH = 1e9",
          "ops/test_memory.py"),
-        ("constants never forgotten", FUNCTIONAL, "if len(_constants) >= 256:", "if len(_constants) >= 2**60:",
+        ("constants never forgotten", WEIGHTS, "if len(_constants) >= 256:", "if len(_constants) >= 2**60:",
          "ops/test_operators.py"),
-        ("constants of other heads", FUNCTIONAL, "signature = (*map(float, given), heads, dtype,",
+        ("constants of other heads", WEIGHTS, "signature = (*map(float, given), heads, dtype,",
          "signature = (*map(float, given), dtype,",
          "ops/test_operators.py"),
         # noise

@@ -8,6 +8,7 @@ ATTENTION, CACHE, CONFIG, DROPOUT, MASK, TOLD = (
 POLYNOMIAL, LAYERS, BOUNDS, ROLLBACK, PACKING, COUNTED = (
     f"hf_linattn/{name}.py" for name in ("forms/polynomial", "forms/parameters", "ops/bounds", "rollback", "packing", "counted")
 )
+KEPT = "hf_linattn/forms/kept.py"
 
 MUTANTS = [
     *named(
@@ -29,6 +30,10 @@ MUTANTS = [
         # resets and crops
         ("tokens recorded before a reset kept", CACHE, "reader._recent, reader.is_incomplete = None, False",
          "reader.is_incomplete = False"),
+        ("numbers kept beyond a write", KEPT, "if self._written != (", "if not self._tensors and (",
+         "forms/test_kept.py"),
+        ("numbers kept beyond a text", CACHE, "if tokens > 1:\n            self._kept.forget()", "if tokens > 1:",
+         "forms/test_kept.py"),
         ("reads counted on through a reset", CACHE, "is_incomplete = None, False\n        self._reads = None",
          "is_incomplete = None, False"),
         ("padding remembered through a reset", CACHE, "reader._remember(torch.zeros_like(reader.left_out))", "pass",

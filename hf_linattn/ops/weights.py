@@ -1,0 +1,59 @@
+"""f(s) = a + b s + c s^2 as the operators take it, made of numbers or of tensors with one a query head."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+Coefficient = float | Tensor
+_constants: dict[tuple, Tensor] = {}  # coefficients given as numbers, kept so that a call starts no kernel to write them
+
+
+class Weights(NamedTuple):
+    """What need not be made again for every token where the numbers stay the same."""
+
+    coefficients: Tensor  # (4, Hq): rows a, b, c, temperature
+    degree: int
+    normalize_qk: bool
+
+
+def weights_of(query: Tensor, a: Coefficient, b: Coefficient, c: Coefficient, temperature: Coefficient, normalize_qk: bool) -> Weights:
+    """Of queries like `query`, (B, Hq, N, D).
+
+    Raises:
+        ValueError, TypeError: as `linear_attention` does for these numbers.
+    """
+    checks.check_weights(a, b, c, temperature, query.shape[1], normalize_qk)
+    return Weights(coefficients_of(query, a, b, c, temperature), degree_of(c), normalize_qk)
+
+
+def coefficients_of(query: Tensor, a: Coefficient, b: Coefficient, c: Coefficient, temperature: Coefficient) -> Tensor:
+    """(4, Hq), float32 beside inputs of up to 32 bits."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    heads = query.shape[1]
+    given = (a, b, c, temperature)
+    if any(isinstance(x, Tensor) for x in given):
+        return torch.stack([
+            (x.to(dtype) if isinstance(x, Tensor) else torch.full((), float(x), dtype=dtype, device=query.device)).expand(heads)
+            for x in given
+        ])  # fmt: skip
+    if torch.compiler.is_compiling():
+        return torch.stack([torch.full((heads,), float(x), dtype=dtype, device=query.device) for x in given])
+    signature = (*map(float, given), heads, dtype, query.device)
+    if signature not in _constants:
+        with torch.inference_mode(False), torch.no_grad():
+            made = torch.tensor([[float(x)] * heads for x in given], dtype=dtype, device=query.device)
+        if type(made) is not Tensor or made.device.type == "meta":
+            return made
+        if len(_constants) >= 256:
+            _constants.clear()
+        _constants[signature] = made
+    return _constants[signature]
+
+
+def degree_of(c: Coefficient) -> int:
+    return 1 if not isinstance(c, Tensor) and c == 0 else 2

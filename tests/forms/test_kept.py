@@ -1,0 +1,95 @@
+"""What is kept of a layer's numbers from token to token: made once, and made anew as soon as somebody writes a parameter."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import tiny_config, tiny_tokens
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+
+from hf_linattn.forms.kept import Kept, once
+from hf_linattn.forms.parameters import LinAttnParams
+from hf_linattn.models import config_class_for
+
+STUDENTS = [
+    {"decay": "head"}, {"kernel": "quadratic", "decay": "key_head", "features": 8}, {"decay": "token", "input_gate": "token"},
+    {"form": "window", "window": 4, "gate": "head", "decay": "head"},
+    {"form": "window", "window": 4, "kernel": "quadratic", "gate": "token", "features": 8},
+]  # fmt: skip
+
+
+def converted(options):
+    torch.manual_seed(0)
+    config = config_class_for("llama")(**tiny_config("llama", 1).to_diff_dict(), linattn={"learnable": True, **options})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def logits(model, cache, tokens):
+    with torch.no_grad():
+        return torch.stack([model(token, past_key_values=cache).logits[:, -1] for token in tokens])
+
+
+WRITES = {
+    "in place": lambda parameter: parameter.add_(0.3),
+    "exchanged": lambda parameter: setattr(parameter, "data", parameter + 0.3),
+    "an optimizer": lambda parameter: torch.optim.SGD([parameter], lr=0.3).step() or parameter.sub_(0.1),
+}
+
+
+@pytest.mark.parametrize("options", STUDENTS, ids=str)
+@pytest.mark.parametrize("write", WRITES)
+def test_a_written_parameter_is_seen_by_the_next_token(options, write):
+    model, tokens = converted(options), list(tiny_tokens(1, 12)[0].split(1))
+    prompt, before, after = torch.stack(tokens[:6]).T, [x[None] for x in tokens[6:9]], [x[None] for x in tokens[9:]]
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache in caches:
+        logits(model, cache, [prompt, *before])
+    parameters = list(model.model.layers[0].self_attn.linattn.parameters())
+    with torch.no_grad():
+        for parameter in parameters:
+            WRITES[write](parameter)
+    caches[1].layers[0]._kept.forget()
+    assert torch.equal(logits(model, caches[0], after), logits(model, caches[1], after))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_numbers_are_made_once_a_text(kind, monkeypatch):
+    model, made, number = converted(STUDENTS[0]), [], LinAttnParams.number
+    monkeypatch.setattr(LinAttnParams, "number", lambda self, name: made.append(name) or number(self, name))
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=32)
+    tokens = [x[None] for x in tiny_tokens(1, 9)[0].split(1)]
+    prompt = torch.cat(tokens[:4], 1)
+    logits(model, cache, [prompt, *tokens[4:]])
+    assert made == ["temperature_logit", "log_rate"] * 2  # for the prompt, and for all tokens behind it
+
+
+@pytest.mark.parametrize("ends", ["a reset", "several tokens"])
+def test_what_is_written_uncounted_is_seen_at_the_latest_by_the_next_text(ends):
+    model, (prompt, *tokens) = converted(STUDENTS[0]), tiny_tokens(1, 9).split([4, 1, 1, 2, 1], 1)
+    caches = [StaticCache(config=model.config, max_cache_len=32) for _ in range(2)]
+    for cache in caches:
+        logits(model, cache, [prompt, *tokens[:2]])
+    model.model.layers[0].self_attn.linattn.log_rate.data.fill_(-0.2)
+    caches[1].layers[0]._kept.forget()
+    if ends == "a reset":
+        for cache in caches:
+            cache.reset()
+    rest = tokens[:1] if ends == "a reset" else tokens[2:]
+    assert torch.equal(logits(model, caches[0], rest), logits(model, caches[1], rest))
+
+
+def test_nothing_is_kept_where_a_gradient_is_recorded_or_writes_are_not_counted():
+    kept, parameter = Kept(), torch.nn.Parameter(torch.ones(2))
+    assert kept.of((parameter,)) is None
+    with torch.no_grad():
+        assert kept.of((parameter,)) is not None
+        assert kept.of((torch.ones(2).as_subclass(type("Other", (torch.Tensor,), {})),)) is None
+    with torch.inference_mode():
+        assert kept.of((torch.ones(2),)) is None
+
+
+def test_a_copy_of_a_cache_copies_no_parameters():
+    kept = Kept()
+    with torch.no_grad():
+        once(kept.of((torch.ones(2),)), "sum", lambda: 2)
+    assert kept._tensors and not copy.deepcopy(kept)._tensors
