@@ -68,9 +68,11 @@ typedef struct {
   int32_t states;                 // whether states are made ahead of what reads them
   int32_t gated;                  // whether a decay, runs of tokens or noise multiply weights
   int32_t warpgroups;             // whether these are the kernels of Hopper's warpgroups alone
+  int32_t padded_dim;             // where not 0: the plan is that of the call whose rows are copied to rows of this head dim and value dim
 } linattn_plan;
 
-// The plan of a call. Of the results it reads which are asked for and where their rows begin, not what they hold.
+// The plan of a call. Of the results it reads which are asked for and where their rows begin, not what they hold. One with a padded_dim cannot be
+// launched: the caller copies all rows (queries, keys, values, results, states) to aligned ones of that dim, zeros behind, and asks again.
 void linattn_plan_forward(const linattn_problem *problem, const linattn_forward_result *result, linattn_plan *plan);
 void linattn_plan_backward(const linattn_problem *problem, const linattn_backward_data *data, linattn_plan *plan);
 const char *linattn_engine_name(linattn_engine engine);

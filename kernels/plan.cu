@@ -1,8 +1,10 @@
 // architectures: sm_80
-// The functions of linattn.h, and the one place that decides which engine does a call: the first of the table that takes it.
+// The functions of linattn.h, and the one place that decides which engine does a call: the first of the table that takes it, as it is or
+// padded.
 #include "plan.h"
 
 #include "card.h"
+#include "padded.h"
 
 #ifndef LINATTN_ARCHITECTURES
 #define LINATTN_ARCHITECTURES "unknown"
@@ -44,22 +46,32 @@ constexpr Engine<linattn_backward_data> BACKWARD[] = {
 };
 constexpr Engine<linattn_forward_result> STEP[] = {{LINATTN_DECODE, linattn::decode_plan, linattn::decode}};
 
+// The first engine that takes the problem and fits the card, in its plan.
+template <typename Results, int COUNT> linattn_plan first(const Engine<Results> (&engines)[COUNT], const linattn_problem &problem, const Results &results) {
+  const int shared = linattn::shared_memory();
+  for (const Engine<Results> &engine : engines) {
+    linattn_plan plan{};
+    if (!engine.plan(problem, results, plan) || plan.shared_bytes > shared) continue;
+    plan.engine = engine.engine;
+    return plan;
+  }
+  return {};
+}
+
 template <typename Results, int COUNT> void choose(const Engine<Results> (&engines)[COUNT], const linattn_problem &problem, const Results &results, linattn_plan &plan) {
   plan = {};
   if (!valid(problem) || !card_runs_it()) return;
-  const int shared = linattn::shared_memory();
-  for (const Engine<Results> &engine : engines) {
-    plan = {};
-    if (!engine.plan(problem, results, plan) || plan.shared_bytes > shared) continue;
-    plan.engine = engine.engine;
-    return;
-  }
-  plan = {};
+  plan = first(engines, problem, results);
+  const int dim = linattn::padded_dim(problem);
+  if (plan.engine != LINATTN_GENERIC || dim == 0 || !linattn::states_fit(problem, results)) return;
+  linattn_plan wide = first(engines, linattn::padded(problem, dim), linattn::padded(results));
+  if (wide.engine == LINATTN_GENERIC || wide.engine == LINATTN_NONE) return;
+  wide.padded_dim = dim, plan = wide;
 }
 
 template <typename Results, int COUNT> int run(const Engine<Results> (&engines)[COUNT], const linattn_problem &problem, const Results &results, const linattn_plan &plan) {
   for (const Engine<Results> &engine : engines)
-    if (engine.engine == plan.engine) return engine.run(problem, results, plan);
+    if (engine.engine == plan.engine && plan.padded_dim == 0) return engine.run(problem, results, plan);
   return cudaErrorInvalidValue;
 }
 

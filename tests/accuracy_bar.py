@@ -104,6 +104,15 @@ def operator_case(dtype, *, degree=1, causal=True, decay=None, segments=None, st
     return inputs, upstream
 
 
+def paths_of(dtype, stateful=False, **kind):
+    """How `cuda` does such a case, forward and backward."""
+    query, key, value, _, log_decay, segments, _, initial, dropout_p, _, degree, causal, _ = operator_case(
+        dtype, stateful=stateful, **kind
+    )[0]
+    options = {"log_decay": log_decay, "segments": segments, "dropout_p": dropout_p, "initial_state": initial, "return_state": stateful}
+    return cuda.paths(query, key, value, degree=degree, causal=causal, **options)
+
+
 def run(module, inputs, upstream, stateful, dtype=None):
     cast = lambda x: x.to(dtype) if dtype is not None and isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
     inputs, upstream = [cast(x) for x in inputs], [cast(x) for x in upstream]

@@ -8,7 +8,7 @@ Nothing here waits for the device or allocates outside PyTorch, so calls can be 
 import ctypes
 import os
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import chunked, one_token
 from .call import Call, Forward, Gradients
+from .padding import copy_rows, padded_call, padded_rows, padded_state, state_without_padding
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_kernels.so"
 OLDEST_CARD = (8, 0)
@@ -69,7 +70,7 @@ class _BackwardData(Structure):
 class _Plan(Structure):
     _fields_ = [
         *[(name, c_int64) for name in ("workspace_bytes", "chunk", "segment_length")],
-        *[(name, c_int32) for name in ("segments", "row_tiles", "shared_bytes", "engine", "states", "gated", "warpgroups")],
+        *[(name, c_int32) for name in ("segments", "row_tiles", "shared_bytes", "engine", "states", "gated", "warpgroups", "padded_dim")],
     ]
 
 
@@ -211,6 +212,11 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+def _current(device: torch.device) -> AbstractContextManager:
+    """The device as PyTorch's current one, which it mostly is."""
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
 class _Launch:
     """A call as the library sees it, and every tensor behind its pointers, kept alive until it is launched."""
 
@@ -235,21 +241,22 @@ class _Launch:
             _pointer(initial_state), _pointer(dropout_p), _pointer(seed),
         )  # fmt: skip
 
-    def plan(self, library: ctypes.CDLL, name: str, results: Structure) -> _Plan:
-        """How the library will do this call on the current device."""
-        plan = _Plan()
-        getattr(library, f"linattn_plan_{name}")(byref(self.problem), byref(results), byref(plan))
-        return plan
-
-    def run(self, name: str, results: Structure) -> None:
+    def plan(self, name: str, results: Structure) -> _Plan:
+        """How the library will do this call on its device."""
         library, _ = load_library()
         assert library is not None
-        index = self.device.index
-        with nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index):
-            plan = self.plan(library, name, results)
+        plan = _Plan()
+        with _current(self.device):
+            getattr(library, f"linattn_plan_{name}")(byref(self.problem), byref(results), byref(plan))
+        return plan
+
+    def run(self, name: str, results: Structure, plan: _Plan) -> None:
+        library, _ = load_library()
+        assert library is not None
+        with _current(self.device):
             workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=self.device)
             self.problem.workspace = workspace.data_ptr()
-            self.problem.stream = torch._C._cuda_getCurrentRawStream(index)
+            self.problem.stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             code = getattr(library, f"linattn_{name}")(byref(self.problem), byref(results), byref(plan))
         if code:
             raise RuntimeError(f"the {name} kernels of linear attention failed: {library.linattn_error_string(code).decode()}.")
@@ -259,7 +266,8 @@ class Plan(NamedTuple):
     """How a call is done: by which engine ("torch": the PyTorch form, "none": nothing here), in which pieces, with how much memory.
 
     chunk: tokens whose pairs are formed, or that are worked on together. segments: of each head's sequence. shared_bytes: of shared memory,
-    by the block that takes most. workspace_bytes: of scratch memory.
+    by the block that takes most. workspace_bytes: of scratch memory. padded_dim: of the rows that queries, keys, values and results are
+    copied to, zeros behind; 0: none.
     """
 
     engine: str
@@ -267,12 +275,18 @@ class Plan(NamedTuple):
     segments: int = 0
     shared_bytes: int = 0
     workspace_bytes: int = 0
+    padded_dim: int = 0
+
+    @property
+    def path(self) -> str:
+        """The engine, and the head dim that it runs at where that is not the call's: "stream", "stream at 64"."""
+        return f"{self.engine} at {self.padded_dim}" if self.padded_dim else self.engine
 
     def __str__(self) -> str:
         if not self.workspace_bytes and not self.chunk:
             return self.engine
         pieces = f"chunks of {self.chunk:,}" + (f", {self.segments:,} segments" if self.segments > 1 else "")
-        return f"{self.engine} ({pieces}, {self.shared_bytes / 1024:.0f} KB shared, {self.workspace_bytes / 1e6:.1f} MB of workspace)"
+        return f"{self.path} ({pieces}, {self.shared_bytes / 1024:.0f} KB shared, {self.workspace_bytes / 1e6:.1f} MB of workspace)"
 
 
 def plans(query: Tensor, key: Tensor, value: Tensor, *, degree: int = 1, causal: bool = True, normalize_qk: bool = True,
@@ -295,17 +309,17 @@ def plans(query: Tensor, key: Tensor, value: Tensor, *, degree: int = 1, causal:
     asked = coefficients.data_ptr() if return_state else None  # of the state only whether it is asked for is read
     data = _BackwardData(out=out, grad_out=out, grad_query=_describe(query), grad_key=_describe(key), grad_value=_describe(value))
     data.grad_state = asked
-    with torch.cuda.device(query.device):
-        found = launch.plan(library, "forward", _ForwardResult(out, None, asked)), launch.plan(library, "backward", data)
+    found = launch.plan("forward", _ForwardResult(out, None, asked)), launch.plan("backward", data)
     return tuple(
-        Plan(library.linattn_engine_name(x.engine).decode(), x.chunk, x.segments, x.shared_bytes, x.workspace_bytes) for x in found
+        Plan(library.linattn_engine_name(x.engine).decode(), x.chunk, x.segments, x.shared_bytes, x.workspace_bytes, x.padded_dim)
+        for x in found
     )  # type: ignore[return-value]
 
 
 def paths(*tensors: Tensor, **options) -> tuple[str, str]:
-    """The engines of `plans`, by name."""
+    """The paths of `plans`."""
     forward, backward = plans(*tensors, **options)
-    return forward.engine, backward.engine
+    return forward.path, backward.path
 
 
 def forward(call: Call, return_state: bool) -> Forward:
@@ -316,7 +330,12 @@ def forward(call: Call, return_state: bool) -> Forward:
     out = call.empty_out()
     mass = query.new_empty(query.shape[:3], dtype=torch.float32)
     state = query.new_empty(call.state_shape, dtype=torch.float32) if return_state else None
-    launch.run("forward", _ForwardResult(_describe(out), mass.data_ptr(), _pointer(state)))
+    results = _ForwardResult(_describe(out), mass.data_ptr(), _pointer(state))
+    plan = launch.plan("forward", results)
+    if plan.padded_dim:
+        wide, mass, state = forward(padded_call(call, plan.padded_dim), return_state)
+        return copy_rows(out, wide[..., : out.shape[-1]]), mass, state_without_padding(state, call.state_shape)
+    launch.run("forward", results, plan)
     return out, mass, state
 
 
@@ -336,7 +355,14 @@ def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass:
         _describe(grad_query), _describe(grad_key), _describe(grad_value),
         grad_coefficients.data_ptr(), _pointer(grad_log_decay), _pointer(grad_initial),
     )  # fmt: skip
-    launch.run("backward", data)
+    plan = launch.plan("backward", data)
+    if dim := plan.padded_dim:
+        upstream = padded_rows(grad_out, dim), grad_mass, padded_state(grad_state, dim)
+        wide = backward(padded_call(call, dim), padded_rows(out, dim), mass, *upstream)
+        for grad, padded in zip((grad_query, grad_key, grad_value), wide[:3], strict=True):
+            copy_rows(grad, padded[..., : grad.shape[-1]])
+        return grad_query, grad_key, grad_value, *wide[3:5], state_without_padding(wide[5], call.state_shape)
+    launch.run("backward", data, plan)
     return grad_query, grad_key, grad_value, grad_coefficients.to(coefficients.dtype), grad_log_decay, grad_initial
 
 
@@ -346,7 +372,8 @@ def step(call: Call, state: Tensor) -> Tensor:
         return one_token.step(call, state)
     out = call.query.new_empty(*call.query.shape[:3], call.value.shape[-1])
     dense = state.contiguous()
-    _Launch(call).run("step", _ForwardResult(_describe(out), None, dense.data_ptr()))
+    launch, results = _Launch(call), _ForwardResult(_describe(out), None, dense.data_ptr())
+    launch.run("step", results, launch.plan("step", results))
     if dense is not state:
         state.copy_(dense)
     return out

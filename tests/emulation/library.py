@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from ctypes import Structure, byref
 from pathlib import Path
 
@@ -15,8 +16,7 @@ def use(path: Path, monkeypatch) -> None:
     library, cause = cuda.load_library.__wrapped__(path)
     assert library is not None, cause
 
-    def run(self, name: str, results: Structure) -> None:
-        plan = self.plan(library, name, results)
+    def run(self, name: str, results: Structure, plan: cuda._Plan) -> None:
         workspace = torch.full((plan.workspace_bytes + 1024,), 0xFF, dtype=torch.uint8)  # NaN wherever it is read before it is written
         self.problem.workspace = workspace.data_ptr() + -workspace.data_ptr() % 1024
         self.problem.stream = None
@@ -26,4 +26,4 @@ def use(path: Path, monkeypatch) -> None:
     monkeypatch.setattr(cuda, "_falls_back", lambda call: False)
     monkeypatch.setattr(cuda, "cannot_run", lambda device: "")
     monkeypatch.setattr(cuda._Launch, "run", run)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.device("cpu"))
+    monkeypatch.setattr(cuda, "_current", lambda device: nullcontext())

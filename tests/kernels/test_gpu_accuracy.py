@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from accuracy_bar import check, compare
+from accuracy_bar import check, compare, paths_of
 
 pytestmark = pytest.mark.gpu
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,6 +32,17 @@ def test_shapes(dtype, causal, quadratic, length, head_dim, value_dim):
 @pytest.mark.parametrize("decay", [None, "key_head", "query_head", "key_token", "query_token"])
 def test_decay_and_segments(dtype, quadratic, segments, decay):
     check(dtype, length=333, head_dim=32, value_dim=24, heads=6, key_heads=2, quadratic=quadratic, segments=segments, decay=decay)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("segments", [None, "left", "packed"])
+@pytest.mark.parametrize("decay", [None, "query_head", "key_token"])
+def test_decay_and_segments_of_dims_far_apart(dtype, segments, decay):
+    """The generic kernels: such rows are not padded."""
+    for head_dim, value_dim in ((136, 40), (24, 136)):
+        kind = {"length": 333, "head_dim": head_dim, "value_dim": value_dim, "segments": segments, "decay": decay}
+        assert paths_of(dtype, **kind) == ("generic", "generic")
+        check(dtype, heads=6, key_heads=2, **kind)
 
 
 @pytest.mark.parametrize("segments", ["left", "packed", "mask"])
@@ -69,7 +80,8 @@ CASES = [
     {"head_dim": 64, "value_dim": 64, "stateful": True, "length": 1100},
     {"head_dim": 128, "value_dim": 128, "causal": False, "stateful": True},
     {"head_dim": 32, "value_dim": 32, "length": 2500, "key_heads": 1}, {"head_dim": 96, "value_dim": 96, "stateful": True, "key_heads": 4},
-    {"value_dim": 130, "noisy": True, "head_dim": 20}, {"length": 100, "stateful": True, "head_dim": 200, "value_dim": 64},
+    {"value_dim": 130, "noisy": True, "head_dim": 20}, {"value_dim": 136, "stateful": True, "decay": "key_token", "segments": "packed"},
+    {"length": 100, "stateful": True, "head_dim": 200, "value_dim": 64},
 ]  # fmt: skip
 
 

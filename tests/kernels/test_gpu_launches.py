@@ -26,6 +26,7 @@ KINDS = [
     {"length": 1000, "head_dim": 64, "value_dim": 64}, {"length": 300, "head_dim": 128, "value_dim": 128, "decay": "key_head"},
     {"length": 333, "head_dim": 32, "value_dim": 32, "decay": "query_token", "segments": "packed"},
     {"length": 200, "head_dim": 64, "value_dim": 64, "quadratic": True}, {"length": 63, "head_dim": 48, "value_dim": 80},
+    {"length": 300, "head_dim": 48, "value_dim": 40, "decay": "key_head"},
 ]  # fmt: skip
 
 

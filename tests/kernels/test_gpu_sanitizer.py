@@ -34,7 +34,7 @@ def sanitizer() -> str | None:
     return None
 
 
-SHAPES = [*product(("bfloat16", "float16", "float32"), (24, 32, 64, 96, 128)), ("bfloat16", 192)]
+SHAPES = [*product(("bfloat16", "float16", "float32"), (24, 32, 64, 96, 128)), ("bfloat16", 192), ("float16", 136)]
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])

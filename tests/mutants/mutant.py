@@ -21,6 +21,7 @@ TESTS = {
     "hf_linattn/ops/operators.py": ["ops/test_operators.py", "ops/test_chunked.py", "ops/test_noise.py", "ops/test_state.py"],
     "hf_linattn/ops/blocks.py": ["ops/test_window.py", "ops/test_ring.py", "forms/test_window.py"],
     "hf_linattn/ops/frame.py": ["ops/test_window.py", "ops/test_ring.py", "forms/test_window.py"],
+    "hf_linattn/ops/padding.py": ["ops/test_padding.py"],
     "hf_linattn/ops/ring.py": ["ops/test_ring.py", "ops/test_window.py", "forms/test_window.py"],
     "hf_linattn/ops/window": ["ops/test_window.py", "ops/test_ring.py", "forms/test_window.py"],
     "hf_linattn/ops/cuda.py": ["kernels/test_library.py", "kernels/test_emulated.py"],

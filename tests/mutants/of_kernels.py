@@ -19,5 +19,13 @@ MUTANTS = [
         ("a decay's running sum without the 32 tokens before", "kernels/tile/gates.cu", "    sum += before;\n    if (token < length",
          "    if (token < length",
          "kernels/test_emulated.py::test_what_multiplies_the_weights"),
+        ("a second degree's state padded", "kernels/padded.h", "p.degree == 1 || (p.initial_state == nullptr && state == nullptr)",
+         "p.degree == 1 || p.initial_state == nullptr",
+         "kernels/test_emulated_padding.py::test_a_second_degree_state_that_is_only_asked_for_leaves_the_call_as_it_is"),
+        ("padded rows that must lie where the call's do", "kernels/padded.h", "  p.query = p.key = p.value = {};\n", "",
+         "kernels/test_emulated_padding.py::test_layouts_give_the_same_bits"),
+        ("a plan of padded rows launched with others", "kernels/plan.cu", "engine.engine == plan.engine && plan.padded_dim == 0",
+         "engine.engine == plan.engine",
+         "kernels/test_emulated_padding.py::test_a_plan_of_padded_rows_is_not_launched_with_others"),
     ),
 ]  # fmt: skip

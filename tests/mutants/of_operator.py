@@ -68,6 +68,12 @@ MUTANTS = [
          "ops/test_operators.py::test_views_of_conjugates"),
         ("a second derivative given", OPERATORS, "if torch.is_grad_enabled():\n            raise", "if False:\n            raise",
          "ops/test_operators.py::test_a_second_derivative_is_refused"),
+        # rows padded for the kernels
+        ("zeros behind a state's mass", "hf_linattn/ops/padding.py", "torch.cat([body, state.new_zeros(shape), last], axis)",
+         "torch.cat([body, last, state.new_zeros(shape)], axis)"),
+        ("rows copied in eights that begin elsewhere", "hf_linattn/ops/padding.py", "x.storage_offset(), *x.stride()[:-1], x.shape[-1])",
+         "x.shape[-1])"),
+        ("wide rows taken as they are wherever they begin", "hf_linattn/ops/padding.py", "and not any(begin % 16 for begin in begins)", ""),
         # bounds
         ("a bound of f below 0 with room of 0.01", CHECKS, "least < -1e-6 * max(abs(a), 1)", "least < -1e-2 * max(abs(a), 1)"),
         ("a bound of f for positive b alone", BOUNDS, "at_an_end = a - abs(b) * reach", "at_an_end = a - b * reach"),

@@ -1,0 +1,27 @@
+"""The kernels on the CPU, built once for all tests that run them there."""
+
+from pathlib import Path
+
+import accuracy_bar
+import pytest
+from emulation import build, library
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    if build.compiler() is None or build.headers() is None:
+        pytest.skip("needs g++ or clang++, and CUDA's headers")
+    folder = ROOT / "build" / f"emulated-{build.digest()}"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):  # the other workers wait for the first
+        return build.build(folder)
+
+
+@pytest.fixture
+def kernels(emulated, monkeypatch):
+    """`cuda` runs the emulated kernels, and the accuracy bar takes one seed."""
+    library.use(emulated, monkeypatch)
+    monkeypatch.setattr(accuracy_bar, "SEEDS", range(1))
