@@ -227,6 +227,19 @@ def dtype_rows() -> list[dict]:
     return rows
 
 
+def padded_rows() -> list[dict]:
+    """Head dims that are padded with zeros, and those that they are padded to."""
+    rows = []
+    for dim in (8, 24, 32, 48, 64, 112, 128):
+        shape = 8, 16, 2048, dim
+        for name in ("bfloat16", "float32"):
+            rows.append({"options": name, "shape": shape, **measure(ours, shape, dtype=getattr(torch, name))})
+        rate = -0.1 * torch.rand(16, device="cuda")
+        rows.append({"options": "bfloat16, decay a head", "shape": shape, **measure(partial(ours, log_decay=rate), shape)})
+        rows.append({"options": "bfloat16, second degree", "shape": shape, **measure(partial(ours, c=0.5), shape)})
+    return rows
+
+
 def said(*command: str) -> str | None:
     """The first line a command prints, None where it cannot run."""
     try:
@@ -292,7 +305,7 @@ def main(out: Path | None, peers: bool = True) -> dict:
     bandwidth = copy_gigabytes_per_second()
     torch.cuda.empty_cache()
     about, rows = machine(**{"copy GB/s": round(bandwidth)}), target_rows(bandwidth, peers)
-    grouped, options, dtypes = grouped_rows(), option_rows(bandwidth), dtype_rows()
+    grouped, options, dtypes, padded = grouped_rows(), option_rows(bandwidth), dtype_rows(), padded_rows()
     header, *lines = table = target_table(rows)
     title = "bfloat16, causal; ms forward (times the floor) · ms forward+backward (times the floor) · peak memory in tensors"
     shown = Table(*header, title=f"{about['gpu']}: {title}")
@@ -306,13 +319,16 @@ def main(out: Path | None, peers: bool = True) -> dict:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "gpu.json").write_text(
-            json.dumps({"machine": about, "rows": rows, "grouped": grouped, "options": options, "dtypes": dtypes}, indent=1)
+            json.dumps(
+                {"machine": about, "rows": rows, "grouped": grouped, "options": options, "dtypes": dtypes, "padded": padded}, indent=1
+            )
         )
         conditions = ", ".join(f"{name} {value}" for name, value in about.items())
         paragraphs = [
             "# Attention on a GPU", f"{title}. {conditions}.", markdown(table), sentence,
             "The same with what multiplies the weights:", markdown(option_table(options)), "In other dtypes, and the second degree:",
-            markdown(option_table(dtypes)), "Notes on these figures: [notes.md](notes.md).",
+            markdown(option_table(dtypes)), "Head dims that are padded with zeros, and those that they are padded to:",
+            markdown(option_table(padded)), "Notes on these figures: [notes.md](notes.md).",
         ]  # fmt: skip
         (out / "gpu.md").write_text("\n\n".join(paragraphs) + "\n")
     return about
