@@ -50,7 +50,9 @@ def as_fsdp2(command: Callable[..., object], state_dict: str, *arguments: Any) -
     def on_cpus(accelerator: Accelerator, **options: Any) -> None:
         made(accelerator, **options)
         PartialState._shared_state["distributed_type"] = AcceleratorState._shared_state["distributed_type"] = DistributedType.FSDP
-        AcceleratorState._shared_state["fsdp_plugin"] = FullyShardedDataParallelPlugin()
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin = FullyShardedDataParallelPlugin()
+        if accelerator.mixed_precision != "no":
+            plugin.set_mixed_precision(accelerator.mixed_precision)
 
     with patch.object(Accelerator, "__init__", on_cpus):
         command(*arguments)

@@ -29,6 +29,9 @@ class Predictions(nn.Module):
     def __init__(self, student: Any, divergence: Divergence) -> None:
         super().__init__()
         self.student, self.divergence = student, divergence
+        # FSDP spreads a module by itself where this names its class, and else all weights as one, which are whole in every step.
+        classes = {type(module).__name__ for module in student.modules()}
+        self._no_split_modules = [name for name in student._no_split_modules or () if name in classes]
 
     def forward(self, batch: dict[str, Tensor], teachers: Tensor) -> Any:
         """In training loss, KL divergence and cross-entropy; else what `Divergence.measure` gives. `teachers` is (B, N, width)."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 
@@ -16,10 +18,15 @@ def new_accelerator(**options: Any) -> Accelerator:
 
     Under FSDP2 every process reads the weights itself. To read them in the first one alone accelerate takes all that a model saves for
     sharded parameters, and what linear attention learns is in part a buffer, since all parameters of a shard must have one dtype.
+    What a model gives stays in its precision: accelerate would round losses to half precision too.
     """
     if os.environ.get("FSDP_VERSION") == "2":
         disable_fsdp_ram_efficient_loading()
-    return Accelerator(**options)
+    accelerator = Accelerator(**options)
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin and isinstance(plugin.mixed_precision_policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+    return accelerator
 
 
 def whole(value: Tensor | None) -> Tensor | None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from shared_data import require_shared_data
 from tiny_softmax import MODEL_TYPES, softmax_model
 from torch._dynamo.utils import counters
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.main import get_command
@@ -382,11 +383,19 @@ def test_two_processes_learn_what_one_does(given, tmp_path, name):
         )
 
 
+def distill_by_shards(options: DistillOptions) -> None:
+    """`convert.distill` that insists on a shard for each layer and one for the rest."""
+    stage = Distill(options, "convert.distill", False, False)
+    shards = sum(isinstance(module, FSDPModule) for module in stage.model.modules())
+    assert shards == 1 + stage.student.config.num_hidden_layers
+    stage.run_all()
+
+
 @pytest.mark.parametrize("state_dict", ["FULL_STATE_DICT", pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow)])
 def test_two_processes_that_share_the_weights_learn_what_one_does(given, tmp_path, state_dict):
     expected = run("distill", given(output=str(tmp_path / "one")))
     values = given(output=str(tmp_path / "two"), batch_size=2)
-    finish(launch(as_fsdp2, distill_command.distill, state_dict, STAGES["distill"][0](**values)))
+    finish(launch(as_fsdp2, distill_by_shards, state_dict, DistillOptions(**values)))
     found = list(read_records(tmp_path / "two" / "metrics.jsonl"))
     for key in ("loss", "gradient_norm", "valid_kl"):
         one, two = ([record[key] for record in records if key in record] for records in (expected, found))
@@ -394,6 +403,18 @@ def test_two_processes_that_share_the_weights_learn_what_one_does(given, tmp_pat
     one, two = (weights(tmp_path / name / "model") for name in ("one", "two"))
     assert one.keys() == two.keys()
     torch.testing.assert_close(two, one, atol=2e-3, rtol=0)
+
+
+def test_shared_weights_in_half_precision_round_no_measurement(given, tmp_path):
+    half = {"mixed_precision": "bf16", "tokens": 4 * 32}
+    expected = run("distill", given(output=str(tmp_path / "one"), **half))
+    values = given(output=str(tmp_path / "two"), batch_size=2, **half)
+    finish(launch(as_fsdp2, distill_command.distill, "SHARDED_STATE_DICT", DistillOptions(**values)))
+    one, two = (
+        [record["valid_teacher_loss"] for record in records if "valid_kl" in record]
+        for records in (expected, read_records(tmp_path / "two" / "metrics.jsonl"))
+    )
+    assert len(one) == 2 and two == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", mainly("transfer"))
