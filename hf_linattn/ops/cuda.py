@@ -223,6 +223,7 @@ class _Launch:
     def __init__(self, call: Call) -> None:
         query, key, value = _rows(call.query), _rows(call.key), _rows(call.value)
         self.device = device = query.device
+        self.on_device = _current(device)
         noisy = call.dropout_p is not None and call.seed is not None
         coefficients, log_decay, initial_state = (
             _plain(x, torch.float32, device) for x in (call.coefficients, call.log_decay, call.initial_state)
@@ -246,14 +247,14 @@ class _Launch:
         library, _ = load_library()
         assert library is not None
         plan = _Plan()
-        with _current(self.device):
+        with self.on_device:
             getattr(library, f"linattn_plan_{name}")(byref(self.problem), byref(results), byref(plan))
         return plan
 
     def run(self, name: str, results: Structure, plan: _Plan) -> None:
         library, _ = load_library()
         assert library is not None
-        with _current(self.device):
+        with self.on_device:
             workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=self.device)
             self.problem.workspace = workspace.data_ptr()
             self.problem.stream = torch._C._cuda_getCurrentRawStream(self.device.index)
