@@ -12,7 +12,7 @@ constexpr int kThreads = 256;
 template <int D> struct Shape {
   static constexpr int BLOCKS = D / 16;
   static constexpr int ROW_TILE = kRows * D * 2;
-  template <typename T> static constexpr int SHARED = ROW_TILE + KeyCopy<T, D, kThreads>::BYTES;
+  template <typename T> static constexpr int SHARED = ROW_TILE + KeyCopy<T, D, D, kThreads>::BYTES;
   static constexpr int MIN_BLOCKS = D <= 64 ? 2 : 1;
 };
 
@@ -23,7 +23,7 @@ template <typename T, int D> struct StateReader {
   using E = Element<T>;
   static constexpr int BLOCKS = S::BLOCKS, ITEMS = 8;  // of a stage
   static constexpr int STAGE = 16 * ITEMS * D * 2;
-  static_assert(kStages * STAGE <= KeyCopy<T, D, kThreads>::BYTES && 2 * D <= 16 * ITEMS, "the stages fit where the keys will be");
+  static_assert(kStages * STAGE <= KeyCopy<T, D, D, kThreads>::BYTES && 2 * D <= 16 * ITEMS, "the stages fit where the keys will be");
   const T *rows;         // rounded
   const float *columns;  // sum k, sum v
   uint32_t stages;
@@ -131,13 +131,13 @@ template <typename T, int D, bool STATE> __global__ void __launch_bounds__(kThre
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = Shape<D>;
   using E = Element<T>;
-  using Copy = KeyCopy<T, D, kThreads>;
+  using Copy = KeyCopy<T, D, D, kThreads>;
   constexpr int BLOCKS = S::BLOCKS, KEY_BLOCKS = kKeys / 16;
   extern __shared__ __align__(1024) unsigned char shared[];
   const linattn_problem &p = args.problem;
   const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number(), group = lane_id >> 2, place = lane_id & 3;
   const uint32_t row_tile = shared_address(shared), key_tiles = row_tile + S::ROW_TILE;
-  const float *const scales = reinterpret_cast<const float *>(shared + S::ROW_TILE + kStages * 2 * Copy::TILE);
+  const float *const scales = reinterpret_cast<const float *>(shared + S::ROW_TILE + kStages * Copy::STAGE);
 
   const Place own(args);
   const Copy copy(args, own, key_tiles);
@@ -202,7 +202,7 @@ template <typename T, int D, bool STATE> __global__ void __launch_bounds__(kThre
       copy_commit();
     }
     const int stage = tile % kStages;
-    const uint32_t key_tile = key_tiles + stage * 2 * Copy::TILE;
+    const uint32_t key_tile = key_tiles + stage * Copy::STAGE;
     const int64_t key = static_cast<int64_t>(tile) * kKeys;
     if (key >= seen) continue;
 

@@ -3,7 +3,8 @@
 // A block owns 128 queries of one head and walks over the keys in tiles of 64. With r_n = 1 / |k_n|:
 //   o_i g_i = sum_n P_in v_n,   g_i = sum_n P_in,   P_in = a + s (beta_i + gamma_i s),   s = (q_i . k_n) r_n,
 //   beta_i = b tau / |q_i|,   gamma_i = c (tau / |q_i|)^2.
-// Norms are applied to the float32 products, so that queries and keys are never rounded again.
+// Norms are applied to the float32 products, so that queries and keys are never rounded again. Tiles of queries and keys are K wide and those of
+// values V; a head dim below K leaves the rest of its tiles zero.
 #pragma once
 #include "card.h"
 #include "tile/tile.cuh"
@@ -16,6 +17,11 @@ using linattn::aligned;
 constexpr int kRows = 128, kKeys = 64, kStages = 2;
 constexpr int64_t kChunk = 32;  // tokens of a chunk, times the head dim
 
+// A decay and runs of tokens as the kernels read them: see gates.cuh.
+struct SequenceGates {
+  double *decay;  // (batch, state heads, length): the running sum of log2 decay, or null
+};
+
 struct Arguments {
   linattn_problem problem;
   linattn_tensor out;
@@ -27,7 +33,8 @@ struct Arguments {
   float *sums;             // of every chunk alone
   unsigned char *states;   // before every chunk
   unsigned char *unit_keys;
-  bool warpgroups;         // by Hopper's kernels
+  bool warpgroups, gated;  // by Hopper's kernels, by those that know gates and keys narrower than values
+  SequenceGates gates;
 };
 
 // A power of two that keeps weights inside float16.
@@ -55,9 +62,13 @@ struct Place {
   }
 };
 
-// The tiles of keys and values, two stages of them, each with its keys' scales behind all.
-template <typename T, int D, int THREADS> struct KeyCopy {
-  static constexpr int TILE = kKeys * D * 2, BYTES = kStages * (2 * TILE + kKeys * 4);
+// Where keys are narrower than values they may be narrower than their tiles, too: pieces of 16 bytes, and blocks of 16 columns, that hold something.
+template <int K, int V> __device__ __forceinline__ int pieces_of(const linattn_problem &p) { return K < V ? p.head_dim / 8 : K / 8; }
+template <int K, int V> __device__ __forceinline__ int blocks_of(const linattn_problem &p) { return K < V ? (p.head_dim + 15) / 16 : K / 16; }
+
+// The tiles of keys and values, two stages of them, and behind both their keys' scales.
+template <typename T, int K, int V, int THREADS> struct KeyCopy {
+  static constexpr int TILE = kKeys * K * 2, STAGE = TILE + kKeys * V * 2, BYTES = kStages * (STAGE + kKeys * 4);
   const linattn_problem &p;
   const T *keys, *values;
   const float *scales;
@@ -68,15 +79,28 @@ template <typename T, int D, int THREADS> struct KeyCopy {
   __device__ __forceinline__ void start(int tile, int thread) const {
     const int64_t first = static_cast<int64_t>(tile) * kKeys;
     const int stage = tile % kStages, count = static_cast<int>(min(p.length - first, static_cast<int64_t>(kKeys)));
-    copy_tile<D, kKeys, THREADS>(shared + stage * 2 * TILE, keys + first * p.key.token_stride, p.key.token_stride, count, thread);
-    copy_tile<D, kKeys, THREADS>(shared + stage * 2 * TILE + TILE, values + first * p.value.token_stride, p.value.token_stride, count, thread);
-    if (thread < kKeys / 4) copy_async(shared + kStages * 2 * TILE + stage * kKeys * 4 + thread * 16, scales + first + thread * 4, true);
+    copy_tile<K, kKeys, THREADS>(shared + stage * STAGE, keys + first * p.key.token_stride, p.key.token_stride, count, thread, pieces_of<K, V>(p));
+    copy_tile<V, kKeys, THREADS>(shared + stage * STAGE + TILE, values + first * p.value.token_stride, p.value.token_stride, count, thread);
+    if (thread < kKeys / 4) copy_async(shared + kStages * STAGE + stage * kKeys * 4 + thread * 16, scales + first + thread * 4, true);
   }
 };
 
-// Whether a problem's pairs can be formed here, and whether they cost less than the generic path's state, which they do up to some multiple of D^2 tokens.
-bool pairs_take(const linattn_problem &problem);
+// The tiles of a problem whose pairs can be formed here, 0 where they cannot; and whether they cost less than the generic path's state, which they do up to
+// some multiple of K^2 tokens.
+struct TileDims {
+  int key, value;
+};
+TileDims tiles_of(const linattn_problem &problem);
 bool pairs_cost_less(const linattn_problem &problem);
+
+bool needs_gated(const linattn_problem &problem);
+
+inline bool is_gated(const linattn_problem &problem) { return problem.log_decay || problem.key_segments; }
+inline int64_t decay_bytes(const linattn_problem &problem) {
+  return problem.log_decay ? (8 * static_cast<int64_t>(problem.batch) * problem.state_heads * problem.length + 255) / 256 * 256 : 0;
+}
+cudaError_t gated_forward_launch(const Arguments &args, cudaStream_t stream);
+int gated_forward_shared_bytes(TileDims tiles);
 
 // Hopper's warpgroups: head dims 32, 64 and 128.
 bool hopper_takes(const linattn_problem &problem);

@@ -8,7 +8,7 @@
 namespace linattn_tile {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr double kLog2E = 1.4426950408889634;
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kEach = 8;  // tokens a thread takes at a time, where a block goes along a sequence
 
@@ -28,7 +28,7 @@ __global__ void chunk_decay_kernel(const float *log_decay, bool per_token, int s
       if (lane >= step) sum += other;
     }
     sum += before;
-    if (token < length && first + lane < chunk) decay[head * length + token] = sum * kLog2E;
+    if (token < length && first + lane < chunk) decay[head * length + token] = sum * static_cast<float>(kLog2E);
     before = __shfl_sync(0xffffffffu, sum, 31);
   }
 }
@@ -59,6 +59,24 @@ __device__ double block_prefix(double x) {
   __syncthreads();
   for (int w = 0; w < warp; ++w) sum += parts[w];
   return sum - x;
+}
+
+// One block a head.
+__global__ void running_decay_kernel(const float *log_decay, bool per_token, int state_heads, int64_t length, double *decay) {
+  const int64_t head = blockIdx.x;
+  double before = 0;
+  for (int64_t block_begin = 0; block_begin < length; block_begin += kThreads * kEach) {
+    const int64_t first = block_begin + static_cast<int64_t>(threadIdx.x) * kEach;
+    double own[kEach], total = 0;
+    for (int i = 0; i < kEach; ++i) {
+      if (first + i < length) total += per_token ? log_decay[head * length + first + i] : log_decay[head % state_heads];
+      own[i] = total;
+    }
+    const double ahead = before + block_prefix(total);
+    for (int i = 0; i < kEach; ++i)
+      if (first + i < length) decay[head * length + first + i] = (ahead + own[i]) * kLog2E;
+    before += block_sum(total);
+  }
 }
 
 struct Sums {
@@ -185,6 +203,12 @@ cudaError_t launch_chunk_decay(const linattn_problem &problem, int chunk, float 
   const int64_t chunks = (problem.length + chunk - 1) / chunk, count = chunks * problem.batch * problem.state_heads;
   chunk_decay_kernel<<<static_cast<unsigned>((count + kWarps - 1) / kWarps), kThreads, 0, static_cast<cudaStream_t>(problem.stream)>>>(
       problem.log_decay, problem.log_decay_per_token, problem.state_heads, problem.length, chunk, chunks, count, decay);
+  return cudaPeekAtLastError();
+}
+
+cudaError_t launch_running_decay(const linattn_problem &problem, double *decay) {
+  running_decay_kernel<<<problem.batch * problem.state_heads, kThreads, 0, static_cast<cudaStream_t>(problem.stream)>>>(problem.log_decay, problem.log_decay_per_token,
+                                                                                                                      problem.state_heads, problem.length, decay);
   return cudaPeekAtLastError();
 }
 

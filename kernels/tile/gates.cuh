@@ -24,6 +24,8 @@ struct DecaySums {
 };
 
 cudaError_t launch_chunk_decay(const linattn_problem &problem, int chunk, float *decay);
+// The running sum from the sequence's first token on, (batch, state heads, length).
+cudaError_t launch_running_decay(const linattn_problem &problem, double *decay);
 cudaError_t launch_decay_gradient(const linattn_problem &problem, const DecaySums &sums, float *gradient);
 // W times the noise into grad_query, and what the row kernel would find from W itself: e and 1 / |q|.
 template <typename T> cudaError_t launch_noised_gradient(const linattn_problem &problem, const linattn_backward_data &data, float *error, float *query_scale);

@@ -151,15 +151,15 @@ template <typename T, int D, int C, int THREADS> struct TileCopy {
   }
 };
 
-// ROWS rows of a tensor into a tile; those from `count` on read as zero.
+// ROWS rows of a tensor into a tile; those from `count` on read as zero, and so do pieces of 16 bytes from `pieces` on.
 template <int D, int ROWS, int THREADS, typename T>
-__device__ __forceinline__ void copy_tile(uint32_t tile, const T *rows, int64_t stride, int count, int thread) {
+__device__ __forceinline__ void copy_tile(uint32_t tile, const T *rows, int64_t stride, int count, int thread, int pieces = D / 8) {
   constexpr int kPieces = D / 8, kAll = ROWS * kPieces;
 #pragma unroll
   for (int i = 0; i < (kAll + THREADS - 1) / THREADS; ++i) {
     const int index = thread + i * THREADS, row = index / kPieces, piece = index % kPieces;
     if (kAll % THREADS != 0 && index >= kAll) break;
-    const bool valid = row < count;
+    const bool valid = row < count && piece < pieces;
     copy_async(tile + Tile<D>::at(row, piece), rows + (valid ? row * stride : 0) + piece * 8, valid);
   }
 }

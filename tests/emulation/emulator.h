@@ -203,6 +203,10 @@ template <typename T> T __shfl_up_sync(unsigned, T x, int step) {
 template <typename T> T __shfl_down_sync(unsigned, T x, int step) {
   return emulation::shuffle(x, emulation::lane() + step < emulation::kLanes ? emulation::lane() + step : emulation::lane());
 }
+inline int __any_sync(unsigned mask, int x) {
+  for (int step = 16; step > 0; step /= 2) x |= __shfl_xor_sync(mask, x, step);
+  return x;
+}
 inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
   for (int step = 16; step > 0; step /= 2) x = std::max(x, __shfl_xor_sync(mask, x, step));
   return x;

@@ -100,6 +100,35 @@ def test_gradients_of_pairs(kernels, kind):
     check(torch.bfloat16, ("pairs", "pairs"), degree=2, **kind)
 
 
+GATED_DIMS = [(32, 32), (64, 64), (16, 64), (24, 128), pytest.param(128, 128, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("head_dim, value_dim", GATED_DIMS)
+@pytest.mark.parametrize("kind", [
+    {"decay": "key_head", "length": 300, "heads": 4, "key_heads": 2}, {"decay": "query_token", "segments": "packed", "heads": 4, "key_heads": 2},
+    {"decay": "key_token", "segments": "left", "batch": 2}, {"segments": "mask", "causal": False, "length": 200}, {"length": 33},
+], ids=str)  # fmt: skip
+def test_gated_pairs(kernels, kind, head_dim, value_dim):
+    kind = {"length": 150, "batch": 1, "heads": 2, "key_heads": 1} | kind | {"head_dim": head_dim, "value_dim": value_dim, "degree": 2}
+    inputs = operator_case(torch.bfloat16, device="cpu", **kind)[0]
+    causal = kind.get("causal", True)
+    assert cuda.paths(*inputs[:3], degree=2, causal=causal, log_decay=inputs[4], segments=inputs[5]) == ("pairs", "pairs")
+    compare(torch.bfloat16, device="cpu", **kind)
+
+
+def test_gated_pairs_read_no_padding(kernels):
+    """NaN there reaches nothing, and what comes out there is 0."""
+    inputs, upstream = operator_case(torch.bfloat16, degree=2, decay="key_token", segments="mask", length=150, head_dim=16, value_dim=64, device="cpu")
+    plain = run(cuda, inputs, upstream, False)
+    padding = (inputs[5] <= 0)[:, None, :, None]
+    assert padding.any()
+    poisoned = [x.masked_fill(padding, float("nan")) for x in inputs[:3]]
+    upstream = [upstream[0].masked_fill(padding, float("nan")), upstream[1].masked_fill(padding[..., 0], float("nan")), None]
+    for name, x in run(cuda, [*poisoned, *inputs[3:]], upstream, False).items():
+        assert torch.equal(x, plain[name]), name
+    assert (plain["out"].masked_select(padding) == 0).all() and (plain["gradient of key"].masked_select(padding) == 0).all()
+
+
 @pytest.mark.parametrize("dtype, head_dim", [
     (torch.float32, 32), (torch.float32, 80), (torch.bfloat16, 192),
     *(pytest.param(torch.float32, d, marks=pytest.mark.slow) for d in (64, 96, 128)),

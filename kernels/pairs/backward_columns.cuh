@@ -1,0 +1,243 @@
+// The gradients of keys and values, and the columns' sums for that of the decay: a block owns 128 keys and walks over the queries of all heads that read them.
+#pragma once
+#include "pairs/backward.cuh"
+
+namespace linattn_pairs {
+
+// A warp's 16 keys.
+template <int K, int V, bool GATED> struct GradientColumns {
+  using T = __nv_bfloat16;
+  using S = GradientShape<K, V, GATED>;
+  using E = Element<T>;
+  static constexpr int KEY_BLOCKS = K / 16, VALUE_BLOCKS = V / 16;
+
+  const linattn_problem &p;
+  const int lane, warp, group, place, key_blocks;
+  const int64_t first_key, key;
+  const uint32_t key_stripe, value_stripe;
+  const Blocks<K> k_blocks;
+  const Blocks<V> v_blocks;
+  const float scale[2];
+  float key_sums[2 * KEY_BLOCKS][4], value_sums[2 * VALUE_BLOCKS][4], decay_sums[2] = {};
+  uint32_t kept_k[S::KEEPS_ROWS ? KEY_BLOCKS : 1][4], kept_v[S::KEEPS_ROWS ? VALUE_BLOCKS : 1][4];
+  OwnGates<1> gates;
+
+  __device__ __forceinline__ GradientColumns(const Gradients &args, int pair, int64_t begin, uint32_t key_tile)
+      : p(args.problem), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), key_blocks(blocks_of<K, V>(p)), first_key(begin + 16 * warp),
+        key(first_key + group), key_stripe(Tile<K>::rows_at(warp)), value_stripe(Tile<V>::rows_at(warp)), k_blocks(key_tile, lane_down<K>(lane)),
+        v_blocks(key_tile + S::OWN_KEY, lane_down<V>(lane)),
+        scale{args.key_scale[static_cast<int64_t>(pair) * args.padded + key], args.key_scale[static_cast<int64_t>(pair) * args.padded + key + 8]} {
+    if constexpr (S::KEEPS_ROWS) {
+#pragma unroll
+      for (int block = 0; block < KEY_BLOCKS; ++block) ldmatrix(kept_k[block], k_blocks.at(0, block) + key_stripe);
+#pragma unroll
+      for (int block = 0; block < VALUE_BLOCKS; ++block) ldmatrix(kept_v[block], v_blocks.at(0, block) + value_stripe);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int n = 0; n < 2 * KEY_BLOCKS; ++n) key_sums[n][i] = 0.f;
+#pragma unroll
+      for (int n = 0; n < 2 * VALUE_BLOCKS; ++n) value_sums[n][i] = 0.f;
+    }
+  }
+
+  // s = k q^T and d = v w^T of 16 queries.
+  __device__ __forceinline__ void multiply(float (&s)[2][4], float (&d)[2][4], const Blocks<K> &q_across, const Blocks<V> &w_across, int step) {
+#pragma unroll
+    for (int block = 0; block < KEY_BLOCKS; ++block) {
+      if (block >= key_blocks) break;
+      uint32_t loaded[4], q[4];
+      if constexpr (!S::KEEPS_ROWS) ldmatrix(loaded, k_blocks.at(0, block) + key_stripe);
+      const uint32_t (&k)[4] = S::KEEPS_ROWS ? kept_k[S::KEEPS_ROWS ? block : 0] : loaded;
+      ldmatrix(q, q_across.at(0, block) + step * Tile<K>::kBlockBytes);
+      E::mma(s[0], k, q[0], q[1]), E::mma(s[1], k, q[2], q[3]);
+    }
+#pragma unroll
+    for (int block = 0; block < VALUE_BLOCKS; ++block) {
+      uint32_t loaded[4], w[4];
+      if constexpr (!S::KEEPS_ROWS) ldmatrix(loaded, v_blocks.at(0, block) + value_stripe);
+      const uint32_t (&v)[4] = S::KEEPS_ROWS ? kept_v[S::KEEPS_ROWS ? block : 0] : loaded;
+      ldmatrix(w, w_across.at(0, block) + step * Tile<V>::kBlockBytes);
+      E::mma(d[0], v, w[0], w[1]), E::mma(d[1], v, w[2], w[3]);
+    }
+  }
+
+  // Products of two neighbouring queries, `column` of the tile whose first is `first`, into their weights in dk (s) and dv (d).
+  __device__ __forceinline__ void weigh(float (&s)[4], float (&d)[4], const Coefficients &f, const float *numbers, int64_t first, int column, bool whole, const OtherGates *others,
+                                        int stage, bool diagonal) {
+    const float2 inverse = *reinterpret_cast<const float2 *>(numbers + column), error = *reinterpret_cast<const float2 *>(numbers + kKeys + column);
+    const float2 unit = *reinterpret_cast<const float2 *>(numbers + 2 * kKeys + column);
+    float2 other = {};
+    int2 run = {};
+    if constexpr (GATED) {
+      other = *reinterpret_cast<const float2 *>((diagonal ? others->exponent[stage] : others->factor[stage]) + column);
+      run = *reinterpret_cast<const int2 *>(others->run[stage] + column);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int half = i >> 1;
+      const float r = i & 1 ? unit.y : unit.x, inverse_mass = i & 1 ? inverse.y : inverse.x, t = s[i] * scale[half];
+      const float beta = f.beta * r, gamma = f.gamma * r * r;
+      const float change = fmaf(d[i], inverse_mass, i & 1 ? error.y : error.x);
+      float slope = change * fmaf(2.f * gamma, t, beta), weight = fmaf(fmaf(gamma, t, beta), t, f.a);
+      const int64_t number = first + column + (i & 1);
+      const bool outside = !whole && (number >= p.length || (p.causal && number < key + 8 * half));
+      if constexpr (GATED) {
+        const float gate = outside ? 0.f : gates.times(1.f, 0, half, i & 1 ? other.y : other.x, i & 1 ? run.y : run.x, diagonal);
+        slope *= gate, weight *= gate, decay_sums[half] = fmaf(weight, change, decay_sums[half]);
+      }
+      weight *= inverse_mass;
+      if (!GATED && outside) slope = weight = 0.f;
+      s[i] = slope, d[i] = weight;
+    }
+  }
+
+  // A tile of queries of the head whose coefficients are f.
+  __device__ __forceinline__ void add(uint32_t query_tile, const float *numbers, const Coefficients &f, int64_t first, const OtherGates *others, int stage, bool diagonal) {
+    const Blocks<K> q_across(query_tile, lane_across<K>(lane)), q_down(query_tile, lane_down<K>(lane));
+    const Blocks<V> w_across(query_tile + S::TILE, lane_across<V>(lane)), w_down(query_tile + S::TILE, lane_down<V>(lane));
+#pragma unroll 1
+    for (int step = 0; step < kKeys / 16; ++step) {
+      const int64_t query = first + 16 * step;
+      if (query >= p.length) break;
+      if (p.causal && query + 15 < first_key) continue;
+      float s[2][4] = {}, d[2][4] = {};
+      multiply(s, d, q_across, w_across, step);
+      const bool whole = query + 16 <= p.length && (!p.causal || query >= first_key + 15);
+      uint32_t slopes[4], weights[4];
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        weigh(s[side], d[side], f, numbers, first, 16 * step + 8 * side + 2 * place, whole, others, stage, diagonal);
+        slopes[2 * side] = E::pack(s[side][0], s[side][1]), slopes[2 * side + 1] = E::pack(s[side][2], s[side][3]);
+        weights[2 * side] = E::pack(d[side][0], d[side][1]), weights[2 * side + 1] = E::pack(d[side][2], d[side][3]);
+      }
+#pragma unroll
+      for (int block = 0; block < KEY_BLOCKS; ++block) {
+        if (block >= key_blocks) break;
+        uint32_t q[4];
+        ldmatrix_transposed(q, q_down.at(0, block) + step * Tile<K>::kBlockBytes);
+        E::mma(key_sums[2 * block], slopes, q[0], q[1]), E::mma(key_sums[2 * block + 1], slopes, q[2], q[3]);
+      }
+#pragma unroll
+      for (int block = 0; block < VALUE_BLOCKS; ++block) {
+        uint32_t w[4];
+        ldmatrix_transposed(w, w_down.at(0, block) + step * Tile<V>::kBlockBytes);
+        E::mma(value_sums[2 * block], weights, w[0], w[1]), E::mma(value_sums[2 * block + 1], weights, w[2], w[3]);
+      }
+    }
+  }
+
+  // Of the heads since the last such call, which share one decay.
+  __device__ __forceinline__ void store_decay_sums(float *column_sums) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = decay_sums[half];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      if (place == 0 && key + 8 * half < p.length) column_sums[key + 8 * half] = sum;
+      decay_sums[half] = 0.f;
+    }
+  }
+
+  __device__ __forceinline__ void store(const Gradients &args, unsigned char *shared, int batch, int key_head, int64_t begin, int rows) {
+    if (p.normalize_qk) project<T, KEY_BLOCKS>(key_sums, k_blocks, key_stripe, scale);
+    store_rows<T, K>(args.grad_key, head_of<T>(args.grad_key, batch, key_head) + begin * args.grad_key.token_stride, shared, k_blocks, key_stripe, key_sums, scale[0], scale[1],
+                     rows, warp, lane, pieces_of<K, V>(p));
+    store_rows<T, V>(args.grad_value, head_of<T>(args.grad_value, batch, key_head) + begin * args.grad_value.token_stride, shared + S::OWN_KEY, v_blocks, value_stripe, value_sums,
+                     1.f, 1.f, rows, warp, lane);
+  }
+};
+
+template <int K, int V, bool GATED>
+__global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::MIN_BLOCKS) columns_kernel(const __grid_constant__ Gradients args) {
+  using T = __nv_bfloat16;
+  using S = GradientShape<K, V, GATED>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const linattn_problem &p = args.problem;
+  const int thread = threadIdx.x;
+  const uint32_t key_tile = shared_address(shared), value_tile = key_tile + S::OWN_KEY, stages = key_tile + S::OWN;
+  const float *const staged_numbers = reinterpret_cast<const float *>(shared + S::NUMBERS_AT);
+  OtherGates *const others = GATED ? reinterpret_cast<OtherGates *>(shared + S::COLUMNS_GATES_AT) : nullptr;
+
+  const int pair = blockIdx.x / args.row_tiles, tile_number = blockIdx.x % args.row_tiles;  // long columns first
+  const int batch = pair / p.key_heads, key_head = pair % p.key_heads, heads = p.query_heads / p.key_heads, first_head = key_head * heads, pieces = pieces_of<K, V>(p);
+  const int64_t begin = static_cast<int64_t>(tile_number) * kRows;
+  const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(kRows)));
+  const int first_tile = p.causal ? static_cast<int>(begin / kKeys) : 0, tiles = static_cast<int>((p.length + kKeys - 1) / kKeys) - first_tile, iterations = tiles * heads;
+  const auto gates_of = [&](bool queries, int iteration) { return GateReader(args.gates, p, queries, batch, first_head + iteration / tiles, begin + rows - 1); };
+  const auto first_of = [&](int iteration) { return static_cast<int64_t>(first_tile + iteration % tiles) * kKeys; };
+  GateCopy on_way;
+  const auto fetch = [&](int iteration) {
+    const int head = first_head + iteration / tiles, stage = iteration % kStages;
+    const int64_t first = first_of(iteration);
+    const int count = static_cast<int>(min(p.length - first, static_cast<int64_t>(kKeys)));
+    const uint32_t target = stages + stage * S::STAGE;
+    copy_tile<K, kKeys, kGradientThreads>(target, head_of<const T>(p.query, batch, head) + first * p.query.token_stride, p.query.token_stride, count, thread, pieces);
+    copy_tile<V, kKeys, kGradientThreads>(target + S::TILE, head_of<const T>(args.grad_out, batch, head) + first * args.grad_out.token_stride, args.grad_out.token_stride, count,
+                                          thread);
+    if (thread < kNumbers * kKeys / 4) {
+      const int which = thread / (kKeys / 4), four = thread % (kKeys / 4) * 4;
+      const float *const numbers = args.query_numbers + ((static_cast<int64_t>(batch) * p.query_heads + head) * kNumbers + which) * args.padded + first + four;
+      copy_async(key_tile + S::NUMBERS_AT + (stage * kNumbers * kKeys + which * kKeys + four) * 4, numbers, true);
+    }
+    copy_commit();
+    if constexpr (GATED) on_way.load(gates_of(true, iteration), first, thread);
+  };
+  copy_tile<K, kRows, kGradientThreads>(key_tile, head_of<const T>(p.key, batch, key_head) + begin * p.key.token_stride, p.key.token_stride, rows, thread, pieces);
+  copy_tile<V, kRows, kGradientThreads>(value_tile, head_of<const T>(p.value, batch, key_head) + begin * p.value.token_stride, p.value.token_stride, rows, thread);
+  fetch(0);
+  int32_t low = 0, high = 0;
+  if constexpr (GATED) {
+    range_of_runs<kGradientThreads>(*others, gates_of(false, 0), begin, rows, low, high, thread);
+    on_way.store(*others, true, 0, low, high, thread);
+  }
+  copy_wait<0>();
+  __syncthreads();
+  if (GATED && p.key_segments) {
+    zero_own_padding<K, kGradientThreads>(shared, gates_of(false, 0), begin, thread);
+    zero_own_padding<V, kGradientThreads>(shared + S::OWN_KEY, gates_of(false, 0), begin, thread);
+    __syncthreads();
+  }
+
+  GradientColumns<K, V, GATED> work(args, pair, begin, key_tile);
+  for (int iteration = 0; iteration < iterations; ++iteration) {
+    if (iteration > 0) {
+      copy_wait<0>();
+      __syncthreads();  // the tile is here, and nobody reads the one that the next copies overwrite
+    }
+    if (iteration + 1 < iterations) fetch(iteration + 1);
+    const int stage = iteration % kStages, head = first_head + iteration / tiles;
+    const int64_t first = first_of(iteration);
+    bool seen = true;
+    if constexpr (GATED) {
+      if (iteration % tiles == 0) work.gates.load(gates_of(false, iteration), work.key);
+      seen = told(*others, stage, SEEN);
+      if (seen && told(*others, stage, PADDED)) {
+        zero_padding<K, kGradientThreads>(shared + S::OWN + stage * S::STAGE, others->run[stage], thread);
+        zero_padding<V, kGradientThreads>(shared + S::OWN + stage * S::STAGE + S::TILE, others->run[stage], thread);
+        __syncthreads();
+      }
+    }
+    if (seen)
+      work.add(stages + stage * S::STAGE, staged_numbers + stage * kNumbers * kKeys, Coefficients(p, head), first, others, stage, p.causal && first < begin + kRows);
+    if constexpr (GATED) {
+      if (iteration + 1 < iterations) on_way.store(*others, true, (iteration + 1) % kStages, low, high, thread);
+      const bool ends = iteration + 1 == iterations || (p.state_heads != p.key_heads && iteration % tiles == tiles - 1);
+      if (args.column_sums && ends) {
+        const int64_t state_head = p.state_heads == p.key_heads ? key_head : head;
+        work.store_decay_sums(args.column_sums + (static_cast<int64_t>(batch) * p.state_heads + state_head) * p.length);
+      }
+    }
+  }
+  work.store(args, shared, batch, key_head, begin, rows);
+}
+
+template <int K, int V, bool GATED> cudaError_t launch_columns(const Gradients &args, cudaStream_t stream) {
+  constexpr int kShared = GradientShape<K, V, GATED>::COLUMNS_SHARED;
+  if (const cudaError_t failed = cudaFuncSetAttribute(columns_kernel<K, V, GATED>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;
+  columns_kernel<K, V, GATED><<<static_cast<unsigned>(args.problem.batch * args.problem.key_heads * args.row_tiles), kGradientThreads, kShared, stream>>>(args);
+  return cudaPeekAtLastError();
+}
+
+}  // namespace linattn_pairs
