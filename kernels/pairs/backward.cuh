@@ -26,7 +26,7 @@ struct Gradients {
 
 template <int K, int V, bool GATED> struct GradientShape {
   static constexpr int OWN_KEY = kRows * K * 2, OWN = OWN_KEY + kRows * V * 2, TILE = kKeys * K * 2, STAGE = TILE + kKeys * V * 2;
-  static constexpr bool KEEPS_ROWS = V <= 64;  // as fragments in registers
+  static constexpr bool KEEPS_ROWS = V <= 64 && !GATED;  // as fragments in registers
   static constexpr int MIN_BLOCKS = V <= 64 ? 2 : 1;
   static constexpr int NUMBERS_AT = OWN + kStages * STAGE, GATES = GATED ? sizeof(OtherGates) : 0;
   static constexpr int ROWS_GATES_AT = NUMBERS_AT + kStages * kKeys * 4, COLUMNS_GATES_AT = NUMBERS_AT + kStages * kNumbers * kKeys * 4;
@@ -45,6 +45,7 @@ struct Coefficients {
   __device__ __forceinline__ Coefficients(const linattn_problem &p, int head)
       : a(p.coefficients[head]), beta(p.coefficients[p.query_heads + head] * p.coefficients[3 * p.query_heads + head]),
         gamma(p.coefficients[2 * p.query_heads + head] * p.coefficients[3 * p.query_heads + head] * p.coefficients[3 * p.query_heads + head]) {}
+  __device__ __forceinline__ void operator*=(float x) { a *= x, beta *= x, gamma *= x; }
 };
 
 // Takes the part along x away from the gradient of x / |x|; `scale` undoes |x|, or nothing where vectors are used as they are.

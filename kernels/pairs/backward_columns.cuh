@@ -4,6 +4,21 @@
 
 namespace linattn_pairs {
 
+// The numbers of the queries on their way, one thread a query, as `GateCopy` brings their gates.
+struct NumbersCopy {
+  float numbers[kNumbers];
+  __device__ __forceinline__ void load(const Gradients &args, int64_t head, int64_t first, int thread) {
+    if (thread >= kKeys) return;
+#pragma unroll
+    for (int which = 0; which < kNumbers; ++which) numbers[which] = args.query_numbers[(head * kNumbers + which) * args.padded + first + thread];
+  }
+  // factor: of 1 / g and e, which all that a query adds is proportional to.
+  __device__ __forceinline__ void store(float *staged, float factor, int thread) const {
+    if (thread >= kKeys) return;
+    staged[thread] = numbers[0] * factor, staged[kKeys + thread] = numbers[1] * factor, staged[2 * kKeys + thread] = numbers[2];
+  }
+};
+
 // A warp's 16 keys.
 template <int K, int V, bool GATED> struct GradientColumns {
   using T = __nv_bfloat16;
@@ -63,52 +78,55 @@ template <int K, int V, bool GATED> struct GradientColumns {
     }
   }
 
-  // Products of two neighbouring queries, `column` of the tile whose first is `first`, into their weights in dk (s) and dv (d).
-  __device__ __forceinline__ void weigh(float (&s)[4], float (&d)[4], const Coefficients &f, const float *numbers, int64_t first, int column, bool whole, const OtherGates *others,
-                                        int stage, bool diagonal) {
+  // Products of two neighbouring queries, `column` of the tile whose first is `first`, into their weights in dk (s) and dv (d). f: of each of the lane's keys.
+  // NEAR: not all pairs are seen, or gated alike.
+  template <bool NEAR>
+  __device__ __forceinline__ void weigh(float (&s)[4], float (&d)[4], const Coefficients (&f)[2], const float *numbers, int64_t first, int column, bool whole,
+                                        const OtherGates *others, int stage, bool diagonal) {
     const float2 inverse = *reinterpret_cast<const float2 *>(numbers + column), error = *reinterpret_cast<const float2 *>(numbers + kKeys + column);
     const float2 unit = *reinterpret_cast<const float2 *>(numbers + 2 * kKeys + column);
-    float2 other = {};
+    float2 exponent = {};
     int2 run = {};
-    if constexpr (GATED) {
-      other = *reinterpret_cast<const float2 *>((diagonal ? others->exponent[stage] : others->factor[stage]) + column);
-      run = *reinterpret_cast<const int2 *>(others->run[stage] + column);
-    }
+    if constexpr (GATED && NEAR) exponent = *reinterpret_cast<const float2 *>(others->exponent[stage] + column), run = *reinterpret_cast<const int2 *>(others->run[stage] + column);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int half = i >> 1;
-      const float r = i & 1 ? unit.y : unit.x, inverse_mass = i & 1 ? inverse.y : inverse.x, t = s[i] * scale[half];
-      const float beta = f.beta * r, gamma = f.gamma * r * r;
-      const float change = fmaf(d[i], inverse_mass, i & 1 ? error.y : error.x);
-      float slope = change * fmaf(2.f * gamma, t, beta), weight = fmaf(fmaf(gamma, t, beta), t, f.a);
+      const float r = i & 1 ? unit.y : unit.x, t = s[i] * scale[half] * r;
+      float change = fmaf(d[i], i & 1 ? inverse.y : inverse.x, i & 1 ? error.y : error.x), inverse_mass = i & 1 ? inverse.y : inverse.x;
       const int64_t number = first + column + (i & 1);
-      const bool outside = !whole && (number >= p.length || (p.causal && number < key + 8 * half));
-      if constexpr (GATED) {
-        const float gate = outside ? 0.f : gates.times(1.f, 0, half, i & 1 ? other.y : other.x, i & 1 ? run.y : run.x, diagonal);
-        slope *= gate, weight *= gate, decay_sums[half] = fmaf(weight, change, decay_sums[half]);
+      bool seen = !NEAR || whole || (number < p.length && (!p.causal || number >= key + 8 * half));
+      if constexpr (GATED && NEAR) {
+        const float gate = diagonal ? gates.of(0, half, i & 1 ? exponent.y : exponent.x, true) : 1.f;
+        change *= gate, inverse_mass *= gate, seen = seen && gates.sees(0, half, i & 1 ? run.y : run.x);
       }
-      weight *= inverse_mass;
-      if (!GATED && outside) slope = weight = 0.f;
-      s[i] = slope, d[i] = weight;
+      if (NEAR && !seen) change = inverse_mass = 0.f;
+      const float weight = fmaf(fmaf(f[half].gamma, t, f[half].beta), t, f[half].a);
+      if constexpr (GATED) decay_sums[half] = fmaf(weight, change, decay_sums[half]);
+      s[i] = change * r * fmaf(2.f * f[half].gamma, t, f[half].beta), d[i] = weight * inverse_mass;
     }
   }
 
-  // A tile of queries of the head whose coefficients are f.
-  __device__ __forceinline__ void add(uint32_t query_tile, const float *numbers, const Coefficients &f, int64_t first, const OtherGates *others, int stage, bool diagonal) {
+  // A tile of queries of the head whose coefficients are f. Away from the diagonal a key's factor is in its coefficients, and a query's in its numbers.
+  template <bool NEAR>
+  __device__ __forceinline__ void add(uint32_t query_tile, const float *numbers, const Coefficients &of_head, int64_t first, const OtherGates *others, int stage, bool diagonal) {
+    Coefficients f[2] = {of_head, of_head};
+    if constexpr (GATED)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) f[half] *= diagonal ? 1.f : gates.factor[0][half];
     const Blocks<K> q_across(query_tile, lane_across<K>(lane)), q_down(query_tile, lane_down<K>(lane));
     const Blocks<V> w_across(query_tile + S::TILE, lane_across<V>(lane)), w_down(query_tile + S::TILE, lane_down<V>(lane));
 #pragma unroll 1
     for (int step = 0; step < kKeys / 16; ++step) {
       const int64_t query = first + 16 * step;
-      if (query >= p.length) break;
-      if (p.causal && query + 15 < first_key) continue;
+      if (NEAR && query >= p.length) break;
+      if (NEAR && p.causal && query + 15 < first_key) continue;
       float s[2][4] = {}, d[2][4] = {};
       multiply(s, d, q_across, w_across, step);
       const bool whole = query + 16 <= p.length && (!p.causal || query >= first_key + 15);
       uint32_t slopes[4], weights[4];
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        weigh(s[side], d[side], f, numbers, first, 16 * step + 8 * side + 2 * place, whole, others, stage, diagonal);
+        weigh<NEAR>(s[side], d[side], f, numbers, first, 16 * step + 8 * side + 2 * place, whole, others, stage, diagonal);
         slopes[2 * side] = E::pack(s[side][0], s[side][1]), slopes[2 * side + 1] = E::pack(s[side][2], s[side][3]);
         weights[2 * side] = E::pack(d[side][0], d[side][1]), weights[2 * side + 1] = E::pack(d[side][2], d[side][3]);
       }
@@ -157,7 +175,7 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
   const linattn_problem &p = args.problem;
   const int thread = threadIdx.x;
   const uint32_t key_tile = shared_address(shared), value_tile = key_tile + S::OWN_KEY, stages = key_tile + S::OWN;
-  const float *const staged_numbers = reinterpret_cast<const float *>(shared + S::NUMBERS_AT);
+  float *const staged_numbers = reinterpret_cast<float *>(shared + S::NUMBERS_AT);
   OtherGates *const others = GATED ? reinterpret_cast<OtherGates *>(shared + S::COLUMNS_GATES_AT) : nullptr;
 
   const int pair = blockIdx.x / args.row_tiles, tile_number = blockIdx.x % args.row_tiles;  // long columns first
@@ -168,6 +186,13 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
   const auto gates_of = [&](bool queries, int iteration) { return GateReader(args.gates, p, queries, batch, first_head + iteration / tiles, begin + rows - 1); };
   const auto first_of = [&](int iteration) { return static_cast<int64_t>(first_tile + iteration % tiles) * kKeys; };
   GateCopy on_way;
+  NumbersCopy numbers_on_way;
+  const auto is_diagonal = [&](int64_t first) { return p.causal && first < begin + kRows; };
+  const auto arrive = [&](int iteration, int32_t low, int32_t high) {
+    const int stage = iteration % kStages;
+    on_way.store(*others, true, stage, low, high, thread);
+    numbers_on_way.store(staged_numbers + stage * kNumbers * kKeys, is_diagonal(first_of(iteration)) ? 1.f : on_way.factor(true), thread);
+  };
   const auto fetch = [&](int iteration) {
     const int head = first_head + iteration / tiles, stage = iteration % kStages;
     const int64_t first = first_of(iteration);
@@ -176,13 +201,15 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
     copy_tile<K, kKeys, kGradientThreads>(target, head_of<const T>(p.query, batch, head) + first * p.query.token_stride, p.query.token_stride, count, thread, pieces);
     copy_tile<V, kKeys, kGradientThreads>(target + S::TILE, head_of<const T>(args.grad_out, batch, head) + first * args.grad_out.token_stride, args.grad_out.token_stride, count,
                                           thread);
-    if (thread < kNumbers * kKeys / 4) {
+    if constexpr (GATED) {
+      on_way.load(gates_of(true, iteration), first, thread);
+      numbers_on_way.load(args, static_cast<int64_t>(batch) * p.query_heads + head, first, thread);
+    } else if (thread < kNumbers * kKeys / 4) {
       const int which = thread / (kKeys / 4), four = thread % (kKeys / 4) * 4;
       const float *const numbers = args.query_numbers + ((static_cast<int64_t>(batch) * p.query_heads + head) * kNumbers + which) * args.padded + first + four;
       copy_async(key_tile + S::NUMBERS_AT + (stage * kNumbers * kKeys + which * kKeys + four) * 4, numbers, true);
     }
     copy_commit();
-    if constexpr (GATED) on_way.load(gates_of(true, iteration), first, thread);
   };
   copy_tile<K, kRows, kGradientThreads>(key_tile, head_of<const T>(p.key, batch, key_head) + begin * p.key.token_stride, p.key.token_stride, rows, thread, pieces);
   copy_tile<V, kRows, kGradientThreads>(value_tile, head_of<const T>(p.value, batch, key_head) + begin * p.value.token_stride, p.value.token_stride, rows, thread);
@@ -190,7 +217,7 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
   int32_t low = 0, high = 0;
   if constexpr (GATED) {
     range_of_runs<kGradientThreads>(*others, gates_of(false, 0), begin, rows, low, high, thread);
-    on_way.store(*others, true, 0, low, high, thread);
+    arrive(0, low, high);
   }
   copy_wait<0>();
   __syncthreads();
@@ -212,17 +239,19 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
     bool seen = true;
     if constexpr (GATED) {
       if (iteration % tiles == 0) work.gates.load(gates_of(false, iteration), work.key);
-      seen = told(*others, stage, SEEN);
-      if (seen && told(*others, stage, PADDED)) {
+      seen = told(others, stage, SEEN);
+      if (seen && told(others, stage, PADDED)) {
         zero_padding<K, kGradientThreads>(shared + S::OWN + stage * S::STAGE, others->run[stage], thread);
         zero_padding<V, kGradientThreads>(shared + S::OWN + stage * S::STAGE + S::TILE, others->run[stage], thread);
         __syncthreads();
       }
     }
-    if (seen)
-      work.add(stages + stage * S::STAGE, staged_numbers + stage * kNumbers * kKeys, Coefficients(p, head), first, others, stage, p.causal && first < begin + kRows);
+    const float *const numbers = staged_numbers + stage * kNumbers * kKeys;
+    const bool diagonal = is_diagonal(first);
+    if (GATED && seen && !diagonal && !told(others, stage, MIXED)) work.template add<!GATED>(stages + stage * S::STAGE, numbers, Coefficients(p, head), first, others, stage, false);
+    else if (seen) work.template add<true>(stages + stage * S::STAGE, numbers, Coefficients(p, head), first, others, stage, diagonal);
     if constexpr (GATED) {
-      if (iteration + 1 < iterations) on_way.store(*others, true, (iteration + 1) % kStages, low, high, thread);
+      if (iteration + 1 < iterations) arrive(iteration + 1, low, high);
       const bool ends = iteration + 1 == iterations || (p.state_heads != p.key_heads && iteration % tiles == tiles - 1);
       if (args.column_sums && ends) {
         const int64_t state_head = p.state_heads == p.key_heads ? key_head : head;

@@ -66,35 +66,47 @@ template <int K, int V, bool GATED> struct GradientRows {
     }
   }
 
-  // Products into the keys' weights in dq; column: of two neighbouring keys in the tile, first: the tile's first.
+  // Products into the keys' weights in dq; column: of two neighbouring keys in the tile, first: the tile's first. NEAR: not all pairs are seen, or gated alike.
+  template <bool NEAR>
   __device__ __forceinline__ void weigh(float (&s)[4], const float (&d)[4], int64_t first, int column, float2 factor, bool whole, const OtherGates *others, int stage,
                                         bool diagonal) {
     float2 other = {};
     int2 run = {};
-    if constexpr (GATED) {
-      other = *reinterpret_cast<const float2 *>((diagonal ? others->exponent[stage] : others->factor[stage]) + column);
-      run = *reinterpret_cast<const int2 *>(others->run[stage] + column);
-    }
+    if constexpr (GATED) other = *reinterpret_cast<const float2 *>((NEAR ? others->exponent[stage] : others->factor[stage]) + column);
+    if constexpr (GATED && NEAR) run = *reinterpret_cast<const int2 *>(others->run[stage] + column);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int half = i >> 1;
-      const float r = i & 1 ? factor.y : factor.x, t = s[i] * r;
+      const float r = i & 1 ? factor.y : factor.x, t = s[i] * r, gate = i & 1 ? other.y : other.x;
       float slope = fmaf(d[i], inverse[half], error[half]);
-      if constexpr (GATED) slope = gates.times(slope, 0, half, i & 1 ? other.y : other.x, i & 1 ? run.y : run.x, diagonal);
+      if constexpr (GATED && NEAR) slope = gates.sees(0, half, i & 1 ? run.y : run.x) ? slope * gates.of(0, half, gate, diagonal) : 0.f;
+      else if constexpr (GATED) slope *= gate;
       const int64_t number = first + column + (i & 1);
-      if (!whole && (number >= p.length || (p.causal && number > row + 8 * half))) slope = 0.f;
+      if (NEAR && !whole && (number >= p.length || (p.causal && number > row + 8 * half))) slope = 0.f;
       sums[0][half] += slope, sums[1][half] = fmaf(slope, t, sums[1][half]), sums[2][half] = fmaf(slope * t, t, sums[2][half]);
       s[i] = slope * fmaf(2.f * gamma[half], t, beta[half]) * r;
     }
   }
 
-  __device__ __forceinline__ void add(uint32_t key_tile, const float *scales, int64_t first, const OtherGates *others, int stage, bool diagonal) {
+  // What the sums hold, of keys before the block's queries, takes these queries' factors.
+  __device__ __forceinline__ void take_own_factors() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float own = gates.factor[0][half];
+#pragma unroll
+      for (int i = 0; i < 3; ++i) sums[i][half] *= own;
+#pragma unroll
+      for (int n = 0; n < 2 * KEY_BLOCKS; ++n) acc[n][2 * half] *= own, acc[n][2 * half + 1] *= own;
+    }
+  }
+
+  template <bool NEAR> __device__ __forceinline__ void add(uint32_t key_tile, const float *scales, int64_t first, const OtherGates *others, int stage, bool diagonal) {
     const Blocks<K> k_across(key_tile, across), k_down(key_tile, down);
     const Blocks<V> v_across(key_tile + S::TILE, lane_across<V>(lane));
 #pragma unroll 1
     for (int step = 0; step < kKeys / 16; ++step) {
       const int64_t key = first + 16 * step;
-      if (key >= seen) break;
+      if (NEAR && key >= seen) break;
       float s[2][4] = {}, d[2][4] = {};
       multiply(s, d, k_across, v_across, step);
       const bool whole = key + 16 <= p.length && (!p.causal || key + 15 <= begin + 16 * warp);
@@ -102,7 +114,7 @@ template <int K, int V, bool GATED> struct GradientRows {
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
         const int column = 16 * step + 8 * side + 2 * place;
-        weigh(s[side], d[side], first, column, *reinterpret_cast<const float2 *>(scales + column), whole, others, stage, diagonal);
+        weigh<NEAR>(s[side], d[side], first, column, *reinterpret_cast<const float2 *>(scales + column), whole, others, stage, diagonal);
         weights[2 * side] = E::pack(s[side][0], s[side][1]), weights[2 * side + 1] = E::pack(s[side][2], s[side][3]);
       }
 #pragma unroll
@@ -198,13 +210,17 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
     const int64_t first = static_cast<int64_t>(tile) * kKeys;
     bool seen = true;
     if constexpr (GATED) {
-      seen = told(*others, stage, SEEN);
-      if (seen && told(*others, stage, PADDED)) {
+      seen = told(others, stage, SEEN);
+      if (seen && told(others, stage, PADDED)) {
         zero_padding<K, kGradientThreads>(shared + S::OWN + stage * S::STAGE, others->run[stage], thread);
         __syncthreads();
       }
     }
-    if (seen) work.add(stages + stage * S::STAGE, scales + stage * kKeys, first, others, stage, p.causal && first >= begin);
+    const bool diagonal = p.causal && first >= begin;
+    if constexpr (GATED)
+      if (diagonal && first == begin) work.take_own_factors();
+    if (GATED && seen && !diagonal && !told(others, stage, MIXED)) work.template add<!GATED>(stages + stage * S::STAGE, scales + stage * kKeys, first, others, stage, false);
+    else if (seen) work.template add<true>(stages + stage * S::STAGE, scales + stage * kKeys, first, others, stage, diagonal);
     if constexpr (GATED)
       if (tile + 1 < tiles) on_way.store(*others, false, (tile + 1) % kStages, low, high, thread);
   }

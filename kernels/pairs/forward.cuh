@@ -12,7 +12,7 @@ template <typename T, int K, int V, bool GATED> struct ForwardShape {
   using Copy = KeyCopy<T, K, V, kForwardThreads>;
   static constexpr int ROW_TILE = kRows * (K > V ? K : V) * 2;  // queries, and then results
   static constexpr int GATES_AT = ROW_TILE + Copy::BYTES, SHARED = GATES_AT + (GATED ? sizeof(OtherGates) : 0);
-  static constexpr int MIN_BLOCKS = V <= 64 ? 3 : 2;
+  static constexpr int MIN_BLOCKS = V > 64 || (GATED && K > 32) ? 2 : 3;
 };
 
 // A warp's part of a block.
@@ -95,20 +95,25 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
     }
   }
 
-  // Two neighbouring keys' products into their weights. first: the first of the tile, column: that of the two in it.
-  __device__ __forceinline__ void weigh(float (&x)[4], int m, int64_t first, int column, float2 scale, bool whole, const OtherGates *others, int stage, bool diagonal) {
+  // Two neighbouring keys' products into their weights. first: the first of the tile, column: that of the two in it. NEAR: not all pairs are seen, or gated alike.
+  template <bool NEAR> __device__ __forceinline__ void weigh(float (&x)[4], int m, int64_t first, int column, float2 scale, bool whole, const OtherGates *others, int stage, bool diagonal) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float t = x[i] * (i & 1 ? scale.y : scale.x);
       x[i] = fmaf(fmaf(gamma[m][i >> 1], t, beta[m][i >> 1]), t, a);
     }
-    if constexpr (GATED) {
-      const float2 other = *reinterpret_cast<const float2 *>((diagonal ? others->exponent[stage] : others->factor[stage]) + column);
+    if constexpr (GATED && NEAR) {
+      const float2 exponent = *reinterpret_cast<const float2 *>(others->exponent[stage] + column);
       const int2 run = *reinterpret_cast<const int2 *>(others->run[stage] + column);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = gates.times(x[i], m, i >> 1, i & 1 ? other.y : other.x, i & 1 ? run.y : run.x, diagonal);
+      for (int i = 0; i < 4; ++i)
+        x[i] = gates.sees(m, i >> 1, i & 1 ? run.y : run.x) ? x[i] * gates.of(m, i >> 1, i & 1 ? exponent.y : exponent.x, diagonal) : 0.f;
+    } else if constexpr (GATED) {
+      const float2 factor = *reinterpret_cast<const float2 *>(others->factor[stage] + column);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] *= i & 1 ? factor.y : factor.x;
     }
-    if (!whole) {
+    if (NEAR && !whole) {
       const int64_t row = warp_begin + 16 * m + group;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -134,14 +139,26 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
       }
   }
 
+  // What the sums hold, of keys before the block's queries, takes these queries' factors.
+  __device__ __forceinline__ void take_own_factors() {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        mass[m][half] *= gates.factor[m][half];
+#pragma unroll
+        for (int block = 0; block < 2 * VALUE_BLOCKS; ++block) acc[m][block][2 * half] *= gates.factor[m][half], acc[m][block][2 * half + 1] *= gates.factor[m][half];
+      }
+  }
+
   // A tile of keys, the first of the sequence's tokens in it `first`.
-  __device__ __forceinline__ void add(uint32_t key_tile, const float *scales, int64_t first, const OtherGates *others, int stage, bool diagonal) {
+  template <bool NEAR> __device__ __forceinline__ void add(uint32_t key_tile, const float *scales, int64_t first, const OtherGates *others, int stage, bool diagonal) {
     const Blocks<K> k_blocks(key_tile, lane_across<K>(lane));
     const Blocks<V> v_blocks(key_tile + S::Copy::TILE, lane_down<V>(lane));
 #pragma unroll
     for (int step = 0; step < kKeys / kStep; ++step) {
       const int64_t key = first + step * kStep;
-      if (key >= (p.causal ? min(p.length, warp_begin + 32) : p.length)) break;
+      if (NEAR && key >= (p.causal ? min(p.length, warp_begin + 32) : p.length)) break;
       float s[2][2 * HALVES][4];
       multiply_keys(s, k_blocks, step);
       const bool whole = key + kStep <= p.length && (!p.causal || key + kStep - 1 <= warp_begin);
@@ -155,7 +172,7 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
             float (&x)[4] = s[m][2 * half + side];
-            weigh(x, m, first, column, scale, whole, others, stage, diagonal);
+            weigh<NEAR>(x, m, first, column, scale, whole, others, stage, diagonal);
             weights[m][half][2 * side] = E::pack(x[0], x[1]), weights[m][half][2 * side + 1] = E::pack(x[2], x[3]);
           }
         }
@@ -175,6 +192,7 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
       for (int half = 0; half < 2; ++half) {
         mass[m][half] += __shfl_xor_sync(0xffffffffu, mass[m][half], 1);
         mass[m][half] += __shfl_xor_sync(0xffffffffu, mass[m][half], 2);
+        if (GATED && gates.is_padding(m, half)) mass[m][half] = 0.f;
         const int row = 32 * warp + 16 * m + 8 * half + group;
         if (place == 0 && row < own.rows) mass_rows[row] = mass[m][half] / shrink;
         finish[half] = GATED && mass[m][half] == 0.f ? 0.f : 1.f / mass[m][half];
@@ -219,6 +237,10 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShape<T, K, V, GATED>:
   }
   copy_wait<0>();
   __syncthreads();
+  if (GATED && queries.runs) {
+    zero_own_padding<K, kForwardThreads>(shared, queries, own.begin, thread);
+    __syncthreads();
+  }
 
   ForwardRows<T, K, V, GATED> rows(p, own, shared);
   if constexpr (GATED) rows.gates.load(queries, rows.warp_begin + rows.group);
@@ -236,13 +258,17 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShape<T, K, V, GATED>:
     const int64_t first = static_cast<int64_t>(tile) * kKeys;
     bool seen = true;
     if constexpr (GATED) {
-      seen = told(*others, stage, SEEN);
-      if (seen && told(*others, stage, PADDED)) {
+      seen = told(others, stage, SEEN);
+      if (seen && told(others, stage, PADDED)) {
         zero_padding<V, kForwardThreads>(shared + S::ROW_TILE + stage * Copy::STAGE + Copy::TILE, others->run[stage], thread);
         __syncthreads();
       }
     }
-    if (seen) rows.add(key_tiles + stage * Copy::STAGE, scales + stage * kKeys, first, others, stage, p.causal && first >= own.begin);
+    const bool diagonal = p.causal && first >= own.begin;
+    if constexpr (GATED)
+      if (diagonal && first == own.begin) rows.take_own_factors();
+    if (GATED && seen && !diagonal && !told(others, stage, MIXED)) rows.template add<!GATED>(key_tiles + stage * Copy::STAGE, scales + stage * kKeys, first, others, stage, false);
+    else if (seen) rows.template add<true>(key_tiles + stage * Copy::STAGE, scales + stage * kKeys, first, others, stage, diagonal);
     if constexpr (GATED)
       if (tile + 1 < own.tiles) on_way.store(*others, false, (tile + 1) % kStages, low, high, thread);
   }

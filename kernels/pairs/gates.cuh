@@ -2,7 +2,8 @@
 //
 // A block owns 128 tokens and meets tiles of 64 others. With G the running sum of log2 decay, and R that of a token between the two (the last before the queries that a block
 // owns, the last of the keys that it owns), a query has the exponent G_i - R and a key R - G_n; a pair counts exp2(their sum). Away from the diagonal neither is above 0, so
-// there a pair takes no exponential of its own: it is the product of its tokens'. G is kept in double, since only small differences of a sum that grows with the sequence count.
+// there a pair takes no exponential of its own: the others' factors go into what a tile brings, the own into the sums, once. G is kept in double, since only small differences
+// of a sum that grows with the sequence count. Runs are looked at in tiles that hold others than the block's own alone.
 #pragma once
 #include <type_traits>
 
@@ -18,7 +19,7 @@ struct OtherGates {
   int32_t lowest[8], highest[8];            // runs of the block's own tokens, by each of its warps
 };
 
-enum Told : int32_t { PADDED = 1, SEEN = 2 };
+enum Told : int32_t { PADDED = 1, SEEN = 2, MIXED = 4 };  // some are padding; some are of the block's runs; not all are of the one run that all of the block's are of
 
 // A sequence's gates, as the tokens of one side read them: queries or keys, the block's own or the others.
 struct GateReader {
@@ -45,20 +46,22 @@ struct GateCopy {
     if (thread >= kKeys) return;
     sum = from.sum_of(first + thread), edge = from.edge(), run = from.run_of(first + thread), real = first + thread < from.length;
   }
+  __device__ __forceinline__ float exponent(bool queries) const { return static_cast<float>(queries ? sum - edge : edge - sum); }
+  __device__ __forceinline__ float factor(bool queries) const { return exp2_fast(fminf(exponent(queries), 0.f)); }
   // low, high: the runs that the block's own tokens are of.
   __device__ __forceinline__ void store(OtherGates &gates, bool queries, int stage, int32_t low, int32_t high, int thread) const {
     if (thread >= kKeys) return;
-    const float exponent = static_cast<float>(queries ? sum - edge : edge - sum);
-    gates.exponent[stage][thread] = exponent, gates.factor[stage][thread] = exp2_fast(fminf(exponent, 0.f)), gates.run[stage][thread] = run;
+    gates.exponent[stage][thread] = exponent(queries), gates.factor[stage][thread] = factor(queries), gates.run[stage][thread] = run;
     const bool padded = __any_sync(0xffffffffu, real && run == 0), seen = __any_sync(0xffffffffu, run > 0 && run >= low && run <= high);
-    if (thread % 32 == 0) gates.told[stage][thread / 32] = (padded ? PADDED : 0) | (seen ? SEEN : 0);
+    const bool mixed = __any_sync(0xffffffffu, run != low || run != high);
+    if (thread % 32 == 0) gates.told[stage][thread / 32] = (padded ? PADDED : 0) | (seen ? SEEN : 0) | (mixed ? MIXED : 0);
   }
 };
 
-__device__ __forceinline__ bool told(const OtherGates &gates, int stage, Told what) {
+__device__ __forceinline__ bool told(const OtherGates *gates, int stage, Told what) {
   int32_t all = 0;
 #pragma unroll
-  for (int warp = 0; warp < kKeys / 32; ++warp) all |= gates.told[stage][warp];
+  for (int warp = 0; warp < kKeys / 32; ++warp) all |= gates->told[stage][warp];
   return all & what;
 }
 
@@ -79,6 +82,7 @@ template <int M> struct OwnGates {
   float exponent[M][2], factor[M][2];
   int32_t run[M][2];  // -1: padding, or behind the last token
 
+  __device__ __forceinline__ bool is_padding(int m, int half) const { return run[m][half] < 0; }
   __device__ __forceinline__ void load(const GateReader &from, int64_t first) {
     const double edge = from.edge();
 #pragma unroll
@@ -87,15 +91,13 @@ template <int M> struct OwnGates {
       for (int half = 0; half < 2; ++half) {
         const int64_t token = first + 16 * m + 8 * half;
         const double sum = from.sum_of(token);
-        exponent[m][half] = static_cast<float>(from.queries ? sum - edge : edge - sum), factor[m][half] = exp2_fast(fminf(exponent[m][half], 0.f));
         run[m][half] = from.run_of(token) > 0 ? from.run_of(token) : -1;
+        exponent[m][half] = static_cast<float>(from.queries ? sum - edge : edge - sum), factor[m][half] = is_padding(m, half) ? 0.f : exp2_fast(fminf(exponent[m][half], 0.f));
       }
   }
-  // Whatever x is, NaN included, it counts nothing for a pair that is not to be seen.
-  __device__ __forceinline__ float times(float x, int m, int half, float other, int32_t other_run, bool diagonal) const {
-    const float gate = diagonal ? exp2_fast(fminf(exponent[m][half] + other, 0.f)) : factor[m][half] * other;
-    return other_run == run[m][half] ? x * gate : 0.f;
-  }
+  // Of a pair on the diagonal, or in a tile of several runs. Away from the diagonal the own factor is not in it.
+  __device__ __forceinline__ float of(int m, int half, float other, bool diagonal) const { return exp2_fast(fminf(other + (diagonal ? exponent[m][half] : 0.f), 0.f)); }
+  __device__ __forceinline__ bool sees(int m, int half, int32_t other) const { return other == run[m][half]; }
 };
 
 // The runs that a block's own tokens are of, from the lowest to the highest; runs do not fall along a sequence but for padding.
