@@ -26,6 +26,7 @@ struct Gradients {
 
 template <int K, int V, bool GATED> struct GradientShape {
   static constexpr int OWN_KEY = kRows * K * 2, OWN = OWN_KEY + kRows * V * 2, TILE = kKeys * K * 2, STAGE = TILE + kKeys * V * 2;
+  static constexpr int STEP = GATED && K <= 32 ? 32 : 16, HALVES = STEP / 16;  // others whose products a warp holds at once
   static constexpr bool KEEPS_ROWS = V <= 64 && !GATED;  // as fragments in registers
   static constexpr int MIN_BLOCKS = V <= 64 ? 2 : 1;
   static constexpr int NUMBERS_AT = OWN + kStages * STAGE, GATES = GATED ? sizeof(OtherGates) : 0;

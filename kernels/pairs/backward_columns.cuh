@@ -24,10 +24,10 @@ template <int K, int V, bool GATED> struct GradientColumns {
   using T = __nv_bfloat16;
   using S = GradientShape<K, V, GATED>;
   using E = Element<T>;
-  static constexpr int KEY_BLOCKS = K / 16, VALUE_BLOCKS = V / 16;
+  static constexpr int KEY_BLOCKS = K / 16, VALUE_BLOCKS = V / 16, HALVES = S::HALVES;
 
   const linattn_problem &p;
-  const int lane, warp, group, place, key_blocks;
+  const int lane, warp, group, place;
   const int64_t first_key, key;
   const uint32_t key_stripe, value_stripe;
   const Blocks<K> k_blocks;
@@ -38,7 +38,7 @@ template <int K, int V, bool GATED> struct GradientColumns {
   OwnGates<1> gates;
 
   __device__ __forceinline__ GradientColumns(const Gradients &args, int pair, int64_t begin, uint32_t key_tile)
-      : p(args.problem), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), key_blocks(blocks_of<K, V>(p)), first_key(begin + 16 * warp),
+      : p(args.problem), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), first_key(begin + 16 * warp),
         key(first_key + group), key_stripe(Tile<K>::rows_at(warp)), value_stripe(Tile<V>::rows_at(warp)), k_blocks(key_tile, lane_down<K>(lane)),
         v_blocks(key_tile + S::OWN_KEY, lane_down<V>(lane)),
         scale{args.key_scale[static_cast<int64_t>(pair) * args.padded + key], args.key_scale[static_cast<int64_t>(pair) * args.padded + key + 8]} {
@@ -57,24 +57,31 @@ template <int K, int V, bool GATED> struct GradientColumns {
     }
   }
 
-  // s = k q^T and d = v w^T of 16 queries.
-  __device__ __forceinline__ void multiply(float (&s)[2][4], float (&d)[2][4], const Blocks<K> &q_across, const Blocks<V> &w_across, int step) {
+  // s = k q^T and d = v w^T of a step's queries.
+  __device__ __forceinline__ void multiply(float (&s)[2 * HALVES][4], float (&d)[2 * HALVES][4], const Blocks<K> &q_across, const Blocks<V> &w_across, int step) {
 #pragma unroll
     for (int block = 0; block < KEY_BLOCKS; ++block) {
-      if (block >= key_blocks) break;
-      uint32_t loaded[4], q[4];
+      uint32_t loaded[4];
       if constexpr (!S::KEEPS_ROWS) ldmatrix(loaded, k_blocks.at(0, block) + key_stripe);
       const uint32_t (&k)[4] = S::KEEPS_ROWS ? kept_k[S::KEEPS_ROWS ? block : 0] : loaded;
-      ldmatrix(q, q_across.at(0, block) + step * Tile<K>::kBlockBytes);
-      E::mma(s[0], k, q[0], q[1]), E::mma(s[1], k, q[2], q[3]);
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        uint32_t q[4];
+        ldmatrix(q, q_across.at(half, block) + step * HALVES * Tile<K>::kBlockBytes);
+        E::mma(s[2 * half], k, q[0], q[1]), E::mma(s[2 * half + 1], k, q[2], q[3]);
+      }
     }
 #pragma unroll
     for (int block = 0; block < VALUE_BLOCKS; ++block) {
-      uint32_t loaded[4], w[4];
+      uint32_t loaded[4];
       if constexpr (!S::KEEPS_ROWS) ldmatrix(loaded, v_blocks.at(0, block) + value_stripe);
       const uint32_t (&v)[4] = S::KEEPS_ROWS ? kept_v[S::KEEPS_ROWS ? block : 0] : loaded;
-      ldmatrix(w, w_across.at(0, block) + step * Tile<V>::kBlockBytes);
-      E::mma(d[0], v, w[0], w[1]), E::mma(d[1], v, w[2], w[3]);
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        uint32_t w[4];
+        ldmatrix(w, w_across.at(half, block) + step * HALVES * Tile<V>::kBlockBytes);
+        E::mma(d[2 * half], v, w[0], w[1]), E::mma(d[2 * half + 1], v, w[2], w[3]);
+      }
     }
   }
 
@@ -88,18 +95,20 @@ template <int K, int V, bool GATED> struct GradientColumns {
     float2 exponent = {};
     int2 run = {};
     if constexpr (GATED && NEAR) exponent = *reinterpret_cast<const float2 *>(others->exponent[stage] + column), run = *reinterpret_cast<const int2 *>(others->run[stage] + column);
+    const int earliest = p.causal ? static_cast<int>(key - first) : 0;  // query of the tile that sees the first key
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int half = i >> 1;
       const float r = i & 1 ? unit.y : unit.x, t = s[i] * scale[half] * r;
-      float change = fmaf(d[i], i & 1 ? inverse.y : inverse.x, i & 1 ? error.y : error.x), inverse_mass = i & 1 ? inverse.y : inverse.x;
-      const int64_t number = first + column + (i & 1);
-      bool seen = !NEAR || whole || (number < p.length && (!p.causal || number >= key + 8 * half));
+      float inverse_mass = i & 1 ? inverse.y : inverse.x, change = fmaf(d[i], inverse_mass, i & 1 ? error.y : error.x);
       if constexpr (GATED && NEAR) {
-        const float gate = diagonal ? gates.of(0, half, i & 1 ? exponent.y : exponent.x, true) : 1.f;
-        change *= gate, inverse_mass *= gate, seen = seen && gates.sees(0, half, i & 1 ? run.y : run.x);
+        // off the diagonal the gate is in coefficients and numbers
+        const float gate = gates.times(1.f, 0, half, diagonal ? (i & 1 ? exponent.y : exponent.x) : 0.f, i & 1 ? run.y : run.x, column + (i & 1) >= earliest + 8 * half, diagonal);
+        change *= gate, inverse_mass *= gate;
+      } else if constexpr (!GATED) {
+        const int64_t number = first + column + (i & 1);
+        if (!whole && (number >= p.length || (p.causal && number < key + 8 * half))) change = inverse_mass = 0.f;
       }
-      if (NEAR && !seen) change = inverse_mass = 0.f;
       const float weight = fmaf(fmaf(f[half].gamma, t, f[half].beta), t, f[half].a);
       if constexpr (GATED) decay_sums[half] = fmaf(weight, change, decay_sums[half]);
       s[i] = change * r * fmaf(2.f * f[half].gamma, t, f[half].beta), d[i] = weight * inverse_mass;
@@ -116,32 +125,36 @@ template <int K, int V, bool GATED> struct GradientColumns {
     const Blocks<K> q_across(query_tile, lane_across<K>(lane)), q_down(query_tile, lane_down<K>(lane));
     const Blocks<V> w_across(query_tile + S::TILE, lane_across<V>(lane)), w_down(query_tile + S::TILE, lane_down<V>(lane));
 #pragma unroll 1
-    for (int step = 0; step < kKeys / 16; ++step) {
-      const int64_t query = first + 16 * step;
+    for (int step = 0; step < kKeys / S::STEP; ++step) {
+      const int64_t query = first + S::STEP * step;
       if (NEAR && query >= p.length) break;
-      if (NEAR && p.causal && query + 15 < first_key) continue;
-      float s[2][4] = {}, d[2][4] = {};
+      if (NEAR && p.causal && query + S::STEP - 1 < first_key) continue;
+      float s[2 * HALVES][4] = {}, d[2 * HALVES][4] = {};
       multiply(s, d, q_across, w_across, step);
-      const bool whole = query + 16 <= p.length && (!p.causal || query >= first_key + 15);
-      uint32_t slopes[4], weights[4];
+      const bool whole = query + S::STEP <= p.length && (!p.causal || query >= first_key + 15);
+      uint32_t slopes[HALVES][4], weights[HALVES][4];
 #pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        weigh<NEAR>(s[side], d[side], f, numbers, first, 16 * step + 8 * side + 2 * place, whole, others, stage, diagonal);
-        slopes[2 * side] = E::pack(s[side][0], s[side][1]), slopes[2 * side + 1] = E::pack(s[side][2], s[side][3]);
-        weights[2 * side] = E::pack(d[side][0], d[side][1]), weights[2 * side + 1] = E::pack(d[side][2], d[side][3]);
+      for (int side = 0; side < 2 * HALVES; ++side) {
+        float (&x)[4] = s[side], (&y)[4] = d[side];
+        weigh<NEAR>(x, y, f, numbers, first, S::STEP * step + 8 * side + 2 * place, whole, others, stage, diagonal);
+        slopes[side / 2][side % 2 * 2] = E::pack(x[0], x[1]), slopes[side / 2][side % 2 * 2 + 1] = E::pack(x[2], x[3]);
+        weights[side / 2][side % 2 * 2] = E::pack(y[0], y[1]), weights[side / 2][side % 2 * 2 + 1] = E::pack(y[2], y[3]);
       }
 #pragma unroll
-      for (int block = 0; block < KEY_BLOCKS; ++block) {
-        if (block >= key_blocks) break;
-        uint32_t q[4];
-        ldmatrix_transposed(q, q_down.at(0, block) + step * Tile<K>::kBlockBytes);
-        E::mma(key_sums[2 * block], slopes, q[0], q[1]), E::mma(key_sums[2 * block + 1], slopes, q[2], q[3]);
-      }
+      for (int half = 0; half < HALVES; ++half) {
+        const uint32_t at = step * HALVES;
 #pragma unroll
-      for (int block = 0; block < VALUE_BLOCKS; ++block) {
-        uint32_t w[4];
-        ldmatrix_transposed(w, w_down.at(0, block) + step * Tile<V>::kBlockBytes);
-        E::mma(value_sums[2 * block], weights, w[0], w[1]), E::mma(value_sums[2 * block + 1], weights, w[2], w[3]);
+        for (int block = 0; block < KEY_BLOCKS; ++block) {
+          uint32_t q[4];
+          ldmatrix_transposed(q, q_down.at(half, block) + at * Tile<K>::kBlockBytes);
+          E::mma(key_sums[2 * block], slopes[half], q[0], q[1]), E::mma(key_sums[2 * block + 1], slopes[half], q[2], q[3]);
+        }
+#pragma unroll
+        for (int block = 0; block < VALUE_BLOCKS; ++block) {
+          uint32_t w[4];
+          ldmatrix_transposed(w, w_down.at(half, block) + at * Tile<V>::kBlockBytes);
+          E::mma(value_sums[2 * block], weights[half], w[0], w[1]), E::mma(value_sums[2 * block + 1], weights[half], w[2], w[3]);
+        }
       }
     }
   }

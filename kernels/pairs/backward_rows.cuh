@@ -9,11 +9,11 @@ template <int K, int V, bool GATED> struct GradientRows {
   using T = __nv_bfloat16;
   using S = GradientShape<K, V, GATED>;
   using E = Element<T>;
-  static constexpr int KEY_BLOCKS = K / 16, VALUE_BLOCKS = V / 16;
+  static constexpr int KEY_BLOCKS = K / 16, VALUE_BLOCKS = V / 16, HALVES = S::HALVES;
 
   const linattn_problem &p;
   const Gradients &args;
-  const int lane, warp, group, place, key_blocks;
+  const int lane, warp, group, place;
   const int64_t begin, row, seen;
   const uint32_t down, across, query_stripe, grad_stripe;
   const Blocks<K> q_blocks;
@@ -24,7 +24,7 @@ template <int K, int V, bool GATED> struct GradientRows {
   OwnGates<1> gates;
 
   __device__ __forceinline__ GradientRows(const Gradients &args, int pair, int head, int64_t begin, uint32_t query_tile)
-      : p(args.problem), args(args), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), key_blocks(blocks_of<K, V>(p)), begin(begin),
+      : p(args.problem), args(args), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), begin(begin),
         row(begin + 16 * warp + group), seen(p.causal ? min(p.length, begin + 16 * warp + 16) : p.length), down(lane_down<K>(lane)), across(lane_across<K>(lane)),
         query_stripe(Tile<K>::rows_at(warp)), grad_stripe(Tile<V>::rows_at(warp)), q_blocks(query_tile, down), w_blocks(query_tile + S::OWN_KEY, lane_down<V>(lane)), f(p, head) {
     const float *const numbers = args.query_numbers + static_cast<int64_t>(pair) * kNumbers * args.padded + row;
@@ -45,24 +45,31 @@ template <int K, int V, bool GATED> struct GradientRows {
       for (int i = 0; i < 4; ++i) acc[n][i] = 0.f;
   }
 
-  // s = q k^T and d = w v^T of 16 keys.
-  __device__ __forceinline__ void multiply(float (&s)[2][4], float (&d)[2][4], const Blocks<K> &k_across, const Blocks<V> &v_across, int step) {
+  // s = q k^T and d = w v^T of a step's keys.
+  __device__ __forceinline__ void multiply(float (&s)[2 * HALVES][4], float (&d)[2 * HALVES][4], const Blocks<K> &k_across, const Blocks<V> &v_across, int step) {
 #pragma unroll
     for (int block = 0; block < KEY_BLOCKS; ++block) {
-      if (block >= key_blocks) break;
-      uint32_t loaded[4], k[4];
+      uint32_t loaded[4];
       if constexpr (!S::KEEPS_ROWS) ldmatrix(loaded, q_blocks.at(0, block) + query_stripe);
       const uint32_t (&q)[4] = S::KEEPS_ROWS ? kept_q[S::KEEPS_ROWS ? block : 0] : loaded;
-      ldmatrix(k, k_across.at(0, block) + step * Tile<K>::kBlockBytes);
-      E::mma(s[0], q, k[0], k[1]), E::mma(s[1], q, k[2], k[3]);
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        uint32_t k[4];
+        ldmatrix(k, k_across.at(half, block) + step * HALVES * Tile<K>::kBlockBytes);
+        E::mma(s[2 * half], q, k[0], k[1]), E::mma(s[2 * half + 1], q, k[2], k[3]);
+      }
     }
 #pragma unroll
     for (int block = 0; block < VALUE_BLOCKS; ++block) {
-      uint32_t loaded[4], v[4];
+      uint32_t loaded[4];
       if constexpr (!S::KEEPS_ROWS) ldmatrix(loaded, w_blocks.at(0, block) + grad_stripe);
       const uint32_t (&w)[4] = S::KEEPS_ROWS ? kept_w[S::KEEPS_ROWS ? block : 0] : loaded;
-      ldmatrix(v, v_across.at(0, block) + step * Tile<V>::kBlockBytes);
-      E::mma(d[0], w, v[0], v[1]), E::mma(d[1], w, v[2], v[3]);
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) {
+        uint32_t v[4];
+        ldmatrix(v, v_across.at(half, block) + step * HALVES * Tile<V>::kBlockBytes);
+        E::mma(d[2 * half], w, v[0], v[1]), E::mma(d[2 * half + 1], w, v[2], v[3]);
+      }
     }
   }
 
@@ -74,15 +81,20 @@ template <int K, int V, bool GATED> struct GradientRows {
     int2 run = {};
     if constexpr (GATED) other = *reinterpret_cast<const float2 *>((NEAR ? others->exponent[stage] : others->factor[stage]) + column);
     if constexpr (GATED && NEAR) run = *reinterpret_cast<const int2 *>(others->run[stage] + column);
+    const int last = p.causal ? static_cast<int>(row - first) : kKeys;  // key of the tile that the first row sees
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int half = i >> 1;
       const float r = i & 1 ? factor.y : factor.x, t = s[i] * r, gate = i & 1 ? other.y : other.x;
       float slope = fmaf(d[i], inverse[half], error[half]);
-      if constexpr (GATED && NEAR) slope = gates.sees(0, half, i & 1 ? run.y : run.x) ? slope * gates.of(0, half, gate, diagonal) : 0.f;
-      else if constexpr (GATED) slope *= gate;
-      const int64_t number = first + column + (i & 1);
-      if (NEAR && !whole && (number >= p.length || (p.causal && number > row + 8 * half))) slope = 0.f;
+      if constexpr (GATED && NEAR) {
+        slope = gates.times(slope, 0, half, gate, i & 1 ? run.y : run.x, column + (i & 1) <= last + 8 * half, diagonal);
+      } else if constexpr (GATED) {
+        slope *= gate;
+      } else {
+        const int64_t number = first + column + (i & 1);
+        if (!whole && (number >= p.length || (p.causal && number > row + 8 * half))) slope = 0.f;
+      }
       sums[0][half] += slope, sums[1][half] = fmaf(slope, t, sums[1][half]), sums[2][half] = fmaf(slope * t, t, sums[2][half]);
       s[i] = slope * fmaf(2.f * gamma[half], t, beta[half]) * r;
     }
@@ -104,26 +116,28 @@ template <int K, int V, bool GATED> struct GradientRows {
     const Blocks<K> k_across(key_tile, across), k_down(key_tile, down);
     const Blocks<V> v_across(key_tile + S::TILE, lane_across<V>(lane));
 #pragma unroll 1
-    for (int step = 0; step < kKeys / 16; ++step) {
-      const int64_t key = first + 16 * step;
+    for (int step = 0; step < kKeys / S::STEP; ++step) {
+      const int64_t key = first + S::STEP * step;
       if (NEAR && key >= seen) break;
-      float s[2][4] = {}, d[2][4] = {};
+      float s[2 * HALVES][4] = {}, d[2 * HALVES][4] = {};
       multiply(s, d, k_across, v_across, step);
-      const bool whole = key + 16 <= p.length && (!p.causal || key + 15 <= begin + 16 * warp);
-      uint32_t weights[4];
+      const bool whole = key + S::STEP <= p.length && (!p.causal || key + S::STEP - 1 <= begin + 16 * warp);
+      uint32_t weights[HALVES][4];
 #pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        const int column = 16 * step + 8 * side + 2 * place;
-        weigh<NEAR>(s[side], d[side], first, column, *reinterpret_cast<const float2 *>(scales + column), whole, others, stage, diagonal);
-        weights[2 * side] = E::pack(s[side][0], s[side][1]), weights[2 * side + 1] = E::pack(s[side][2], s[side][3]);
+      for (int side = 0; side < 2 * HALVES; ++side) {
+        const int column = S::STEP * step + 8 * side + 2 * place;
+        float (&x)[4] = s[side];
+        weigh<NEAR>(x, d[side], first, column, *reinterpret_cast<const float2 *>(scales + column), whole, others, stage, diagonal);
+        weights[side / 2][side % 2 * 2] = E::pack(x[0], x[1]), weights[side / 2][side % 2 * 2 + 1] = E::pack(x[2], x[3]);
       }
 #pragma unroll
-      for (int block = 0; block < KEY_BLOCKS; ++block) {
-        if (block >= key_blocks) break;
-        uint32_t k[4];
-        ldmatrix_transposed(k, k_down.at(0, block) + step * Tile<K>::kBlockBytes);
-        E::mma(acc[2 * block], weights, k[0], k[1]), E::mma(acc[2 * block + 1], weights, k[2], k[3]);
-      }
+      for (int half = 0; half < HALVES; ++half)
+#pragma unroll
+        for (int block = 0; block < KEY_BLOCKS; ++block) {
+          uint32_t k[4];
+          ldmatrix_transposed(k, k_down.at(half, block) + step * HALVES * Tile<K>::kBlockBytes);
+          E::mma(acc[2 * block], weights[half], k[0], k[1]), E::mma(acc[2 * block + 1], weights[half], k[2], k[3]);
+        }
     }
   }
 

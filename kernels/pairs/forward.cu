@@ -71,12 +71,12 @@ TileDims tiles_of(const linattn_problem &problem) {
   if (problem.degree != 2 || problem.initial_state || problem.dropout_p || !fits) return {};
   if (key == value && !is_gated(problem) && (brain || half) && (key == 32 || key == 64 || key == 80 || key == 96 || key == 128)) return {key, value};
   if (key == value && brain && (key == 32 || key == 64 || key == 128)) return {key, value};
-  if (key <= 32 && key % 8 == 0 && brain && (value == 64 || value == 128)) return {32, value};
+  if (key <= 32 && key % 8 == 0 && brain && (value == 64 || value == 128)) return {key <= 16 ? 16 : 32, value};
   return {};
 }
 bool needs_gated(const linattn_problem &problem) { return is_gated(problem) || problem.head_dim != problem.value_dim; }
 bool pairs_cost_less(const linattn_problem &problem) {
-  const int64_t key = tiles_of(problem).key;
+  const int64_t key = std::max(tiles_of(problem).key, 32);
   return problem.length <= 8 * key * key;
 }
 

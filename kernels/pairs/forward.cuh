@@ -23,7 +23,7 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
 
   const linattn_problem &p;
   unsigned char *const shared;
-  const int lane, warp, group, place, key_blocks;
+  const int lane, warp, group, place;
   const int64_t warp_begin;
   const Blocks<K> q_blocks;
   float a, shrink, beta[2][2], gamma[2][2], mass[2][2], acc[2][2 * VALUE_BLOCKS][4];
@@ -31,7 +31,7 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
   OwnGates<2> gates;
 
   __device__ __forceinline__ ForwardRows(const linattn_problem &p, const Place &own, unsigned char *shared)
-      : p(p), shared(shared), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), key_blocks(blocks_of<K, V>(p)), warp_begin(own.begin + 32 * warp),
+      : p(p), shared(shared), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), warp_begin(own.begin + 32 * warp),
         q_blocks(shared_address(shared), lane_down<K>(lane)) {
     const float temperature = p.coefficients[3 * p.query_heads + own.head], b = p.coefficients[p.query_heads + own.head], c = p.coefficients[2 * p.query_heads + own.head];
     shrink = weight_scale<T>(p.coefficients[own.head], b, c, temperature), a = p.coefficients[own.head] * shrink;
@@ -75,7 +75,6 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
         for (int i = 0; i < 4; ++i) s[m][n][i] = 0.f;
 #pragma unroll
     for (int block = 0; block < KEY_BLOCKS; ++block) {
-      if (block >= key_blocks) break;
       uint32_t loaded[2][4];
       if constexpr (!S::KEEPS_QUERIES) {
 #pragma unroll
@@ -105,15 +104,15 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
     if constexpr (GATED && NEAR) {
       const float2 exponent = *reinterpret_cast<const float2 *>(others->exponent[stage] + column);
       const int2 run = *reinterpret_cast<const int2 *>(others->run[stage] + column);
+      const int last = p.causal ? static_cast<int>(warp_begin + 16 * m + group - first) : kKeys;  // key of the tile that the first row sees
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        x[i] = gates.sees(m, i >> 1, i & 1 ? run.y : run.x) ? x[i] * gates.of(m, i >> 1, i & 1 ? exponent.y : exponent.x, diagonal) : 0.f;
+        x[i] = gates.times(x[i], m, i >> 1, i & 1 ? exponent.y : exponent.x, i & 1 ? run.y : run.x, column + (i & 1) <= last + 8 * (i >> 1), diagonal);
     } else if constexpr (GATED) {
       const float2 factor = *reinterpret_cast<const float2 *>(others->factor[stage] + column);
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] *= i & 1 ? factor.y : factor.x;
-    }
-    if (NEAR && !whole) {
+    } else if (!whole) {
       const int64_t row = warp_begin + 16 * m + group;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

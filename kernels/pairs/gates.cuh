@@ -95,9 +95,11 @@ template <int M> struct OwnGates {
         exponent[m][half] = static_cast<float>(from.queries ? sum - edge : edge - sum), factor[m][half] = is_padding(m, half) ? 0.f : exp2_fast(fminf(exponent[m][half], 0.f));
       }
   }
-  // Of a pair on the diagonal, or in a tile of several runs. Away from the diagonal the own factor is not in it.
-  __device__ __forceinline__ float of(int m, int half, float other, bool diagonal) const { return exp2_fast(fminf(other + (diagonal ? exponent[m][half] : 0.f), 0.f)); }
-  __device__ __forceinline__ bool sees(int m, int half, int32_t other) const { return other == run[m][half]; }
+  // x of a pair on the diagonal or in a tile of several runs, gated; whatever x is, 0 where the pair is not `seen`. Away from the diagonal the own factor is not in it.
+  __device__ __forceinline__ float times(float x, int m, int half, float other, int32_t other_run, bool seen, bool diagonal) const {
+    const float product = x * exp2_fast(other + (diagonal ? exponent[m][half] : 0.f));
+    return seen && other_run == run[m][half] ? product : 0.f;
+  }
 };
 
 // The runs that a block's own tokens are of, from the lowest to the highest; runs do not fall along a sequence but for padding.
@@ -117,6 +119,8 @@ __device__ __forceinline__ void range_of_runs(OtherGates &gates, const GateReade
 template <typename Call> auto with_gated_tiles(TileDims tiles, Call call) {
   const auto is = [&](int key, int value) { return tiles.key == key && tiles.value == value; };
   using std::integral_constant;
+  if (is(16, 64)) return call(integral_constant<int, 16>(), integral_constant<int, 64>());
+  if (is(16, 128)) return call(integral_constant<int, 16>(), integral_constant<int, 128>());
   if (is(32, 32)) return call(integral_constant<int, 32>(), integral_constant<int, 32>());
   if (is(32, 64)) return call(integral_constant<int, 32>(), integral_constant<int, 64>());
   if (is(32, 128)) return call(integral_constant<int, 32>(), integral_constant<int, 128>());

@@ -62,9 +62,8 @@ struct Place {
   }
 };
 
-// Where keys are narrower than values they may be narrower than their tiles, too: pieces of 16 bytes, and blocks of 16 columns, that hold something.
+// Where keys are narrower than values they may be narrower than their tiles, too: pieces of 16 bytes that hold something.
 template <int K, int V> __device__ __forceinline__ int pieces_of(const linattn_problem &p) { return K < V ? p.head_dim / 8 : K / 8; }
-template <int K, int V> __device__ __forceinline__ int blocks_of(const linattn_problem &p) { return K < V ? (p.head_dim + 15) / 16 : K / 16; }
 
 // The tiles of keys and values, two stages of them, and behind both their keys' scales.
 template <typename T, int K, int V, int THREADS> struct KeyCopy {

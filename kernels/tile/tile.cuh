@@ -46,8 +46,8 @@ template <int D> struct Tile {
   static constexpr int kRowBytes = kPanels ? 128 : 2 * D;
   static constexpr int kBlockBytes = 16 * kRowBytes;  // from 16 rows to the next
   static constexpr int kPanelBytes = 64 * 128;        // from a panel to the one at its right
-  static constexpr int kShift = D == 32 || D == 96 ? 1 : D == 80 ? 2 : 0;
-  static constexpr int kMask = D == 32 || D == 96 ? 3 : D == 80 ? 1 : 7;
+  static constexpr int kShift = D == 32 || D == 96 ? 1 : D == 16 || D == 80 ? 2 : 0;
+  static constexpr int kMask = D == 32 || D == 96 ? 3 : D == 16 || D == 80 ? 1 : 7;
   static constexpr __device__ __forceinline__ uint32_t rows_at(int row_block) {
     return kPanels ? row_block / 4 * (D / 64) * kPanelBytes + row_block % 4 * kBlockBytes : row_block * kBlockBytes;
   }
