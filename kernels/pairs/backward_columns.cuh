@@ -95,7 +95,7 @@ template <int K, int V, bool GATED> struct GradientColumns {
     float2 exponent = {};
     int2 run = {};
     if constexpr (GATED && NEAR) exponent = *reinterpret_cast<const float2 *>(others->exponent[stage] + column), run = *reinterpret_cast<const int2 *>(others->run[stage] + column);
-    const int earliest = p.causal ? static_cast<int>(key - first) : 0;  // query of the tile that sees the first key
+    const int earliest = p.causal ? static_cast<int>(key - first) : -kKeys;  // query of the tile that sees the first key
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int half = i >> 1;
