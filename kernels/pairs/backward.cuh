@@ -89,7 +89,8 @@ __device__ __forceinline__ void store_rows(const linattn_tensor &tensor, T *rows
   __syncwarp();
   for (int index = lane; index < 16 * (D / 8); index += 32) {
     const int local = 16 * warp + index / (D / 8), piece = index % (D / 8);
-    if (local < count && piece < pieces) *reinterpret_cast<uint4 *>(rows + local * tensor.token_stride + piece * 8) = *reinterpret_cast<const uint4 *>(tile + Tile<D>::at(local, piece));
+    if (local < count && piece < pieces)
+      *reinterpret_cast<uint4 *>(rows + local * tensor.token_stride + piece * 8) = *reinterpret_cast<const uint4 *>(tile + Tile<D>::at(local, piece));
   }
 }
 

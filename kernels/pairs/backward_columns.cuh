@@ -38,9 +38,8 @@ template <int K, int V, bool GATED> struct GradientColumns {
   OwnGates<1> gates;
 
   __device__ __forceinline__ GradientColumns(const Gradients &args, int pair, int64_t begin, uint32_t key_tile)
-      : p(args.problem), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), first_key(begin + 16 * warp),
-        key(first_key + group), key_stripe(Tile<K>::rows_at(warp)), value_stripe(Tile<V>::rows_at(warp)), k_blocks(key_tile, lane_down<K>(lane)),
-        v_blocks(key_tile + S::OWN_KEY, lane_down<V>(lane)),
+      : p(args.problem), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), first_key(begin + 16 * warp), key(first_key + group),
+        key_stripe(Tile<K>::rows_at(warp)), value_stripe(Tile<V>::rows_at(warp)), k_blocks(key_tile, lane_down<K>(lane)), v_blocks(key_tile + S::OWN_KEY, lane_down<V>(lane)),
         scale{args.key_scale[static_cast<int64_t>(pair) * args.padded + key], args.key_scale[static_cast<int64_t>(pair) * args.padded + key + 8]} {
     if constexpr (S::KEEPS_ROWS) {
 #pragma unroll
@@ -202,9 +201,11 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
   NumbersCopy numbers_on_way;
   const auto is_diagonal = [&](int64_t first) { return p.causal && first < begin + kRows; };
   const auto arrive = [&](int iteration, int32_t low, int32_t high) {
-    const int stage = iteration % kStages;
-    on_way.store(*others, true, stage, low, high, thread);
-    numbers_on_way.store(staged_numbers + stage * kNumbers * kKeys, is_diagonal(first_of(iteration)) ? 1.f : on_way.factor(true), thread);
+    if constexpr (GATED) {
+      const int stage = iteration % kStages;
+      on_way.store(*others, true, stage, low, high, thread);
+      numbers_on_way.store(staged_numbers + stage * kNumbers * kKeys, is_diagonal(first_of(iteration)) ? 1.f : on_way.factor(true), thread);
+    }
   };
   const auto fetch = [&](int iteration) {
     const int head = first_head + iteration / tiles, stage = iteration % kStages;
@@ -261,7 +262,8 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
     }
     const float *const numbers = staged_numbers + stage * kNumbers * kKeys;
     const bool diagonal = is_diagonal(first);
-    if (GATED && seen && !diagonal && !told(others, stage, MIXED)) work.template add<!GATED>(stages + stage * S::STAGE, numbers, Coefficients(p, head), first, others, stage, false);
+    if (GATED && seen && !diagonal && !told(others, stage, MIXED))
+      work.template add<!GATED>(stages + stage * S::STAGE, numbers, Coefficients(p, head), first, others, stage, false);
     else if (seen) work.template add<true>(stages + stage * S::STAGE, numbers, Coefficients(p, head), first, others, stage, diagonal);
     if constexpr (GATED) {
       if (iteration + 1 < iterations) arrive(iteration + 1, low, high);

@@ -24,9 +24,9 @@ template <int K, int V, bool GATED> struct GradientRows {
   OwnGates<1> gates;
 
   __device__ __forceinline__ GradientRows(const Gradients &args, int pair, int head, int64_t begin, uint32_t query_tile)
-      : p(args.problem), args(args), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), begin(begin),
-        row(begin + 16 * warp + group), seen(p.causal ? min(p.length, begin + 16 * warp + 16) : p.length), down(lane_down<K>(lane)), across(lane_across<K>(lane)),
-        query_stripe(Tile<K>::rows_at(warp)), grad_stripe(Tile<V>::rows_at(warp)), q_blocks(query_tile, down), w_blocks(query_tile + S::OWN_KEY, lane_down<V>(lane)), f(p, head) {
+      : p(args.problem), args(args), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), begin(begin), row(begin + 16 * warp + group),
+        seen(p.causal ? min(p.length, begin + 16 * warp + 16) : p.length), down(lane_down<K>(lane)), across(lane_across<K>(lane)), query_stripe(Tile<K>::rows_at(warp)),
+        grad_stripe(Tile<V>::rows_at(warp)), q_blocks(query_tile, down), w_blocks(query_tile + S::OWN_KEY, lane_down<V>(lane)), f(p, head) {
     const float *const numbers = args.query_numbers + static_cast<int64_t>(pair) * kNumbers * args.padded + row;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

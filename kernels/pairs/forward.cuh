@@ -95,7 +95,8 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
   }
 
   // Two neighbouring keys' products into their weights. first: the first of the tile, column: that of the two in it. NEAR: not all pairs are seen, or gated alike.
-  template <bool NEAR> __device__ __forceinline__ void weigh(float (&x)[4], int m, int64_t first, int column, float2 scale, bool whole, const OtherGates *others, int stage, bool diagonal) {
+  template <bool NEAR> __device__ __forceinline__ void weigh(float (&x)[4], int m, int64_t first, int column, float2 scale, bool whole, const OtherGates *others, int stage,
+                                                             bool diagonal) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float t = x[i] * (i & 1 ? scale.y : scale.x);
@@ -106,8 +107,7 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
       const int2 run = *reinterpret_cast<const int2 *>(others->run[stage] + column);
       const int last = p.causal ? static_cast<int>(warp_begin + 16 * m + group - first) : kKeys;  // key of the tile that the first row sees
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        x[i] = gates.times(x[i], m, i >> 1, i & 1 ? exponent.y : exponent.x, i & 1 ? run.y : run.x, column + (i & 1) <= last + 8 * (i >> 1), diagonal);
+      for (int i = 0; i < 4; ++i) x[i] = gates.times(x[i], m, i >> 1, i & 1 ? exponent.y : exponent.x, i & 1 ? run.y : run.x, column + (i & 1) <= last + 8 * (i >> 1), diagonal);
     } else if constexpr (GATED) {
       const float2 factor = *reinterpret_cast<const float2 *>(others->factor[stage] + column);
 #pragma unroll

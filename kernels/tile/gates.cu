@@ -208,7 +208,7 @@ cudaError_t launch_chunk_decay(const linattn_problem &problem, int chunk, float 
 
 cudaError_t launch_running_decay(const linattn_problem &problem, double *decay) {
   running_decay_kernel<<<problem.batch * problem.state_heads, kThreads, 0, static_cast<cudaStream_t>(problem.stream)>>>(problem.log_decay, problem.log_decay_per_token,
-                                                                                                                      problem.state_heads, problem.length, decay);
+                                                                                                                        problem.state_heads, problem.length, decay);
   return cudaPeekAtLastError();
 }
 
