@@ -105,7 +105,8 @@ GATED_DIMS = [(32, 32), (64, 64), (16, 64), (24, 128), pytest.param(128, 128, ma
 
 @pytest.mark.parametrize("head_dim, value_dim", GATED_DIMS)
 @pytest.mark.parametrize("kind", [
-    {"decay": "key_head", "length": 300, "heads": 4, "key_heads": 2}, {"decay": "query_token", "segments": "packed", "heads": 4, "key_heads": 2},
+    {"decay": "key_head", "length": 300, "heads": 4, "key_heads": 2},
+    {"decay": "query_token", "segments": "packed", "heads": 4, "key_heads": 2},
     {"decay": "key_token", "segments": "left", "batch": 2}, {"segments": "mask", "causal": False, "length": 200}, {"length": 33},
 ], ids=str)  # fmt: skip
 def test_gated_pairs(kernels, kind, head_dim, value_dim):
@@ -118,7 +119,8 @@ def test_gated_pairs(kernels, kind, head_dim, value_dim):
 
 def test_gated_pairs_read_no_padding(kernels):
     """NaN there reaches nothing, and what comes out there is 0."""
-    inputs, upstream = operator_case(torch.bfloat16, degree=2, decay="key_token", segments="mask", length=150, head_dim=16, value_dim=64, device="cpu")
+    kind = {"degree": 2, "decay": "key_token", "segments": "mask", "length": 150, "head_dim": 16, "value_dim": 64, "device": "cpu"}
+    inputs, upstream = operator_case(torch.bfloat16, **kind)
     plain = run(cuda, inputs, upstream, False)
     padding = (inputs[5] <= 0)[:, None, :, None]
     assert padding.any()

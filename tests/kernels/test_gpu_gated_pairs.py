@@ -1,5 +1,5 @@
-"""The second degree beside a decay, runs of tokens and keys narrower than values, held to the bar of `accuracy_bar.py`. Every test makes sure
-that it is the kernels of pairs that it looks at."""
+"""The second degree beside a decay, runs of tokens and keys narrower than values, held to the bar of `accuracy_bar.py`. Every test makes
+sure that it is the kernels of pairs that it looks at."""
 
 import pytest
 import torch
@@ -61,9 +61,9 @@ def rows(length=700, heads=4, key_heads=2, head_dim=16, value_dim=64):
 def test_rates_of_any_size(rate, lag):
     """A key's factor may leave the number range, and what is near a query stays exact."""
     query, key, value = rows()
-    options = {"c": 0.5, "lag": lag}
-    out = linear_attention(query, key, value, log_decay=torch.full((2,), rate, device="cuda"), **options)
-    exact = reference(*(x.double() for x in (query, key, value)), log_decay=torch.full((2,), rate, device="cuda", dtype=torch.float64), **options)
+    decay, options = torch.full((2,), rate, device="cuda"), {"c": 0.5, "lag": lag}
+    out = linear_attention(query, key, value, log_decay=decay, **options)
+    exact = reference(*(x.double() for x in (query, key, value)), log_decay=decay.double(), **options)
     assert ((out - exact).norm() / exact.norm()).item() < 5e-3
 
 
@@ -79,7 +79,8 @@ def test_long_sums_of_a_decay():
 
 @pytest.mark.parametrize("head_dim", [16, 64])
 def test_no_padding_is_read_and_every_result_is_written(head_dim):
-    inputs, upstream = operator_case(torch.bfloat16, degree=2, decay="key_token", segments="mask", length=333, head_dim=head_dim, value_dim=64)
+    kind = {"degree": 2, "decay": "key_token", "segments": "mask", "length": 333, "head_dim": head_dim, "value_dim": 64}
+    inputs, upstream = operator_case(torch.bfloat16, **kind)
     plain, padding = run(cuda, inputs, upstream, False), (inputs[5] <= 0)[:, None, :, None]
     poisoned = [x.masked_fill(padding, float("nan")) for x in inputs[:3]]
     upstream = [upstream[0].masked_fill(padding, float("nan")), upstream[1].masked_fill(padding[..., 0], float("nan")), None]

@@ -166,7 +166,7 @@ def test_what_others_take():
     def kinds(**kind):
         return path(torch.bfloat16, 64, **kind)
 
-    segments, decay = torch.ones(2, 37, dtype=torch.int32, device="cuda"), torch.zeros(2, device="cuda")
+    segments = torch.ones(2, 37, dtype=torch.int32, device="cuda")
     assert kinds(dropout_p=torch.tensor(0.1, device="cuda")) == path(torch.float16, 64, segments=segments) == "generic"
     assert path(torch.float32, 64) == path(torch.bfloat16, 136) == path(torch.bfloat16, 64, length=31) == "generic"
     assert path(torch.float16, 32, length=8192) == "pairs" and path(torch.float16, 32, length=8193) == "generic"
