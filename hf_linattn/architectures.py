@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config import NAME, PREFIX, LinAttnConfig, softmax_layers
+from .values import attribute
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 SOFTMAX = {"softmax", "Softmax", "scaled_dot_product_attention"}
@@ -78,7 +79,7 @@ def _refuse_config(name: str, config: PreTrainedConfig) -> None:
 
 def has_cross_attention(config: PreTrainedConfig) -> bool:
     """Whether there is some anywhere in a model of this config."""
-    return config.is_encoder_decoder or getattr(config, "add_cross_attention", False)
+    return attribute(config, "is_encoder_decoder", False) or attribute(config, "add_cross_attention", False)
 
 
 def _refuse_attention(name: str, attention: nn.Module) -> None:

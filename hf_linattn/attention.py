@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import is_torchdynamo_compiling
 
 from .architectures import missing_parameters
 from .cache import LinearStateLayer, take
@@ -19,7 +19,7 @@ from .forms import Call, Form, LinAttnParams, Numbers
 from .packing import segment_ids, sequence_starts
 from .pattern import Pattern, is_packed
 from .told import made_pattern, pattern_of, refuse_another_past
-from .values import require
+from .values import attribute, require
 
 Number = float | Tensor
 KEEPS_SOFTMAX = "linattn_keeps_softmax"
@@ -95,7 +95,7 @@ def linattn_attention(
 def segments_of(pattern: Pattern, position_ids: Tensor | None, cu_seq_lens: Tensor | None, length: int, batch: int) -> Tensor | None:
     """What the operator is given: padding, and where sequences begin by the mask, by `cu_seq_lens` or by falling positions."""
     starts = pattern.starts
-    if not pattern.whole:
+    if length > 1 and not pattern.whole:
         told = sequence_starts(pattern.real, position_ids, cu_seq_lens, length)
         starts = told if starts is None else starts if told is None else starts | told
     return segment_ids(pattern.real, starts, batch)
@@ -124,9 +124,9 @@ def _needs_grad(*tensors: Tensor) -> bool:
 def options_of(module: nn.Module) -> LinAttnConfig:
     """`LinAttnConfig.of(module.config)`, checked once per content of `config.linattn`, not once a token."""
     config: Any = module.config
-    if is_torchdynamo_compiling():
+    if is_compiling():
         return LinAttnConfig.of(config)
-    stored = getattr(config, NAME, None)
+    stored = attribute(config, NAME, None)
     cached = module.__dict__.get("_linattn_options")
     if cached is None or cached[0] != stored:
         cached = (copy.deepcopy(stored), LinAttnConfig.of(config))

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
-from transformers.utils import is_torchdynamo_compiling
 
 from .config import NAME, LinAttnConfig, softmax_layers
 from .counted import digest, joined
@@ -133,7 +133,7 @@ class LinearStateLayer(CacheLayerMixin):
             raise RuntimeError(_reads_differ(self._reads, 1 + len(self._more)))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        elif not is_torchdynamo_compiling() and self.state is not None and key_states.shape[0] != self.batch_size:
+        elif not is_compiling() and self.state is not None and key_states.shape[0] != self.batch_size:
             raise ValueError(
                 f"The cache holds {self.batch_size} sequences, and {key_states.shape[0]} are to go on from it; repeat those of the cache "
                 "(cache.batch_repeat_interleave, or copies of load_cache), or give as many as it holds."
@@ -182,9 +182,9 @@ class LinearStateLayer(CacheLayerMixin):
         Raises:
             ValueError: the state is there, and of other options.
         """
-        if is_torchdynamo_compiling():
+        if is_compiling():
             return
-        if self.state is not None and self.form is not None and self.form.options != form.options:
+        if self.form is not form and self.state is not None and self.form is not None and self.form.options != form.options:
             now = form.named()
             name, seen = next((name, value) for name, value in self.form.named().items() if now.get(name) != value)
             raise ValueError(
@@ -195,7 +195,7 @@ class LinearStateLayer(CacheLayerMixin):
 
     def made(self, parameters: LinAttnParams | None, tokens: int) -> Made | None:
         """What was made of the layer's numbers at the token before this one, see `Kept`; None where nothing is kept."""
-        if is_torchdynamo_compiling():
+        if is_compiling():
             return None
         if tokens > 1:
             self._kept.forget()
@@ -212,10 +212,10 @@ class LinearStateLayer(CacheLayerMixin):
 
     def allocate(self, form: Form, sizes: Sizes, tokens: int) -> State:
         """The state before the `tokens` just counted, empty if there is none yet."""
-        state = self.state
+        state = self._state
         if state is None:
             state = self.state = form.empty_state(sizes, self.batch_size, self.dtype, self.device)
-        elif not is_torchdynamo_compiling() and not torch.is_inference_mode_enabled() and any(x.is_inference() for x in state.values()):
+        elif not is_compiling() and not torch.is_inference_mode_enabled() and next(iter(state.values())).is_inference():
             state = self.state = _each(torch.clone, state)  # made under torch.inference_mode(), it could not be written outside
         return state
 
@@ -337,7 +337,7 @@ class StaticLinearStateLayer(LinearStateLayer):
     def _begin(self, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
         super()._begin(dtype, device, batch_size)
         self.cumulative_length = self.cumulative_length.to(self.device)
-        if not is_torchdynamo_compiling():
+        if not is_compiling():
             torch._dynamo.mark_static_address(self.cumulative_length)
 
     def from_tensors(self, tensors: State, tokens: int, dtype: torch.dtype) -> None:
@@ -368,7 +368,7 @@ class StaticLinearStateLayer(LinearStateLayer):
             )
         state = super().allocate(form, sizes, tokens)
         for tensor in state.values():
-            if is_new and not is_torchdynamo_compiling():
+            if is_new and not is_compiling():
                 torch._dynamo.mark_static_address(tensor)
             if exporting:  # an exported program has no reset: Transformers begins a new text in it by setting the length to 0
                 tensor.masked_fill_(self.cumulative_length == tokens, 0)
@@ -384,11 +384,11 @@ class StaticLinearStateLayer(LinearStateLayer):
             tensor.copy_(state[name].detach())
 
     def _remember(self, left_out: Tensor) -> None:
-        if self.left_out is not None and (is_torchdynamo_compiling() or not self.left_out.is_inference()):
+        if self.left_out is not None and (is_compiling() or not self.left_out.is_inference()):
             self.left_out.copy_(left_out)
             return
         self.left_out = left_out
-        if not is_torchdynamo_compiling():
+        if not is_compiling():
             torch._dynamo.mark_static_address(self.left_out)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -501,7 +501,7 @@ def get_layer_types_and_kwargs(config: PreTrainedConfig) -> tuple[list[str], Any
     """
     types, kwargs = _layer_types(config)
     if config._attn_implementation == NAME:
-        if not is_torchdynamo_compiling():
+        if not is_compiling():
             require_attention_interface(config)
         kept = softmax_layers(config)
         if kept and _shares_keys(config):

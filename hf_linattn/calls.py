@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from transformers import Cache
-from transformers.utils import is_torchdynamo_compiling, logging
+from transformers.utils import logging
 
 from .architectures import has_cross_attention
+from .values import attribute
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +57,7 @@ def _is_cross_attention(module: nn.Module) -> bool:
     config = getattr(module, "config", None)  # a module that is no part of Transformers may have none
     if config is not None and has_cross_attention(config):
         return True  # one class may serve for both
-    return getattr(module, "is_cross_attention", False) or _takes_other_states(type(module))
+    return attribute(module, "is_cross_attention", False) or _takes_other_states(type(module))
 
 
 @torch.compiler.assume_constant_result
@@ -79,7 +81,7 @@ def _required_arguments(module_class: Any) -> set[str]:
 
 def warn_about_dropped(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Says once what of the softmax model there is not: softcaps, sinks, attention weights."""
-    if is_torchdynamo_compiling():
+    if is_compiling():
         return
     name = type(module).__name__
     if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:

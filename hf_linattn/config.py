@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,7 @@ class LinAttnConfig:
             raise AttributeError(name)
         return getattr(self.options, name)
 
-    @property
+    @functools.cached_property
     def attention(self) -> Form:
         """The form with its options."""
         return FORMS[self.form](self.options)

@@ -17,7 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .cache import LinearStateLayer
 
-HANDED = "_linattn_layer"
+HANDED, PLAIN = "_linattn_layer", "_linattn_plain"
 SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax, F.scaled_dot_product_attention)
 NEVER_READ = (
     "A linear attention cache was handed keys that the attention function never read: the model no longer has "
@@ -38,6 +38,9 @@ class Handed(Tensor):
         if func in SOFTMAX:
             raise RuntimeError(NEVER_READ)
         result = super().__torch_function__(func, types, args, kwargs or {})
+        for given in args:
+            if isinstance(given, Handed):  # what was done to it may have been in place
+                setattr(given, PLAIN, None)
         for made in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(made, Handed) and not hasattr(made, HANDED):
                 setattr(made, HANDED, _layer_among(args))
@@ -58,6 +61,7 @@ def hand_over(tensor: Tensor, layer: LinearStateLayer) -> Tensor:
     # a tensor that is of some class already, as in torch.export, can only be marked itself
     handed = tensor.as_subclass(Handed) if type(tensor) is Tensor else tensor.view(tensor.shape)
     setattr(handed, HANDED, layer)
+    setattr(handed, PLAIN, tensor)
     return handed
 
 
@@ -66,5 +70,8 @@ def receive(tensor: Tensor) -> tuple[Tensor, LinearStateLayer | None]:
     layer: LinearStateLayer | None = getattr(tensor, HANDED, None)
     if not isinstance(tensor, Handed):
         return tensor, layer
+    plain: Tensor | None = getattr(tensor, PLAIN, None)
+    if plain is not None and not torch.compiler.is_compiling():
+        return plain, layer
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.view(tensor.shape), layer

@@ -13,7 +13,7 @@ from .counted import SAYS_NOTHING, digest
 from .mask import TOLD, read_padding
 from .packing import previous_token, segment_ids
 from .pattern import Pattern, is_packed, unpack
-from .values import remember, require
+from .values import is_traced, remember, require
 
 READ = "_linattn_read"
 NEVER_SEEN = -1e4
@@ -41,7 +41,7 @@ def made_pattern(mask: Tensor | None, length: int) -> Pattern | None:
     made = getattr(mask, TOLD, mask)
     if made is None or not is_packed(made):
         return None
-    if is_tracing(made):
+    if is_traced(made):
         return unpack(made, length)
     known: Pattern | None = getattr(made, READ, None)
     if known is None:

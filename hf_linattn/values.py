@@ -10,6 +10,20 @@ from torch import Tensor
 from transformers.utils.import_utils import is_tracing
 
 
+def is_traced(x: Tensor) -> bool:
+    """Transformers' `is_tracing`, which asks seven questions, behind the few that settle it for an ordinary tensor."""
+    if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._get_tracing_state() or not (x.is_cpu or x.is_cuda):
+        return is_tracing(x)
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def attribute(thing: Any, name: str, default: Any) -> Any:
+    """`getattr` for what lies in a config or a module itself or in its class, past their own look-ups, which go a long way a layer."""
+    if torch.compiler.is_compiling() or hasattr(type(thing), name):
+        return getattr(thing, name, default)
+    return object.__getattribute__(thing, "__dict__").get(name, default)
+
+
 def remember(source: Tensor, name: str, beside: tuple[Any, ...], read: Callable[[], Any], none_if_false: bool = False) -> Any:
     """`read()`, or what it gave before, if `source` was not written since and `beside` holds the same objects.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..ops import linear_attention, reference
 from ..ops.functional import noisy
 from ..ops.step import step_by
-from ..ops.weights import weights_of
+from ..ops.weights import Weights, weights_of
 from . import input_gate, projection
 from .form import Call, Numbers
 from .kept import once
@@ -47,9 +47,9 @@ def attention(call: Call, numbers: Numbers, **options: Any) -> tuple[Tensor, Any
 def attention_step(call: Call, numbers: Numbers, sums: Tensor) -> Tensor:
     """`linear_attention_step`: `sums` is moved on in place."""
     given, rest = _given(call, numbers)
-    f = [rest[name] for name in ("a", "b", "c", "temperature", "normalize_qk")]
-    weights = once(call.made, ("weights", call.scaling, call.query.dtype), lambda: weights_of(given.query, *f))
-    out = step_by(weights, given.query, given.key, given.value, sums, rest.get("log_decay"), call.segments)
+    own = per_token(rest).get("log_decay")
+    weights = once(call.made, ("weights", call.scaling, call.query.dtype), lambda: _weights(given, rest, own is None))
+    out = step_by(weights, given.query, given.key, given.value, sums, own, call.segments)
     return input_gate.quotient(out) if input_gate.NAME in numbers else out
 
 
@@ -58,6 +58,12 @@ def attention_reference(call: Call, numbers: Numbers, **options: Any) -> Tensor:
     given, rest = _given(call, numbers)
     out = reference(given.query, given.key, given.value, causal=call.causal, segment_ids=call.segments, **rest, **options)
     return input_gate.quotient(out) if input_gate.NAME in numbers else out
+
+
+def _weights(call: Call, numbers: Numbers, decays: bool) -> Weights:
+    """Of all tokens, with the decay where it is the same for all."""
+    f = {name: numbers[name] for name in ("a", "b", "c", "temperature", "normalize_qk")}
+    return weights_of(call.query, call.key, **f, log_decay=numbers.get("log_decay") if decays else None)
 
 
 def _given(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:

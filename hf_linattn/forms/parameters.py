@@ -97,7 +97,9 @@ class LinAttnParams(nn.Module):
 
     def take_hidden_states(self) -> Tensor | None:
         """The hidden states (B, N, hidden_size) that entered the layer's attention, once."""
-        hidden, self.hidden = self.hidden, None
+        hidden = self.hidden
+        if hidden is not None:
+            self.hidden = None
         return hidden
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinAttnParams:

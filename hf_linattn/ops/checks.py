@@ -3,12 +3,12 @@
 import math
 from functools import lru_cache
 from numbers import Real
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import bounds
+from .call import Call
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,26 +18,11 @@ def values_are_readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-class _Facts(NamedTuple):
-    """What is asked of a tensor that needs no look at its values."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-
-
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, lag: int, causal: bool, has_state: bool) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor of shape (batch, heads, length, head_dim), not {type(x).__name__}.")
-    of_query, of_key, of_value = (_Facts(x.shape, x.dtype, x.device) for x in (query, key, value))
-    are_plain = type(query) is type(key) is type(value) is Tensor and not torch.compiler.is_compiling()
-    (_check_facts_once if are_plain else _check_facts)(of_query, of_key, of_value, lag, causal, has_state)  # else sizes may be symbols
-
-
-def _check_facts(query: _Facts, key: _Facts, value: _Facts, lag: int, causal: bool, has_state: bool) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if len(x.shape) != 4:
+        if x.dim() != 4:
             raise ValueError(f"{name} must have 4 dimensions (batch, heads, length, head_dim), but its shape is {tuple(x.shape)}.")
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, not {x.dtype}: cast it first.")
@@ -59,9 +44,6 @@ def _check_facts(query: _Facts, key: _Facts, value: _Facts, lag: int, causal: bo
     if causal and key.shape[2] != length and not (lag and has_state and key.shape[2] == length + lag):
         expected = f"{length}" + (f", or {length + lag} with the {lag} tokens before in front and an initial_state" if lag else "")
         raise ValueError(f"causal attention needs as many keys as queries: expected {expected}, got {key.shape[2]}.")
-
-
-_check_facts_once = lru_cache(maxsize=256)(_check_facts)  # what raises is not kept
 
 
 def check_weights(a, b, c, temperature, heads: int, normalize_qk: bool) -> None:
@@ -128,6 +110,28 @@ def check_state(state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> No
             f"the state must be {dtype} of shape {shape} (batch, heads, features, value_dim + 1), "
             f"but is {state.dtype} of {tuple(state.shape)}."
         )
+
+
+_known_steps: set[tuple] = set()
+
+
+def check_step(call: Call, state: Tensor) -> None:
+    """What a step asks of its tensors and its state; of ordinary ones once for each combination of shapes and dtypes."""
+    query, key, value, _, decay, *_ = call
+    known: tuple | None = None
+    if type(query) is type(key) is type(value) is type(state) is Tensor and not torch.compiler.is_compiling():  # else sizes may be symbols
+        facts = query.shape, query.dtype, query.device, key.shape, key.dtype, key.device, value.shape, value.dtype, value.device
+        known = *facts, state.shape, state.dtype, None if decay is None else decay.shape, call.degree
+        if known in _known_steps:
+            return
+    check_tensors(query, key, value, 0, True, True)
+    if query.shape[2] != 1:
+        raise ValueError(f"linear_attention_step takes one token a call, not {query.shape[2]}: use linear_attention for more.")
+    check_state(state, call.state_shape, call.dtype)
+    if known is not None:
+        if len(_known_steps) >= 256:
+            _known_steps.clear()
+        _known_steps.add(known)
 
 
 def check_dropout(dropout_p, kind: str) -> None:

@@ -224,12 +224,11 @@ class _Launch:
         query, key, value = _rows(call.query), _rows(call.key), _rows(call.value)
         self.device = device = query.device
         self.on_device = _current(device)
-        noisy = call.dropout_p is not None and call.seed is not None
-        coefficients, log_decay, initial_state = (
-            _plain(x, torch.float32, device) for x in (call.coefficients, call.log_decay, call.initial_state)
-        )
-        dropout_p = _plain(call.dropout_p, torch.float32, device) if noisy else None
-        seed = _plain(call.seed, torch.int64, device) if noisy else None
+        coefficients, log_decay = _plain(call.coefficients, torch.float32, device), _plain(call.log_decay, torch.float32, device)
+        initial_state = _plain(call.initial_state, torch.float32, device)
+        dropout_p = seed = None
+        if call.dropout_p is not None and call.seed is not None:
+            dropout_p, seed = _plain(call.dropout_p, torch.float32, device), _plain(call.seed, torch.int64, device)
         query_segments, key_segments = _rows_of_segments(call.query_segments), _rows_of_segments(call.key_segments)
         self.kept = query, key, value, coefficients, log_decay, initial_state, dropout_p, seed, query_segments, key_segments
         batch, heads, length, head_dim = query.shape
@@ -255,8 +254,9 @@ class _Launch:
         library, _ = load_library()
         assert library is not None
         with self.on_device:
-            workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=self.device)
-            self.problem.workspace = workspace.data_ptr()
+            if plan.workspace_bytes:
+                workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=self.device)
+                self.problem.workspace = workspace.data_ptr()
             self.problem.stream = torch._C._cuda_getCurrentRawStream(self.device.index)
             code = getattr(library, f"linattn_{name}")(byref(self.problem), byref(results), byref(plan))
         if code:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from . import checks
 from .call import Call, Forward
+from .decay import canonical_decay, without_padding
 from .features import feature_count
 from .operators import forward, noise_like
 from .reference import reference
@@ -30,19 +31,6 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         dtype = torch.get_autocast_dtype(device)
         return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
     return tensors
-
-
-def _canonical_decay(log_decay: Tensor | None, query: Tensor, key: Tensor, segments: Tensor | None) -> Tensor | None:
-    """float32 (float64 beside float64), and 0 at padding: a padded row decays as it does without its padding."""
-    if log_decay is None:
-        return None
-    batch, length = query.shape[0], key.shape[2]
-    checks.check_decay(log_decay, batch, query.shape[1], key.shape[1], length)
-    rate = log_decay.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
-    if segments is None:
-        return rate
-    rate = rate[None, :, None].expand(batch, -1, length) if rate.dim() == 1 else rate
-    return rate.masked_fill((segments <= 0)[:, None], 0)
 
 
 def linear_attention(
@@ -110,7 +98,7 @@ def linear_attention(
         return _by_pairs(query, key, value, a, b, c, causal=causal, normalize_qk=normalize_qk, temperature=temperature,
                          log_decay=log_decay, lag=lag, segment_ids=segment_ids)  # fmt: skip
     coefficients = coefficients_of(query, a, b, c, temperature)
-    call = canonical(query, key, value, coefficients, log_decay, segment_ids, initial_state, degree_of(c), causal, normalize_qk)
+    call = _canonical(query, key, value, coefficients, log_decay, segment_ids, initial_state, degree_of(c), causal, normalize_qk)
     two_sided = not causal and (call.log_decay is not None or (segment_ids is not None and segment_ids.dtype != torch.bool))
     if two_sided and (initial_state is not None or return_state):
         raise ValueError("a state goes with causal attention, or with bidirectional attention without log_decay and packed segments.")
@@ -153,11 +141,13 @@ def _by_pairs(query: Tensor, key: Tensor, value: Tensor, *coefficients: Coeffici
     return out.to(query.dtype)
 
 
-def canonical(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None, segment_ids: Tensor | None,
-              initial_state: Tensor | None, degree: int, causal: bool, normalize_qk: bool) -> Call:  # fmt: skip
+def _canonical(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None, segment_ids: Tensor | None,
+               initial_state: Tensor | None, degree: int, causal: bool, normalize_qk: bool) -> Call:  # fmt: skip
     """The operators' form of what a user gives, without noise; raises where the decay, the segments or the state do not fit."""
     segments = None if segment_ids is None else canonical_segments(segment_ids, query.shape[0], key.shape[2])
-    decay = _canonical_decay(log_decay, query, key, segments)
+    decay = None if log_decay is None else canonical_decay(log_decay, query, key)
+    if decay is not None and segments is not None:
+        decay = without_padding(decay, segments)
     if segments is not None and not causal and key.shape[2] != query.shape[2]:
         raise ValueError(f"segment_ids need as many keys as queries, but there are {key.shape[2]} and {query.shape[2]}.")
     call = Call(query, key, value, coefficients, decay, segments, segments, initial_state, None, None, degree, causal, normalize_qk)

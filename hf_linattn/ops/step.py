@@ -5,7 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import checks, operators
-from .functional import canonical, cast_for_autocast
+from .call import Call
+from .decay import canonical_decay, without_padding
+from .functional import cast_for_autocast
+from .segments import canonical_segments
 from .weights import Coefficient, Weights, weights_of
 
 
@@ -40,17 +43,21 @@ def linear_attention_step(
     """
     query, key, value = cast_for_autocast(query, key, value)
     checks.check_tensors(query, key, value, 0, True, True)
-    weights = weights_of(query, a, b, c, temperature, normalize_qk)
-    return step_by(weights, query, key, value, state, log_decay, segment_ids)
+    per_token = log_decay if isinstance(log_decay, Tensor) and log_decay.dim() == 3 else None
+    weights = weights_of(query, key, a, b, c, temperature, normalize_qk, None if per_token is not None else log_decay)
+    return step_by(weights, query, key, value, state, per_token, segment_ids)
 
 
 def step_by(weights: Weights, query: Tensor, key: Tensor, value: Tensor, state: Tensor, log_decay: Tensor | None = None,
             segment_ids: Tensor | None = None) -> Tensor:  # fmt: skip
-    """`linear_attention_step` by weights that were made before."""
+    """`linear_attention_step` by weights that were made before; `log_decay` (B, H, 1) where each token has its own."""
     query, key, value = cast_for_autocast(query, key, value)
-    checks.check_tensors(query, key, value, 0, True, True)
-    if query.shape[2] != 1:
-        raise ValueError(f"linear_attention_step takes one token a call, not {query.shape[2]}: use linear_attention for more.")
-    call = canonical(query, key, value, weights.coefficients, log_decay, segment_ids, None, weights.degree, True, weights.normalize_qk)
-    checks.check_state(state, call.state_shape, call.dtype)
+    decay = weights.log_decay if log_decay is None else canonical_decay(log_decay, query, key)
+    segments = None
+    if segment_ids is not None:
+        segments = canonical_segments(segment_ids, query.shape[0], key.shape[2])
+        decay = None if decay is None else without_padding(decay, segments)
+    f, degree, normalize_qk, _ = weights
+    call = Call(query, key, value, f, decay, segments, segments, degree=degree, normalize_qk=normalize_qk)
+    checks.check_step(call, state)
     return operators.step(call, state)

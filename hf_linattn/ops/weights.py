@@ -1,4 +1,4 @@
-"""f(s) = a + b s + c s^2 as the operators take it, made of numbers or of tensors with one a query head."""
+"""f(s) = a + b s + c s^2 and a decay as the operators take them, made of numbers or of tensors with one a head."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .decay import canonical_decay
 
 Coefficient = float | Tensor
 _constants: dict[tuple, Tensor] = {}  # coefficients given as numbers, kept so that a call starts no kernel to write them
@@ -19,16 +20,19 @@ class Weights(NamedTuple):
     coefficients: Tensor  # (4, Hq): rows a, b, c, temperature
     degree: int
     normalize_qk: bool
+    log_decay: Tensor | None  # (Hs,)
 
 
-def weights_of(query: Tensor, a: Coefficient, b: Coefficient, c: Coefficient, temperature: Coefficient, normalize_qk: bool) -> Weights:
-    """Of queries like `query`, (B, Hq, N, D).
+def weights_of(query: Tensor, key: Tensor, a: Coefficient, b: Coefficient, c: Coefficient, temperature: Coefficient, normalize_qk: bool,
+               log_decay: Tensor | None) -> Weights:  # fmt: skip
+    """For queries like `query`, (B, Hq, N, D), and keys like `key`; `log_decay` is the same for all tokens.
 
     Raises:
         ValueError, TypeError: as `linear_attention` does for these numbers.
     """
     checks.check_weights(a, b, c, temperature, query.shape[1], normalize_qk)
-    return Weights(coefficients_of(query, a, b, c, temperature), degree_of(c), normalize_qk)
+    decay = None if log_decay is None else canonical_decay(log_decay, query, key)
+    return Weights(coefficients_of(query, a, b, c, temperature), degree_of(c), normalize_qk, decay)
 
 
 def coefficients_of(query: Tensor, a: Coefficient, b: Coefficient, c: Coefficient, temperature: Coefficient) -> Tensor:

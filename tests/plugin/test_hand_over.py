@@ -6,7 +6,8 @@ import transformers
 from tiny_models import TEXT, tiny_model, tiny_tokens
 from transformers import DynamicCache, StaticCache
 
-from hf_linattn import LinAttnConfig
+from hf_linattn import LinAttnConfig, LinearStateLayer
+from hf_linattn.hand_over import hand_over, receive
 
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 EXPERTS = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
@@ -154,3 +155,21 @@ def test_softmax_layers_beside_shared_keys_are_refused():
     LinAttnConfig(softmax_layers=[1]).store(model.config)
     with pytest.raises(ValueError, match="a softmax and a linear layer cannot"):
         model(tiny_tokens())
+
+
+CHANGES = {
+    "read only": lambda key: key.sum(),
+    "written in place": lambda key: key.mul_(2),
+    "turned in place": lambda key: key.transpose_(1, 2),
+    "exchanged": lambda key: setattr(key, "data", torch.ones(1, 2, 7, 4)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_was_done_to_a_handed_tensor_is_received(change):
+    layer, key = LinearStateLayer(), torch.randn(1, 3, 5, 4)
+    handed, expected = hand_over(key.clone(), layer), key.clone()
+    CHANGES[change](handed)
+    CHANGES[change](expected)
+    received, found = receive(handed)
+    assert found is layer and type(received) is torch.Tensor and torch.equal(received, expected)
