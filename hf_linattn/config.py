@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +63,7 @@ class LinAttnConfig:
         for name, value in own.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "options", FORMS[form].Options(**options))
+        object.__setattr__(self, "_attention", FORMS[form](self.options))
         one_of("dropout_kind", dropout_kind, DROPOUT_KINDS)
         require_bool("learnable", learnable)
         self._check_dropout()
@@ -74,10 +74,10 @@ class LinAttnConfig:
             raise AttributeError(name)
         return getattr(self.options, name)
 
-    @functools.cached_property
+    @property
     def attention(self) -> Form:
         """The form with its options."""
-        return FORMS[self.form](self.options)
+        return self._attention  # type: ignore[no-any-return]
 
     def _check_dropout(self) -> None:
         if self.dropout is None:

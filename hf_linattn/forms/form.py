@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,8 +41,7 @@ class Sizes:
     longest: float = 512.0
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One call of a layer.
 
     Attributes:
@@ -62,7 +61,7 @@ class Call:
     segments: Tensor | None = None
     causal: bool = True
     scaling: float | None = None
-    noise: Numbers = field(default_factory=dict)
+    noise: Numbers = {}
     hidden: Tensor | None = None
     drop: float | Tensor = 0.0
     made: Made | None = None

@@ -6,8 +6,6 @@ they give sum_n f e^u v / sum_n f and sum_n f e^u / sum_n f, whose quotient is a
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -33,7 +31,7 @@ def weighed(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
     log_gate = numbers[NAME].to(torch.float64 if call.value.dtype == torch.float64 else torch.float32)
     gate = (log_gate if log_gate.dim() == 3 else log_gate[:, None]).exp()[..., None].to(call.value.dtype)
     value = torch.cat([call.value * gate, gate.expand(*call.value.shape[:3], 1)], -1)
-    return dataclasses.replace(call, value=value), {name: number for name, number in numbers.items() if name != NAME}
+    return call._replace(value=value), {name: number for name, number in numbers.items() if name != NAME}
 
 
 def quotient(out: Tensor) -> Tensor:

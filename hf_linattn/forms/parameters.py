@@ -34,7 +34,7 @@ class LinAttnParams(nn.Module):
     ) -> None:
         super().__init__()
         self.names, self.matrices, self.hidden_size = list(numbers), list(matrices), hidden_size
-        self.hidden: Tensor | None = None
+        self.entered: list[Tensor] = []  # hidden states that were not taken yet; a list, since a module takes its time to set an attribute
         for name, heads in numbers.items():
             # A buffer and not a frozen parameter: loading a checkpoint makes every parameter require a gradient again.
             self.register_buffer(name, torch.empty(heads, dtype=torch.float32))
@@ -93,14 +93,11 @@ class LinAttnParams(nn.Module):
 
     def leave_hidden_states(self, hidden: Tensor) -> None:
         """What enters the layer's attention, for `take_hidden_states`."""
-        self.hidden = hidden
+        self.entered[:] = [hidden]
 
     def take_hidden_states(self) -> Tensor | None:
         """The hidden states (B, N, hidden_size) that entered the layer's attention, once."""
-        hidden = self.hidden
-        if hidden is not None:
-            self.hidden = None
-        return hidden
+        return self.entered.pop() if self.entered else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinAttnParams:
         before = dict(self.named_buffers())

@@ -6,8 +6,6 @@ A state of the second degree has D + 1 + D (D + 1) / 2 rows, so that r of D feat
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
@@ -77,4 +75,4 @@ def projected(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
     of_query, of_key, center = once(call.made, ("projections", call.query.dtype), lambda: _in(call.query.dtype, numbers))
     query, key = call.query @ of_query, (call.key - center) @ of_key
     rest = {name: number for name, number in numbers.items() if name not in (QUERY, KEY, CENTER)}
-    return dataclasses.replace(call, query=query, key=key), rest
+    return call._replace(query=query, key=key), rest

@@ -14,8 +14,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from ..ops import window, window_reference
+from ..ops.constants import constant
 from ..ops.frame import Frame
 from ..ops.functional import cast_for_autocast, is_for_onnx, noisy
 from ..ops.ring import Ring, along, take
@@ -188,7 +190,7 @@ class Window(Form):
         gate = _as_outputs(numbers["gate"])
         old = Call(call.query, leaving.key.to(call.key.dtype), leaving.value.to(call.value.dtype), leaving.real, made=call.made)
         far = attention_step(old, _of_the_kept(numbers, leaving.per_token), state["sums"])
-        return _mixed(near, far, gate, (ring.seen > self.options.window)[:, None, None, None])
+        return _mixed(near, far, gate, leaving.real[:, None, :, None])
 
     def _frame(self, key: Tensor, value: Tensor, segments: Tensor | None, kept: Tensor | None, before: State | None) -> Frame:
         ring = None if before is None else self._ring(before)
@@ -279,7 +281,7 @@ class Window(Form):
         place = torch.where(ids > 0, padding[:, -1:] + tokens, padding) - 1  # no sort: ONNX has no stable one
         close = lambda x: x.scatter(2, along(place, x).expand_as(x), x)  # noqa: E731
         query, key, value = (close(x) for x in (call.query, call.key, call.value))
-        closed = dataclasses.replace(call, query=query, key=key, value=value, segments=ids.scatter(1, place, ids))
+        closed = call._replace(query=query, key=key, value=value, segments=ids.scatter(1, place, ids))
         kept = {name: close(x) for name, x in per_token(numbers).items()}
         return take(attention_reference(closed, _without_gate(numbers) | kept, lag=size), place)
 
@@ -302,7 +304,9 @@ class Window(Form):
 def _mixed(near: Tensor, far: Tensor, gate: float | Tensor, has_before: Tensor) -> Tensor:
     """gate near + (1 - gate) far, in at least float32; near alone where there is nothing before the window."""
     dtype = torch.float64 if near.dtype == torch.float64 else torch.float32
-    share = torch.where(has_before, gate, torch.ones((), dtype=dtype, device=near.device)).to(dtype)
+    one = lambda: torch.ones((), dtype=dtype, device=near.device)  # noqa: E731
+    all_of_it = one() if is_compiling() else constant(("one", dtype, near.device), one)
+    share = torch.where(has_before, gate, all_of_it).to(dtype)
     return (share * near + (1 - share) * far).to(near.dtype)
 
 
@@ -331,13 +335,15 @@ def _without_gate(numbers: Numbers) -> Numbers:
 
 def _cast(call: Call) -> Call:
     query, key, value = cast_for_autocast(call.query, call.key, call.value)
-    return dataclasses.replace(call, query=query, key=key, value=value)
+    if query is call.query and key is call.key and value is call.value:
+        return call
+    return call._replace(query=query, key=key, value=value)
 
 
 def _in_float32(call: Call) -> Call:
     """The call in at least float32."""
     query, key, value = (x if x.dtype == torch.float64 else x.float() for x in (call.query, call.key, call.value))
-    return dataclasses.replace(call, query=query, key=key, value=value)
+    return call._replace(query=query, key=key, value=value)
 
 
 def _refuse_what_a_window_has_not(call: Call) -> None:

@@ -51,8 +51,17 @@ def _blocks(x: Tensor, dim: int, size: int, count: int) -> list[Tensor]:
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
     """scaled_dot_product_attention by the kernels whose gradients are trusted."""
-    with sdpa_kernel(TRUSTED) if query.is_cuda else nullcontext():
+    if torch.compiler.is_compiling():
+        with sdpa_kernel(TRUSTED) if query.is_cuda else nullcontext():
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    was_enabled = query.is_cuda and torch.backends.cuda.cudnn_sdp_enabled()
+    if was_enabled:  # by hand, for the context takes longer than all else here
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    finally:
+        if was_enabled:
+            torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _visible(frame: Frame, size: int, count: int, rest: int) -> Tensor:

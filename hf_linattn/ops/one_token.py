@@ -26,6 +26,8 @@ def step(call: Call, state: Tensor) -> Tensor:
         new = new.repeat_interleave(heads // key.shape[1], 1)
     if log_decay is not None:
         rate = log_decay[:, None] if log_decay.dim() == 1 else log_decay
+        if padding is not None:  # takes no time
+            rate = rate.masked_fill(padding[..., 0], 0)
         state.mul_(rate.to(dtype).exp()[..., None])
     state.add_(new)
     q = q.view(*q.shape[:1], heads, groups, -1) * temperature

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+
+from .constants import constant
 
 
 class Leaving(NamedTuple):
@@ -47,25 +50,23 @@ class Ring:
 
     def push(self, key: Tensor, value: Tensor, per_token: Tensor | None = None, real: Tensor | None = None) -> Leaving:
         """Takes in one token a sequence, in place: (B, Hk, 1, D), (B, Hk, 1, Dv), None or (B, n, 1), and None or bool (B, 1)."""
-        is_real = torch.ones_like(self.seen, dtype=torch.bool) if real is None else real[:, 0]
-        had_left = is_real & (self.seen >= self.window)
-        slot = self.seen[:, None] % self.window
-        places, new = slot + self.sinks, is_real[:, None]
-        if self.sinks:  # the first tokens are written twice
-            places = torch.cat([places, self.seen[:, None].clamp(max=self.sinks - 1)], 1)
-            new = torch.cat([new, new & (self.seen[:, None] < self.sinks)], 1)
-        leaving = [_exchange(x, places, incoming, new) for x, incoming in ((self.key, key), (self.value, value))]
+        seen = self.seen[:, None]
+        had_left = seen >= self.window if real is None else real & (seen >= self.window)
+        slot = seen % self.window
+        places = slot + self.sinks
+        if self.sinks:  # the first tokens are written to another place as well, the others to the same one twice
+            places = torch.cat([places, torch.where(seen < self.sinks, seen, places)], 1)
+        leaving = [_exchange(x, places, incoming, real) for x, incoming in ((self.key, key), (self.value, value))]
         numbers = None
         if self.per_token is not None and per_token is not None:
-            numbers = _exchange(self.per_token, slot, per_token, is_real[:, None])
-        self.seen.add_(is_real)
-        return Leaving(leaving[0], leaving[1], numbers, had_left[:, None])
+            numbers = _exchange(self.per_token, slot, per_token, real)
+        self.seen.add_(1 if real is None else real[:, 0])
+        return Leaving(leaving[0], leaving[1], numbers, had_left)
 
     def visible(self) -> Tensor:
         """Which slots the newest token sees, bool (B, S + W): itself among them, and a sink once it has left the window."""
-        seen, slots = self.seen[:, None], torch.arange(self.window, device=self.seen.device)
-        far = torch.arange(self.sinks, device=self.seen.device) < seen - self.window
-        return torch.cat([far, (slots < seen) | ((seen == 0) & (slots == 0))], 1)  # before any token an empty slot, and no division by 0
+        size = self.sinks, self.window, self.seen.device
+        return self.seen[:, None] > (_hidden_up_to(*size) if is_compiling() else constant(("ring", *size), lambda: _hidden_up_to(*size)))
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
@@ -78,13 +79,21 @@ def shared(x: Tensor, index: Tensor) -> Tensor:
     return x.transpose(1, 2)[torch.arange(len(index), device=x.device)[:, None], index].transpose(1, 2)
 
 
-def _exchange(x: Tensor, places: Tensor, incoming: Tensor, new: Tensor) -> Tensor:
-    """Writes `incoming` (B, H, 1, ...) into each of the `places` (B, n) of `x` where `new` (B, n); returns what was in the first place."""
-    before = take(x, places)
-    x.scatter_(2, along(places, x).expand_as(before), torch.where(along(new, x), incoming.to(x.dtype), before))
-    return before[:, :, :1]
+def _hidden_up_to(sinks: int, window: int, device: torch.device) -> Tensor:
+    """For each slot the number of tokens up to which the newest one does not see it, (S + W,)."""
+    ranges = (window, window + sinks), (-1, 0), (1, window)  # of a sequence without a token one slot is seen, and there is no division by 0
+    return torch.cat([torch.arange(*each, device=device) for each in ranges])
+
+
+def _exchange(x: Tensor, places: Tensor, incoming: Tensor, real: Tensor | None) -> Tensor:
+    """Writes `incoming` (B, H, 1, ...) into each of the `places` (B, n) of `x`, except padding; returns what was in the first place."""
+    before = take(x, places[:, :1] if real is None else places)
+    new = incoming.to(x.dtype) if real is None else torch.where(along(real, x), incoming.to(x.dtype), before)
+    index = along(places, x).expand(*x.shape[:2], -1, *x.shape[3:])
+    x.scatter_(2, index, new.expand(index.shape))
+    return before if real is None else before[:, :, :1]
 
 
 def along(index: Tensor, x: Tensor) -> Tensor:
     """(B, n) as (B, 1, n) or (B, 1, n, 1), to be broadcast against `x`."""
-    return index[:, None] if x.dim() == 3 else index[:, None, :, None]
+    return index.view(index.shape[0], 1, *index.shape[1:], *(1,) * (x.dim() - 3))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import checks, operators
 from .call import Call
-from .decay import canonical_decay, without_padding
+from .decay import canonical_decay
 from .functional import cast_for_autocast
 from .segments import canonical_segments
 from .weights import Coefficient, Weights, weights_of
@@ -55,8 +56,8 @@ def step_by(weights: Weights, query: Tensor, key: Tensor, value: Tensor, state: 
     decay = weights.log_decay if log_decay is None else canonical_decay(log_decay, query, key)
     segments = None
     if segment_ids is not None:
-        segments = canonical_segments(segment_ids, query.shape[0], key.shape[2])
-        decay = None if decay is None else without_padding(decay, segments)
+        is_mask = isinstance(segment_ids, Tensor) and segment_ids.dtype == torch.bool and segment_ids.shape == (query.shape[0], 1)
+        segments = segment_ids.to(torch.int32) if is_mask else canonical_segments(segment_ids, query.shape[0], key.shape[2])
     f, degree, normalize_qk, _ = weights
     call = Call(query, key, value, f, decay, segments, segments, degree=degree, normalize_qk=normalize_qk)
     checks.check_step(call, state)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from . import checks
+from .constants import constant
 from .decay import canonical_decay
 
 Coefficient = float | Tensor
-_constants: dict[tuple, Tensor] = {}  # coefficients given as numbers, kept so that a call starts no kernel to write them
 
 
 class Weights(NamedTuple):
@@ -48,15 +48,7 @@ def coefficients_of(query: Tensor, a: Coefficient, b: Coefficient, c: Coefficien
     if torch.compiler.is_compiling():
         return torch.stack([torch.full((heads,), float(x), dtype=dtype, device=query.device) for x in given])
     signature = (*map(float, given), heads, dtype, query.device)
-    if signature not in _constants:
-        with torch.inference_mode(False), torch.no_grad():
-            made = torch.tensor([[float(x)] * heads for x in given], dtype=dtype, device=query.device)
-        if type(made) is not Tensor or made.device.type == "meta":
-            return made
-        if len(_constants) >= 256:
-            _constants.clear()
-        _constants[signature] = made
-    return _constants[signature]
+    return constant(signature, lambda: torch.tensor([[float(x)] * heads for x in given], dtype=dtype, device=query.device))
 
 
 def degree_of(c: Coefficient) -> int:

@@ -91,7 +91,7 @@ def test_hidden_states_are_let_go_after_each_call() -> None:
     model = learned_model(decay="token")
     with torch.no_grad():
         model(tiny_tokens())
-    assert all(module.hidden is None for module in model.modules() if isinstance(module, PolynomialParameters))
+    assert all(not module.entered for module in model.modules() if isinstance(module, PolynomialParameters))
 
 
 def test_rates_of_key_heads_start_as_those_of_query_heads_do() -> None:

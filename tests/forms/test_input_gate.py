@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ def make_case(kind: dict[str, Any], length: int = 40, segments: Tensor | None = 
 def by_pairs(form: Form, call: Call, numbers: dict[str, Any]) -> Tensor:
     """The weights of all pairs, each times its key's exp(u), and normalised again."""
     names = torch.eye(call.key.shape[2], dtype=torch.float64).expand(*call.key.shape[:2], -1, -1)  # values that tell which key it was
-    weights = form.reference(dataclasses.replace(call, value=names), {k: v for k, v in numbers.items() if k != "log_input_gate"})
+    weights = form.reference(call._replace(value=names), {k: v for k, v in numbers.items() if k != "log_input_gate"})
     weights = weights * numbers["log_input_gate"].double().exp().repeat_interleave(2, 1)[:, :, None]
     mass = weights.sum(-1, keepdim=True)
     return weights @ call.value.repeat_interleave(2, 1) / mass.masked_fill(mass == 0, 1)
@@ -80,10 +79,10 @@ def test_noise_is_on_the_quotient() -> None:
     form, call, numbers = make_case({}, noise={"dropout_p": 0.3, "dropout_kind": "paper"})
     torch.manual_seed(0)
     noisy = torch.stack([form.attend(call, numbers).detach() for _ in range(200)])
-    out = form.attend(dataclasses.replace(call, noise={}), numbers)
+    out = form.attend(call._replace(noise={}), numbers)
     torch.testing.assert_close(noisy.std(0), 0.7 * 0.3**0.5 * out.abs(), rtol=0.3, atol=1e-3)
     with pytest.raises(ValueError, match="knows of no input gate"):
-        form.attend(dataclasses.replace(call, noise={"dropout_p": 0.3, "dropout_kind": "moment"}), numbers)
+        form.attend(call._replace(noise={"dropout_p": 0.3, "dropout_kind": "moment"}), numbers)
 
 
 # ---- in a model

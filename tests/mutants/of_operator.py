@@ -28,7 +28,7 @@ MUTANTS = [
          "ops/test_memory.py"),
         ("pairs formed one by one however long the text", CHUNKED, "DIRECT_LENGTH = 1.0", "DIRECT_LENGTH = 1e9",
          "ops/test_memory.py"),
-        ("constants never forgotten", WEIGHTS, "if len(_constants) >= 256:", "if len(_constants) >= 2**60:",
+        ("constants never forgotten", "hf_linattn/ops/constants.py", "if len(_constants) >= 256:", "if len(_constants) >= 2**60:",
          "ops/test_operators.py"),
         ("constants of other heads", WEIGHTS, "signature = (*map(float, given), heads, dtype,",
          "signature = (*map(float, given), dtype,",

@@ -7,7 +7,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from hf_linattn import empty_state, linear_attention, linear_attention_step
-from hf_linattn.ops import operators, reference, weights
+from hf_linattn.ops import constants, operators, reference
 from hf_linattn.ops.segments import canonical_segments
 
 
@@ -201,14 +201,14 @@ def test_gradient_checkpointing_draws_the_same_noise():
 
 
 def test_coefficients_are_kept_for_a_shape_and_not_for_ever():
-    weights._constants.clear()
+    constants._constants.clear()
     for heads in (4, 2, 4):
         query, key, value = torch.randn(3, 1, heads, 5, 8).unbind()
         torch.testing.assert_close(linear_attention(query, key, value, b=0.3), reference(query, key, value, b=0.3))
-    assert len(weights._constants) == 2
+    assert len(constants._constants) == 2
     for number in range(600):
         linear_attention(query, key, value, b=number / 1000)
-    assert len(weights._constants) <= 256
+    assert len(constants._constants) <= 256
 
 
 def test_coefficients_made_in_inference_mode_serve_training():
