@@ -20,8 +20,8 @@ boundless weight would drown all others in it for good. And e^u v keeps within f
 
 
 def bounded(x: Tensor) -> Tensor:
-    """u of what was read off the hidden states: x where it is small, and never beyond LARGEST."""
-    return LARGEST * torch.tanh(x / LARGEST)
+    """u of what was read off the hidden states, float32: x where it is small, and never beyond LARGEST."""
+    return LARGEST * torch.tanh(x.float() / LARGEST)
 
 
 def weighed(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:

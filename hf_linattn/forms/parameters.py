@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -33,7 +34,7 @@ class LinAttnParams(nn.Module):
         self, numbers: Mapping[str, int], matrices: Mapping[str, tuple[int, ...]], learnable: bool, hidden_size: int | None = None
     ) -> None:
         super().__init__()
-        self.names, self.matrices, self.hidden_size = list(numbers), list(matrices), hidden_size
+        self.names, self.matrices, self.learnable, self.hidden_size = list(numbers), list(matrices), learnable, hidden_size
         self.entered: list[Tensor] = []  # hidden states that were not taken yet; a list, since a module takes its time to set an attribute
         for name, heads in numbers.items():
             # A buffer and not a frozen parameter: loading a checkpoint makes every parameter require a gradient again.
@@ -60,6 +61,13 @@ class LinAttnParams(nn.Module):
         started, offset = getattr(self, name).float(), getattr(self, name + OFFSET, None)
         return started if offset is None else started + offset.float()
 
+    def learned(self) -> dict[str, Tensor]:
+        """The numbers a head by name."""
+        if torch.compiler.is_compiling() or not self.learnable:
+            return {name: self.number(name) for name in self.names}
+        started, offsets = ([getattr(self, name + end).float() for name in self.names] for end in ("", OFFSET))
+        return dict(zip(self.names, torch._foreach_add(started, offsets), strict=True))  # one kernel for all
+
     @torch.no_grad()
     def start_from(self, name: str, value: Tensor) -> None:
         """Begins anew from another value of a number (heads,) or of a matrix."""
@@ -68,14 +76,15 @@ class LinAttnParams(nn.Module):
             getattr(self, name + OFFSET).zero_()
 
     def read_off(self, name: str, hidden: Tensor | None, option: str) -> Tensor:
-        """What a matrix (heads, hidden_size) reads off the hidden states (B, N, hidden_size), float32 (B, heads, N).
+        """What a matrix (heads, hidden_size) reads off the hidden states (B, N, hidden_size): (B, heads, N), of 32 bits or fewer.
 
         Raises:
             ValueError: `option`, "decay" say, needs hidden states, and there are none.
         """
         if hidden is None:
             raise ValueError(f'{option}="token" is computed from the hidden states that enter the layer, and none were seen to enter it.')
-        return (getattr(self, name).to(hidden.dtype) @ hidden.mT).float()
+        read = F.linear(hidden, getattr(self, name).to(hidden.dtype)).mT
+        return read.float() if read.dtype == torch.float64 else read
 
     def at_rest(self) -> dict[str, Tensor]:
         """What to attend with where the hidden states are zeros: (heads,) each, and matrices."""

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import bounds
+from ..ops.constants import constant
 from ..ops.features import feature_count
 from . import input_gate, projection
 from .form import Call, Form, Numbers, Sizes, State, Tokens
@@ -154,11 +155,11 @@ class PolynomialParameters(LinAttnParams):
         return numbers, matrices
 
     def forward(self, hidden: Tensor | None = None, made: Made | None = None) -> dict[str, Tensor]:
-        """The numbers to attend with, as float32 tensors of shape (heads,).
+        """The numbers to attend with, as float32 tensors of shape (heads,), which are to be left as they are.
 
         Args:
             hidden: (B, N, hidden_size), for a decay or an input gate per token.
-            made: where what tokens have no say in is kept; without it all are new.
+            made: where what tokens have no say in is kept.
 
         Returns:
             ``a``, ``b``, ``temperature``; with the quadratic kernel ``c``; with a decay ``log_decay`` = -1 / T < 0, for one per token
@@ -167,19 +168,19 @@ class PolynomialParameters(LinAttnParams):
         Raises:
             ValueError: a decay or gate per token without hidden states.
         """
-        learned: dict[str, Tensor] = once(made, "learned", lambda: {name: self.number(name) for name in self.names})
+        learned: dict[str, Tensor] = once(made, "learned", self.learned)
         return once(made, "same for all tokens", lambda: self._of_layer(learned)) | self._of_tokens(learned, hidden)
 
     def _of_layer(self, learned: dict[str, Tensor]) -> dict[str, Tensor]:
         """The numbers that are the same for all tokens."""
         options, like = self.options, learned[self.names[0]]
-        out = {"a": torch.full_like(like, options.a)}
+        out = {"a": _constant(options.a, like)}
         if options.kernel == "linear":
-            out["b"] = torch.full_like(like, options.b)
+            out["b"] = _constant(options.b, like)
             out["temperature"] = self._limit() * torch.sigmoid(learned["temperature_logit"])
         else:
             out["b"] = self._limit() * torch.sigmoid(learned["b_logit"])
-            out["c"] = torch.full_like(like, options.c or 0.0)
+            out["c"] = _constant(options.c or 0.0, like)
             out["temperature"] = torch.exp(learned["log_temperature"])
         if "log_rate" in learned:
             out["log_decay"] = -torch.exp(learned["log_rate"])
@@ -214,6 +215,13 @@ class PolynomialParameters(LinAttnParams):
     def _limit(self) -> float:
         a, b, c = self.options.a, self.options.b, self.options.c or 0.0
         return _INSIDE * (bounds.largest_temperature(a, b) if self.options.kernel == "linear" else bounds.largest_slope(a, c))
+
+
+def _constant(number: float, like: Tensor) -> Tensor:
+    """A number for every head."""
+    if torch.compiler.is_compiling():
+        return torch.full_like(like, number)
+    return constant(("number", number, like.shape, like.dtype, like.device), lambda: torch.full_like(like, number))
 
 
 def _refuse_what_cannot_be_learned(sizes: Sizes, options: PolynomialOptions, learnable: bool) -> None:

@@ -73,6 +73,12 @@ def projected(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
     if QUERY not in numbers:
         return call, numbers
     of_query, of_key, center = once(call.made, ("projections", call.query.dtype), lambda: _in(call.query.dtype, numbers))
-    query, key = call.query @ of_query, (call.key - center) @ of_key
+    query, key = _of_each_head(call.query, of_query), _of_each_head(call.key - center, of_key)
     rest = {name: number for name, number in numbers.items() if name not in (QUERY, KEY, CENTER)}
     return call._replace(query=query, key=key), rest
+
+
+def _of_each_head(x: Tensor, matrices: Tensor) -> Tensor:
+    """(B, H, N, D) by (H, D, r): all sequences of a head are rows of one product, where matmul would copy the matrices for each of them."""
+    rows = x.transpose(0, 1)
+    return (rows.flatten(1, 2) @ matrices).unflatten(1, rows.shape[1:3]).transpose(0, 1)

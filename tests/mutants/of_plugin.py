@@ -111,7 +111,7 @@ MUTANTS = [
          '[x for x in weights if x.ndim <= 1], "lr": learning_rate, "weight_decay": weight_decay',
          "plugin/test_parameter_groups.py"),
         # an input gate
-        ("a gate without a bound", "hf_linattn/forms/input_gate.py", "return LARGEST * torch.tanh(x / LARGEST)", "return x",
+        ("a gate without a bound", "hf_linattn/forms/input_gate.py", "return LARGEST * torch.tanh(x.float() / LARGEST)", "return x.float()",
          "forms/test_input_gate.py::test_no_key_weighs_beyond_its_bound"),
         ("noise on both parts of a quotient", "hf_linattn/forms/operators.py", "noise = {} if gated else call.noise",
          "noise = call.noise", "forms/test_input_gate.py::test_noise_is_on_the_quotient"),
