@@ -23,8 +23,10 @@ def per_token(numbers: Numbers) -> dict[str, Tensor]:
     return {name: numbers[name] for name in PER_TOKEN if isinstance(numbers.get(name), Tensor) and numbers[name].dim() == 3}
 
 
-def attention(call: Call, numbers: Numbers, **options: Any) -> tuple[Tensor, Any]:
+def attention(call: Call, numbers: Numbers, late: int = 0, **options: Any) -> tuple[Tensor, Any]:
     """The output of `linear_attention`, (B, Hq, N, Dv), and the state where `options` ask for it, else None.
+
+    With `late` it is that of a lag of so many tokens, but of those tokens alone that see something: (B, Hq, N - late, Dv).
 
     Raises:
         ValueError: as `linear_attention`; noise of the kind "moment" beside an input gate.
@@ -33,6 +35,8 @@ def attention(call: Call, numbers: Numbers, **options: Any) -> tuple[Tensor, Any
     if gated and call.noise and call.noise["dropout_kind"] != "paper":
         raise ValueError('linattn option dropout_kind="moment" knows of no input gate; give input_gate="none", or dropout_kind="paper".')
     given, rest = _given(call, numbers)
+    if late:
+        given, rest = _shifted(given, rest, min(late, call.query.shape[2]))
     noise = {} if gated else call.noise  # of the quotient, not of its two parts
     result: Any = linear_attention(
         given.query, given.key, given.value, causal=call.causal, segment_ids=call.segments, **rest, **noise, **options
@@ -68,3 +72,11 @@ def _weights(call: Call, numbers: Numbers, decays: bool) -> Weights:
 
 def _given(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
     return input_gate.weighed(*projection.projected(call, numbers))
+
+
+def _shifted(call: Call, numbers: Numbers, late: int) -> tuple[Call, Numbers]:
+    """Queries without the first `late` tokens and keys without the last; the decay between is a factor a row, which normalising cancels."""
+    kept = call.query.shape[2] - late
+    query, key, value = call.query[:, :, late:], call.key[:, :, :kept], call.value[:, :, :kept]
+    own = {name: number[:, :, :kept] for name, number in per_token(numbers).items()}
+    return call._replace(query=query, key=key, value=value), numbers | own

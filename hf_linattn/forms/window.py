@@ -14,12 +14,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from ..ops import window, window_reference
-from ..ops.constants import constant
 from ..ops.frame import Frame
 from ..ops.functional import cast_for_autocast, is_for_onnx, noisy
+from ..ops.mixing import mixed
 from ..ops.ring import Ring, along, take
 from .form import Call, Form, Numbers, Sizes, State, Tokens
 from .operators import attention, attention_reference, attention_step, per_token
@@ -166,15 +165,16 @@ class Window(Form):
             return self.reference(_in_float32(call), numbers).to(call.query.dtype), {}
         frame = self._frame(call.key, call.value, call.segments, _kept(numbers), before)
         query = frame.close(call.query)
-        out = window.attend(query, frame, call.scaling)
         sums: State = {}
-        if self.beside is not None:
+        if self.beside is None:
+            out = window.attend(query, frame, call.scaling)
+        else:
             far, sums = self._far(query, frame, numbers, before, keep)
             gate = _as_outputs(numbers["gate"])
-            gate = frame.close(gate) if isinstance(gate, Tensor) and gate.dim() == 4 else gate
+            gate = frame.close(gate) if isinstance(gate, Tensor) and gate.shape[2] > 1 else gate
             if isinstance(call.drop, Tensor) or call.drop > 0:
                 gate = gate * (torch.rand(*query.shape[:2], 1, 1, device=query.device) >= call.drop)
-            out = _mixed(out, far, gate, frame.has_before())
+            out = window.attend_beside(query, frame, call.scaling, far, gate)
         out = frame.open(out)
         if call.noise:
             out = noisy(out, call.noise["dropout_p"])
@@ -190,7 +190,7 @@ class Window(Form):
         gate = _as_outputs(numbers["gate"])
         old = Call(call.query, leaving.key.to(call.key.dtype), leaving.value.to(call.value.dtype), leaving.real, made=call.made)
         far = attention_step(old, _of_the_kept(numbers, leaving.per_token), state["sums"])
-        return _mixed(near, far, gate, leaving.real[:, None, :, None])
+        return mixed(near, far, gate, leaving.real[:, None, :, None])
 
     def _frame(self, key: Tensor, value: Tensor, segments: Tensor | None, kept: Tensor | None, before: State | None) -> Frame:
         ring = None if before is None else self._ring(before)
@@ -198,16 +198,23 @@ class Window(Form):
         return Frame.of(key, value, segment_ids=segments, ring=ring, per_token=kept, **options)
 
     def _far(self, query: Tensor, frame: Frame, numbers: Numbers, before: State | None, keep: bool) -> tuple[Tensor, State]:
-        """The polynomial's output (B, Hq, N, Dv) at the frame's tokens over all before their windows, and its state behind them."""
-        first = frame.front if before is None else 0  # a state comes with the window's tokens in front, which it does not hold yet
-        runs = None if frame.runs is None else frame.runs[:, first:]
-        given = _of_the_kept(numbers, None if frame.per_token is None else frame.per_token[:, :, first:])
-        call, start = Call(query, frame.key[:, :, first:], frame.value[:, :, first:], runs), None if before is None else before["sums"]
-        out, sums = attention(call, given, lag=self.options.window, initial_state=start, return_state=keep)
+        """The polynomial's output (B, Hq, N, Dv) at the frame's tokens over all before their windows, and its state behind them.
+
+        Outside of graphs, whose lengths may vary, it is that of the tokens alone that may have something before their windows.
+        """
+        lag = self.options.window
+        call, given = Call(query, frame.key, frame.value, frame.runs), _of_the_kept(numbers, frame.per_token)
+        if before is None and frame.runs is None and not torch.compiler.is_compiling():
+            out, sums = attention(call, given, late=lag, return_state=keep)
+        else:
+            start = None if before is None else before["sums"]
+            out, sums = attention(call, given, lag=lag, initial_state=start, return_state=keep)
         if not keep:
             return out, {}
-        if frame.runs is not None and frame.front:  # of a sequence that ended in the last window's reach the next call sees nothing
-            of_state, last = frame.runs[:, frame.length - 1], frame.runs[:, -1]
+        if (
+            frame.runs is not None and frame.runs.shape[1] > lag
+        ):  # of a sequence that ended in the last window's reach the next call sees nothing
+            of_state, last = frame.runs[:, -1 - lag], frame.runs[:, -1]
             sums = sums.masked_fill(((of_state != last) & (of_state > 0))[:, None, None, None], 0)
         return out, {"sums": sums}
 
@@ -269,7 +276,7 @@ class Window(Form):
         if call.segments is not None:
             ids = call.segments.int()
             place = (ids[:, :, None] == ids[:, None, :]).tril().sum(-1) - 1
-        return _mixed(near, far, _as_outputs(numbers["gate"]), (place >= size)[:, None, :, None])
+        return mixed(near, far, _as_outputs(numbers["gate"]), (place >= size)[:, None, :, None])
 
     def _far_reference(self, call: Call, numbers: Numbers) -> Tensor:
         """The polynomial over all before each token's window. A lag counts columns and a window tokens, so padding is put in front."""
@@ -301,20 +308,11 @@ class Window(Form):
             yield Window(dataclasses.replace(self.options, window=size))
 
 
-def _mixed(near: Tensor, far: Tensor, gate: float | Tensor, has_before: Tensor) -> Tensor:
-    """gate near + (1 - gate) far, in at least float32; near alone where there is nothing before the window."""
-    dtype = torch.float64 if near.dtype == torch.float64 else torch.float32
-    one = lambda: torch.ones((), dtype=dtype, device=near.device)  # noqa: E731
-    all_of_it = one() if is_compiling() else constant(("one", dtype, near.device), one)
-    share = torch.where(has_before, gate, all_of_it).to(dtype)
-    return (share * near + (1 - share) * far).to(near.dtype)
-
-
 def _as_outputs(gate: float | Tensor) -> float | Tensor:
-    """(Hq,) or (B, Hq, N) to be broadcast against (B, Hq, N, Dv)."""
+    """(Hq,) or (B, Hq, N) as (1, Hq, 1, 1) or (B, Hq, N, 1)."""
     if not isinstance(gate, Tensor):
         return gate
-    return gate[..., None] if gate.dim() == 3 else gate[:, None, None]
+    return gate[..., None] if gate.dim() == 3 else gate[None, :, None, None]
 
 
 def _kept(numbers: Numbers) -> Tensor | None:

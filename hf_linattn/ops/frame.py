@@ -1,4 +1,4 @@
-"""The tokens of one call as a window needs them: padding closed up, and the window before the first of them in front.
+"""The tokens of one call as a window needs them: padding closed up, and what a ring holds of the tokens before in front.
 
 A window counts tokens, and linear attention with a `lag` counts columns. So that both mean the same wherever padding lies, real tokens are
 moved together to the end of their row, behind those that a ring holds from the calls before, and what is computed is moved back.
@@ -19,21 +19,21 @@ from .segments import canonical_segments
 
 @dataclass
 class Frame:
-    """N new tokens a row, and `front` columns before them: W, or 0 where no token lies so far back.
+    """N new tokens a row, and `front` columns before them: W of a ring, or 0 without one.
 
     Attributes:
         key, value: (B, Hk, front + N, D) and (B, Hk, front + N, Dv), 0 in columns without a token.
         per_token: None, or (B, n, front + N): numbers of each token, 0 in columns without one.
         runs: None where every new token is real, none is packed and none came before; else int (B, front + N): the number of the
             sequence of each column, rising from 1, 0 in columns without a token, which all come first.
-        number: int (1 or B, front + N), each token's place in its own sequence, from 0.
+        number: beside runs, int (B, front + N): each token's place in its own sequence, from 0.
         ring: what came before, or None.
     """
 
     key: Tensor
     value: Tensor
     runs: Tensor | None
-    number: Tensor
+    number: Tensor | None
     front: int
     window: int
     sinks: int
@@ -50,12 +50,10 @@ class Frame:
         The first sequence of a row goes on from its ring.
         """
         batch, _, length, _ = key.shape
-        front = window if ring is not None or length > window else 0
+        front = 0 if ring is None else window
         tensors: dict[str, Any] = {"key": key, "value": value} | ({} if per_token is None else {"per_token": per_token})
         if segment_ids is None and ring is None:
-            number = torch.arange(-front, length, device=key.device)[None]
-            tensors = {name: ahead(x, front) for name, x in tensors.items()}
-            return cls(**tensors, runs=None, number=number, front=front, window=window, sinks=sinks)
+            return cls(**tensors, runs=None, number=None, front=front, window=window, sinks=sinks)
         runs = torch.ones(batch, length, dtype=torch.int32, device=key.device)
         real = order = None
         if segment_ids is not None:
@@ -64,14 +62,12 @@ class Frame:
             order = _padding_first(real)
             tensors = {name: x.masked_fill(~along(real, x), 0) for name, x in tensors.items()}
         hidden: Tensor | int = 0
-        is_there = torch.zeros(batch, front, dtype=torch.bool, device=key.device)
-        if ring is None:
-            tensors = {name: ahead(x, front) for name, x in tensors.items()}
-        else:
+        first, runs = runs[:, :1].abs(), runs.clamp(min=0)
+        if ring is not None:
             hidden = (ring.seen[:, None] - window).clamp(min=0)
             is_there = torch.arange(front, device=key.device) >= front - ring.seen[:, None]
             tensors = {name: torch.cat([ring.in_order(getattr(ring, name)).to(x.dtype), x], 2) for name, x in tensors.items()}
-        runs = torch.cat([is_there * runs[:, :1].abs(), runs.clamp(min=0)], 1)
+            runs = torch.cat([is_there * first, runs], 1)
         if order is not None:
             together = _padding_first(runs > 0)
             tensors, runs = {name: take(x, together) for name, x in tensors.items()}, runs.gather(1, together)
@@ -96,11 +92,12 @@ class Frame:
 
     def has_before(self) -> Tensor:
         """Whether a new token's sequence has tokens before its window, bool (1 or B, 1, N, 1)."""
-        return (self.number[:, self.front :] >= self.window)[:, None, :, None]
+        number = torch.arange(self.length, device=self.key.device)[None] if self.number is None else self.number[:, self.front :]
+        return (number >= self.window)[:, None, :, None]
 
     def sinks_of(self, columns: Tensor) -> list[Tensor]:
         """The first S keys (B, Hk, n, S, D) and values of the sequences that n `columns` belong to; one that is not there is never seen."""
-        if self.runs is None:
+        if self.runs is None or self.number is None:
             first = slice(self.front, self.front + self.sinks)
             short = max(self.sinks - self.length, 0)
             return [
@@ -118,15 +115,16 @@ class Frame:
     def ring_behind(self) -> Ring:
         """What the next call goes on from: the last W tokens and the sinks of each row's last sequence."""
         columns = self.key.shape[2]
-        seen = (self.number[:, -1] + 1).expand(len(self.key)).clone()
-        slots = (torch.arange(self.window, device=seen.device) - seen[:, None]) % self.window
-        newest = lambda x: take(ahead(x[:, :, -self.window :], max(self.window - columns, 0)), slots)  # noqa: E731
-        sinks = self.sinks_of(torch.full((1,), columns - 1, device=seen.device))
+        batch, device = self.key.shape[0], self.key.device
+        seen = torch.full((batch,), columns, device=device) if self.number is None else self.number[:, -1] + 1
+        slots = (torch.arange(self.window, device=device) - seen[:, None]) % self.window
+        newest = lambda x: take(_ahead(x[:, :, -self.window :], max(self.window - columns, 0)), slots)  # noqa: E731
+        sinks = self.sinks_of(torch.full((1,), columns - 1, device=device))
         key, value = (torch.cat([sink[:, :, 0], newest(x)], 2) for x, sink in zip((self.key, self.value), sinks, strict=True))
         return Ring(key, value, seen, None if self.per_token is None else newest(self.per_token), self.window, self.sinks)
 
 
-def ahead(x: Tensor, columns: int) -> Tensor:
+def _ahead(x: Tensor, columns: int) -> Tensor:
     """`x`, (B, H, C) or (B, H, C, .), with columns of zeros ahead of it."""
     return F.pad(x, (columns, 0) if x.dim() == 3 else (0, 0, columns, 0))
 

@@ -1,18 +1,20 @@
 """Softmax over the last W tokens and the first S of a sequence, in time and memory linear in N.
 
-W queries at a time meet the W keys before them, their own W and the S sinks, in one call of PyTorch's scaled_dot_product_attention: no mask
-is larger than N (2 W + S). Query heads that share a key head are rows of one batch, so that keys are not repeated for them. On keys
-kept from call to call see `ring`, on padding and packed sequences `frame`, on what torch.compile sees `window_operator`.
+W queries at a time meet the W keys before them, their own W and the S sinks (`blocks`), in one call of PyTorch's
+scaled_dot_product_attention: no mask has more than 2 W + S numbers for a token and query head of a group. On keys kept from call to call
+see `ring`, on padding and packed sequences `frame`, on what lies before the window `mixing`, on what torch.compile sees `window_operator`.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import blocks, checks
 from .frame import Frame
 from .functional import cast_for_autocast
+from .mixing import MixedBlocks, mixed
 from .ring import Ring
 from .window_operator import traced
 
@@ -60,6 +62,26 @@ def check_window(window: int, sinks: int) -> None:
 def attend(query: Tensor, frame: Frame, scaling: float | None) -> Tensor:
     """(B, Hq, N, Dv) for queries (B, Hq, N, D) that lie as the frame's new tokens do."""
     return traced(query, frame, scaling) if torch.compiler.is_compiling() else blocks.attend(query, frame, scaling)
+
+
+def attend_beside(query: Tensor, frame: Frame, scaling: float | None, far: Tensor, gate: float | Tensor) -> Tensor:
+    """`attend`, mixed by a gate with what another attention gives for all before the window.
+
+    Args:
+        far: (B, Hq, N, Dv), or where the frame has no runs (B, Hq, M, Dv) of the tokens that have something before their windows.
+        gate: the window's share, a number or (B or 1, Hq, N or 1, 1).
+    """
+    if torch.compiler.is_compiling():
+        return mixed(traced(query, frame, scaling), far, gate, frame.has_before())
+    near, length = blocks.attend_by_block(query, frame, scaling), frame.length
+    share = gate if isinstance(gate, Tensor) else torch.full((1, 1, 1, 1), gate, device=query.device)
+    has_before = None if frame.runs is None else frame.has_before()
+    if rest := near.shape[1] * near.shape[4] - length:
+        far = F.pad(far, (0, 0, 0, rest))
+        share = share if share.shape[2] == 1 else F.pad(share, (0, 0, 0, rest))
+        has_before = None if has_before is None else F.pad(has_before, (0, 0, 0, rest))
+    out: Tensor = MixedBlocks.apply(near, far, share, has_before)
+    return out[:, :, :length] if rest else out
 
 
 def step(query: Tensor, ring: Ring, scaling: float | None, real: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from .frame import Frame
 from .ring import Ring
 
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? runs, Tensor number, Tensor? kept_key, Tensor? kept_value, int front, int window, "
+    "Tensor query, Tensor key, Tensor value, Tensor? runs, Tensor? number, Tensor? kept_key, Tensor? kept_value, int front, int window, "
     "int sinks, float? scaling"
 )
 _library = torch.library.Library("linattn", "FRAGMENT")
@@ -34,12 +34,13 @@ def traced(query: Tensor, frame: Frame, scaling: float | None) -> Tensor:
     )
 
 
-def _window(query: Tensor, key: Tensor, value: Tensor, runs: Tensor | None, number: Tensor, kept_key: Tensor | None,
+def _window(query: Tensor, key: Tensor, value: Tensor, runs: Tensor | None, number: Tensor | None, kept_key: Tensor | None,
             kept_value: Tensor | None, front: int, window: int, sinks: int, scaling: float | None) -> Tensor:  # fmt: skip
     ring = None
-    if kept_key is not None and kept_value is not None:  # of a ring, the sinks are all that blocks read
+    if kept_key is not None and kept_value is not None and number is not None:  # of a ring, the sinks are all that blocks read
         ring = Ring(kept_key, kept_value, number, None, window, sinks)
-    out = blocks.attend(query, Frame(key, value, runs, number, front, window, sinks, ring=ring), scaling)
+    frame = Frame(key, value, runs, number, front, window, sinks, ring=ring)
+    out = blocks.attend(query, frame, scaling, keep=False)  # memory of a graph is no place for what other calls find later
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 

@@ -54,13 +54,13 @@ def test_a_written_parameter_is_seen_by_the_next_token(options, write):
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_numbers_are_made_once_a_text(kind, monkeypatch):
-    model, made, number = converted(STUDENTS[0]), [], LinAttnParams.number
-    monkeypatch.setattr(LinAttnParams, "number", lambda self, name: made.append(name) or number(self, name))
+    model, made, learned = converted(STUDENTS[0]), [], LinAttnParams.learned
+    monkeypatch.setattr(LinAttnParams, "learned", lambda self: made.append(self.names) or learned(self))
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=32)
     tokens = [x[None] for x in tiny_tokens(1, 9)[0].split(1)]
     prompt = torch.cat(tokens[:4], 1)
     logits(model, cache, [prompt, *tokens[4:]])
-    assert made == ["temperature_logit", "log_rate"] * 2  # for the prompt, and for all tokens behind it
+    assert made == [["temperature_logit", "log_rate"]] * 2  # for the prompt, and for all tokens behind it
 
 
 @pytest.mark.parametrize("ends", ["a reset", "several tokens"])

@@ -11,6 +11,7 @@ from learned import check_pieces_give_the_whole, check_tokens_are_taken_back, fe
 from operator_cases import make_segments
 from tiny_models import tiny_model, tiny_tokens
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from window_cases import make_tensors
 
@@ -225,6 +226,35 @@ def test_trains_under_autocast(compiled: bool) -> None:
     found = torch.autograd.grad(loss, list(model.parameters()))
     for (name, _), grad, right in zip(model.named_parameters(), found, expected, strict=True):
         assert (grad - right).norm() <= 0.1 * right.norm() + 1e-3, name
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that a GPU would be given kernels for: all but views and memory that nothing is written into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_view = any(x.alias_info is not None and not x.alias_info.is_write for x in operator._schema.returns)
+        self.count += not is_view and not any(word in operator.__name__ for word in ("empty", "_unsafe_view"))
+        return operator(*args, **(kwargs or {}))
+
+
+def test_training_takes_few_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host, which starts them, is what a training step waits for."""
+    monkeypatch.setattr(hf_linattn.ops.checks, "values_are_readable", lambda x: False)  # on a GPU they are not looked at
+    form = make_form(decay="key_head", gate="token", kernel="quadratic", features=3)
+    parameters = make_parameters(form, torch.float32)
+    query, key, value = make_tensors(40, value_dim=8, dtype=torch.bfloat16)  # as wide as keys: softmax is one operator on the CPU too
+    call = make_call(dtype=torch.bfloat16)._replace(query=query, key=key, value=value)
+    form.attend(call, form.numbers(call, parameters))  # masks and constants are made once
+    with Launches() as forward:
+        out = form.attend(call, form.numbers(call, parameters))
+    with Launches() as backward:
+        out.backward(torch.ones_like(out))
+    print(forward.count, backward.count)
+    assert forward.count <= 30 and backward.count <= 50
 
 
 def test_pieces_under_autocast() -> None:

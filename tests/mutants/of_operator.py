@@ -3,6 +3,7 @@
 from .mutant import OPERATOR, named
 
 CHUNKED, CHECKS, BOUNDS, FUNCTIONAL = (f"hf_linattn/ops/{name}.py" for name in ("chunked", "checks", "bounds", "functional"))
+FOLDS, MIXING, CONSTANTS = (f"hf_linattn/ops/{name}.py" for name in ("folds", "mixing", "constants"))
 DECAY, NOISE, STEP, OPERATORS = (f"hf_linattn/ops/{name}.py" for name in ("decay_gradient", "noise", "one_token", "operators"))
 WEIGHTS = "hf_linattn/ops/weights.py"
 
@@ -28,11 +29,21 @@ MUTANTS = [
          "ops/test_memory.py"),
         ("pairs formed one by one however long the text", CHUNKED, "DIRECT_LENGTH = 1.0", "DIRECT_LENGTH = 1e9",
          "ops/test_memory.py"),
-        ("constants never forgotten", "hf_linattn/ops/constants.py", "if len(_constants) >= 256:", "if len(_constants) >= 2**60:",
+        ("constants never forgotten", CONSTANTS, "if len(kept) >= most:", "if len(kept) >= 2**60:",
          "ops/test_operators.py"),
         ("constants of other heads", WEIGHTS, "signature = (*map(float, given), heads, dtype,",
          "signature = (*map(float, given), dtype,",
          "ops/test_operators.py"),
+        ("what inference made given to training", CONSTANTS, "with torch.inference_mode(False), torch.no_grad():", "with torch.no_grad():",
+         "ops/test_constants.py"),
+        ("a graph's mask kept for other calls", "hf_linattn/ops/window_operator.py", "keep=False", "keep=True", "ops/test_constants.py"),
+        # blocks of a window
+        ("the block before left out of the keys' gradients", FOLDS, "torch.add(own[:, :-1], before[:, 1:], out=",
+         "torch.add(own[:, :-1], 0, out="),
+        ("sinks left out of the keys' gradients", FOLDS, "add_(sinks.sum(1))", "add_(0)"),
+        ("the first block without gradient", MIXING, "by_near[:, :first] = blocks[:, :first]", "by_near[:, :first] = 0",
+         "ops/test_mixing.py"),
+        ("a gate's gradient where nothing lies before", MIXING, "by_gate.mul_(has_before)", "pass", "ops/test_mixing.py"),
         # noise
         ("the variance of paper noise p squared", NOISE, "dropout_p.sqrt() * normal", "dropout_p * normal"),
         ("moment noise with the decay once", FUNCTIONAL, "None if decay is None else 2 * decay,", "decay,",
