@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from torch.compiler import is_compiling
 from transformers import PreTrainedConfig
 
 from .forms import FORMS, Form, Sizes
 from .forms.options import one_of, require_bool, require_number
+from .values import attribute
 
 NAME = "linattn"
 PREFIX = "linattn_"  # of the model types of converted checkpoints
@@ -122,13 +125,29 @@ class LinAttnConfig:
             setattr(config, NAME, self.to_dict())
 
 
+_known: dict[int, tuple[dict[str, Any], LinAttnConfig]] = {}
+
+
+def _known_options(model_config: PreTrainedConfig) -> LinAttnConfig:
+    """`LinAttnConfig.of`, made and checked once for the same content: it is asked for at every token."""
+    stored = attribute(model_config, NAME, None)
+    if is_compiling() or not isinstance(stored, dict):
+        return LinAttnConfig.of(model_config)
+    known = _known.get(id(stored))
+    if known is None or known[0] != stored:
+        if len(_known) >= 256:
+            _known.clear()
+        known = _known[id(stored)] = copy.deepcopy(stored), LinAttnConfig.of(model_config)
+    return known[1]
+
+
 def softmax_layers(model_config: PreTrainedConfig) -> set[int]:
     """The layers of a model that keep softmax attention.
 
     Raises:
         ValueError: the option names a layer that the model does not have.
     """
-    kept = set(LinAttnConfig.of(model_config).softmax_layers)
+    kept = set(_known_options(model_config).softmax_layers)
     layers = model_config.get_text_config().num_hidden_layers if kept else 0
     if kept and max(kept) >= layers:
         last = layers - 1

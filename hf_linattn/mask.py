@@ -32,7 +32,7 @@ from .counted import digest
 from .packing import segment_ids
 from .pattern import Pattern, pack
 from .support import require_attention_interface
-from .values import require
+from .values import is_traced, require
 
 TOLD = "_linattn_told"
 ROWS_AT_ONCE = 1024
@@ -78,11 +78,13 @@ def linattn_mask(
     )  # fmt: skip
     if "allow_is_bidirectional_skip" in kwargs and kv_length != q_length and isinstance(q_offset, int) and q_offset == 0:
         return softmax_mask()  # of cross-attention, which is refused where it is ours: a pooling head that computes its own softmax
-    asked = _Asked(mask_function, batch_size, q_length, q_offset, device, kwargs, config)
-    pattern = asked.pattern()
+    if mask_function is causal_mask_function or (q_length == 1 and not kwargs.get("use_vmap", False)):
+        pattern = Pattern(True)  # the last token sees all before it
+    else:
+        pattern = _Asked(mask_function, batch_size, q_length, q_offset, device, kwargs, config).pattern()
     pattern.real, pattern.past = read_padding(attention_mask, q_length, q_offset)
     told = pack(pattern, q_length, device)
-    alone = None if q_length == 1 and attention_mask is None and is_tracing(told) else told  # a compiled step has no use for it
+    alone = None if q_length == 1 and attention_mask is None and is_traced(told) else told  # a compiled step has no use for it
     if not softmax_layers(config):
         return alone
     mask = softmax_mask()
@@ -160,8 +162,6 @@ class _Asked:
         Raises:
             ValueError: some tokens see ahead and others do not, or the rest of the pattern does not follow from its neighbours.
         """
-        if self.function is causal_mask_function or (self.length == 1 and not self.custom):
-            return Pattern(True)
         if self.function is bidirectional_mask_function or (self.skippable and self.window is not None):
             return Pattern(not self.two_sided)  # or a window around one of them
         if self.window is not None and (self.window < 2 or self.chunked) and self.length > self.window:
