@@ -4,75 +4,142 @@
 
 namespace linattn_stream {
 
-template <typename T, int D, bool GRAD, bool GATED> __device__ __forceinline__ void keep_state(const RowBlock<T, D, GRAD, GATED> &job) {
+// What they fetch, ahead of the products: rows for each chunk and head, keys and values for each chunk.
+template <typename T, int D, bool GRAD, bool GATED> struct RowCopies {
+  using Block = RowBlock<T, D, GRAD, GATED>;
+  using Shape = typename Block::Shape;
+  using Copy = TileCopy<T, D, Block::C, Shape::STATE_THREADS>;
+  static constexpr int C = Block::C, STAGES = Block::STAGES, TILE = Block::TILE, ROW_TILES = Block::ROW_TILES;
+
+  const Block &job;
+  const RowArguments &args;
+  const linattn_problem &p;
+  const linattn_tensor &x, &y, &z;
+  const int helper, heads;
+  Copy x_copy, y_copy, z_copy, o_copy, q_copy;
+  int64_t number, left;
+  int iteration = 0, head = 0, stage = 0, key_stage = 0;
+
+  __device__ __forceinline__ RowCopies(const Block &job, int helper)
+      : job(job), args(job.args), p(args.problem), x(GRAD ? args.grad_out : p.query), y(GRAD ? p.value : p.key), z(GRAD ? p.key : p.value), helper(helper), heads(job.heads),
+        x_copy(head_of<const T>(x, job.batch, job.key_head * heads), x.token_stride, job.begin, helper),
+        y_copy(head_of<const T>(y, job.batch, job.memory_head), y.token_stride, job.begin, helper),
+        z_copy(head_of<const T>(z, job.batch, job.memory_head), z.token_stride, job.begin, helper),
+        o_copy(head_of<const T>(GRAD ? args.out : x, job.batch, job.key_head * heads), GRAD ? args.out.token_stride : 0, job.begin, helper),
+        q_copy(head_of<const T>(p.query, job.batch, job.key_head * heads), p.query.token_stride, job.begin, helper),
+        number((static_cast<int64_t>(job.batch) * p.query_heads + job.key_head * heads) * p.length + job.begin + helper), left(job.end - job.begin) {
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; ++i) prefetch();
+  }
+
+  // The next chunk and head, if there is one.
+  __device__ __forceinline__ void prefetch() {
+    if (iteration < job.iterations) {
+      const int count = static_cast<int>(min(left, static_cast<int64_t>(C)));
+      if (p.causal && head == 0) start_keys(count);
+      if constexpr (GATED)
+        if (head == 0) job.small.gates.start(args.gates, job.batch, job.head_pair, p.length, job.end - left, count, key_stage, helper);
+      const bool wraps = head == heads - 1;
+      start_rows(count, wraps);
+      advance(wraps);
+    }
+    ++iteration;
+    copy_commit();
+  }
+
+  __device__ __forceinline__ void start_keys(int count) {
+    const uint32_t keys = job.key_tiles + key_stage * 2 * TILE;
+    y_copy.start(keys, count, helper);
+    z_copy.start(keys + TILE, count, helper);
+    y_copy.next += C * y.token_stride, z_copy.next += C * z.token_stride;
+  }
+
+  // `wraps`: the next ones are those of the group's first head, a chunk further on.
+  __device__ __forceinline__ void start_rows(int count, bool wraps) {
+    const uint32_t rows = job.row_tiles + stage * ROW_TILES * TILE;
+    x_copy.start(rows, count, helper);
+    x_copy.next += wraps ? C * x.token_stride - (heads - 1) * x.head_stride : x.head_stride;
+    if constexpr (GRAD) {
+      o_copy.start(rows + TILE, count, helper);
+      q_copy.start(rows + 2 * TILE, count, helper);
+      o_copy.next += wraps ? C * args.out.token_stride - (heads - 1) * args.out.head_stride : args.out.head_stride;
+      q_copy.next += wraps ? C * p.query.token_stride - (heads - 1) * p.query.head_stride : p.query.head_stride;
+      if (helper < C) {
+        const bool valid = helper < count;
+        copy_number_async(shared_address(job.small.numbers[stage][0] + helper), args.mass + (valid ? number : 0), valid);
+        if (args.grad_mass) copy_number_async(shared_address(job.small.numbers[stage][1] + helper), args.grad_mass + (valid ? number : 0), valid);
+      }
+      number += wraps ? C - (heads - 1) * p.length : p.length;
+    }
+  }
+
+  __device__ __forceinline__ void advance(bool wraps) {
+    left -= wraps ? C : 0;
+    head = wraps ? 0 : head + 1;
+    stage = stage == STAGES - 1 ? 0 : stage + 1;
+    if (head == 0) key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
+  }
+};
+
+// One of these warps, from chunk to chunk. Every step is made part of `run`, and every member is a register.
+template <typename T, int D, bool GRAD, bool GATED> struct RowState {
   using Block = RowBlock<T, D, GRAD, GATED>;
   using Shape = typename Block::Shape;
   using E = Element<T>;
-  constexpr int C = Block::C, BLOCKS = Shape::BLOCKS, STAGES = Block::STAGES, TILE = Block::TILE, ROW_TILES = Block::ROW_TILES;
-  constexpr int kStripeBytes = Tile<D>::kBlockBytes;
-  const RowArguments &args = job.args;
-  const linattn_problem &p = args.problem;
-  typename Block::Small &small = job.small;
-  const int lane_id = threadIdx.x & 31, warp = warp_number(), group = lane_id >> 2, place = lane_id & 3;
-  const uint32_t down = lane_down<D>(lane_id), across = lane_across<D>(lane_id);
-  const int batch = job.batch, key_head = job.key_head, heads = job.heads;
-  const int64_t begin = job.begin, end = job.end;
-  const bool causal = p.causal, unit = p.normalize_qk;
-  const int helper = threadIdx.x - 32 * Shape::RESULT_WARPS;
-  const linattn_tensor &x = GRAD ? args.grad_out : p.query, &y = GRAD ? p.value : p.key, &z = GRAD ? p.key : p.value;
-  using Copy = TileCopy<T, D, C, Shape::STATE_THREADS>;
-  Copy x_copy(head_of<const T>(x, batch, key_head * heads), x.token_stride, begin, helper);
-  Copy y_copy(head_of<const T>(y, batch, job.memory_head), y.token_stride, begin, helper);
-  Copy z_copy(head_of<const T>(z, batch, job.memory_head), z.token_stride, begin, helper);
-  Copy o_copy(head_of<const T>(GRAD ? args.out : x, batch, key_head * heads), GRAD ? args.out.token_stride : 0, begin, helper);
-  Copy q_copy(head_of<const T>(p.query, batch, key_head * heads), p.query.token_stride, begin, helper);
-  int64_t next_number = (static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin + helper, next_left = end - begin;
-  int next_iteration = 0, next_head = 0, next_stage = 0, next_key_stage = 0;
+  using State = StateTile<T, Shape::BLOCKS>;
+  static constexpr int C = Block::C, BLOCKS = Shape::BLOCKS, STAGES = Block::STAGES, TILE = Block::TILE;
+  static constexpr int kStripeBytes = Tile<D>::kBlockBytes;
 
-  const auto prefetch = [&]() {
-    if (next_iteration < job.iterations) {
-      const int count = static_cast<int>(min(next_left, static_cast<int64_t>(C)));
-      const uint32_t rows = job.row_tiles + next_stage * ROW_TILES * TILE;
-      if (causal && next_head == 0) {
-        const uint32_t keys = job.key_tiles + next_key_stage * 2 * TILE;
-        y_copy.start(keys, count, helper);
-        z_copy.start(keys + TILE, count, helper);
-        y_copy.next += C * y.token_stride, z_copy.next += C * z.token_stride;
+  const Block &job;
+  const RowArguments &args;
+  typename Block::Small &small;
+  const int lane_id, group, place;
+  const uint32_t down, across;
+  const int heads;
+  const bool causal, unit;
+  const int helper;
+  RowCopies<T, D, GRAD, GATED> copies;
+  const StatePlace<D, false> at;
+  const WeightReader<T> key_reader;
+  float count = 0.f;
+  int tokens_left, head = 0, stage = 0, key_stage = 0;
+
+  __device__ __forceinline__ explicit RowState(const Block &job)
+      : job(job), args(job.args), small(job.small), lane_id(threadIdx.x & 31), group(lane_id >> 2), place(lane_id & 3), down(lane_down<D>(lane_id)),
+        across(lane_across<D>(lane_id)), heads(job.heads), causal(args.problem.causal), unit(args.problem.normalize_qk), helper(threadIdx.x - 32 * Shape::RESULT_WARPS),
+        copies(job, helper), at(warp_number() - Shape::RESULT_WARPS, true, 0, BLOCKS, lane_id), key_reader(job.key_weights(), job.zeros(), lane_id),
+        tokens_left(static_cast<int>(job.end - job.begin)) {}
+
+  __device__ __forceinline__ void run() {
+    State state;
+    count = load_state<D>(state, at, job.source, GRAD);
+    publish(state);
+    for (int iteration = 0; iteration < job.iterations; ++iteration) {
+      const uint32_t y_tile = job.key_tiles + key_stage * 2 * TILE;
+      copy_wait<STAGES - 2>();
+      warpgroup_publish();
+      __syncthreads();  // the tiles and the rounded state are here, and nobody reads the tiles that the next copies overwrite
+      job.prepare(stage, key_stage, causal && head == 0);
+      copies.prefetch();
+      stage = stage == STAGES - 1 ? 0 : stage + 1;
+      if (!causal) {
+        if (++head == heads) head = 0, key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
+        continue;
       }
-      if constexpr (GATED)
-        if (next_head == 0) small.gates.start(args.gates, batch, job.head_pair, p.length, end - next_left, count, next_key_stage, helper);
-      x_copy.start(rows, count, helper);
-      const bool wraps = next_head == heads - 1;
-      x_copy.next += wraps ? C * x.token_stride - (heads - 1) * x.head_stride : x.head_stride;
-      if constexpr (GRAD) {
-        o_copy.start(rows + TILE, count, helper);
-        q_copy.start(rows + 2 * TILE, count, helper);
-        o_copy.next += wraps ? C * args.out.token_stride - (heads - 1) * args.out.head_stride : args.out.head_stride;
-        q_copy.next += wraps ? C * p.query.token_stride - (heads - 1) * p.query.head_stride : p.query.head_stride;
-        if (helper < C) {
-          const bool valid = helper < count;
-          copy_number_async(shared_address(small.numbers[next_stage][0] + helper), args.mass + (valid ? next_number : 0), valid);
-          if (args.grad_mass) copy_number_async(shared_address(small.numbers[next_stage][1] + helper), args.grad_mass + (valid ? next_number : 0), valid);
-        }
-        next_number += wraps ? C - (heads - 1) * p.length : p.length;
+      if (head == 0) take_in(state, y_tile);
+      if (++head == heads) {
+        head = 0;
+        key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
+        barrier_sync<kStateRead, Shape::THREADS>();
+        publish(state);
       }
-      next_left -= wraps ? C : 0;
-      next_head = wraps ? 0 : next_head + 1;
-      next_stage = next_stage == STAGES - 1 ? 0 : next_stage + 1;
-      if (next_head == 0) next_key_stage = next_key_stage == STAGES - 1 ? 0 : next_key_stage + 1;
     }
-    ++next_iteration;
-    copy_commit();
-  };
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) prefetch();
+    copy_wait<0>();
+    store(state);
+  }
 
-  const StatePlace<D, false> at(warp - Shape::RESULT_WARPS, true, 0, BLOCKS, lane_id);
-  const WeightReader<T> key_reader(job.key_weights(), job.zeros(), lane_id);
-  StateTile<T, BLOCKS> state;
-  float count = load_state<D>(state, at, job.source, GRAD);
-  int tokens_left = static_cast<int>(end - begin);
-  const auto publish = [&]() {
+  // The state as it is, rounded, for the warps that compute.
+  __device__ __forceinline__ void publish(const State &state) {
     if constexpr (GATED)
       if (helper == 0) small.count = count;
     float lift = 1.f;
@@ -84,82 +151,72 @@ template <typename T, int D, bool GRAD, bool GATED> __device__ __forceinline__ v
       if (helper == 0) small.state_worth = whole.down;
     }
     publish_state<T, D>(state, at, Blocks<D>(job.state_tile, down), lift, small.line, lane_id, [&](int row, float sum) { job.column_parts().set(row, sum * lift); });
-  };
-  publish();
-  int head = 0, stage = 0, key_stage = 0;
-  for (int iteration = 0; iteration < job.iterations; ++iteration) {
-    const uint32_t y_tile = job.key_tiles + key_stage * 2 * TILE, z_tile = y_tile + TILE;
-    copy_wait<STAGES - 2>();
-    warpgroup_publish();
-    __syncthreads();  // the tiles and the rounded state are here, and nobody reads the tiles that the next copies overwrite
-    job.prepare(stage, key_stage, causal && head == 0);
-    prefetch();
-    stage = stage == STAGES - 1 ? 0 : stage + 1;
-    if (!causal) {
-      if (++head == heads) head = 0, key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
-      continue;
-    }
-    if (head == 0) {
-      const Blocks<D> k_rows(GRAD ? z_tile : y_tile, down), k_across(GRAD ? z_tile : y_tile, across), z_blocks(z_tile, down);
-      for (int stripe = at.row; stripe < Shape::STRIPES; stripe += Shape::STATE_WARPS) {
-        float scale0 = 1.f, scale1 = 1.f;
-        if (unit) {
-          uint32_t k[BLOCKS][4];
+  }
+
+  // A chunk's keys and values. Forward: column = sum of unit keys, line = sum of v; gradient: column = sum of v, line = sum of unit keys.
+  __device__ __forceinline__ void take_in(State &state, uint32_t y_tile) {
+    const uint32_t z_tile = y_tile + TILE;
+    const Blocks<D> k_rows(GRAD ? z_tile : y_tile, down), k_across(GRAD ? z_tile : y_tile, across), z_blocks(z_tile, down);
+    for (int stripe = at.row; stripe < Shape::STRIPES; stripe += Shape::STATE_WARPS) measure_keys(k_rows, k_across, stripe);
+    barrier_arrive<kScalesReady, Shape::THREADS>();
+    barrier_sync<kScalesShared, Shape::STATE_THREADS>();
+    const uint32_t y_block = Blocks<D>(y_tile, across).at_column(0, at.row), z_block = z_blocks.at_column(0, at.row);
+    if constexpr (GATED) decay(state);
+    const WeightReader<T> leave_reader(job.leave_weights(), job.zeros(), lane_id);
+    const WeightReader<T> &column_reader = GRAD ? leave_reader : key_reader, &line_reader = GRAD ? key_reader : leave_reader;
+    if constexpr (kStateByGroups<D>) {
+      update_state_by_groups<T, D, D, GRAD && !GATED, !GRAD && !GATED>(state, at, true, y_block, z_block, z_tile, key_reader, column_reader, line_reader);
+    } else
 #pragma unroll
-          for (int block = 0; block < BLOCKS; ++block) ldmatrix(k[block], k_rows.at(0, block) + stripe * kStripeBytes);
-          row_products<T>(scale0, scale1, k, k_across, stripe * kStripeBytes, lane_id);
-          scale0 = inverse_norm(scale0), scale1 = inverse_norm(scale1);
-        }
-        if (place == 0) {
-          const int local = 16 * stripe + group;
-          small.key_scale[local] = scale0, small.key_scale[local + 8] = scale1;
-          if constexpr (GATED) {
-            const ChunkGates<C> gates(small.gates, key_stage, min(tokens_left, C));
-            const float leave0 = gates.leave(local), leave1 = gates.leave(local + 8);
-            small.leave[local] = leave0, small.leave[local + 8] = leave1;
-            job.leave_weights().set(local, leave0), job.leave_weights().set(local + 8, leave1);
-            scale0 *= leave0, scale1 *= leave1;
-          }
-          job.key_weights().set(local, scale0), job.key_weights().set(local + 8, scale1);
-        }
-      }
-      barrier_arrive<kScalesReady, Shape::THREADS>();
-      barrier_sync<kScalesShared, Shape::STATE_THREADS>();
-      // forward: column = sum of unit keys, line = sum of v; gradient: column = sum of v, line = sum of unit keys.
-      const uint32_t y_block = Blocks<D>(y_tile, across).at_column(0, at.row), z_block = z_blocks.at_column(0, at.row);
+      for (int block = 0; block < Shape::STRIPES; ++block)
+        update_state<T, D, GRAD && !GATED, !GRAD && !GATED>(state, at, true, y_block, z_block, z_blocks, block, key_reader, column_reader, line_reader);
+  }
+
+  // 1 / |k| of 16 keys, and what each of them leaves in the state behind the chunk.
+  __device__ __forceinline__ void measure_keys(const Blocks<D> &k_rows, const Blocks<D> &k_across, int stripe) {
+    float scale0 = 1.f, scale1 = 1.f;
+    if (unit) {
+      uint32_t k[BLOCKS][4];
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) ldmatrix(k[block], k_rows.at(0, block) + stripe * kStripeBytes);
+      row_products<T>(scale0, scale1, k, k_across, stripe * kStripeBytes, lane_id);
+      scale0 = inverse_norm(scale0), scale1 = inverse_norm(scale1);
+    }
+    if (place == 0) {
+      const int local = 16 * stripe + group;
+      small.key_scale[local] = scale0, small.key_scale[local + 8] = scale1;
       if constexpr (GATED) {
-        const float keep = ChunkGates<C>(small.gates, key_stage, min(tokens_left, C)).keep();
-        scale_state(state, keep);
-        count *= keep;
-        for (int token = 0; token < C; token += 4) {
-          const float4 leave = *reinterpret_cast<const float4 *>(small.leave + token);
-          count += (leave.x + leave.y) + (leave.z + leave.w);
-        }
-        tokens_left -= C;
+        const ChunkGates<C> gates(small.gates, key_stage, min(tokens_left, C));
+        const float leave0 = gates.leave(local), leave1 = gates.leave(local + 8);
+        small.leave[local] = leave0, small.leave[local + 8] = leave1;
+        job.leave_weights().set(local, leave0), job.leave_weights().set(local + 8, leave1);
+        scale0 *= leave0, scale1 *= leave1;
       }
-      const WeightReader<T> leave_reader(job.leave_weights(), job.zeros(), lane_id);
-      const WeightReader<T> &column_reader = GRAD ? leave_reader : key_reader, &line_reader = GRAD ? key_reader : leave_reader;
-      if constexpr (kStateByGroups<D>) {
-        update_state_by_groups<T, D, D, GRAD && !GATED, !GRAD && !GATED>(state, at, true, y_block, z_block, z_tile, key_reader, column_reader, line_reader);
-      } else
-#pragma unroll
-        for (int block = 0; block < Shape::STRIPES; ++block)
-          update_state<T, D, GRAD && !GATED, !GRAD && !GATED>(state, at, true, y_block, z_block, z_blocks, block, key_reader, column_reader, line_reader);
-    }
-    if (++head == heads) {
-      head = 0;
-      key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
-      barrier_sync<kStateRead, Shape::THREADS>();
-      publish();
+      job.key_weights().set(local, scale0), job.key_weights().set(local + 8, scale1);
     }
   }
-  copy_wait<0>();
-  if constexpr (!GRAD) {
-    if (args.final_state && job.segment == args.segments - 1)
-      store_state<D>(state, at, StateView<D>::of_caller(args.final_state, job.head_pair), count + (causal && !GATED ? static_cast<float>(end - begin) : 0.f), helper == 0);
+
+  // What the chunk leaves of the state ahead of it, and the chunk's own keys counted.
+  __device__ __forceinline__ void decay(State &state) {
+    const float keep = ChunkGates<C>(small.gates, key_stage, min(tokens_left, C)).keep();
+    scale_state(state, keep);
+    count *= keep;
+    for (int token = 0; token < C; token += 4) {
+      const float4 leave = *reinterpret_cast<const float4 *>(small.leave + token);
+      count += (leave.x + leave.y) + (leave.z + leave.w);
+    }
+    tokens_left -= C;
   }
-  if constexpr (GRAD && GATED)
-    if (args.final_sums && job.segment == args.segments - 1) store_state<D>(state, at, StateView<D>::of_segment(args.final_sums, job.head_pair, 1, 0), count, helper == 0);
-}
+
+  // The state behind the last token, where it is asked for.
+  __device__ __forceinline__ void store(const State &state) const {
+    if constexpr (!GRAD)
+      if (args.final_state && job.segment == args.segments - 1)
+        store_state<D>(state, at, StateView<D>::of_caller(args.final_state, job.head_pair), count + (causal && !GATED ? static_cast<float>(job.end - job.begin) : 0.f),
+                       helper == 0);
+    if constexpr (GRAD && GATED)
+      if (args.final_sums && job.segment == args.segments - 1) store_state<D>(state, at, StateView<D>::of_segment(args.final_sums, job.head_pair, 1, 0), count, helper == 0);
+  }
+};
 
 }  // namespace linattn_stream

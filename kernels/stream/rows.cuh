@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(RowShape<D, GRAD, GATED>::THREADS, RowShape<D,
   const RowBlock<T, D, GRAD, GATED> job(args, shared);
   job.clear();
   if (warp_number() < Shape::RESULT_WARPS) RowResults<T, D, GRAD, GATED>(job).run();
-  else keep_state(job);
+  else RowState<T, D, GRAD, GATED>(job).run();
   if constexpr (GRAD) {
     __syncthreads();
     const int thread = threadIdx.x;
