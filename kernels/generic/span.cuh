@@ -10,13 +10,14 @@ struct Span {
   static constexpr int ROWS = Shape<WIDTH>::ROWS;
   const Job &job;
   const linattn_problem &p;
-  const int64_t bh, tile_index, row_tile;
+  const int64_t row_tiles, bh, tile_index, row_tile;
   const int b, row_head;
   const int64_t first_row, chunk, start, stop, own_tile;
   const int32_t *const query_segments, *const key_segments, *const row_segments, *const column_segments;
 
   __device__ __forceinline__ Span(const Job &job, int64_t row_tiles)
-      : job(job), p(job.p), bh(blockIdx.x / row_tiles), tile_index(blockIdx.x % row_tiles), row_tile(REVERSE ? tile_index : row_tiles - 1 - tile_index),  // the longest first
+      : job(job), p(job.p), row_tiles(row_tiles), bh(blockIdx.x / row_tiles), tile_index(blockIdx.x % row_tiles),
+        row_tile(REVERSE ? tile_index : row_tiles - 1 - tile_index),  // the longest first
         b(static_cast<int>(bh / heads())), row_head(static_cast<int>(bh % heads())), first_row(row_tile * ROWS), chunk(p.causal || job.direct ? first_row / job.chunk : 0),
         start(chunk * job.chunk), stop(smaller(start + job.chunk, p.length)), own_tile(first_row / TILE), query_segments(segments_of(p.query_segments, p.query_segments_stride, b)),
         key_segments(segments_of(p.key_segments, p.key_segments_stride, b)), row_segments(REVERSE ? key_segments : query_segments),
