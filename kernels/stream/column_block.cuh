@@ -53,7 +53,8 @@ template <typename T, int D, bool GATED> struct ColumnBlock {
   const uint32_t key_tiles, query_tiles, state_tile;  // (stage, k and v); (stage, q and W)
   const int head_pair, segment, batch, key_head;
   const int memory_head;                              // whose keys and values these are
-  const int first_head, heads;                        // query heads; without a mask the queries are in the state alone
+  const int shares;                                   // query heads that share the state
+  const int first_head, heads;                        // of them those in turn: one without a mask, as the queries are in the state alone
   const int64_t begin, end;
   const int chunks, iterations;
   const int64_t last;                                 // where the first chunk to be worked on begins
@@ -62,9 +63,20 @@ template <typename T, int D, bool GATED> struct ColumnBlock {
       : args(args), shared(shared), small(*reinterpret_cast<Small *>(shared + STAGES * 4 * TILE + Shape::STATE_TILE)), key_tiles(shared_address(shared)),
         query_tiles(key_tiles + STAGES * 2 * TILE), state_tile(query_tiles + STAGES * 2 * TILE), head_pair(blockIdx.x / args.segments), segment(blockIdx.x % args.segments),
         batch(head_pair / args.problem.state_heads), key_head(head_pair % args.problem.state_heads), memory_head(key_head / (args.problem.state_heads / args.problem.key_heads)),
-        first_head(key_head * (args.problem.query_heads / args.problem.state_heads)), heads(args.problem.causal ? args.problem.query_heads / args.problem.state_heads : 1),
-        begin(segment * args.segment_length), end(min(args.problem.length, begin + args.segment_length)), chunks(static_cast<int>((end - begin + C - 1) / C)),
-        iterations(chunks * heads), last(begin + static_cast<int64_t>(chunks - 1) * C) {}
+        shares(args.problem.query_heads / args.problem.state_heads), first_head(key_head * shares), heads(args.problem.causal ? shares : 1), begin(segment * args.segment_length),
+        end(min(args.problem.length, begin + args.segment_length)), chunks(static_cast<int>((end - begin + C - 1) / C)), iterations(chunks * heads),
+        last(begin + static_cast<int64_t>(chunks - 1) * C) {}
+
+  // Before the first copies: gates that no copy brings.
+  __device__ __forceinline__ void clear() const {
+    if constexpr (GATED) {
+      small.gates.clear(threadIdx.x, Shape::THREADS);
+      __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ unsigned char *keys(int key_stage) const { return shared + key_stage * 2 * TILE; }
+  __device__ __forceinline__ unsigned char *queries(int stage) const { return shared + STAGES * 2 * TILE + stage * 2 * TILE; }
 };
 
 // What they fetch, ahead of the products: keys and values for each chunk, queries and their gradients for each chunk and head.

@@ -65,8 +65,8 @@ template <typename T, int D, bool GATED> struct ColumnResults {
       copy_wait<STAGES - 2>();
       warpgroup_publish();
       __syncthreads();  // the tiles are here, and nobody reads the ones that the next copies overwrite
-      if constexpr (GATED) zero_gaps(k_tile, q_tile);
-      const Lift gradient = lift_tiles(acc, keeper, k_tile, q_tile);
+      if constexpr (GATED) zero_gaps();
+      const Lift gradient = lift_tiles(acc, keeper);
       const Gate gates = gates_of_chunk();
       copies.prefetch();
       if (GATED && head == 0) keeper.share_count();
@@ -112,12 +112,12 @@ template <typename T, int D, bool GATED> struct ColumnResults {
   }
 
   // Padding reads as zero.
-  __device__ __forceinline__ void zero_gaps(uint32_t k_tile, uint32_t q_tile) const {
+  __device__ __forceinline__ void zero_gaps() const {
     const int32_t *const query_runs = small.gates.query_runs[key_stage], *const key_runs = small.gates.key_runs[key_stage];
     if (args.gates.key_runs && any_padding<C>(query_runs, key_runs, thread)) {
       for (int i = 0; i < 2; ++i) {
-        if (causal) zero_padding<D, C, Shape::THREADS>(job.shared + (q_tile - job.key_tiles) + i * TILE, query_runs, thread);
-        if (head == 0) zero_padding<D, C, Shape::THREADS>(job.shared + (k_tile - job.key_tiles) + i * TILE, key_runs, thread);
+        if (causal) zero_padding<D, C, Shape::THREADS>(job.queries(stage) + i * TILE, query_runs, thread);
+        if (head == 0) zero_padding<D, C, Shape::THREADS>(job.keys(key_stage) + i * TILE, key_runs, thread);
       }
       warpgroup_publish();
       __syncthreads();
@@ -125,10 +125,10 @@ template <typename T, int D, bool GATED> struct ColumnResults {
   }
 
   // float16: what is multiplied comes into its range, and the sums of earlier heads into the units of this one; what dO / g was lifted by.
-  __device__ __forceinline__ Lift lift_tiles(Sums &acc, Keeper &keeper, uint32_t k_tile, uint32_t q_tile) {
+  __device__ __forceinline__ Lift lift_tiles(Sums &acc, Keeper &keeper) {
     Lift gradient{1.f, 1.f};
     if constexpr (E::kNarrow) {
-      unsigned char *const keys = job.shared + (k_tile - job.key_tiles), *const queries = job.shared + (q_tile - job.key_tiles);
+      unsigned char *const keys = job.keys(key_stage), *const queries = job.queries(stage);
       const DividedByMass<T, D, C, Shape::THREADS> divided{queries + TILE, small.numbers[stage][0], small.numbers[stage][1]};
       if (head == 0) lift_rows<T, D, C, Shape::THREADS>(keys, small.key_down, thread), keeper.rounded = lift_to(kStatePeak, peak_of_warps<Shape::WARPS>(small.state_peaks));
       if (causal) lift_rows<T, D, C, Shape::THREADS>(queries, small.query_down, thread), divided.measure(small.gradient_peaks, thread);

@@ -12,10 +12,7 @@ template <typename T, int D, bool GATED>
 __global__ void __launch_bounds__(ColumnShape<D>::THREADS, ColumnShape<D>::MIN_BLOCKS) columns_kernel(const __grid_constant__ ColumnArguments args) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const ColumnBlock<T, D, GATED> job(args, shared);
-  if constexpr (GATED) {
-    job.small.gates.clear(threadIdx.x, ColumnShape<D>::THREADS);
-    __syncthreads();  // before the first copies into them
-  }
+  job.clear();
   ColumnResults<T, D, GATED>(job).run();
 }
 

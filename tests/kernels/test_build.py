@@ -1,6 +1,7 @@
 """How setup.py finds the compiler, names its targets and keeps objects apart, and what it says where there is no compiler."""
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,30 @@ def test_the_table_of_instances_stands_for_a_source_each(build):
 def test_no_source_includes_torch():
     for path in (*SOURCES, *(ROOT / "kernels").rglob("*.cuh")):
         assert "torch/" not in path.read_text() and "ATen" not in path.read_text(), path.name
+
+
+def functions(text):
+    """The head of every function of a CUDA source, and its lines: braces behind parentheses, of no struct and within no other function."""
+    text = re.sub(r'//[^\n]*|"(?:\\.|[^"\\\n])*"|^[ \t]*#(?:\\\n|[^\n])*', "", text, flags=re.MULTILINE)
+    begin, opened = 0, []
+    for mark in re.finditer(r"[{};]", text):
+        if mark[0] == "{":
+            head = text[begin : mark.start()].strip()
+            inner = any(kind == "function" for kind, _, _ in opened)
+            named = re.search(r"\b(namespace|struct|enum|union|extern)\b[^()]*$", head) or "(" not in head
+            opened.append(("inner" if inner else "other" if named else "function", head, mark.start()))
+        elif mark[0] == "}":
+            kind, head, start = opened.pop()
+            if kind == "function":
+                yield head, head.count("\n") + text.count("\n", start, mark.start()) + 1
+        begin = mark.end()
+    assert not opened
+
+
+def test_functions_of_the_kernels_are_steps():
+    found = [pair for path in (ROOT / "kernels").rglob("*.[ch]*") for pair in functions(path.read_text())]
+    assert sum("__global__" in head for head, _ in found) > 25 and sum("__forceinline__" in head for head, _ in found) > 200
+    assert {head: lines for head, lines in found if lines > 150} == {}
 
 
 def run_setup(tmp_path, **environment):
