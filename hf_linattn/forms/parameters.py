@@ -84,6 +84,8 @@ class LinAttnParams(nn.Module):
         if hidden is None:
             raise ValueError(f'{option}="token" is computed from the hidden states that enter the layer, and none were seen to enter it.')
         read = F.linear(hidden, getattr(self, name).to(hidden.dtype)).mT
+        if torch.compiler.is_compiling():  # the gradient of a transposed one is traced with other strides than it has (torch 2.13)
+            read = read.contiguous()
         return read.float() if read.dtype == torch.float64 else read
 
     def at_rest(self) -> dict[str, Tensor]:
