@@ -118,10 +118,11 @@ class _Loss(torch.autograd.Function):
             words = targets[part, None]
             student = logits.detach().float().log_softmax(-1)
             teacher = of.teacher(teachers[part]).float().log_softmax(-1)
-            sums[0] += torch.linalg.vecdot(teacher.exp(), teacher - student).sum()
+            apart, weights = teacher - student, teacher.exp_()
+            sums[0] += apart.mul_(weights).sum()
             sums[1] -= student.gather(1, words).sum()
             # Of KL(p || q) by the logits of q: q - p; of the cross-entropy: q less 1 at the word.
-            slope = student.exp_().mul_(of.kl_weight + of.text_weight).sub_(teacher.exp_(), alpha=of.kl_weight)
+            slope = student.exp_().mul_(of.kl_weight + of.text_weight).sub_(weights, alpha=of.kl_weight)
             slope.scatter_add_(1, words, torch.full_like(words, -of.text_weight, dtype=slope.dtype))
             first, *rest = torch.autograd.grad(logits, [states, *parameters], slope.div_(count).to(logits.dtype))
             by_hidden[part] = first

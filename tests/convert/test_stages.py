@@ -198,6 +198,21 @@ def test_loss_and_gradients_are_those_of_all_logits_at_once(model_type, kl, text
     assert torch.equal(measured["top1"], (logits.argmax(-1) == target.argmax(-1)).float().mean(1))
 
 
+def test_autocast_rounds_logits_and_no_divergence():
+    """Of a student near its teacher, where factors rounded to bfloat16 leave little of it."""
+    teacher = softmax_model("llama")
+    student = softmax_model("llama")
+    with torch.no_grad():
+        student.lm_head.weight.add_(0.02 * torch.randn(student.lm_head.weight.shape, generator=torch.Generator().manual_seed(1)))
+    tokens = torch.randint(3, 90, (4, 40), generator=torch.Generator().manual_seed(0))
+    hidden = teacher.base_model(tokens).last_hidden_state.detach().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, target = (head_of(model)(hidden).double().log_softmax(-1) for model in (student, teacher))
+        _, found, _ = Divergence(student, teacher, 1.0, 0.0).loss(hidden, hidden.detach(), tokens)
+    wanted = F.kl_div(logits, target, log_target=True, reduction="none").sum(-1).mean()
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
+
+
 def test_a_head_that_is_not_known_is_refused():
     model = softmax_model("llama")
     model.lm_head.register_forward_hook(lambda module, args, out: out if out.shape[0] == 1 and out.shape[1] == 1 else out)
