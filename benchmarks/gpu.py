@@ -118,19 +118,23 @@ def copy_gigabytes_per_second() -> float:
 
 
 def input_sets(
-    shape: Shape, layout: str, key_heads: int | None = None, dtype: torch.dtype = torch.bfloat16
+    shape: Shape, layout: str, key_heads: int | None = None, dtype: torch.dtype = torch.bfloat16, features: int | None = None
 ) -> list[tuple[list[Tensor], Tensor]]:
-    """Sets of (q, k, v), grad, as many as outgrow the L2 cache; "bhnd", or "bnhd" as Transformers and FLA lay them out."""
+    """Sets of (q, k, v), grad, as many as outgrow the L2 cache; "bhnd", or "bnhd" as Transformers and FLA lay them out.
+
+    features: the dim of queries and keys, where it is not that of values.
+    """
     batch, heads, length, dim = shape
     sets = max(1, min(4, int(4e8 / (2 * batch * heads * length * dim)) + 1))
 
-    def made(h: int) -> Tensor:
+    def made(h: int, d: int) -> Tensor:
         if layout == "bnhd":
-            return torch.randn(batch, length, h, dim, device="cuda", dtype=dtype).transpose(1, 2)
-        return torch.randn(batch, h, length, dim, device="cuda", dtype=dtype)
+            return torch.randn(batch, length, h, d, device="cuda", dtype=dtype).transpose(1, 2)
+        return torch.randn(batch, h, length, d, device="cuda", dtype=dtype)
 
-    kh = key_heads or heads
-    return [([made(heads).requires_grad_(), made(kh).requires_grad_(), made(kh).requires_grad_()], made(heads)) for _ in range(sets)]
+    kh, narrow = key_heads or heads, features or dim
+    leaves = ((heads, narrow), (kh, narrow), (kh, dim))
+    return [([made(*size).requires_grad_() for size in leaves], made(heads, dim)) for _ in range(sets)]
 
 
 def both(form: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
@@ -143,10 +147,11 @@ def forward_only(form: Callable[..., Tensor], leaves: list[Tensor]) -> Tensor:
 
 
 def measure(
-    form: Callable[..., Tensor], shape: Shape, layout: str = "bhnd", key_heads: int | None = None, dtype: torch.dtype = torch.bfloat16
-) -> dict[str, float]:
+    form: Callable[..., Tensor], shape: Shape, layout: str = "bhnd", key_heads: int | None = None, dtype: torch.dtype = torch.bfloat16,
+    features: int | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Milliseconds forward and forward+backward, and the peak of what the latter adds, in tensors of `shape`."""
-    sets = input_sets(shape, layout, key_heads, dtype)
+    sets = input_sets(shape, layout, key_heads, dtype, features)
     eager_ms = median_ms([partial(both, form, leaves, grad) for leaves, grad in sets])
     forward_ms = median_ms([captured(partial(forward_only, form, leaves)) for leaves, _ in sets])
     both_ms = median_ms([captured(partial(both, form, leaves, grad)) for leaves, grad in sets])
@@ -224,6 +229,30 @@ def dtype_rows() -> list[dict]:
         for name in ("bfloat16", "float16", "float32"):
             rows.append({"options": name, "shape": shape, **measure(ours, shape, dtype=getattr(torch, name))})
         rows.append({"options": "bfloat16, second degree", "shape": shape, **measure(partial(ours, c=0.5), shape)})
+    return rows
+
+
+def converted_rows() -> list[dict]:
+    """What converted models run: the second degree beside a decay a key head, of whole keys or of learned features, and softmax."""
+    rows = []
+    for shape, key_heads in (((16, 9, 1024, 64), 3), ((8, 32, 2048, 64), 32), ((4, 32, 8192, 64), 8)):
+        batch, heads, length, _ = shape
+        rate = -0.1 * torch.rand(key_heads, device="cuda")
+        packed = (torch.arange(length, device="cuda") // 400 + 1).expand(batch, -1).contiguous()
+        padded = (torch.arange(length, device="cuda") < length - 100).int().expand(batch, -1).contiguous()
+        second = partial(ours, c=0.5, log_decay=rate)
+        forms: dict[str, tuple[Callable[..., Tensor], int | None]] = {
+            "second degree of 16 features, behind a window of 64": (partial(second, lag=64), 16),
+            "second degree of 32 features": (second, 32), "second degree": (second, None),
+            "second degree, packed by 400": (partial(second, segment_ids=packed), None),
+            "second degree, padded": (partial(second, segment_ids=padded), None), "first degree": (partial(ours, log_decay=rate), None),
+            "cuDNN's softmax, no decay, as many key heads": (partial(softmax, SDPBackend.CUDNN_ATTENTION), None),
+        }  # fmt: skip
+        for name, (form, features) in forms.items():
+            given = None if name.startswith("cuDNN") else key_heads
+            rows.append(
+                {"options": name, "shape": shape, "key_heads": key_heads, **measure(form, shape, key_heads=given, features=features)}
+            )
     return rows
 
 
@@ -305,7 +334,7 @@ def main(out: Path | None, peers: bool = True) -> dict:
     bandwidth = copy_gigabytes_per_second()
     torch.cuda.empty_cache()
     about, rows = machine(**{"copy GB/s": round(bandwidth)}), target_rows(bandwidth, peers)
-    grouped, options, dtypes, padded = grouped_rows(), option_rows(bandwidth), dtype_rows(), padded_rows()
+    grouped, options, dtypes, padded, converted = grouped_rows(), option_rows(bandwidth), dtype_rows(), padded_rows(), converted_rows()
     header, *lines = table = target_table(rows)
     title = "bfloat16, causal; ms forward (times the floor) · ms forward+backward (times the floor) · peak memory in tensors"
     shown = Table(*header, title=f"{about['gpu']}: {title}")
@@ -319,15 +348,15 @@ def main(out: Path | None, peers: bool = True) -> dict:
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "gpu.json").write_text(
-            json.dumps(
-                {"machine": about, "rows": rows, "grouped": grouped, "options": options, "dtypes": dtypes, "padded": padded}, indent=1
-            )
-        )
+            json.dumps({"machine": about, "rows": rows, "grouped": grouped, "options": options, "dtypes": dtypes, "converted": converted,
+                        "padded": padded}, indent=1)
+        )  # fmt: skip
         conditions = ", ".join(f"{name} {value}" for name, value in about.items())
         paragraphs = [
             "# Attention on a GPU", f"{title}. {conditions}.", markdown(table), sentence,
             "The same with what multiplies the weights:", markdown(option_table(options)), "In other dtypes, and the second degree:",
-            markdown(option_table(dtypes)), "Head dims that are padded with zeros, and those that they are padded to:",
+            markdown(option_table(dtypes)), "What converted models run, a decay a key head, 3, 32 and 8 of them:",
+            markdown(option_table(converted)), "Head dims that are padded with zeros, and those that they are padded to:",
             markdown(option_table(padded)), "Notes on these figures: [notes.md](notes.md).",
         ]  # fmt: skip
         (out / "gpu.md").write_text("\n\n".join(paragraphs) + "\n")
