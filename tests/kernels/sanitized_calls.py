@@ -20,6 +20,7 @@ KINDS = [
     {"degree": 2, "length": 70, "batch": 1},
     {"degree": 2, "length": 150, "batch": 1, "causal": False},
     {"degree": 2, "length": 70, "batch": 1, "decay": "key_head", "segments": "left", "stateful": True},
+    {"degree": 2, "length": 200, "batch": 1, "decay": "query_token", "segments": "mask"},
     {"noisy": True},
     {"length": 2500, "batch": 1, "heads": 1, "key_heads": 1},  # few heads and many tokens: a sequence is cut into segments
 ]
@@ -27,7 +28,7 @@ KINDS = [
 
 def case(dtype, head_dim, **kind):
     """Inputs and upstream gradients, made on the host, for the sanitizer does not see what PyTorch's kernels write."""
-    made = operator_case(dtype, head_dim=head_dim, value_dim=head_dim, device="cpu", **{"length": 130, **kind})
+    made = operator_case(dtype, device="cpu", **{"length": 130, "head_dim": head_dim, "value_dim": head_dim, **kind})
     return ([x.cuda() if isinstance(x, torch.Tensor) else x for x in given] for given in made)
 
 
@@ -55,6 +56,12 @@ if __name__ == "__main__":
         cuda.forward(Call(*next(case(dtype, head_dim, **long))), True)
         torch.cuda.synchronize()
         print(long, flush=True)
+    if dtype == torch.bfloat16 and head_dim in (64, 128):
+        for features in (16, 24):
+            narrow = {"degree": 2, "length": 150, "batch": 1, "decay": "key_head", "head_dim": features}
+            run(cuda, *case(dtype, head_dim, **narrow), False)
+            torch.cuda.synchronize()
+            print(narrow, flush=True)
     for kind in ({"decay": "head"}, {"degree": 2, "padded": True, "heads": 9, "key_heads": 3, "state_heads": 9, "decay": "token"}):
         call, state = step_case(dtype, head_dim=head_dim, value_dim=head_dim, **kind)
         cuda.step(Call(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in call)), state.cuda())
