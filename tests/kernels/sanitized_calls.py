@@ -58,8 +58,8 @@ if __name__ == "__main__":
         print(long, flush=True)
     if dtype == torch.bfloat16 and head_dim in (64, 128):
         for features in (16, 24):
-            narrow = {"degree": 2, "length": 150, "batch": 1, "decay": "key_head", "head_dim": features}
-            run(cuda, *case(dtype, head_dim, **narrow), False)
+            narrow = {"degree": 2, "length": 150, "batch": 1, "decay": "key_head", "value_dim": head_dim}
+            run(cuda, *case(dtype, features, **narrow), False)
             torch.cuda.synchronize()
             print(narrow, flush=True)
     for kind in ({"decay": "head"}, {"degree": 2, "padded": True, "heads": 9, "key_heads": 3, "state_heads": 9, "decay": "token"}):
