@@ -5,7 +5,7 @@ import torch
 from operator_cases import make_inputs
 
 from hf_linattn import empty_state, linear_attention, linear_attention_step
-from hf_linattn.ops import chunked
+from hf_linattn.ops import chunked, operators
 
 DECAYS = (None, "key_head", "query_head", "key_token", "query_token")
 
@@ -148,3 +148,24 @@ def test_bfloat16_step_keeps_a_float32_state():
     assert out.dtype == torch.bfloat16 and state.dtype == torch.float32
     _, expected = linear_attention(*(x.double() for x in tensors), return_state=True)
     torch.testing.assert_close(state.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_is_counted_as_a_write_to_its_state(monkeypatch):
+    """What autograd saved of a state before cannot be used after, also where the kernel writes by a pointer."""
+    query, key, value = torch.randn(3, 2, 4, 1, 8)
+    state = empty_state(2, 4, 8, 8)
+    out = linear_attention(query.clone().requires_grad_(), key, value, initial_state=state)
+    monkeypatch.setitem(operators._STEP, "cpu", lambda call, state: state.data.add_(1)[:, :, :1, 1:])
+    with torch.no_grad():
+        linear_attention_step(query, key, value, state)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_state_of_inference_mode_is_not_written_outside_it():
+    query, key, value = torch.randn(3, 2, 4, 1, 8)
+    with torch.inference_mode():
+        state = empty_state(2, 4, 8, 8)
+        linear_attention_step(query, key, value, state)
+    with pytest.raises(RuntimeError, match="outside InferenceMode"):
+        linear_attention_step(query, key, value, state)

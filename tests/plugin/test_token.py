@@ -1,0 +1,45 @@
+"""What one decoded token asks of PyTorch beside its kernel: each operator called is some microseconds a layer on the host of a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_config, tiny_tokens
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from hf_linattn.attention import linattn_attention
+from hf_linattn.models import config_class_for
+from hf_linattn.ops import operators
+
+WINDOW = {"form": "window", "window": 4, "sinks": 2}
+SECOND = {"kernel": "quadratic", "decay": "key_head"}
+CALLED: list[tuple[dict[str, Any], int]] = [
+    ({"decay": "head"}, 4), (SECOND, 4), ({**WINDOW, "beside": "none"}, 37), ({**WINDOW, **SECOND, "gate": "token", "features": 8}, 61),
+]  # fmt: skip
+
+
+def model_of(options: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    config = config_class_for("llama")(**tiny_config("llama", 1).to_diff_dict(), linattn={"learnable": True, **options})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(("options", "most"), CALLED, ids=str)
+def test_operators_called_for_a_token(options: dict[str, Any], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the cache and the attention function, without the kernel's."""
+    monkeypatch.setitem(operators._STEP, "cpu", lambda call, state: call.query.new_zeros(*call.query.shape[:3], call.value.shape[-1]))
+    model = model_of(options)
+    attention, cache = model.model.layers[0].self_attn, DynamicCache(config=model.config)
+    query, (key, value) = torch.randn(1, 4, 1, 16), torch.randn(2, 1, 2, 1, 16)
+    with torch.no_grad():
+        model(tiny_tokens(1, 9), past_key_values=cache)
+        for _ in range(2):  # the first makes what is kept
+            if hasattr(attention, "linattn"):
+                attention.linattn.leave_hidden_states(torch.randn(1, 1, 64))
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                linattn_attention(attention, query, *cache.update(key, value, 0), None)
+    called = [event.name for event in seen.events() or () if event.cpu_parent is None]
+    assert len(called) <= most, called
