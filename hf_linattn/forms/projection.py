@@ -80,5 +80,7 @@ def projected(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
 
 def _of_each_head(x: Tensor, matrices: Tensor) -> Tensor:
     """(B, H, N, D) by (H, D, r): all sequences of a head are rows of one product, where matmul would copy the matrices for each of them."""
+    if x.shape[0] == 1:  # a token of one sequence needs none of these views
+        return x @ matrices
     rows = x.transpose(0, 1)
     return (rows.flatten(1, 2) @ matrices).unflatten(1, rows.shape[1:3]).transpose(0, 1)
