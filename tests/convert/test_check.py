@@ -182,35 +182,49 @@ OPERATOR_SLIPS: dict[str, Callable[..., Any]] = {
 }
 
 
+def slip_in(where: str, slip: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`slip(attend, query, key, value, *state, **options)` in place of the operator for many tokens ("passes") or for one ("steps")."""
+    if where == "passes":
+        attend = hf_linattn.forms.operators.linear_attention
+        monkeypatch.setattr(hf_linattn.forms.operators, "linear_attention", lambda *x, **options: slip(attend, *x, **options))
+        return
+    step = hf_linattn.forms.polynomial.attention_step
+
+    def slipped(call: Any, numbers: dict[str, Any], sums: Tensor) -> Any:
+        def attend_once(query: Tensor, key: Tensor, value: Tensor, state: Tensor, **options: Any) -> Tensor:
+            return step(call._replace(query=query, key=key, value=value), options, state)
+
+        return slip(attend_once, call.query, call.key, call.value, sums, **numbers)
+
+    monkeypatch.setattr(hf_linattn.forms.polynomial, "attention_step", slipped)
+
+
 @pytest.mark.parametrize("slip", OPERATOR_SLIPS)
-@pytest.mark.parametrize("where", [("linear_attention", "linear_attention_step"), ("linear_attention_step",)], ids=["all", "steps"])
+@pytest.mark.parametrize("where", [("passes", "steps"), ("steps",)], ids=["all", "steps"])
 def test_a_slip_in_the_operator_is_refused(slip: str, where: Any, llama: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in where:
-        attend = getattr(hf_linattn.forms.operators, name)
-        monkeypatch.setattr(
-            hf_linattn.forms.operators, name, lambda *x, attend=attend, **options: OPERATOR_SLIPS[slip](attend, *x, **options)
-        )
+    for place in where:
+        slip_in(place, OPERATOR_SLIPS[slip], monkeypatch)
     how = "in cached steps" if len(where) == 1 else "in a forward pass"
     with pytest.raises(ConversionError, match=rf"self_attn in .*, {how}, is .* away from the source's layer"):
         llama.check(seed=len(slip))
 
 
-@pytest.mark.parametrize("where", ["linear_attention", "linear_attention_step"])
+@pytest.mark.parametrize("where", ["passes", "steps"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_slip_of_ten_times_the_rounding_of_float32_is_refused(
     where: str, dtype: torch.dtype, llama: Conversion, llama_float32: Conversion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the weights are stored in: each output is moved by a share of 6e-6, where 4e-7 is measured."""
-    conversion, attend = (llama_float32 if dtype == torch.float32 else llama), getattr(hf_linattn.forms.operators, where)
+    conversion = llama_float32 if dtype == torch.float32 else llama
 
-    def moved(*tensors: Tensor, **options: Any) -> Any:
+    def moved(attend: Any, *tensors: Tensor, **options: Any) -> Any:
         out = attend(*tensors, **options)
         one = out[0] if isinstance(out, tuple) else out
         one.add_(6e-6 * one.roll(1, -1))
         return out
 
     conversion.check()
-    monkeypatch.setattr(hf_linattn.forms.operators, where, moved)
+    slip_in(where, moved, monkeypatch)
     with pytest.raises(ConversionError, match="in float32.* away from the source's layer"):
         conversion.check()
 

@@ -647,9 +647,9 @@ def test_no_layer_is_left_uncompiled(given, tmp_path, monkeypatch):
     """Student and teacher, in training and validation, the last of whose batches is smaller, and longer rows in the end."""
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
-    run("distill", given(long_length=64, long_share=0.5))
+    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):
+        run("distill", given(long_length=64, long_share=0.5))
     assert not counters["unimplemented"] and not counters["graph_break"]
 
 
