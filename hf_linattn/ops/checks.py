@@ -134,6 +134,17 @@ def check_step(call: Call, state: Tensor) -> None:
         _known_steps.add(known)
 
 
+def check_first_derivative() -> None:
+    """Of a backward pass. PyTorch's `once_differentiable` raises only where a second derivative goes on from there: one that also comes by
+    another way, as by a residual stream, would be given without this part.
+
+    Raises:
+        RuntimeError: it is recorded itself.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError("linear attention has no second derivative: take its gradient without create_graph=True.")
+
+
 def check_dropout(dropout_p, kind: str) -> None:
     if kind not in ("paper", "moment"):
         raise ValueError(f'dropout_kind must be "paper" or "moment", not {kind!r}.')

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .checks import check_first_derivative
 
 
 class Rows(torch.autograd.Function):
@@ -20,8 +21,8 @@ class Rows(torch.autograd.Function):
         return blocks.reshape(batch * (length // size), heads // groups, groups * size, width)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        check_first_derivative()
         batch, heads, length, width = ctx.shape
         out = grad.new_empty(batch, length, heads, width)
         blocks = out.view(batch, length // ctx.size, ctx.size, grad.shape[1], -1, width).permute(0, 1, 3, 4, 2, 5)
@@ -43,8 +44,8 @@ class Columns(torch.autograd.Function):
         return found.unflatten(1, (-1, sinks + 2 * size)).flatten(0, 1).transpose(1, 2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        check_first_derivative()
         batch, heads, columns, width = ctx.shape
         size, blocks = ctx.size, -(-columns // ctx.size)
         grad = grad.unflatten(0, (batch, -1))  # (B, count, H, S + 2 size, D)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
+from .checks import check_first_derivative
 from .constants import constant
 
 
@@ -50,8 +50,8 @@ class MixedBlocks(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        check_first_derivative()
         near, far, share, has_before = ctx.saved_tensors
         first = near.shape[1] - far.shape[2] // near.shape[4]
         blocks, share = _in_blocks(grad, near), _in_blocks(share, near)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import chunked, cuda, noise, one_token
+from . import checks, chunked, cuda, noise, one_token
 from .call import TENSORS, Call, Forward
 
 _CALL = (
@@ -121,8 +121,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_out, grad_mass, grad_state):
-        if torch.is_grad_enabled():
-            raise RuntimeError("linear attention has no second derivative: take its gradient without create_graph=True.")
+        checks.check_first_derivative()
         *tensors, out, mass = ctx.saved_tensors
         call = Call(*tensors, ctx.degree, ctx.causal, ctx.normalize_qk)
         if grad_out is None:

@@ -77,7 +77,7 @@ MUTANTS = [
          "ops/test_operators.py::test_the_dispatcher_is_passed_where_something_watches_and_only_there"),
         ("views of conjugates past the dispatcher", OPERATORS, "(type(x) not in _PLAIN or x.is_neg())", "type(x) not in _PLAIN",
          "ops/test_operators.py::test_views_of_conjugates"),
-        ("a second derivative given", OPERATORS, "if torch.is_grad_enabled():\n            raise", "if False:\n            raise",
+        ("a second derivative given", CHECKS, "if torch.is_grad_enabled():\n        raise", "if False:\n        raise",
          "ops/test_operators.py::test_a_second_derivative_is_refused"),
         # rows padded for the kernels
         ("zeros behind a state's mass", "hf_linattn/ops/padding.py", "torch.cat([body, state.new_zeros(shape), last], axis)",

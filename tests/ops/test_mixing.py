@@ -65,3 +65,14 @@ def test_error_against_float64(dtype):
     for number, (right, plain, ours) in enumerate(zip(*tables, strict=True)):
         error, allowed = ((x.double() - right).norm() for x in (ours, plain))
         assert error <= (3 if number else 2) * allowed, number
+
+
+@pytest.mark.parametrize("length", [5, 8, 43])
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_second_derivative_is_refused_where_it_would_be_given_in_part(length, beside):
+    """As beside a residual stream, by which it is reached without the window."""
+    query, key, value, *others = make_inputs(length, "head", max(length - 8, 0))
+    attend = by_blocks if beside else lambda *given: window.window_attention(*given[:3], window=8, sinks=2)
+    out = attend(query, key, value, *others) + value.repeat_interleave(2, 1) ** 3
+    with pytest.raises(RuntimeError, match="no second derivative.*create_graph"):
+        torch.autograd.grad(out.square().sum(), (query, value), create_graph=True)
