@@ -1,4 +1,4 @@
-"""The operators, given what a polynomial attends with: queries and keys are projected where it has features, values weighed by a gate."""
+"""The operators, given what a polynomial attends with: queries and keys are projected or mapped to features, values weighed by a gate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..ops import linear_attention, reference
 from ..ops.functional import noisy
 from ..ops.step import step_by
 from ..ops.weights import Weights, weights_of
-from . import input_gate, projection
+from . import feature_map, input_gate, projection
 from .form import Call, Numbers
 from .kept import once
 
@@ -71,7 +71,7 @@ def _weights(call: Call, numbers: Numbers, decays: bool) -> Weights:
 
 
 def _given(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
-    return input_gate.weighed(*projection.projected(call, numbers))
+    return input_gate.weighed(*feature_map.mapped(*projection.projected(call, numbers)))
 
 
 def _shifted(call: Call, numbers: Numbers, late: int) -> tuple[Call, Numbers]:

@@ -63,7 +63,7 @@ class LinAttnParams(nn.Module):
 
     def learned(self) -> dict[str, Tensor]:
         """The numbers a head by name."""
-        if torch.compiler.is_compiling() or not self.learnable:
+        if torch.compiler.is_compiling() or not self.learnable or not self.names:
             return {name: self.number(name) for name in self.names}
         started, offsets = ([getattr(self, name + end).float() for name in self.names] for end in ("", OFFSET))
         return dict(zip(self.names, torch._foreach_add(started, offsets), strict=True))  # one kernel for all

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops import bounds
 from ..ops.constants import constant
 from ..ops.features import feature_count
-from . import input_gate, projection
+from . import feature_map, input_gate, projection
 from .form import Call, Form, Numbers, Sizes, State, Tokens
 from .kept import Made, once
 from .operators import attention, attention_reference, attention_step, per_token
@@ -58,6 +58,8 @@ class PolynomialOptions:
             state has rows by these instead of D.
         input_gate: "token", of converted checkpoints: a key weighs exp(u) as well, u learned for each token and key head from the hidden
             states, from -5 to 5 and 0 at first; "none": it does not.
+        feature_map: "hedgehog", of converted checkpoints: in the place of f(s), weights phi(q).phi(k) of phi(x) = softmax([W x, -W x]), W
+            learned for each query head and each key head, the identity at first; the state has 2 D + 1 rows. "none": f(s).
     """
 
     kernel: str = "linear"
@@ -69,6 +71,7 @@ class PolynomialOptions:
     decay: str = "none"
     features: int | None = None
     input_gate: str = "none"
+    feature_map: str = "none"
 
     def __post_init__(self) -> None:
         one_of("kernel", self.kernel, KERNELS)
@@ -81,7 +84,10 @@ class PolynomialOptions:
         require_bool("normalize_qk", self.normalize_qk)
         if self.features is not None:
             require_count("features", self.features, 1)
+        one_of("feature_map", self.feature_map, feature_map.CHOICES)
         self._check_bounds()
+        if self.feature_map != "none":
+            feature_map.refuse_of_f(self)
 
     def _check_bounds(self) -> None:
         a, b, c, temperature = self.a, self.b, self.c or 0.0, self.temperature
@@ -104,6 +110,10 @@ class PolynomialOptions:
         """Of f: what its features, and so the rows of its state, go by."""
         return 2 if self.kernel == "quadratic" else 1
 
+    def width(self, head_dim: int) -> int:
+        """How many numbers of a query and of a key f is taken of."""
+        return self.features or (2 * head_dim if self.feature_map == "hedgehog" else head_dim)
+
 
 class PolynomialParameters(LinAttnParams):
     """f and a decay, learned per head and inside their bounds by construction.
@@ -116,7 +126,8 @@ class PolynomialParameters(LinAttnParams):
     - with a decay, the time constant T > 0 in tokens, per query head (``decay="head"``) or key head: a token n steps back is weighed by
       exp(-n / T) as well. With ``decay="token"`` 1 / T = softplus(r + w.x) of the hidden state x of each token, w starting at 0;
     - with ``features``, the projections of `projection` and the centre of the keys;
-    - with ``input_gate="token"`` the matrix that u = 5 tanh(w.x / 5) of `input_gate` is read off with, w starting at 0.
+    - with ``input_gate="token"`` the matrix that u = 5 tanh(w.x / 5) of `input_gate` is read off with, w starting at 0;
+    - with ``feature_map="hedgehog"`` the matrices of `feature_map`, and neither temperature nor b.
 
     Starting values: temperature and b as configured, but at most 0.98 of their bound; T from 1.5 tokens in the first head, growing
     geometrically to ``sizes.longest`` in the last.
@@ -141,8 +152,7 @@ class PolynomialParameters(LinAttnParams):
     def shapes(self, sizes: Sizes) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
         """How many heads have each number, and the shapes of matrices."""
         options = self.options
-        names = ("temperature_logit",) if options.kernel == "linear" else ("log_temperature", "b_logit")
-        numbers, matrices = dict.fromkeys(names, sizes.query_heads), dict[str, tuple[int, ...]]()
+        numbers, matrices = dict.fromkeys(self._of_f(), sizes.query_heads), dict[str, tuple[int, ...]]()
         if options.decay in ("head", "key_head"):
             numbers["log_rate"] = sizes.query_heads if options.decay == "head" else sizes.key_heads
         elif options.decay == "token":
@@ -150,9 +160,17 @@ class PolynomialParameters(LinAttnParams):
             matrices["rate_weight"] = (sizes.key_heads, int(sizes.hidden_size or 0))
         if options.features is not None:
             matrices |= projection.shapes(sizes, options.features)
+        if options.feature_map == "hedgehog":
+            matrices |= feature_map.shapes(sizes)
         if options.input_gate == "token":
             matrices["input_weight"] = (sizes.key_heads, int(sizes.hidden_size or 0))
         return numbers, matrices
+
+    def _of_f(self) -> tuple[str, ...]:
+        """The numbers a head that f has."""
+        if self.options.feature_map != "none":
+            return ()
+        return ("temperature_logit",) if self.options.kernel == "linear" else ("log_temperature", "b_logit")
 
     def forward(self, hidden: Tensor | None = None, made: Made | None = None) -> dict[str, Tensor]:
         """The numbers to attend with, as float32 tensors of shape (heads,), which are to be left as they are.
@@ -163,7 +181,8 @@ class PolynomialParameters(LinAttnParams):
 
         Returns:
             ``a``, ``b``, ``temperature``; with the quadratic kernel ``c``; with a decay ``log_decay`` = -1 / T < 0, for one per token
-            (B, Hk, N); with features the matrices of `projection`; with an input gate ``log_input_gate`` (B, Hk, N).
+            (B, Hk, N); with features the matrices of `projection`; with an input gate ``log_input_gate`` (B, Hk, N). With a feature map its
+            matrices in the place of ``a``, ``b`` and ``temperature``.
 
         Raises:
             ValueError: a decay or gate per token without hidden states.
@@ -173,18 +192,23 @@ class PolynomialParameters(LinAttnParams):
 
     def _of_layer(self, learned: dict[str, Tensor]) -> dict[str, Tensor]:
         """The numbers that are the same for all tokens."""
-        options, like = self.options, learned[self.names[0]]
-        out = {"a": _constant(options.a, like)}
-        if options.kernel == "linear":
-            out["b"] = _constant(options.b, like)
-            out["temperature"] = self._limit() * torch.sigmoid(learned["temperature_logit"])
-        else:
-            out["b"] = self._limit() * torch.sigmoid(learned["b_logit"])
-            out["c"] = _constant(options.c or 0.0, like)
-            out["temperature"] = torch.exp(learned["log_temperature"])
+        out = self._coefficients(learned) if self._of_f() else {}
         if "log_rate" in learned:
             out["log_decay"] = -torch.exp(learned["log_rate"])
         return out | {name: getattr(self, name) for name in self.matrices if name not in self.of_hidden}
+
+    def _coefficients(self, learned: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Those of f and its temperature."""
+        options, like = self.options, learned[self.names[0]]
+        if options.kernel == "linear":
+            temperature = self._limit() * torch.sigmoid(learned["temperature_logit"])
+            return {"a": _constant(options.a, like), "b": _constant(options.b, like), "temperature": temperature}
+        return {
+            "a": _constant(options.a, like),
+            "b": self._limit() * torch.sigmoid(learned["b_logit"]),
+            "c": _constant(options.c or 0.0, like),
+            "temperature": torch.exp(learned["log_temperature"]),
+        }
 
     def _of_tokens(self, learned: dict[str, Tensor], hidden: Tensor | None) -> dict[str, Tensor]:
         """Those that each token has of its own, (B, heads, N)."""
@@ -199,6 +223,8 @@ class PolynomialParameters(LinAttnParams):
         options = self.options
         if name in self.of_hidden:
             return torch.zeros_like(getattr(self, name))
+        if name in (feature_map.QUERY, feature_map.KEY):
+            return feature_map.start(getattr(self, name).shape)
         if name in self.matrices:
             return projection.start(name, getattr(self, name).shape)
         if name in ("log_rate", "rate_logit"):
@@ -234,6 +260,8 @@ def _refuse_what_cannot_be_learned(sizes: Sizes, options: PolynomialOptions, lea
             raise ValueError(f"learnable linear attention needs {name} > 0 to start from, got {getattr(options, name)}")
     if options.features is not None and not learnable:
         raise ValueError("linattn option features is of learned projections, so it needs learnable=true.")
+    if options.feature_map != "none" and not learnable:
+        raise ValueError(f"linattn option feature_map={options.feature_map!r} is of learned matrices, so it needs learnable=true.")
     if options.features is not None and options.features >= sizes.head_dim:
         raise ValueError(
             f"linattn option features={options.features} must be below the {sizes.head_dim} numbers of a head; give fewer, or leave it out."
@@ -258,15 +286,17 @@ class Polynomial(Form):
     def describe(self) -> str:
         decays = {"none": "", "head": " with decay", "key_head": " with decay per key head", "token": " with decay per token"}
         usual = PolynomialOptions(kernel=self.options.kernel)
-        numbers = {name: getattr(self.options, name) for name in ("a", "b", "c", "temperature", "normalize_qk", "features")}
+        numbers = {name: getattr(self.options, name) for name in ("a", "b", "c", "temperature", "normalize_qk", "features", "feature_map")}
         others = [f"{name}={value}" for name, value in numbers.items() if value != getattr(usual, name)]
         gate = [] if self.options.input_gate == "none" else [f"input gate per {self.options.input_gate}"]
         return ", ".join((self.options.kernel + decays[self.options.decay], *others, *gate))
 
     def formula(self, learnable: bool) -> str:
-        f = "a + b s" if self.options.kernel == "linear" else "a + b s + c s^2"
         decay = DECAY_WORDS[self.options.decay].format("learned" if learnable else "fixed")
         gate = ", times an exp(u) learned per token and key head" if self.options.input_gate == "token" else ""
+        if self.options.feature_map == "hedgehog":
+            return f"phi(q).phi(k), normalised, of phi(x) = softmax([W x, -W x]), W learned per query head and key head{decay}{gate}"
+        f = "a + b s" if self.options.kernel == "linear" else "a + b s + c s^2"
         product = "cosine" if self.options.normalize_qk else "scaled product"
         projected = "" if self.options.features is None else f", each projected to {self.options.features} learned features"
         return f"f(s) = {f}, normalised, of s = temperature times the {product} of query and key{projected}{decay}{gate}"
@@ -275,7 +305,7 @@ class Polynomial(Form):
 
     def parameters(self, sizes: Sizes, learnable: bool) -> PolynomialParameters | None:
         options = self.options
-        if not learnable and options.decay == options.input_gate == "none" and options.features is None:
+        if not learnable and options.decay == options.input_gate == options.feature_map == "none" and options.features is None:
             return None
         return PolynomialParameters(sizes, options, learnable)
 
@@ -291,6 +321,11 @@ class Polynomial(Form):
             numbers.update(parameters(call.hidden, call.made))
         elif options.features is not None:
             raise ValueError("linattn option features is of learned projections, which only converted checkpoints have: leave it out.")
+        elif options.feature_map != "none":
+            raise ValueError(
+                f"linattn option feature_map={options.feature_map!r} is of learned matrices, which only converted checkpoints have: "
+                "leave it out."
+            )
         elif options.input_gate == "token":
             raise ValueError('linattn option input_gate="token" is learned, which only converted checkpoints are: leave it out.')
         elif options.decay != "none":
@@ -324,7 +359,7 @@ class Polynomial(Form):
 
     def layout(self, sizes: Sizes, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         heads = sizes.query_heads if self.options.decay == "head" else sizes.key_heads
-        rows = feature_count(self.options.features or sizes.head_dim, self.options.degree)
+        rows = feature_count(self.options.width(sizes.head_dim), self.options.degree)
         columns = sizes.value_dim + (2 if self.options.input_gate == "token" else 1)
         return {"sums": ((heads, rows, columns), torch.float64 if dtype == torch.float64 else torch.float32)}
 
@@ -342,25 +377,34 @@ class Polynomial(Form):
     @classmethod
     def converted(cls, options: dict[str, Any]) -> dict[str, Any]:
         kernel = options.get("kernel", PolynomialOptions.kernel)
-        start = CONVERTED_TEMPERATURE.get(kernel, PolynomialOptions.temperature)
         given = {name: value for name, value in options.items() if value is not None}
-        return {"temperature": start, "decay": "head", **given}
+        of_f = given.get("feature_map", "none") == "none"
+        start = {"temperature": CONVERTED_TEMPERATURE.get(kernel, PolynomialOptions.temperature)} if of_f else {}
+        return {**start, "decay": "head", **given}
 
     def starting_numbers(self, sizes: Sizes, learnable: bool) -> Numbers:
         options = self.options
-        a, b, c = options.a, options.b, options.c or 0.0
-        numbers: Numbers = {"a": a, "b": b, "c": c, "temperature": options.temperature}
-        if learnable or options.decay != "none":
-            limited, bound = ("temperature", a / b) if options.kernel == "linear" else ("b", 2 * (a * c) ** 0.5)
-            numbers[limited] = min(numbers[limited], 0.98 * bound)
+        numbers = self._starting_coefficients(learnable) if options.feature_map == "none" else {}
         if options.decay != "none":
             heads = sizes.query_heads if options.decay == "head" else sizes.key_heads
             numbers["log_decay"] = -1 / (1.5 * (sizes.longest / 1.5) ** torch.linspace(0, 1, heads, dtype=torch.float64))
         if options.features is not None:
             shapes = projection.shapes(sizes, options.features)
             numbers |= {name: projection.start(name, shape).double() for name, shape in shapes.items()}
+        if options.feature_map == "hedgehog":
+            numbers |= {name: torch.eye(shape[-1]).double().expand(shape) for name, shape in feature_map.shapes(sizes).items()}
         if options.input_gate == "token":
             numbers[input_gate.NAME] = torch.zeros(sizes.key_heads, dtype=torch.float64)
+        return numbers
+
+    def _starting_coefficients(self, learnable: bool) -> Numbers:
+        """Those of f and its temperature."""
+        options = self.options
+        a, b, c = options.a, options.b, options.c or 0.0
+        numbers: Numbers = {"a": a, "b": b, "c": c, "temperature": options.temperature}
+        if learnable or options.decay != "none":
+            limited, bound = ("temperature", a / b) if options.kernel == "linear" else ("b", 2 * (a * c) ** 0.5)
+            numbers[limited] = min(numbers[limited], 0.98 * bound)
         return numbers
 
     def calibrate(self, parameters: LinAttnParams, seen: Seen, nearest: int = 0) -> None:
@@ -381,9 +425,10 @@ class Polynomial(Form):
         return attention_reference(call, numbers)
 
     def alternatives(self) -> Iterator[Polynomial]:
-        for kernel in KERNELS:
+        kept = {name: getattr(self.options, name) for name in ("features", "input_gate", "feature_map")}
+        for kernel in KERNELS if self.options.feature_map == "none" else KERNELS[:1]:
             for decay in ("none", "head", "key_head"):
-                yield Polynomial(PolynomialOptions(kernel, decay=decay, features=self.options.features, input_gate=self.options.input_gate))
+                yield Polynomial(PolynomialOptions(kernel, decay=decay, **kept))
 
 
 def starting_log_decay(heads: int, device: torch.device | None = None) -> Tensor:

@@ -73,12 +73,12 @@ def projected(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
     if QUERY not in numbers:
         return call, numbers
     of_query, of_key, center = once(call.made, ("projections", call.query.dtype), lambda: _in(call.query.dtype, numbers))
-    query, key = _of_each_head(call.query, of_query), _of_each_head(call.key - center, of_key)
+    query, key = of_each_head(call.query, of_query), of_each_head(call.key - center, of_key)
     rest = {name: number for name, number in numbers.items() if name not in (QUERY, KEY, CENTER)}
     return call._replace(query=query, key=key), rest
 
 
-def _of_each_head(x: Tensor, matrices: Tensor) -> Tensor:
+def of_each_head(x: Tensor, matrices: Tensor) -> Tensor:
     """(B, H, N, D) by (H, D, r): all sequences of a head are rows of one product, where matmul would copy the matrices for each of them."""
     if x.shape[0] == 1:  # a token of one sequence needs none of these views
         return x @ matrices

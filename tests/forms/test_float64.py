@@ -17,6 +17,7 @@ KINDS: list[dict[str, Any]] = [
     {}, {"decay": "head", "kernel": "quadratic"}, {"decay": "token", "input_gate": "token"},
     {"kernel": "quadratic", "features": 3, "decay": "key_head"}, {"form": "window", "beside": "none"}, {"form": "window", "decay": "head"},
     {"form": "window", "kernel": "quadratic", "decay": "token", "gate": "token", "features": 3, "input_gate": "token"},
+    {"feature_map": "hedgehog", "decay": "head"}, {"form": "window", "feature_map": "hedgehog"},
 ]  # fmt: skip
 LENGTH, W, S = 20, 5, 2
 
@@ -31,6 +32,10 @@ def by_pairs(call: Call, numbers: dict[str, Any], form: str) -> Tensor:
     if "query_projection" in given:
         center = given.pop("key_center")[:, None]
         query, key = query @ given.pop("query_projection"), (key - center) @ given.pop("key_projection")
+    if "query_map" in given:
+        maps = given.pop("query_map"), given.pop("key_map")
+        query, key = (torch.cat([x @ w, -x @ w], -1).softmax(-1) for x, w in zip((query, key), maps, strict=True))
+        given |= {"a": 0.0, "normalize_qk": False}
     lag = {} if near is None else {"lag": W}
     if "log_input_gate" in given:
         weight = given.pop("log_input_gate").exp()[..., None]

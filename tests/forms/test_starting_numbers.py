@@ -15,7 +15,7 @@ KINDS: list[dict[str, Any]] = [
     {}, {"a": 2.0, "b": 0.5, "temperature": 1.5}, {"temperature": 0.98, "decay": "head"}, {"decay": "key_head", "kernel": "quadratic"},
     {"kernel": "quadratic", "b": 1.4, "c": 0.5, "temperature": 2.0}, {"decay": "token", "input_gate": "token"},
     {"kernel": "quadratic", "features": 3}, {"form": "window"}, {"form": "window", "gate": "token", "decay": "key_head"},
-    {"form": "window", "beside": "none"},
+    {"form": "window", "beside": "none"}, {"feature_map": "hedgehog"}, {"form": "window", "feature_map": "hedgehog", "decay": "head"},
 ]  # fmt: skip
 SIZES = Sizes(4, 2, 8, 8, 12, 100.0)
 
@@ -24,7 +24,7 @@ SIZES = Sizes(4, 2, 8, 8, 12, 100.0)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_layer_starts_where_the_check_expects_it(kind: dict[str, Any], learnable: bool) -> None:
     form = LinAttnConfig(**kind).attention
-    if not learnable and ("token" in kind.values() or "features" in kind):
+    if not learnable and ("token" in kind.values() or kind.keys() & {"features", "feature_map"}):
         with pytest.raises(ValueError, match="needs learnable=true"):
             form.parameters(SIZES, learnable)
         return
@@ -54,6 +54,7 @@ def test_a_layer_that_looks_back_over_little_starts_with_short_times(longest: fl
         ({}, {"temperature": 0.98, "decay": "head"}),
         ({"kernel": "quadratic", "decay": None}, {"kernel": "quadratic", "temperature": 2.0, "decay": "head"}),
         ({"temperature": 0.5, "decay": "none"}, {"temperature": 0.5, "decay": "none"}),
+        ({"feature_map": "hedgehog"}, {"feature_map": "hedgehog", "decay": "head"}),
         ({"form": "window", "window": 8, "gate": None}, {"window": 8, "gate": "token", "temperature": 0.98, "decay": "head"}),
         (
             {"form": "window", "gate": "head", "kernel": "quadratic"},

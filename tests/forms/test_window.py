@@ -24,6 +24,7 @@ from hf_linattn.ops import window_attention
 
 KINDS: list[dict[str, Any]] = [
     {"beside": "none"}, {}, {"decay": "head", "gate": "token"}, {"decay": "key_head", "kernel": "quadratic", "input_gate": "token"},
+    {"decay": "key_head", "feature_map": "hedgehog"},
     {"decay": "token", "gate": "token", "kernel": "quadratic", "features": 3, "input_gate": "token"},
 ]  # fmt: skip
 SEGMENTS = (None, "left", "right", "middle", "mask", "packed")

@@ -11,6 +11,7 @@ from hf_linattn import LinAttnConfig
 LINEAR = "f(s) = a + b s, normalised, of s = temperature times the "
 QUADRATIC = "f(s) = a + b s + c s^2, normalised, of s = temperature times the "
 COSINE, PROJECTED = "cosine of query and key", "cosine of query and key, each projected to 3 learned features"
+MAPPED = "phi(q).phi(k), normalised, of phi(x) = softmax([W x, -W x]), W learned per query head and key head"
 PER_HEAD = ", with a {} decay per query head"
 PER_TOKEN = ", with a {} decay per token and key head"
 GATED = ", times an exp(u) learned per token and key head"
@@ -22,6 +23,7 @@ WORDS: list[tuple[dict[str, Any], str, str]] = [
     ({"decay": "key_head"}, "linear with decay per key head", LINEAR + COSINE + ", with a {} decay per key head"),
     ({"decay": "token", "input_gate": "token"}, "linear with decay per token, input gate per token", LINEAR + COSINE + PER_TOKEN + GATED),
     ({"kernel": "quadratic", "features": 3}, "quadratic, features=3", QUADRATIC + PROJECTED),
+    ({"feature_map": "hedgehog", "decay": "head"}, "linear with decay, feature_map=hedgehog", MAPPED + PER_HEAD),
     ({"normalize_qk": False}, "linear, normalize_qk=False", LINEAR + "scaled product of query and key"),
     (
         {"kernel": "quadratic", "a": 2.0, "b": 0.5, "c": 0.75, "temperature": 3.0},
@@ -54,10 +56,11 @@ def test_the_forms_beside_one() -> None:
     both = [kernel + decay for kernel in ("linear", "quadratic") for decay in decays]
     assert others(kernel="quadratic", decay="token") == both
     assert others(features=3, input_gate="token") == [f"{name}, features=3, input gate per token" for name in both]
+    assert others(feature_map="hedgehog") == [f"linear{decay}, feature_map=hedgehog" for decay in decays]
     assert others(form="window", beside="none") == [f"window {size} + 4" for size in (64, 128, 256)]
     assert others(form="window", window=5, sinks=2, beside="none") == [f"window {size} + 2" for size in (5, 64, 128, 256)]
 
 
 def test_what_a_form_reaches_and_learns() -> None:
     told = [(form.reach(), form.learns) for form in (LinAttnConfig(**options).attention for options, *_ in WORDS)]
-    assert told == [(0, True)] * 7 + [(64, False), (5, True)]
+    assert told == [(0, True)] * 8 + [(64, False), (5, True)]

@@ -115,6 +115,11 @@ MUTANTS = [
          "forms/test_input_gate.py::test_no_key_weighs_beyond_its_bound"),
         ("noise on both parts of a quotient", "hf_linattn/forms/operators.py", "noise = {} if gated else call.noise",
          "noise = call.noise", "forms/test_input_gate.py::test_noise_is_on_the_quotient"),
+        # a feature map
+        ("features that may be 0", "hf_linattn/forms/feature_map.py", ".clamp(min=LEAST)", "",
+         "forms/test_feature_map.py::test_the_softmax_is_of_float32_and_no_query_sees_nothing"),
+        ("a map without its negative half", "hf_linattn/forms/feature_map.py", "torch.cat([y, -y], -1)", "torch.cat([y, y], -1)",
+         "forms/test_feature_map.py::test_weights_are_inner_products_of_features"),
         # choice and adapters
         ("a refused choice that stays", "hf_linattn/choice.py", "config._attn_implementation_internal = implementation", "pass",
          "plugin/test_choice.py"),

@@ -24,6 +24,7 @@ MODELS: dict[str, Any] = {
     "head": {"decay": "head", "kernel": "quadratic"},
     "key head": {"decay": "key_head"},
     "token, features": {"decay": "token", "kernel": "quadratic", "features": 3},
+    "feature map": {"decay": "head", "feature_map": "hedgehog"},
     "window alone": {"form": "window", "window": 5, "sinks": 2, "beside": "none"},
     "window": {"form": "window", "window": 5, "sinks": 2, "decay": "token", "gate": "token"},
     "hybrid": {"softmax_layers": [1], "decay": "head"},
