@@ -7,21 +7,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Made = dict[Any, Any]
 _PLAIN = (Tensor, nn.Parameter)
+_steps = 0
+"""Those of all optimizers: fused ones write parameters without counting."""
+
+
+def _count(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count)
 
 
 class Kept:
     """What was made of parameters for the tokens of one text, until someone writes them.
 
-    A write in place counts a tensor's version up, and what takes its place is another object or lies elsewhere in memory. A write that
-    PyTorch does not count (`parameter.data.copy_`, as some optimizers write) is seen by the next text, for which everything is made anew.
+    A write in place counts a tensor's version up, what takes its place is another object or lies elsewhere in memory, and PyTorch's
+    optimizers say when they step. A write by hand that nothing counts (`parameter.data.copy_`) is seen by the next text, for which
+    everything is made anew.
     """
 
     def __init__(self) -> None:
         self._made: Made = {}
         self._tensors: tuple[Tensor, ...] = ()  # alive, so that no other tensor has the identity of one of them
+        self._memory: list[Any] = []  # alive, so that nothing else comes to lie there
         self._written: tuple[int, ...] = ()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -30,18 +43,21 @@ class Kept:
     def forget(self) -> None:
         self.__init__()  # type: ignore[misc]
 
-    def of(self, tensors: tuple[Tensor, ...]) -> Made | None:
-        """What was made of these tensors so far, to be added to; None where nothing may be kept: a gradient is recorded, or who writes
-        them cannot be known."""
+    def of(self, tensors: tuple[Tensor, ...] | None) -> Made | None:
+        """What was made of these tensors so far, to be added to; None where nothing may be kept: a gradient is recorded, or what there is
+        or who writes it cannot be known."""
+        if tensors is None:
+            return None
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             return None
-        written: list[int] = []
+        written: list[int] = [_steps, torch.is_inference_mode_enabled()]  # what was made inside cannot be trained through outside
         for x in tensors:
             if type(x) not in _PLAIN or x.is_inference():
                 return None
             written += id(x), x._version, x.data_ptr()
         if self._written != (found := tuple(written)):
             self._made, self._tensors, self._written = {}, tensors, found
+            self._memory = [x.untyped_storage() for x in tensors]
         return self._made
 
 

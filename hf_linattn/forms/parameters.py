@@ -93,8 +93,10 @@ class LinAttnParams(nn.Module):
         hidden = torch.zeros(1, 1, self.hidden_size) if self.hidden_size else None
         return {name: number if name in self.matrices else number.flatten() for name, number in self(hidden).items()}
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that the numbers are made of."""
+    def tensors(self) -> tuple[Tensor, ...] | None:
+        """All that the numbers are made of; None where it is not known, for others have a say: parametrizations, or hooks."""
+        if self._modules or self._forward_hooks or self._forward_pre_hooks:
+            return None
         return *self._parameters.values(), *self._buffers.values()  # type: ignore[arg-type]
 
     def keep_hidden_states(self, attention: nn.Module) -> None:

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_tokens
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_linattn.forms.kept import Kept, once
@@ -32,8 +34,17 @@ def logits(model, cache, tokens):
 WRITES = {
     "in place": lambda parameter: parameter.add_(0.3),
     "exchanged": lambda parameter: setattr(parameter, "data", parameter + 0.3),
+    "exchanged twice": lambda parameter: [setattr(parameter, "data", parameter + 0.3) for _ in range(2)],
     "an optimizer": lambda parameter: torch.optim.SGD([parameter], lr=0.3).step() or parameter.sub_(0.1),
+    "a fused optimizer": lambda parameter: fused_step(parameter),
 }
+
+
+def fused_step(parameter):
+    """By a kernel that writes a parameter and does not count its version up."""
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW([parameter], lr=0.3, fused=True).step()
+    parameter.grad = None
 
 
 @pytest.mark.parametrize("options", STUDENTS, ids=str)
@@ -86,6 +97,56 @@ def test_nothing_is_kept_where_a_gradient_is_recorded_or_writes_are_not_counted(
         assert kept.of((torch.ones(2).as_subclass(type("Other", (torch.Tensor,), {})),)) is None
     with torch.inference_mode():
         assert kept.of((torch.ones(2),)) is None
+
+
+@pytest.mark.parametrize("options", STUDENTS, ids=str)
+def test_nothing_is_kept_of_parameters_that_others_have_a_say_in(options):
+    model, (prompt, *tokens) = converted(options), tiny_tokens(1, 8).split([4, 1, 1, 1, 1], 1)
+    layer, factor = model.model.layers[0].self_attn.linattn, 1.0
+    hook = layer.register_forward_hook(lambda *given: {name: number * factor for name, number in given[2].items()})
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache in caches:
+        logits(model, cache, [prompt, *tokens[:2]])
+    factor = 0.9
+    caches[1].layers[0]._kept.forget()
+    assert torch.equal(*(logits(model, cache, tokens[2:3]) for cache in caches))
+    hook.remove()
+    for name, _ in list(layer.named_parameters()):
+        parametrize.register_parametrization(layer, name, torch.nn.Tanh())
+    for cache in caches:
+        logits(model, cache, tokens[2:3])
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.3)
+    caches[1].layers[0]._kept.forget()
+    assert torch.equal(*(logits(model, cache, tokens[3:]) for cache in caches))
+
+
+@pytest.mark.parametrize("options", STUDENTS, ids=str)
+def test_a_gradient_behind_tokens_of_inference_mode(options):
+    """What was kept inside it could not be saved for the backward pass of a model without gradients of its own."""
+    model, (prompt, *tokens) = converted(options).requires_grad_(False), tiny_tokens(1, 7).split([4, 1, 1, 1], 1)
+    gradients = []
+    for mode in (torch.inference_mode, torch.no_grad):
+        cache = DynamicCache(config=model.config)
+        with mode():
+            for token in (prompt, *tokens[:2]):
+                model(token, past_key_values=cache)
+        embedded = model.get_input_embeddings()(tokens[2]).requires_grad_()
+        model(inputs_embeds=embedded, past_key_values=cache).logits.square().sum().backward()
+        gradients.append(embedded.grad)
+    assert torch.equal(*gradients)
+
+
+def test_memory_of_an_exchanged_parameter_is_not_given_to_the_next():
+    kept, parameter = Kept(), torch.nn.Parameter(torch.ones(2))
+    first = StorageWeakRef(parameter.untyped_storage())
+    with torch.no_grad():
+        kept.of((parameter,))
+        parameter.data = torch.ones(2)
+        assert not first.expired()
+        kept.of((parameter,))
+    assert first.expired()
 
 
 def test_a_copy_of_a_cache_copies_no_parameters():
