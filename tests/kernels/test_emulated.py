@@ -9,10 +9,11 @@ from pathlib import Path
 import accuracy_bar
 import pytest
 import torch
-from accuracy_bar import compare, operator_case, paths_of, run
+from accuracy_bar import assert_bars, compare, operator_case, paths_of, run
 from emulation import build
 from step_cases import KINDS, check_step
 
+from hf_linattn.forms import Call, feature_map
 from hf_linattn.ops import chunked, cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +54,22 @@ def test_head_dims_and_lengths(kernels, dtype, head_dim, length):
 ], ids=str)  # fmt: skip
 def test_what_multiplies_the_weights(kernels, dtype, head_dim, kind):
     check(dtype, head_dim=head_dim, value_dim=head_dim, **kind)
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1), (torch.bfloat16, 8), (torch.float16, 3)], ids=str)
+def test_features_of_a_map(kernels, dtype, scale):
+    """Positive features without unit length, no constant beside their products, twice as many as values have."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 130, 32, generator=generator) for heads in (2, 1, 1))
+    eye = {name: torch.eye(32).expand(heads, 32, 32) for name, heads in ((feature_map.QUERY, 2), (feature_map.KEY, 1))}
+    call, _ = feature_map.mapped(Call((scale * query).to(dtype), (scale * key).to(dtype), value.to(dtype)), eye)
+    f = torch.tensor([0.0, 1.0, 0.0, 1.0])[:, None].expand(4, 2).contiguous()
+    inputs = [call.query, call.key, call.value, f, torch.tensor([-0.02, -0.1]), *[None] * 5, 1, True, False]
+    upstream = torch.randn(1, 2, 130, 32, generator=generator).to(dtype), None, None
+    exact = run(chunked, inputs, upstream, False, torch.float64)
+    plain, ours = (run(module, inputs, upstream, False) for module in (chunked, cuda))
+    names = ("out", "gradient of query", "gradient of key", "gradient of value")
+    assert_bars(*({name: results[name] for name in names} for results in (ours, plain, exact)), dtype)
 
 
 @pytest.mark.parametrize("kind", [{}, {"decay": "key_token", "segments": "packed", "stateful": True}], ids=str)
