@@ -15,7 +15,7 @@ from recipes.common.reading import read_json, user_path
 if TYPE_CHECKING:
     from hf_linattn.config import LinAttnConfig
 
-OF_THE_FORM = ("kernel", "decay", "temperature", "features", "input_gate", "feature_map", "window", "sinks", "gate", "beside")
+OF_THE_FORM = ("kernel", "decay", "temperature", "features", "input_gate", "feature_map", "output_map", "window", "sinks", "gate", "beside")
 """Options that are the form's, by the same names."""
 MOST_LAYERS = 9999
 """The highest layer number that a range may name."""
@@ -26,6 +26,7 @@ Kernel = Literal["linear", "quadratic"]
 Decay = Literal["none", "head", "key_head", "token"]
 InputGate = Literal["none", "token"]
 FeatureMap = Literal["none", "hedgehog"]
+OutputMap = Literal["none", "norm", "gate", "norm_gate"]
 Gate = Literal["head", "token"]
 Beside = Literal["polynomial", "none"]
 DType = Literal["float32", "bfloat16", "float16"]
@@ -53,6 +54,7 @@ class LinearizeOptions:
         features: to how many numbers queries and keys are projected before f is taken; None: they are not.
         input_gate: ``none`` or ``token``; None: ``none``.
         feature_map: ``none`` or ``hedgehog``; None: ``none``.
+        output_map: ``none``, ``norm``, ``gate`` or ``norm_gate``; None: ``none``.
         window: tokens seen by softmax, the query's own among them; None: 64.
         sinks: first tokens seen by softmax from everywhere; None: 4.
         gate: ``head`` or ``token``; None: ``token``.
@@ -77,6 +79,7 @@ class LinearizeOptions:
     features: int | None = _perhaps("Project queries and keys to so many.")
     input_gate: InputGate | None = _perhaps("Learned weight of keys (default: none).")
     feature_map: FeatureMap | None = _perhaps("Learned features in the place of f (default: none).")
+    output_map: OutputMap | None = _perhaps("Learned norm and gate of the linear attention's output (default: none).")
     window: int | None = _perhaps("Tokens seen by softmax (default: 64).")
     sinks: int | None = _perhaps("First tokens seen by softmax (default: 4).")
     gate: Gate | None = _perhaps("The window's share per what (default: token).")
@@ -97,8 +100,8 @@ class LinearizeOptions:
             ConversionError: an unknown choice, or a number out of its bounds.
         """
         choices = {
-            "form": Form, "kernel": Kernel, "decay": Decay, "input_gate": InputGate, "feature_map": FeatureMap, "gate": Gate,
-            "beside": Beside, "dtype": DType,
+            "form": Form, "kernel": Kernel, "decay": Decay, "input_gate": InputGate, "feature_map": FeatureMap, "output_map": OutputMap,
+            "gate": Gate, "beside": Beside, "dtype": DType,
         }  # fmt: skip
         for name, known in choices.items():
             given = getattr(self, name)

@@ -109,7 +109,8 @@ class Recipe:
         if name == "window_only":
             if self.linearize.get("form") != "window":
                 raise ValueError("controls: window_only is of a student with a window; give linearize.form=window, or leave it out")
-            of_the_polynomial = dict.fromkeys(("kernel", "decay", "temperature", "features", "input_gate", "feature_map"))
+            names = ("kernel", "decay", "temperature", "features", "input_gate", "feature_map", "output_map")
+            of_the_polynomial = dict.fromkeys(names)
             return self._student(name, {**self.linearize, **of_the_polynomial, "beside": "none"})
         if self.distill is None:
             raise ValueError("controls: finetuned_teacher is trained as distill trains, and distill is left out")

@@ -1,4 +1,5 @@
-"""The operators, given what a polynomial attends with: queries and keys are projected or mapped to features, values weighed by a gate."""
+"""The operators, given what a polynomial attends with: queries and keys are projected or mapped to features, values weighed by a gate,
+and what comes out has its norm and its gate."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from ..ops import linear_attention, reference
 from ..ops.functional import noisy
 from ..ops.step import step_by
 from ..ops.weights import Weights, weights_of
-from . import feature_map, input_gate, projection
+from . import feature_map, input_gate, output_map, projection
 from .form import Call, Numbers
 from .kept import once
 
@@ -45,7 +46,7 @@ def attention(call: Call, numbers: Numbers, late: int = 0, **options: Any) -> tu
     if gated:
         out = input_gate.quotient(out)
         out = noisy(out, call.noise["dropout_p"]) if call.noise else out
-    return out, state
+    return output_map.mapped(out, numbers), state
 
 
 def attention_step(call: Call, numbers: Numbers, sums: Tensor) -> Tensor:
@@ -54,14 +55,14 @@ def attention_step(call: Call, numbers: Numbers, sums: Tensor) -> Tensor:
     own = per_token(rest).get("log_decay")
     weights = once(call.made, ("weights", call.scaling, call.query.dtype), lambda: _weights(given, rest, own is None))
     out = step_by(weights, given.query, given.key, given.value, sums, own, call.segments)
-    return input_gate.quotient(out) if input_gate.NAME in numbers else out
+    return output_map.mapped(input_gate.quotient(out) if input_gate.NAME in numbers else out, numbers)
 
 
 def attention_reference(call: Call, numbers: Numbers, **options: Any) -> Tensor:
     """`reference`, in the dtype of the call."""
     given, rest = _given(call, numbers)
     out = reference(given.query, given.key, given.value, causal=call.causal, segment_ids=call.segments, **rest, **options)
-    return input_gate.quotient(out) if input_gate.NAME in numbers else out
+    return output_map.mapped(input_gate.quotient(out) if input_gate.NAME in numbers else out, numbers)
 
 
 def _weights(call: Call, numbers: Numbers, decays: bool) -> Weights:
@@ -71,7 +72,7 @@ def _weights(call: Call, numbers: Numbers, decays: bool) -> Weights:
 
 
 def _given(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
-    return input_gate.weighed(*feature_map.mapped(*projection.projected(call, numbers)))
+    return input_gate.weighed(*feature_map.mapped(*projection.projected(call, output_map.without(numbers))))
 
 
 def _shifted(call: Call, numbers: Numbers, late: int) -> tuple[Call, Numbers]:

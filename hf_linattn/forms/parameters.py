@@ -75,14 +75,14 @@ class LinAttnParams(nn.Module):
         if hasattr(self, name + OFFSET):
             getattr(self, name + OFFSET).zero_()
 
-    def read_off(self, name: str, hidden: Tensor | None, option: str) -> Tensor:
+    def read_off(self, name: str, hidden: Tensor | None, option: str, value: str = "token") -> Tensor:
         """What a matrix (heads, hidden_size) reads off the hidden states (B, N, hidden_size): (B, heads, N), of 32 bits or fewer.
 
         Raises:
-            ValueError: `option`, "decay" say, needs hidden states, and there are none.
+            ValueError: `option`, "decay" say, has a value that needs hidden states, and there are none.
         """
         if hidden is None:
-            raise ValueError(f'{option}="token" is computed from the hidden states that enter the layer, and none were seen to enter it.')
+            raise ValueError(f'{option}="{value}" is computed from the hidden states that enter the layer, and none were seen to enter it.')
         read = F.linear(hidden, getattr(self, name).to(hidden.dtype)).mT
         if torch.compiler.is_compiling():  # the gradient of a transposed one is traced with other strides than it has (torch 2.13)
             read = read.contiguous()
@@ -124,12 +124,12 @@ class LinAttnParams(nn.Module):
         return ", ".join((*self.names, *self.matrices))
 
 
-def refuse_unread(option: str, learnable: bool, hidden_size: int | None) -> None:
+def refuse_unread(option: str, learnable: bool, hidden_size: int | None, value: str = "token") -> None:
     """Raises ValueError where what is to be read off the hidden states is not to be learned, or their width is not known."""
     if not learnable:
-        raise ValueError(f'linattn option {option}="token" is learned from the hidden states, so it needs learnable=true.')
+        raise ValueError(f'linattn option {option}="{value}" is learned from the hidden states, so it needs learnable=true.')
     if not hidden_size:
-        raise ValueError(f'linattn option {option}="token" needs to know the width of the hidden states that enter the layer.')
+        raise ValueError(f'linattn option {option}="{value}" needs to know the width of the hidden states that enter the layer.')
 
 
 def _keep_hidden_states(attention: Any, args: Any, kwargs: Any) -> None:

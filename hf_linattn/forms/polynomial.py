@@ -14,7 +14,7 @@ from torch import Tensor
 from ..ops import bounds
 from ..ops.constants import constant
 from ..ops.features import feature_count
-from . import feature_map, input_gate, projection
+from . import feature_map, input_gate, output_map, projection
 from .form import Call, Form, Numbers, Sizes, State, Tokens
 from .kept import Made, once
 from .operators import attention, attention_reference, attention_step, per_token
@@ -60,6 +60,9 @@ class PolynomialOptions:
             states, from -5 to 5 and 0 at first; "none": it does not.
         feature_map: "hedgehog", of converted checkpoints: in the place of f(s), weights phi(q).phi(k) of phi(x) = softmax([W x, -W x]), W
             learned for each query head and each key head, the identity at first; the state has 2 D + 1 rows. "none": f(s).
+        output_map: of converted checkpoints, what the output o of a query head is multiplied by: "norm", exp(s) / rms(o)^m with s and m
+            learned per query head, "gate", a number from 0 to 2 learned for each token and query head from the hidden states,
+            "norm_gate", both. s and m start at 0 and the gate at 1, so that nothing changes at first; "none": it stays as it is.
     """
 
     kernel: str = "linear"
@@ -72,11 +75,13 @@ class PolynomialOptions:
     features: int | None = None
     input_gate: str = "none"
     feature_map: str = "none"
+    output_map: str = "none"
 
     def __post_init__(self) -> None:
         one_of("kernel", self.kernel, KERNELS)
         one_of("decay", self.decay, DECAYS)
         one_of("input_gate", self.input_gate, input_gate.CHOICES)
+        one_of("output_map", self.output_map, output_map.CHOICES)
         if self.c is None:
             object.__setattr__(self, "c", 0.5 if self.kernel == "quadratic" else 0.0)
         for name in ("a", "b", "c", "temperature"):
@@ -127,18 +132,20 @@ class PolynomialParameters(LinAttnParams):
       exp(-n / T) as well. With ``decay="token"`` 1 / T = softplus(r + w.x) of the hidden state x of each token, w starting at 0;
     - with ``features``, the projections of `projection` and the centre of the keys;
     - with ``input_gate="token"`` the matrix that u = 5 tanh(w.x / 5) of `input_gate` is read off with, w starting at 0;
-    - with ``feature_map="hedgehog"`` the matrices of `feature_map`, and neither temperature nor b.
+    - with ``feature_map="hedgehog"`` the matrices of `feature_map`, and neither temperature nor b;
+    - with an ``output_map`` the power m = tanh(p) and the log scale s of its norm, per query head, and the matrix of its gate
+      2 sigmoid(w.x), all starting at 0.
 
     Starting values: temperature and b as configured, but at most 0.98 of their bound; T from 1.5 tokens in the first head, growing
     geometrically to ``sizes.longest`` in the last.
 
     Raises:
         ValueError: no heads; the linear kernel without ``normalize_qk``; a, b, temperature (or c of the quadratic kernel) that is not
-            positive; a decay or gate per token or a projection that is not to be learned, a layer of unknown width, features that are no
-            fewer than the head has.
+            positive; a decay or gate per token, an output map or a projection that is not to be learned, a layer of unknown width,
+            features that are no fewer than the head has.
     """
 
-    of_hidden: ClassVar[tuple[str, ...]] = ("rate_weight", "input_weight")
+    of_hidden: ClassVar[tuple[str, ...]] = ("rate_weight", "input_weight", output_map.WEIGHT)
     """The matrices that read the hidden states."""
 
     def __init__(self, sizes: Sizes, options: PolynomialOptions, learnable: bool = True) -> None:
@@ -164,6 +171,10 @@ class PolynomialParameters(LinAttnParams):
             matrices |= feature_map.shapes(sizes)
         if options.input_gate == "token":
             matrices["input_weight"] = (sizes.key_heads, int(sizes.hidden_size or 0))
+        if output_map.norms(options.output_map):
+            numbers |= dict.fromkeys(("output_power_logit", output_map.LOG_SCALE), sizes.query_heads)
+        if output_map.gates(options.output_map):
+            matrices[output_map.WEIGHT] = (sizes.query_heads, int(sizes.hidden_size or 0))
         return numbers, matrices
 
     def _of_f(self) -> tuple[str, ...]:
@@ -176,13 +187,14 @@ class PolynomialParameters(LinAttnParams):
         """The numbers to attend with, as float32 tensors of shape (heads,), which are to be left as they are.
 
         Args:
-            hidden: (B, N, hidden_size), for a decay or an input gate per token.
+            hidden: (B, N, hidden_size), for a decay or a gate per token.
             made: where what tokens have no say in is kept.
 
         Returns:
             ``a``, ``b``, ``temperature``; with the quadratic kernel ``c``; with a decay ``log_decay`` = -1 / T < 0, for one per token
-            (B, Hk, N); with features the matrices of `projection`; with an input gate ``log_input_gate`` (B, Hk, N). With a feature map its
-            matrices in the place of ``a``, ``b`` and ``temperature``.
+            (B, Hk, N); with features the matrices of `projection`; with an input gate ``log_input_gate`` (B, Hk, N); with an output map
+            ``output_power`` in (-1, 1), ``output_log_scale``, ``output_gate`` (B, Hq, N). With a feature map its matrices in the place of
+            ``a``, ``b`` and ``temperature``.
 
         Raises:
             ValueError: a decay or gate per token without hidden states.
@@ -195,6 +207,9 @@ class PolynomialParameters(LinAttnParams):
         out = self._coefficients(learned) if self._of_f() else {}
         if "log_rate" in learned:
             out["log_decay"] = -torch.exp(learned["log_rate"])
+        if output_map.norms(self.options.output_map):
+            out[output_map.POWER] = torch.tanh(learned["output_power_logit"])
+            out[output_map.LOG_SCALE] = learned[output_map.LOG_SCALE]
         return out | {name: getattr(self, name) for name in self.matrices if name not in self.of_hidden}
 
     def _coefficients(self, learned: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -217,11 +232,13 @@ class PolynomialParameters(LinAttnParams):
             out["log_decay"] = -F.softplus(learned["rate_logit"][:, None] + self.read_off("rate_weight", hidden, "decay"))
         if self.options.input_gate == "token":
             out[input_gate.NAME] = input_gate.bounded(self.read_off("input_weight", hidden, "input_gate"))
+        if output_map.gates(choice := self.options.output_map):
+            out[output_map.GATE] = output_map.gate(self.read_off(output_map.WEIGHT, hidden, "output_map", choice))
         return out
 
     def start(self, name: str) -> Tensor:
         options = self.options
-        if name in self.of_hidden:
+        if name in (*self.of_hidden, "output_power_logit", output_map.LOG_SCALE):
             return torch.zeros_like(getattr(self, name))
         if name in (feature_map.QUERY, feature_map.KEY):
             return feature_map.start(getattr(self, name).shape)
@@ -269,6 +286,7 @@ def _refuse_what_cannot_be_learned(sizes: Sizes, options: PolynomialOptions, lea
     for name in ("decay", "input_gate"):
         if getattr(options, name) == "token":
             refuse_unread(name, learnable, sizes.hidden_size)
+    output_map.refuse_unlearned(options.output_map, learnable, sizes.hidden_size)
 
 
 class Polynomial(Form):
@@ -289,23 +307,27 @@ class Polynomial(Form):
         numbers = {name: getattr(self.options, name) for name in ("a", "b", "c", "temperature", "normalize_qk", "features", "feature_map")}
         others = [f"{name}={value}" for name, value in numbers.items() if value != getattr(usual, name)]
         gate = [] if self.options.input_gate == "none" else [f"input gate per {self.options.input_gate}"]
-        return ", ".join((self.options.kernel + decays[self.options.decay], *others, *gate))
+        after = [] if self.options.output_map == "none" else [f"output {self.options.output_map.replace('_', ' and ')}"]
+        return ", ".join((self.options.kernel + decays[self.options.decay], *others, *gate, *after))
 
     def formula(self, learnable: bool) -> str:
         decay = DECAY_WORDS[self.options.decay].format("learned" if learnable else "fixed")
         gate = ", times an exp(u) learned per token and key head" if self.options.input_gate == "token" else ""
+        after = output_map.WORDS[self.options.output_map]
         if self.options.feature_map == "hedgehog":
-            return f"phi(q).phi(k), normalised, of phi(x) = softmax([W x, -W x]), W learned per query head and key head{decay}{gate}"
+            features = "phi(x) = softmax([W x, -W x]), W learned per query head and key head"
+            return f"phi(q).phi(k), normalised, of {features}{decay}{gate}{after}"
         f = "a + b s" if self.options.kernel == "linear" else "a + b s + c s^2"
         product = "cosine" if self.options.normalize_qk else "scaled product"
         projected = "" if self.options.features is None else f", each projected to {self.options.features} learned features"
-        return f"f(s) = {f}, normalised, of s = temperature times the {product} of query and key{projected}{decay}{gate}"
+        return f"f(s) = {f}, normalised, of s = temperature times the {product} of query and key{projected}{decay}{gate}{after}"
 
     # ---- what a layer learns
 
     def parameters(self, sizes: Sizes, learnable: bool) -> PolynomialParameters | None:
         options = self.options
-        if not learnable and options.decay == options.input_gate == options.feature_map == "none" and options.features is None:
+        choices = {options.decay, options.input_gate, options.feature_map, options.output_map}
+        if not learnable and choices == {"none"} and options.features is None:
             return None
         return PolynomialParameters(sizes, options, learnable)
 
@@ -328,6 +350,10 @@ class Polynomial(Form):
             )
         elif options.input_gate == "token":
             raise ValueError('linattn option input_gate="token" is learned, which only converted checkpoints are: leave it out.')
+        elif options.output_map != "none":
+            raise ValueError(
+                f'linattn option output_map="{options.output_map}" is learned, which only converted checkpoints are: leave it out.'
+            )
         elif options.decay != "none":
             numbers["log_decay"] = starting_log_decay(self._rates(call.sizes), query.device)
         if not options.normalize_qk:
@@ -370,7 +396,7 @@ class Polynomial(Form):
         key = tokens["key"]
         query = key.new_zeros(key.shape[0], query_heads, *key.shape[2:])
         call = Call(query, key, tokens["value"], tokens["real"][:, 0])
-        return self.attend_from(call, numbers | per_token(tokens), before)[1]
+        return self.attend_from(call, output_map.without(numbers) | per_token(tokens), before)[1]
 
     # ---- conversion
 
@@ -395,7 +421,7 @@ class Polynomial(Form):
             numbers |= {name: torch.eye(shape[-1]).double().expand(shape) for name, shape in feature_map.shapes(sizes).items()}
         if options.input_gate == "token":
             numbers[input_gate.NAME] = torch.zeros(sizes.key_heads, dtype=torch.float64)
-        return numbers
+        return numbers | output_map.starting_numbers(options.output_map, sizes.query_heads)
 
     def _starting_coefficients(self, learnable: bool) -> Numbers:
         """Those of f and its temperature."""
@@ -425,7 +451,7 @@ class Polynomial(Form):
         return attention_reference(call, numbers)
 
     def alternatives(self) -> Iterator[Polynomial]:
-        kept = {name: getattr(self.options, name) for name in ("features", "input_gate", "feature_map")}
+        kept = {name: getattr(self.options, name) for name in ("features", "input_gate", "feature_map", "output_map")}
         for kernel in KERNELS if self.options.feature_map == "none" else KERNELS[:1]:
             for decay in ("none", "head", "key_head"):
                 yield Polynomial(PolynomialOptions(kernel, decay=decay, **kept))

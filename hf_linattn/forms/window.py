@@ -20,6 +20,7 @@ from ..ops.frame import Frame
 from ..ops.functional import cast_for_autocast, is_for_onnx, noisy
 from ..ops.mixing import mixed
 from ..ops.ring import Ring, along, take
+from . import output_map
 from .form import Call, Form, Numbers, Sizes, State, Tokens
 from .operators import attention, attention_reference, attention_step, per_token
 from .options import one_of, require_count
@@ -169,7 +170,8 @@ class Window(Form):
         if self.beside is None:
             out = window.attend(query, frame, call.scaling)
         else:
-            far, sums = self._far(query, frame, numbers, before, keep)
+            closed = output_map.moved(numbers, lambda x: frame.close(x[..., None]).squeeze(-1))
+            far, sums = self._far(query, frame, closed, before, keep)
             gate = _as_outputs(numbers["gate"])
             gate = frame.close(gate) if isinstance(gate, Tensor) and gate.shape[2] > 1 else gate
             if isinstance(call.drop, Tensor) or call.drop > 0:
@@ -250,7 +252,8 @@ class Window(Form):
         if self.beside is None:
             return state
         key = tokens["key"]
-        return state | self._far(key.new_zeros(key.shape[0], query_heads, *key.shape[2:]), frame, numbers, before, True)[1]
+        query, of_state = key.new_zeros(key.shape[0], query_heads, *key.shape[2:]), output_map.without(numbers)
+        return state | self._far(query, frame, of_state, before, True)[1]
 
     # ---- conversion
 
@@ -290,7 +293,7 @@ class Window(Form):
         query, key, value = (close(x) for x in (call.query, call.key, call.value))
         closed = call._replace(query=query, key=key, value=value, segments=ids.scatter(1, place, ids))
         kept = {name: close(x) for name, x in per_token(numbers).items()}
-        return take(attention_reference(closed, _without_gate(numbers) | kept, lag=size), place)
+        return take(attention_reference(closed, _without_gate(output_map.moved(numbers, close)) | kept, lag=size), place)
 
     def calibrate(self, parameters: LinAttnParams, seen: Seen, nearest: int = 0) -> None:
         if self.beside is None:

@@ -16,7 +16,7 @@ from convert import options
 from convert.errors import ConversionError, one_line
 from convert.options import LinearizeOptions, layer_numbers
 from hf_linattn import forms
-from hf_linattn.forms import feature_map, input_gate, polynomial, window
+from hf_linattn.forms import feature_map, input_gate, output_map, polynomial, window
 from recipes.common.reading import refuse_missing_folder
 
 RUN = """
@@ -150,8 +150,8 @@ def test_torch_is_not_imported_for_it(module: str, tmp_path: Path) -> None:
 def test_the_choices_are_those_that_the_forms_name() -> None:
     named = {
         options.Form: forms.FORMS, options.Kernel: polynomial.KERNELS, options.Decay: polynomial.DECAYS,
-        options.InputGate: input_gate.CHOICES, options.FeatureMap: feature_map.CHOICES, options.Gate: window.GATES,
-        options.Beside: window.BESIDE,
+        options.InputGate: input_gate.CHOICES, options.FeatureMap: feature_map.CHOICES, options.OutputMap: output_map.CHOICES,
+        options.Gate: window.GATES, options.Beside: window.BESIDE,
     }  # fmt: skip
     assert {choices: get_args(choices) for choices in named} == {choices: tuple(known) for choices, known in named.items()}
     own = {field.name for form in forms.FORMS.values() for field in dataclasses.fields(form.Options)}

@@ -110,7 +110,8 @@ def test_a_window_alone_has_nothing_to_calibrate(recipe, called, capsys):
 
 def test_controls_learn_the_same_tokens_and_stand_in_the_table(recipe, called, tmp_path):
     asked = recipe(
-        linearize={"form": "window", "window": 8, "sinks": 2, "input_gate": "token", "feature_map": "hedgehog", "check": False},
+        linearize={"form": "window", "window": 8, "sinks": 2, "input_gate": "token", "feature_map": "hedgehog", "output_map": "norm",
+                   "check": False},
         transfer=None, calibrate={"tokens": 128}, distill={"tokens": 128, "window_drop": 0.5},
         controls=["window_only", "finetuned_teacher"],
     )  # fmt: skip
@@ -119,7 +120,8 @@ def test_controls_learn_the_same_tokens_and_stand_in_the_table(recipe, called, t
     assert called == [*trained, "convert.linearize", "convert.distill", "convert.distill", "convert.evaluate"]
     page = (tmp_path / "out" / "evaluation" / "report" / "report.md").read_text()
     assert "| window only | window 8 + 2 | 128 |" in page and "| finetuned teacher | softmax | 128 |" in page
-    assert "| distill | window 8 + 2, gate per token, beside linear with decay, feature_map=hedgehog, input gate per token | 256 |" in page
+    beside = "linear with decay, feature_map=hedgehog, input gate per token, output norm"
+    assert f"| distill | window 8 + 2, gate per token, beside {beside} | 256 |" in page
     card = (tmp_path / "out" / "window_only" / "distill" / "model" / "README.md").read_text()
     assert "## Evaluation" in card and "| window only |" in card and "| finetuned teacher |" not in card
 

@@ -18,7 +18,10 @@ KINDS: list[dict[str, Any]] = [
     {"kernel": "quadratic", "features": 3, "decay": "key_head"}, {"form": "window", "beside": "none"}, {"form": "window", "decay": "head"},
     {"form": "window", "kernel": "quadratic", "decay": "token", "gate": "token", "features": 3, "input_gate": "token"},
     {"feature_map": "hedgehog", "decay": "head"}, {"form": "window", "feature_map": "hedgehog"},
+    {"output_map": "norm_gate", "decay": "head"}, {"output_map": "gate", "input_gate": "token"}, {"form": "window", "output_map": "norm"},
+    {"form": "window", "output_map": "norm_gate", "gate": "token"},
 ]  # fmt: skip
+PER_TOKEN = ("log_decay", "log_input_gate", "gate", "output_gate")
 LENGTH, W, S = 20, 5, 2
 
 
@@ -27,6 +30,7 @@ def by_pairs(call: Call, numbers: dict[str, Any], form: str) -> Tensor:
     query, key, value, given = call.query, call.key, call.value, dict(numbers)
     near = window_reference(query, key, value, window=W, sinks=S) if form == "window" else None
     gate = given.pop("gate", None)
+    power, log_scale, factor = (given.pop(name, None) for name in ("output_power", "output_log_scale", "output_gate"))
     if not given:
         return near
     if "query_projection" in given:
@@ -43,6 +47,10 @@ def by_pairs(call: Call, numbers: dict[str, Any], form: str) -> Tensor:
         far = above / below.masked_fill(below == 0, 1)
     else:
         far = reference(query, key, value, **given, **lag)
+    if power is not None:
+        rms = (far.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        far = far * log_scale.exp()[:, None, None] / rms ** power[:, None, None]
+    far = far if factor is None else far * factor[..., None]
     if near is None:
         return far
     share = gate[:, None, None] if gate.dim() == 1 else gate[..., None]
@@ -65,8 +73,7 @@ def test_whole_in_pieces_and_token_by_token(kind: dict[str, Any]) -> None:
     def part(start: int, stop: int) -> tuple[Call, dict[str, Any]]:
         tensors = (x[:, :, start:stop] for x in (call.query, call.key, call.value))
         return Call(*tensors), {
-            name: x[..., start:stop] if name in ("log_decay", "log_input_gate", "gate") and isinstance(x, Tensor) and x.dim() == 3 else x
-            for name, x in numbers.items()
+            name: x[..., start:stop] if name in PER_TOKEN and isinstance(x, Tensor) and x.dim() == 3 else x for name, x in numbers.items()
         }
 
     first, state = form.attend_from(*part(0, 9), None)

@@ -16,6 +16,7 @@ from hf_linattn.models import config_class_for
 STUDENTS = [
     {"decay": "head"}, {"kernel": "quadratic", "decay": "key_head", "features": 8}, {"decay": "token", "input_gate": "token"},
     {"form": "window", "window": 4, "gate": "head", "decay": "head"}, {"feature_map": "hedgehog"},
+    {"output_map": "norm"}, {"output_map": "norm_gate", "decay": "head"},
     {"form": "window", "window": 4, "kernel": "quadratic", "gate": "token", "features": 8},
 ]  # fmt: skip
 

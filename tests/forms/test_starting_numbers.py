@@ -14,6 +14,7 @@ from hf_linattn.forms.seen import Seen
 KINDS: list[dict[str, Any]] = [
     {}, {"a": 2.0, "b": 0.5, "temperature": 1.5}, {"temperature": 0.98, "decay": "head"}, {"decay": "key_head", "kernel": "quadratic"},
     {"kernel": "quadratic", "b": 1.4, "c": 0.5, "temperature": 2.0}, {"decay": "token", "input_gate": "token"},
+    {"output_map": "norm"}, {"output_map": "norm_gate", "decay": "head"}, {"form": "window", "output_map": "gate"},
     {"kernel": "quadratic", "features": 3}, {"form": "window"}, {"form": "window", "gate": "token", "decay": "key_head"},
     {"form": "window", "beside": "none"}, {"feature_map": "hedgehog"}, {"form": "window", "feature_map": "hedgehog", "decay": "head"},
 ]  # fmt: skip
@@ -24,7 +25,7 @@ SIZES = Sizes(4, 2, 8, 8, 12, 100.0)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_layer_starts_where_the_check_expects_it(kind: dict[str, Any], learnable: bool) -> None:
     form = LinAttnConfig(**kind).attention
-    if not learnable and ("token" in kind.values() or kind.keys() & {"features", "feature_map"}):
+    if not learnable and ("token" in kind.values() or kind.keys() & {"features", "feature_map", "output_map"}):
         with pytest.raises(ValueError, match="needs learnable=true"):
             form.parameters(SIZES, learnable)
         return

@@ -24,8 +24,8 @@ from hf_linattn.ops import window_attention
 
 KINDS: list[dict[str, Any]] = [
     {"beside": "none"}, {}, {"decay": "head", "gate": "token"}, {"decay": "key_head", "kernel": "quadratic", "input_gate": "token"},
-    {"decay": "key_head", "feature_map": "hedgehog"},
-    {"decay": "token", "gate": "token", "kernel": "quadratic", "features": 3, "input_gate": "token"},
+    {"decay": "key_head", "feature_map": "hedgehog", "output_map": "norm"}, {"gate": "token", "decay": "head", "output_map": "gate"},
+    {"decay": "token", "gate": "token", "kernel": "quadratic", "features": 3, "input_gate": "token", "output_map": "norm_gate"},
 ]  # fmt: skip
 SEGMENTS = (None, "left", "right", "middle", "mask", "packed")
 
@@ -274,7 +274,7 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert LinAttnConfig.of(loaded.config).attention.describe() == (
-        "window 5 + 2, gate per token, beside quadratic with decay per token, features=3, input gate per token"
+        "window 5 + 2, gate per token, beside quadratic with decay per token, features=3, input gate per token, output norm and gate"
     )
 
 

@@ -15,6 +15,7 @@ MAPPED = "phi(q).phi(k), normalised, of phi(x) = softmax([W x, -W x]), W learned
 PER_HEAD = ", with a {} decay per query head"
 PER_TOKEN = ", with a {} decay per token and key head"
 GATED = ", times an exp(u) learned per token and key head"
+NORMED = ", the output over a learned power of its RMS per query head"
 NEAR = "those of softmax over the last 64 tokens and the first 4"
 
 WORDS: list[tuple[dict[str, Any], str, str]] = [
@@ -22,6 +23,13 @@ WORDS: list[tuple[dict[str, Any], str, str]] = [
     ({"kernel": "quadratic", "decay": "head"}, "quadratic with decay", QUADRATIC + COSINE + PER_HEAD),
     ({"decay": "key_head"}, "linear with decay per key head", LINEAR + COSINE + ", with a {} decay per key head"),
     ({"decay": "token", "input_gate": "token"}, "linear with decay per token, input gate per token", LINEAR + COSINE + PER_TOKEN + GATED),
+    ({"output_map": "norm"}, "linear, output norm", LINEAR + COSINE + NORMED),
+    (
+        {"output_map": "norm_gate", "input_gate": "token"},
+        "linear, input gate per token, output norm and gate",
+        LINEAR + COSINE + GATED + NORMED + " and times a gate learned per token and query head",
+    ),
+    ({"output_map": "gate"}, "linear, output gate", LINEAR + COSINE + ", the output times a gate learned per token and query head"),
     ({"kernel": "quadratic", "features": 3}, "quadratic, features=3", QUADRATIC + PROJECTED),
     ({"feature_map": "hedgehog", "decay": "head"}, "linear with decay, feature_map=hedgehog", MAPPED + PER_HEAD),
     ({"normalize_qk": False}, "linear, normalize_qk=False", LINEAR + "scaled product of query and key"),
@@ -55,7 +63,8 @@ def test_the_forms_beside_one() -> None:
     decays = ("", " with decay", " with decay per key head")
     both = [kernel + decay for kernel in ("linear", "quadratic") for decay in decays]
     assert others(kernel="quadratic", decay="token") == both
-    assert others(features=3, input_gate="token") == [f"{name}, features=3, input gate per token" for name in both]
+    alike = "features=3, input gate per token, output norm"
+    assert others(features=3, input_gate="token", output_map="norm") == [f"{name}, {alike}" for name in both]
     assert others(feature_map="hedgehog") == [f"linear{decay}, feature_map=hedgehog" for decay in decays]
     assert others(form="window", beside="none") == [f"window {size} + 4" for size in (64, 128, 256)]
     assert others(form="window", window=5, sinks=2, beside="none") == [f"window {size} + 2" for size in (5, 64, 128, 256)]
@@ -63,4 +72,4 @@ def test_the_forms_beside_one() -> None:
 
 def test_what_a_form_reaches_and_learns() -> None:
     told = [(form.reach(), form.learns) for form in (LinAttnConfig(**options).attention for options, *_ in WORDS)]
-    assert told == [(0, True)] * 8 + [(64, False), (5, True)]
+    assert told == [(0, True)] * 11 + [(64, False), (5, True)]

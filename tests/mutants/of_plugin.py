@@ -110,6 +110,14 @@ MUTANTS = [
          "hf_linattn/training.py", '[x for x in weights if x.ndim <= 1], "lr": learning_rate, "weight_decay": 0.0',
          '[x for x in weights if x.ndim <= 1], "lr": learning_rate, "weight_decay": weight_decay',
          "plugin/test_parameter_groups.py"),
+        # a norm and a gate of the output
+        ("a gate that starts at a half", "hf_linattn/forms/output_map.py", "return 2 * torch.sigmoid(read.float())",
+         "return torch.sigmoid(read.float())", "forms/test_output_map.py"),
+        ("the gates of the first tokens", "hf_linattn/forms/output_map.py", "share[:, :, share.shape[2] - x.shape[2] :, None]",
+         "share[:, :, : x.shape[2], None]", "forms/test_window.py::test_equals_its_formula"),
+        ("gates left where tokens were moved", "hf_linattn/forms/window.py",
+         "output_map.moved(numbers, lambda x: frame.close(x[..., None]).squeeze(-1))", "numbers",
+         "forms/test_window.py::test_a_sequence_gives_what_it_gives_alone"),
         # an input gate
         ("a gate without a bound", "hf_linattn/forms/input_gate.py", "return LARGEST * torch.tanh(x.float() / LARGEST)", "return x.float()",
          "forms/test_input_gate.py::test_no_key_weighs_beyond_its_bound"),

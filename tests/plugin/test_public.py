@@ -31,7 +31,7 @@ DEFAULTS: dict[Any, dict[str, Any]] = {
 }  # fmt: skip
 POLYNOMIAL = {
     "kernel": "linear", "a": 1.0, "b": 1.0, "c": None, "temperature": 1.0, "normalize_qk": True, "decay": "none", "features": None,
-    "input_gate": "none", "feature_map": "none",
+    "input_gate": "none", "feature_map": "none", "output_map": "none",
 }  # fmt: skip
 OPTIONS = {"polynomial": POLYNOMIAL, "window": POLYNOMIAL | {"window": 64, "sinks": 4, "beside": "polynomial", "gate": "head"}}
 
