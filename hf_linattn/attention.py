@@ -23,7 +23,8 @@ from .values import attribute, require
 
 Number = float | Tensor
 KEEPS_SOFTMAX = "linattn_keeps_softmax"
-"""Of a converted model's attention modules: a compiled graph that asks for a layer's index is that layer's alone."""
+"""Of a converted model's attention modules: `softmax_layers` as they were loaded, and whether theirs is among them. A compiled graph that
+asks for a layer's index is that layer's alone."""
 SDPA_HAS_NOT = ("softcap", "s_aux", "sinks")  # what shapes softmax scores and PyTorch's SDPA has no argument for
 PACKED_IN_A_CACHE = (
     "Positions fall, so sequences are packed together, and the softmax layers of this model cannot tell them apart in a cache that is "
@@ -142,9 +143,9 @@ def keeps_softmax(module: nn.Module, options: LinAttnConfig) -> bool:
     """
     if not options.softmax_layers:
         return False
-    known: bool | None = getattr(module, KEEPS_SOFTMAX, None)
-    if known is not None:
-        return known
+    known: tuple[list[int], bool] | None = getattr(module, KEEPS_SOFTMAX, None)
+    if known is not None and known[0] == options.softmax_layers:
+        return known[1]
     index = getattr(module, "layer_idx", None)
     if index is None:
         raise ValueError(f"{type(module).__name__} does not know its layer's index, so linattn option softmax_layers cannot apply to it.")

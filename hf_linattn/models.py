@@ -115,7 +115,7 @@ def _attach_parameters(model: PreTrainedModel) -> None:
     windows = sliding_windows(config)
     for _, module in list(attention_modules(model)):
         keeps_softmax = module.layer_idx in options.softmax_layers
-        setattr(module, KEEPS_SOFTMAX, keeps_softmax)
+        setattr(module, KEEPS_SOFTMAX, (options.softmax_layers, keeps_softmax))
         if not keeps_softmax:
             width = next((child.in_features for child in module.modules() if isinstance(child, nn.Linear)), None)
             sizes = sizes_of(config, min(longest, windows[module.layer_idx] or longest), width)

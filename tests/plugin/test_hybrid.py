@@ -3,10 +3,11 @@
 import pytest
 import torch
 import transformers
-from tiny_models import CAUSAL, TEXT, tiny_model, tiny_tokens
-from transformers import DynamicCache
+from tiny_models import CAUSAL, TEXT, tiny_config, tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_linattn import LinearStateLayer
+from hf_linattn.models import config_class_for
 
 NEW = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
 
@@ -145,3 +146,16 @@ def test_a_kept_layer_computes_the_softmax_of_its_architecture(name):
     close(hybrid(ids, use_cache=False)[0], eager(ids, use_cache=False)[0])
     padded = [model(ids, attention_mask=mask, use_cache=False)[0][mask > 0] for model in (hybrid, eager)]
     close(*padded)
+
+
+@torch.no_grad()
+def test_other_layers_of_a_converted_model_keep_softmax_as_soon_as_its_options_say_so():
+    config = config_class_for("llama")(**tiny_config("llama").to_diff_dict(), linattn={"learnable": True, "softmax_layers": [1]})
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), tiny_tokens()
+    before = model(ids, use_cache=False).logits
+    model.config.linattn["softmax_layers"] = [0, 1]
+    assert (model(ids, use_cache=False).logits - before).abs().max() > 1e-4
+    check_cache(model)
+    model.config.linattn["softmax_layers"] = [0]
+    with pytest.raises(ValueError, match="asks for learnable parameters"):
+        model(ids, use_cache=False)
