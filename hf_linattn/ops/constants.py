@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 _constants: dict[Any, Tensor] = {}
+_captured: dict[int, Tensor] = {}
+"""What captured CUDA graphs may read whenever they are replayed, by identity."""
 
 
 def constant(signature: Any, make: Callable[[], Tensor], kept: dict[Any, Tensor] = _constants, most: int = 256) -> Tensor:
@@ -16,8 +18,10 @@ def constant(signature: Any, make: Callable[[], Tensor], kept: dict[Any, Tensor]
 
     Tensors are kept among small ones, or where the caller says: so many, then all are forgotten.
     """
+    if torch._C._len_torch_dispatch_stack():  # a mode of fake tensors, say, takes no others and makes none that others take
+        return make()
     if signature in kept:
-        return kept[signature]
+        return _for_replays(kept[signature])
     with torch.inference_mode(False), torch.no_grad():
         made = make()
     is_fake = type(made) is not Tensor or made.device.type == "meta"
@@ -27,3 +31,10 @@ def constant(signature: Any, make: Callable[[], Tensor], kept: dict[Any, Tensor]
         kept.clear()
     kept[signature] = made
     return made
+
+
+def _for_replays(x: Tensor) -> Tensor:
+    """`x`, never to be forgotten where a graph is being captured that reads it."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured[id(x)] = x
+    return x

@@ -1,10 +1,12 @@
 """What depends on sizes alone is made once, and only where it can be kept."""
 
+from types import SimpleNamespace
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from window_cases import make_tensors
 
-from hf_linattn.ops import blocks, window_attention
+from hf_linattn.ops import blocks, constants, window_attention
 from hf_linattn.ops.constants import constant
 
 
@@ -34,6 +36,26 @@ def test_what_has_no_numbers_is_not_kept():
         constant("x", lambda: torch.ones(3), kept)
     constant("x", lambda: torch.ones(3, device="meta"), kept)
     assert not kept
+
+
+def test_fake_tensors_behind_real_ones():
+    tensors = make_tensors(40, grad=False)
+    expected = window_attention(*tensors, window=8, sinks=2)
+    with FakeTensorMode() as mode:
+        assert window_attention(*map(mode.from_tensor, tensors), window=8, sinks=2).shape == expected.shape
+
+
+def test_what_a_captured_graph_reads_outlives_what_is_kept(monkeypatch):
+    kept, of_gpu = {}, SimpleNamespace(is_cuda=True)
+    kept["x"] = of_gpu
+    monkeypatch.setattr(constants, "_captured", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    constant("x", torch.ones, kept)
+    assert not constants._captured
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    constant("x", torch.ones, kept)
+    kept.clear()
+    assert of_gpu in constants._captured.values()
 
 
 def test_a_graph_keeps_nothing_for_other_calls():
