@@ -194,8 +194,9 @@ class LinearStateLayer(CacheLayerMixin):
         self.form = form
 
     def made(self, parameters: LinAttnParams | None, tokens: int) -> Made | None:
-        """What was made of the layer's numbers at the token before this one, see `Kept`; None where nothing is kept."""
-        if is_compiling():
+        """What was made of the layer's numbers at the token before this one, see `Kept`; None where nothing is kept, as by a graph that is
+        compiled or captured, which would read it at the next text as well."""
+        if is_compiling() or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None
         if tokens > 1:
             self._kept.forget()

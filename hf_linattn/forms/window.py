@@ -190,7 +190,8 @@ class Window(Form):
         if self.beside is None:
             return near
         gate = _as_outputs(numbers["gate"])
-        old = Call(call.query, leaving.key.to(call.key.dtype), leaving.value.to(call.value.dtype), leaving.real, made=call.made)
+        old = Call(call.query, leaving.key.to(call.key.dtype), leaving.value.to(call.value.dtype), leaving.real,
+                   scaling=call.scaling, made=call.made)  # fmt: skip
         far = attention_step(old, _of_the_kept(numbers, leaving.per_token), state["sums"])
         return mixed(near, far, gate, leaving.real[:, None, :, None])
 

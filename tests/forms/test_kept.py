@@ -75,6 +75,30 @@ def test_numbers_are_made_once_a_text(kind, monkeypatch):
     assert made == [["temperature_logit", "log_rate"]] * 2  # for the prompt, and for all tokens behind it
 
 
+def test_a_captured_graph_makes_its_numbers_itself(monkeypatch):
+    """Else a replay would read what they were, in memory that a reset gives back."""
+    model, (prompt, *tokens) = converted(STUDENTS[0]), tiny_tokens(1, 7).split([4, 1, 1, 1], 1)
+    cache, made, learned = DynamicCache(config=model.config), [], LinAttnParams.learned
+    monkeypatch.setattr(LinAttnParams, "learned", lambda self: made.append(self.names) or learned(self))
+    logits(model, cache, [prompt, tokens[0]])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    cache.layers[0].device = torch.device("cuda")  # as a layer of a GPU asks
+    logits(model, cache, tokens[1:])
+    assert len(made) == 4
+
+
+@pytest.mark.parametrize("normalize_qk", [True, False])
+def test_another_scaling_is_seen_by_the_next_token(normalize_qk):
+    options = {"form": "window", "window": 4, "kernel": "quadratic", "normalize_qk": normalize_qk}
+    model, (prompt, *tokens) = converted(options), tiny_tokens(1, 9).split([6, 1, 1, 1], 1)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache in caches:
+        logits(model, cache, [prompt, tokens[0]])
+    model.model.layers[0].self_attn.scaling *= 2
+    caches[1].layers[0]._kept.forget()
+    assert torch.equal(*(logits(model, cache, tokens[1:]) for cache in caches))
+
+
 @pytest.mark.parametrize("ends", ["a reset", "several tokens"])
 def test_what_is_written_uncounted_is_seen_at_the_latest_by_the_next_text(ends):
     model, (prompt, *tokens) = converted(STUDENTS[0]), tiny_tokens(1, 9).split([4, 1, 1, 2, 1], 1)
