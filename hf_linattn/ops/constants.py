@@ -18,8 +18,8 @@ def constant(signature: Any, make: Callable[[], Tensor], kept: dict[Any, Tensor]
 
     Tensors are kept among small ones, or where the caller says: so many, then all are forgotten.
     """
-    if torch._C._len_torch_dispatch_stack():  # a mode of fake tensors, say, takes no others and makes none that others take
-        return make()
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return make()  # a mode of fake tensors, say, takes no others and makes none that others take; those of torch.func have no memory
     if signature in kept:
         return _for_replays(kept[signature])
     with torch.inference_mode(False), torch.no_grad():

@@ -45,6 +45,16 @@ def test_fake_tensors_behind_real_ones():
         assert window_attention(*map(mode.from_tensor, tensors), window=8, sinks=2).shape == expected.shape
 
 
+def test_what_transforms_wrap_is_not_kept():
+    """It has no memory of its own to be given to a kernel."""
+    kept = {}
+    weighed = lambda x: (x * constant("x", lambda: torch.ones(3), kept)).sum()  # noqa: E731
+    torch.func.functionalize(weighed)(torch.ones(3))
+    torch.func.grad(weighed)(torch.ones(3))
+    torch.vmap(weighed)(torch.ones(2, 3))
+    assert not kept
+
+
 def test_what_a_captured_graph_reads_outlives_what_is_kept(monkeypatch):
     kept, of_gpu = {}, SimpleNamespace(is_cuda=True)
     kept["x"] = of_gpu
