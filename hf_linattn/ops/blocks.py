@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .constants import constant
-from .folds import Columns, Rows
+from .folds import columns_of_blocks, rows_of_blocks
 from .frame import Frame
 
 # Without cuDNN: a training went wrong with it where the incoming gradient lay in memory otherwise than the output (torch 2.11, H200); that
@@ -62,7 +62,7 @@ def attend_by_block(query: Tensor, frame: Frame, scaling: float | None, keep: bo
     cut = Cut.of(frame)
     batch, heads = query.shape[:2]
     groups = heads // frame.key.shape[1]
-    rows = Rows.apply(F.pad(query, (0, 0, 0, cut.rest)) if cut.rest else query, cut.size, groups)
+    rows = rows_of_blocks(F.pad(query, (0, 0, 0, cut.rest)) if cut.rest else query, cut.size, groups)
     if frame.runs is None:
         make = lambda: _bias(_visible(frame, cut), batch, groups, query.dtype)  # noqa: E731
         signature = ("bias", cut, frame.window, frame.sinks, batch, groups, query.dtype, query.device)
@@ -80,7 +80,7 @@ def _columns(frame: Frame, cut: Cut, keep: bool) -> tuple[Tensor, Tensor]:
         return frame.key, frame.value
     sinks = _seen_sinks(frame, cut)
     index = _index(frame, cut, sinks, keep)
-    keys, values = (Columns.apply(x, index, cut.size, sinks) for x in (frame.key, frame.value))
+    keys, values = (columns_of_blocks(x, index, cut.size, sinks) for x in (frame.key, frame.value))
     return keys, values
 
 
@@ -90,7 +90,7 @@ def _columns_in_runs(frame: Frame, cut: Cut, keep: bool) -> tuple[Tensor, Tensor
     near = [frame.key, frame.value]
     if cut.count > 1:
         index = _index(frame, cut, 0, keep)
-        near = [Columns.apply(x, index, cut.size, 0) for x in near]
+        near = [columns_of_blocks(x, index, cut.size, 0) for x in near]
     sinks = frame.sinks_of((blocks + frame.front - 1).clamp(min=0))
     keys, values = (torch.cat([sink.transpose(1, 2).flatten(0, 1), x], 2) for sink, x in zip(sinks, near, strict=True))
     return keys, values

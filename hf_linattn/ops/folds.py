@@ -1,4 +1,7 @@
-"""Tokens laid out as blocks of a window, and their gradients laid back: one copy each, where autograd's views take one for every step."""
+"""Tokens laid out as blocks of a window, and their gradients laid back: one copy each, where autograd's views take one for every step.
+
+Transforms of torch.func go through the views: they ask for second derivatives, and for rules that such functions have not.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,38 @@ from torch import Tensor
 from .checks import check_first_derivative
 
 
-class Rows(torch.autograd.Function):
+def rows_of_blocks(query: Tensor, size: int, groups: int) -> Tensor:
     """Queries (B, Hq, count size, D) as rows (B count, Hk, groups size, D)."""
+    return _rows(query, size, groups) if torch._C._are_functorch_transforms_active() else _Rows.apply(query, size, groups)
 
+
+def columns_of_blocks(x: Tensor, index: Tensor, size: int, sinks: int) -> Tensor:
+    """Of keys (B, H, C, D) what each of `count` blocks sees, (B count, H, S + 2 size, D): the sinks, the block before it, and its own.
+
+    `index` holds these columns, block after block. C is `count` blocks, or one more where another lies in front of the first; the last may
+    be short.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return _columns(x, index, size, sinks)
+    return _Columns.apply(x, index, size, sinks)
+
+
+def _rows(query: Tensor, size: int, groups: int) -> Tensor:
+    batch, heads, length, width = query.shape
+    blocks = query.unflatten(2, (length // size, size)).transpose(1, 2)
+    return blocks.reshape(batch * (length // size), heads // groups, groups * size, width)
+
+
+def _columns(x: Tensor, index: Tensor, size: int, sinks: int) -> Tensor:
+    found = x.transpose(1, 2).index_select(1, index)
+    return found.unflatten(1, (-1, sinks + 2 * size)).flatten(0, 1).transpose(1, 2)
+
+
+class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, size: int, groups: int) -> Tensor:
-        batch, heads, length, width = ctx.shape = query.shape
-        ctx.size = size
-        blocks = query.unflatten(2, (length // size, size)).transpose(1, 2)
-        return blocks.reshape(batch * (length // size), heads // groups, groups * size, width)
+        ctx.shape, ctx.size = query.shape, size
+        return _rows(query, size, groups)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -30,18 +56,11 @@ class Rows(torch.autograd.Function):
         return out.transpose(1, 2), None, None
 
 
-class Columns(torch.autograd.Function):
-    """Of keys (B, H, C, D) what each of `count` blocks sees, (B count, H, S + 2 size, D): the sinks, the block before it, and its own.
-
-    `index` holds these columns, block after block. C is `count` blocks, or one more where another lies in front of the first; the last may
-    be short.
-    """
-
+class _Columns(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, size: int, sinks: int) -> Tensor:
         ctx.shape, ctx.size, ctx.sinks = x.shape, size, sinks
-        found = x.transpose(1, 2).index_select(1, index)
-        return found.unflatten(1, (-1, sinks + 2 * size)).flatten(0, 1).transpose(1, 2)
+        return _columns(x, index, size, sinks)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

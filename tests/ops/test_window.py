@@ -226,3 +226,20 @@ def test_tensors_that_do_not_fit_are_refused():
     query, key, value = make_tensors(9, grad=False)
     with pytest.raises(ValueError, match="as many keys as queries"):
         window_attention(query[:, :, :5], key, value, window=4)
+
+
+def test_transforms_of_torch_func():
+    """They go through plain views, so that gradients, batches and gradients of batches are what autograd and a loop give."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, heads, 20, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)]
+
+    def loss(query, key, value):
+        return window_attention(query, key, value, window=5, sinks=2).square().sum()
+
+    leaves = [x.clone().requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    whole = torch.func.grad(loss, (0, 1, 2))(*tensors)
+    single = torch.func.vmap(torch.func.grad(lambda *rows: loss(*(x[None] for x in rows)), (0, 1, 2)))(*tensors)
+    for found in (whole, single):
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
