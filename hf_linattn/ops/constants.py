@@ -18,8 +18,8 @@ def constant(signature: Any, make: Callable[[], Tensor], kept: dict[Any, Tensor]
 
     Tensors are kept among small ones, or where the caller says: so many, then all are forgotten.
     """
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return make()  # a mode of fake tensors, say, takes no others and makes none that others take; those of torch.func have no memory
+    if _is_traced() or torch._C._are_functorch_transforms_active():
+        return make()  # fake tensors take no others and are none that others take; those of torch.func have no memory
     if signature in kept:
         return _for_replays(kept[signature])
     with torch.inference_mode(False), torch.no_grad():
@@ -31,6 +31,12 @@ def constant(signature: Any, make: Callable[[], Tensor], kept: dict[Any, Tensor]
         kept.clear()
     kept[signature] = made
     return made
+
+
+def _is_traced() -> bool:
+    """Whether tensors are fake, or stand for what a graph will compute."""
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL))
 
 
 def _for_replays(x: Tensor) -> Tensor:
