@@ -49,6 +49,28 @@ struct Coefficients {
   __device__ __forceinline__ void operator*=(float x) { a *= x, beta *= x, gamma *= x; }
 };
 
+// Products of a warp's own 16 rows, `kept` in registers or else at `offset` of their tile, with those of a step of others.
+template <typename T, int HALVES, bool KEPT, int D, int COUNT>
+__device__ __forceinline__ void add_products(float (&sums)[2 * HALVES][4], const uint32_t (&kept)[COUNT][4], const Blocks<D> &own, uint32_t offset, const Blocks<D> &others,
+                                             int step) {
+#pragma unroll
+  for (int block = 0; block < D / 16; ++block) {
+    uint32_t x[4];
+    if constexpr (KEPT) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = kept[block][i];
+    } else {
+      ldmatrix(x, own.at(0, block) + offset);
+    }
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      uint32_t y[4];
+      ldmatrix(y, others.at(half, block) + step * HALVES * Tile<D>::kBlockBytes);
+      Element<T>::mma(sums[2 * half], x, y[0], y[1]), Element<T>::mma(sums[2 * half + 1], x, y[2], y[3]);
+    }
+  }
+}
+
 // Takes the part along x away from the gradient of x / |x|; `scale` undoes |x|, or nothing where vectors are used as they are.
 template <typename T, int BLOCKS>
 __device__ __forceinline__ void project(float (&acc)[2 * BLOCKS][4], const Blocks<16 * BLOCKS> &x, uint32_t offset, const float (&scale)[2]) {

@@ -58,30 +58,8 @@ template <int K, int V, bool GATED> struct GradientColumns {
 
   // s = k q^T and d = v w^T of a step's queries.
   __device__ __forceinline__ void multiply(float (&s)[2 * HALVES][4], float (&d)[2 * HALVES][4], const Blocks<K> &q_across, const Blocks<V> &w_across, int step) {
-#pragma unroll
-    for (int block = 0; block < KEY_BLOCKS; ++block) {
-      uint32_t loaded[4];
-      if constexpr (!S::KEEPS_ROWS) ldmatrix(loaded, k_blocks.at(0, block) + key_stripe);
-      const uint32_t (&k)[4] = S::KEEPS_ROWS ? kept_k[S::KEEPS_ROWS ? block : 0] : loaded;
-#pragma unroll
-      for (int half = 0; half < HALVES; ++half) {
-        uint32_t q[4];
-        ldmatrix(q, q_across.at(half, block) + step * HALVES * Tile<K>::kBlockBytes);
-        E::mma(s[2 * half], k, q[0], q[1]), E::mma(s[2 * half + 1], k, q[2], q[3]);
-      }
-    }
-#pragma unroll
-    for (int block = 0; block < VALUE_BLOCKS; ++block) {
-      uint32_t loaded[4];
-      if constexpr (!S::KEEPS_ROWS) ldmatrix(loaded, v_blocks.at(0, block) + value_stripe);
-      const uint32_t (&v)[4] = S::KEEPS_ROWS ? kept_v[S::KEEPS_ROWS ? block : 0] : loaded;
-#pragma unroll
-      for (int half = 0; half < HALVES; ++half) {
-        uint32_t w[4];
-        ldmatrix(w, w_across.at(half, block) + step * HALVES * Tile<V>::kBlockBytes);
-        E::mma(d[2 * half], v, w[0], w[1]), E::mma(d[2 * half + 1], v, w[2], w[3]);
-      }
-    }
+    add_products<T, HALVES, S::KEEPS_ROWS>(s, kept_k, k_blocks, key_stripe, q_across, step);
+    add_products<T, HALVES, S::KEEPS_ROWS>(d, kept_v, v_blocks, value_stripe, w_across, step);
   }
 
   // Products of two neighbouring queries, `column` of the tile whose first is `first`, into their weights in dk (s) and dv (d). f: of each of the lane's keys.

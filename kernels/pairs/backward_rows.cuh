@@ -47,30 +47,8 @@ template <int K, int V, bool GATED> struct GradientRows {
 
   // s = q k^T and d = w v^T of a step's keys.
   __device__ __forceinline__ void multiply(float (&s)[2 * HALVES][4], float (&d)[2 * HALVES][4], const Blocks<K> &k_across, const Blocks<V> &v_across, int step) {
-#pragma unroll
-    for (int block = 0; block < KEY_BLOCKS; ++block) {
-      uint32_t loaded[4];
-      if constexpr (!S::KEEPS_ROWS) ldmatrix(loaded, q_blocks.at(0, block) + query_stripe);
-      const uint32_t (&q)[4] = S::KEEPS_ROWS ? kept_q[S::KEEPS_ROWS ? block : 0] : loaded;
-#pragma unroll
-      for (int half = 0; half < HALVES; ++half) {
-        uint32_t k[4];
-        ldmatrix(k, k_across.at(half, block) + step * HALVES * Tile<K>::kBlockBytes);
-        E::mma(s[2 * half], q, k[0], k[1]), E::mma(s[2 * half + 1], q, k[2], k[3]);
-      }
-    }
-#pragma unroll
-    for (int block = 0; block < VALUE_BLOCKS; ++block) {
-      uint32_t loaded[4];
-      if constexpr (!S::KEEPS_ROWS) ldmatrix(loaded, w_blocks.at(0, block) + grad_stripe);
-      const uint32_t (&w)[4] = S::KEEPS_ROWS ? kept_w[S::KEEPS_ROWS ? block : 0] : loaded;
-#pragma unroll
-      for (int half = 0; half < HALVES; ++half) {
-        uint32_t v[4];
-        ldmatrix(v, v_across.at(half, block) + step * HALVES * Tile<V>::kBlockBytes);
-        E::mma(d[2 * half], w, v[0], v[1]), E::mma(d[2 * half + 1], w, v[2], v[3]);
-      }
-    }
+    add_products<T, HALVES, S::KEEPS_ROWS>(s, kept_q, q_blocks, query_stripe, k_across, step);
+    add_products<T, HALVES, S::KEEPS_ROWS>(d, kept_w, w_blocks, grad_stripe, v_across, step);
   }
 
   // Products into the keys' weights in dq; column: of two neighbouring keys in the tile, first: the tile's first. NEAR: not all pairs are seen, or gated alike.
