@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ class LinAttnParams(nn.Module):
     ) -> None:
         super().__init__()
         self.names, self.matrices, self.learnable, self.hidden_size = list(numbers), list(matrices), learnable, hidden_size
-        self.entered: list[Tensor] = []  # hidden states that were not taken yet; a list, since a module takes its time to set an attribute
+        # hidden states that were not taken yet, by the thread that runs the model; and those of a graph that is traced, which knows no threads
+        self.entered: dict[int, Tensor] = {}
+        self.traced: list[Tensor] = []
         for name, heads in numbers.items():
             # A buffer and not a frozen parameter: loading a checkpoint makes every parameter require a gradient again.
             self.register_buffer(name, torch.empty(heads, dtype=torch.float32))
@@ -106,11 +109,16 @@ class LinAttnParams(nn.Module):
 
     def leave_hidden_states(self, hidden: Tensor) -> None:
         """What enters the layer's attention, for `take_hidden_states`."""
-        self.entered[:] = [hidden]
+        if torch.compiler.is_compiling():
+            self.traced[:] = [hidden]
+        else:
+            self.entered[get_ident()] = hidden
 
     def take_hidden_states(self) -> Tensor | None:
         """The hidden states (B, N, hidden_size) that entered the layer's attention, once."""
-        return self.entered.pop() if self.entered else None
+        if not torch.compiler.is_compiling() and (thread := get_ident()) in self.entered:
+            return self.entered.pop(thread)
+        return self.traced.pop() if self.traced else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinAttnParams:
         before = dict(self.named_buffers())

@@ -1,8 +1,12 @@
 """generate() in all its forms gives what full forward passes give."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 from byte_models import TOKENS, byte_tokenizer
+from learned import learned_model
 from tiny_models import CAUSAL, tiny_model, tiny_tokens
 from transformers import CompileConfig, pipeline
 from transformers.generation import BaseStreamer
@@ -137,6 +141,22 @@ def test_the_same_bits_from_the_same_seed(student):
         out = generate(student, tiny_tokens(), do_sample=True, return_dict_in_generate=True, output_scores=True)
         scores.append(torch.stack(out.scores))
     assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("options", [{**WINDOW, "gate": "token"}, {"decay": "token", "output_map": "gate"}], ids=str)
+def test_threads_share_a_model(options):
+    """Each text goes on by the hidden states of its own, though another enters every layer before the first has left it."""
+    model, texts, both = learned_model(**options), [tiny_tokens(1, 9, seed=1), tiny_tokens(1, 9, seed=2)], Barrier(2, timeout=60)
+    alone = [generate(model, ids) for ids in texts]
+
+    def wait(*_):
+        both.wait()
+
+    for layer in model.model.layers:  # its projections come behind what is kept of hidden states, and before attention
+        layer.self_attn.q_proj.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(lambda ids: generate(model, ids), texts))
+    assert all(map(torch.equal, together, alone))
 
 
 def test_a_pipeline_of_batches_gives_what_each_prompt_gives_alone(student):
