@@ -36,9 +36,8 @@ class LinAttnParams(nn.Module):
     ) -> None:
         super().__init__()
         self.names, self.matrices, self.learnable, self.hidden_size = list(numbers), list(matrices), learnable, hidden_size
-        # hidden states that were not taken yet, by the thread that runs the model; and those of a graph that is traced, which knows no threads
-        self.entered: dict[int, Tensor] = {}
-        self.traced: list[Tensor] = []
+        self.entered: dict[int, Tensor] = {}  # hidden states that were not taken yet, by the thread that runs the model
+        self.traced: list[Tensor] = []  # those of a graph that is traced, which knows no threads
         for name, heads in numbers.items():
             # A buffer and not a frozen parameter: loading a checkpoint makes every parameter require a gradient again.
             self.register_buffer(name, torch.empty(heads, dtype=torch.float32))
