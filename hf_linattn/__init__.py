@@ -6,7 +6,7 @@ and the Auto classes of converted checkpoints.
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from . import adapters, cache, choice, models  # noqa: F401  (models registers the Auto classes)
+from . import adapters, assisted, cache, choice, models  # noqa: F401  (models registers the Auto classes)
 from .attention import linattn_attention
 from .cache import LinearStateLayer, StaticLinearStateLayer, cache_bytes
 from .config import NAME, LinAttnConfig
@@ -23,6 +23,7 @@ AttentionMaskInterface.register(NAME, linattn_mask)
 cache.install()
 choice.install()
 adapters.install()
+assisted.install()
 
 __all__ = [
     "DropoutCallback",

@@ -22,7 +22,7 @@ from .counted import digest, joined
 from .forms import Call, Form, LinAttnParams, Numbers, Sizes, State
 from .forms.kept import Kept, Made
 from .hand_over import FILLED, NEVER_READ, hand_over, receive
-from .rollback import RecentTokens
+from .rollback import KEPT_TOKENS, RecentTokens
 from .support import require_attention_interface
 
 MIXED = NAME + "_mixed"
@@ -72,9 +72,10 @@ class LinearStateLayer(CacheLayerMixin):
         self.keys = next(iter(state.values()))  # under the name of what Transformers registers as a buffer to export, and moves
 
     def nbytes(self) -> int:
-        """Bytes of the state, of all readers."""
+        """Bytes of the state and of what was recorded for `crop`, of all readers."""
         own = 0 if self._state is None else sum(tensor.nbytes for tensor in self._state.values())
-        return own + sum(reader.nbytes() for reader in self._more)
+        recent = 0 if self._recent is None else self._recent.nbytes()
+        return own + recent + sum(reader.nbytes() for reader in self._more)
 
     @property
     def left_out(self) -> Tensor | None:
@@ -251,6 +252,12 @@ class LinearStateLayer(CacheLayerMixin):
         """From the next token on, keeps the recent keys and values, so that `crop` can take tokens back."""
         self.record_past = True
 
+    def stop_past_recording(self) -> None:
+        """From now on no token can be taken back, and what was recorded is let go."""
+        self.record_past = False
+        for reader in (self, *self._more):
+            reader._recent = None
+
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last `-tokens_to_remove` tokens back out of the state.
 
@@ -266,8 +273,9 @@ class LinearStateLayer(CacheLayerMixin):
         recorded = 0 if self._recent is None else self._recent.count
         if count > recorded or self._recent is None:
             raise RuntimeError(
-                f"A linear attention cache cannot take {count} tokens back: it has recorded the last {recorded}. Call "
-                "cache.activate_past_recording() before the tokens that may have to go, or start again from an empty cache."
+                f"A linear attention cache cannot take {count} tokens back: it has recorded the last {recorded}, and keeps {KEPT_TOKENS} "
+                "however many come. Draft fewer at once, call cache.activate_past_recording() before the tokens that may have to go, or "
+                "start again from an empty cache."
             )
         for reader in (self, *self._more):
             reader._take_back(count)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.compiler import is_compiling
 from transformers import PreTrainedConfig
@@ -125,32 +126,39 @@ class LinAttnConfig:
             setattr(config, NAME, self.to_dict())
 
 
-_known: dict[int, tuple[dict[str, Any], LinAttnConfig]] = {}
+class _Known(NamedTuple):
+    config: weakref.ref[PreTrainedConfig]
+    stored: dict[str, Any]
+    options: LinAttnConfig
+    layers: int  # there were then: a model that exits early, to draft for itself, says for a while that it has fewer
 
 
-def _known_options(model_config: PreTrainedConfig) -> LinAttnConfig:
-    """`LinAttnConfig.of`, made and checked once for the same content: it is asked for at every token."""
-    stored = attribute(model_config, NAME, None)
-    if is_compiling() or not isinstance(stored, dict):
-        return LinAttnConfig.of(model_config)
-    known = _known.get(id(stored))
-    if known is None or known[0] != stored:
-        if len(_known) >= 256:
-            _known.clear()
-        known = _known[id(stored)] = copy.deepcopy(stored), LinAttnConfig.of(model_config)
-    return known[1]
+_known: dict[int, _Known] = {}
 
 
 def softmax_layers(model_config: PreTrainedConfig) -> set[int]:
-    """The layers of a model that keep softmax attention.
+    """The layers of a model that keep softmax attention; made and checked once for the same options, for it is asked for at every token.
 
     Raises:
         ValueError: the option names a layer that the model does not have.
     """
-    kept = set(_known_options(model_config).softmax_layers)
-    layers = model_config.get_text_config().num_hidden_layers if kept else 0
-    if kept and max(kept) >= layers:
-        last = layers - 1
+    stored = attribute(model_config, NAME, None)
+    if is_compiling() or not isinstance(stored, dict):
+        return set(LinAttnConfig.of(model_config).softmax_layers)
+    known = _known.get(id(model_config))
+    if known is None or known.config() is not model_config or known.stored != stored:
+        if len(_known) >= 256:
+            _known.clear()
+        known = _Known(
+            weakref.ref(model_config),
+            copy.deepcopy(stored),
+            LinAttnConfig.of(model_config),
+            model_config.get_text_config().num_hidden_layers,
+        )
+        _known[id(model_config)] = known
+    kept = set(known.options.softmax_layers)
+    if kept and max(kept) >= known.layers:
+        last = known.layers - 1
         raise ValueError(f"linattn option softmax_layers names layer {max(kept)}, but the model has layers 0 to {last}.")
     return kept
 

@@ -29,6 +29,9 @@ class RecentTokens:
     def count(self) -> int:
         return self.tokens["real"].shape[2]
 
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*(self.state or {}).values(), *self.tokens.values()))
+
     def append(self, tokens: Tokens, real: Tensor | None) -> None:
         """Adds tokens at the end, `real` (B, N) False at padding, and folds the oldest into the state once there are too many."""
         some = next(iter(tokens.values()))

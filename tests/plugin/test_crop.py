@@ -5,7 +5,7 @@ import torch
 from tiny_models import tiny_model, tiny_tokens
 from transformers import DynamicCache
 
-from hf_linattn import rollback
+from hf_linattn import cache_bytes, rollback
 
 OPTIONS = [{}, {"decay": "head"}, {"kernel": "quadratic"}]
 
@@ -62,6 +62,8 @@ def test_what_is_kept_is_bounded(model, monkeypatch):
     cache = recording_cache(model)
     full = feed(model, ids, cache, [19, *[1] * 21])
     assert cache.layers[0]._recent.count <= 10
+    held = [x for layer in cache.layers for state in (layer.state, layer._recent.state, layer._recent.tokens) for x in state.values()]
+    assert cache_bytes(cache) == sum(x.nbytes for x in held)
     cache.crop(-5)
     torch.testing.assert_close(feed(model, ids[:, 35:], cache, 5), full[:, 35:], atol=1e-4, rtol=0)
 

@@ -8,8 +8,10 @@ import torch
 from byte_models import TOKENS, byte_tokenizer
 from learned import learned_model
 from tiny_models import CAUSAL, tiny_model, tiny_tokens
-from transformers import CompileConfig, pipeline
+from transformers import CompileConfig, DynamicCache, pipeline
 from transformers.generation import BaseStreamer
+
+import hf_linattn
 
 WINDOW = {"form": "window", "window": 5, "sinks": 2, "decay": "head"}
 STUDENTS = [  # the kinds of layers that a conversion makes, and mixtures of them
@@ -107,6 +109,35 @@ def test_an_assistant_model_drafts(model):
     assistant = tiny_model("llama", scale=1.5)
     ids = tiny_tokens(1)
     assert torch.equal(generate(model, ids, assistant_model=assistant), generate(model, ids))
+
+
+@pytest.mark.parametrize("options", [{"decay": "head"}, {**WINDOW, "softmax_layers": [1]}], ids=str)
+def test_a_model_drafts_by_its_first_layers(options):
+    """While it does, its config says that there are fewer layers than one that keeps softmax."""
+    model, ids = tiny_model("llama", **options), tiny_tokens(1)
+    expected = generate(model, ids)
+    assert torch.equal(generate(tiny_model("llama", **options), ids, assistant_early_exit=1), expected)
+
+
+@pytest.mark.parametrize("drafts", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}], ids=str)
+def test_drafts_behind_a_cache_that_has_begun_the_text_are_refused(drafts):
+    """Transformers would give the model the whole text once more. An empty cache is as good as none, and does not record on."""
+    model, ids = tiny_model("llama", decay="head"), tiny_tokens(1, 8).repeat(1, 3)
+    drafts = {name: model if value is True else value for name, value in drafts.items()}
+    cache = DynamicCache(config=model.config)
+    first = generate(model, ids, past_key_values=cache, return_dict_in_generate=True, **drafts)
+    assert torch.equal(first.sequences, generate(model, ids))
+    assert first.past_key_values is cache and hf_linattn.cache_bytes(cache) == hf_linattn.cache_bytes(model(ids).past_key_values)
+    longer = torch.cat([first.sequences, ids], 1)
+    with pytest.raises(ValueError, match="gives the model the whole text again, and past_key_values has seen 31 tokens of it already"):
+        generate(model, longer, past_key_values=cache, **drafts)
+    assert torch.equal(generate(model, longer, past_key_values=cache), generate(model, longer))
+
+
+def test_more_drafts_than_can_be_taken_back_are_refused():
+    model, ids = tiny_model("llama", decay="head"), tiny_tokens(1, 600).repeat(1, 2)
+    with pytest.raises(RuntimeError, match="cannot take 560 tokens back: it has recorded the last 256, .* Draft fewer at once"):
+        generate(model, ids, prompt_lookup_num_tokens=560, max_new_tokens=570)
 
 
 @pytest.fixture(params=STUDENTS, ids=lambda v: "-".join([v[0], *map(str, v[1].values())]))
