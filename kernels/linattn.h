@@ -85,11 +85,50 @@ int linattn_backward(const linattn_problem *problem, const linattn_backward_data
 // sequence whose key_segments are not above 0 has no new token: its state stays and its output is 0.
 void linattn_plan_step(const linattn_problem *problem, const linattn_forward_result *result, linattn_plan *plan);
 int linattn_step(const linattn_problem *problem, const linattn_forward_result *result, const linattn_plan *plan);
+
+// One new token a sequence of softmax over the last `window` tokens and the first `sinks`, kept in a ring that takes the token in.
+typedef struct {
+  int32_t batch, query_heads, key_heads, head_dim, value_dim, window, sinks;
+  linattn_dtype dtype;                    // of the token, the ring, out and the matrices beside it
+  float scaling;                          // of the scores
+  linattn_tensor query, key, value, out;  // of length 1
+  linattn_tensor ring_key, ring_value;    // (batch, key_heads, sinks + window, .): the sinks in front, token t in slot sinks + t mod window
+  int64_t *seen;                          // (batch): tokens so far, counted on
+  const uint8_t *real;                    // (batch), row stride real_stride, or null: 0 where a sequence has no new token, and its output is 0
+  int64_t real_stride;
+  void *workspace;                        // of the plan's workspace_bytes
+  void *stream;                           // cudaStream_t
+} linattn_window;
+
+// Linear attention over the tokens that have left the window, whose output is mixed with the window's. Pointers marked "or null" are absent
+// when null. M numbers of a query and a key are what f is taken of: `features`.
+typedef struct {
+  int32_t state_heads, features, degree, normalize_qk;
+  float *state;                           // as result->state of a step; with an input gate the values have one column more
+  const float *coefficients;              // (4, query_heads)
+  const float *log_decay;                 // (state_heads), or (batch, key_heads) of the new token, or null
+  int32_t log_decay_per_token;
+  const float *log_input_gate;            // (batch, key_heads) of the new token, or null: a key weighs exp of that as well
+  float *kept;                            // (batch, n key_heads, window): log_decay of each token and log_input_gate, those that there are
+  const void *query_matrix, *key_matrix;  // (query_heads, head_dim, columns) and (key_heads, head_dim, columns), or null: f of q and k themselves
+  const void *key_center;                 // (key_heads, head_dim), taken from a key first, or null
+  int32_t is_map;                         // features are softmax([x W, -x W]), M = 2 columns, else x W
+  const float *gate;                      // (batch or 1, query_heads), row stride gate_stride: the window's share of the output
+  int64_t gate_stride;
+  const float *output_power, *output_log_scale;  // (query_heads), or null: the branch's output o becomes o exp(log_scale) / rms(o)^power
+  const float *output_gate;               // (batch, query_heads), or null: and is multiplied by it
+} linattn_beside;
+
+// `beside` may be null: then the window is all that is seen. The plan's engine is LINATTN_NONE where a window is not taken.
+void linattn_plan_window_step(const linattn_window *window, const linattn_beside *beside, linattn_plan *plan);
+int linattn_window_step(const linattn_window *window, const linattn_beside *beside, const linattn_plan *plan);
+
 const char *linattn_error_string(int code);
 
 // The architectures compiled in, as "sm_80 sm_90a compute_80".
 const char *linattn_architectures(void);
-// sizeof of linattn_problem (0), linattn_forward_result (1), linattn_backward_data (2) and linattn_plan (3): a caller compares them with its own.
+// sizeof of linattn_problem (0), linattn_forward_result (1), linattn_backward_data (2), linattn_plan (3), linattn_window (4) and linattn_beside
+// (5): a caller compares them with its own.
 int64_t linattn_struct_bytes(int which);
 
 #ifdef __cplusplus

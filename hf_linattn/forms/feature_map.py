@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.beside import softmax_features
 from .form import Call, Numbers, Sizes
 from .kept import once
-from .projection import of_each_head
 
 CHOICES = ("none", "hedgehog")
 QUERY, KEY = "query_map", "key_map"
@@ -21,8 +21,6 @@ WEIGHTS: Numbers = {"a": 0.0, "b": 1.0, "c": 0.0, "temperature": 1.0, "normalize
 """Of the operators: the inner product of features, as it is."""
 OF_F = {"kernel": "linear", "a": 1.0, "b": 1.0, "c": 0.0, "temperature": 1.0, "normalize_qk": True, "features": None}
 """Options that a feature map knows nothing of, where they are not given."""
-LEAST = 2.0**-24
-"""Of a feature: the least above 0 that float16 holds. Without it a query whose features lie where all keys have none would see nothing."""
 
 
 def refuse_of_f(options: Any) -> None:
@@ -45,18 +43,16 @@ def start(shape: tuple[int, ...]) -> Tensor:
     return torch.eye(shape[-1], device="cpu").expand(shape)
 
 
+def matrices_in(dtype: torch.dtype, numbers: Numbers) -> tuple[Tensor, Tensor]:
+    """The matrices in the dtype of queries."""
+    return numbers[QUERY].to(dtype), numbers[KEY].to(dtype)
+
+
 def mapped(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
     """The call with the features of queries and keys, and the numbers to weigh them with; both as they are where there is no map."""
     if QUERY not in numbers:
         return call, numbers
     dtype = call.query.dtype
-    of_query, of_key = once(call.made, ("maps", dtype), lambda: (numbers[QUERY].to(dtype), numbers[KEY].to(dtype)))
+    of_query, of_key = once(call.made, ("maps", dtype), lambda: matrices_in(dtype, numbers))
     rest = {name: number for name, number in numbers.items() if name not in (QUERY, KEY)}
-    return call._replace(query=_features(call.query, of_query), key=_features(call.key, of_key)), rest | WEIGHTS
-
-
-def _features(x: Tensor, matrices: Tensor) -> Tensor:
-    """phi of (B, H, N, D): (B, H, N, 2 D), in the dtype of `x` but from a softmax of at least float32."""
-    y = of_each_head(x, matrices)
-    exact = torch.float64 if y.dtype == torch.float64 else torch.float32
-    return torch.cat([y, -y], -1).softmax(-1, dtype=exact).clamp(min=LEAST).to(x.dtype)
+    return call._replace(query=softmax_features(call.query, of_query), key=softmax_features(call.key, of_key)), rest | WEIGHTS

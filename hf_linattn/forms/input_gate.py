@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import beside
 from .form import Call, Numbers
 
 CHOICES = ("none", "token")
@@ -28,13 +29,5 @@ def weighed(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
     """The call with the values (e^u v, e^u), and the numbers that are left; both as they are where there is no gate."""
     if NAME not in numbers:
         return call, numbers
-    log_gate = numbers[NAME].to(torch.float64 if call.value.dtype == torch.float64 else torch.float32)
-    gate = (log_gate if log_gate.dim() == 3 else log_gate[:, None]).exp()[..., None].to(call.value.dtype)
-    value = torch.cat([call.value * gate, gate.expand(*call.value.shape[:3], 1)], -1)
+    value = beside.weighed(call.value, numbers[NAME])
     return call._replace(value=value), {name: number for name, number in numbers.items() if name != NAME}
-
-
-def quotient(out: Tensor) -> Tensor:
-    """(B, Hq, N, Dv) of what the operators give for such values, (B, Hq, N, Dv + 1): 0 for a token that sees nothing."""
-    share = out[..., -1:]
-    return out[..., :-1] / share.masked_fill(share == 0, 1)

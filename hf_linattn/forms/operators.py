@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ops import linear_attention, reference
+from ..ops.beside import quotient
 from ..ops.functional import noisy
 from ..ops.step import step_by
 from ..ops.weights import Weights, weights_of
@@ -44,7 +45,7 @@ def attention(call: Call, numbers: Numbers, late: int = 0, **options: Any) -> tu
     )
     out, state = result if options.get("return_state") else (result, None)
     if gated:
-        out = input_gate.quotient(out)
+        out = quotient(out)
         out = noisy(out, call.noise["dropout_p"]) if call.noise else out
     return output_map.mapped(out, numbers), state
 
@@ -55,14 +56,14 @@ def attention_step(call: Call, numbers: Numbers, sums: Tensor) -> Tensor:
     own = per_token(rest).get("log_decay")
     weights = once(call.made, ("weights", call.scaling, call.query.dtype), lambda: _weights(given, rest, own is None))
     out = step_by(weights, given.query, given.key, given.value, sums, own, call.segments)
-    return output_map.mapped(input_gate.quotient(out) if input_gate.NAME in numbers else out, numbers)
+    return output_map.mapped(quotient(out) if input_gate.NAME in numbers else out, numbers)
 
 
 def attention_reference(call: Call, numbers: Numbers, **options: Any) -> Tensor:
     """`reference`, in the dtype of the call."""
     given, rest = _given(call, numbers)
     out = reference(given.query, given.key, given.value, causal=call.causal, segment_ids=call.segments, **rest, **options)
-    return output_map.mapped(input_gate.quotient(out) if input_gate.NAME in numbers else out, numbers)
+    return output_map.mapped(quotient(out) if input_gate.NAME in numbers else out, numbers)
 
 
 def _weights(call: Call, numbers: Numbers, decays: bool) -> Weights:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..ops import beside
 from .form import Numbers
 from .parameters import refuse_unread
 
@@ -27,8 +28,6 @@ WORDS = {
     "gate": ", the output times a gate learned per token and query head",
     "norm_gate": ", the output over a learned power of its RMS per query head and times a gate learned per token and query head",
 }
-SMALLEST = 1e-6
-"""What the mean square is taken to be more by, so that a token that sees nothing keeps its output of 0."""
 
 
 def norms(choice: str) -> bool:
@@ -60,16 +59,7 @@ def gate(read: Tensor) -> Tensor:
 
 def mapped(out: Tensor, numbers: Numbers) -> Tensor:
     """`out` (B, Hq, N, Dv) with its norm and gate, computed in at least float32; of the numbers' tokens it has all or the last."""
-    if POWER not in numbers and GATE not in numbers:
-        return out
-    x = out if out.dtype == torch.float64 else out.float()
-    if POWER in numbers:
-        power, log_scale = (numbers[name].to(x.dtype)[:, None, None] for name in (POWER, LOG_SCALE))
-        x = x * torch.exp(log_scale - power / 2 * torch.log(x.square().mean(-1, keepdim=True) + SMALLEST))
-    if GATE in numbers:
-        share = numbers[GATE].to(x.dtype)
-        x = x * (share[:, None, None] if share.dim() == 1 else share[:, :, share.shape[2] - x.shape[2] :, None])
-    return x.to(out.dtype)
+    return beside.normed_and_gated(out, numbers.get(POWER), numbers.get(LOG_SCALE), numbers.get(GATE))
 
 
 def moved(numbers: Numbers, move: Callable[[Tensor], Tensor]) -> Numbers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops.beside import of_each_head
 from .form import Call, Numbers, Sizes
 from .kept import once
 from .seen import Seen
@@ -63,7 +64,7 @@ def _roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     return (vectors * roots[:, None]) @ vectors.mT, (vectors * inverse[:, None]) @ vectors.mT
 
 
-def _in(dtype: torch.dtype, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor]:
+def matrices_in(dtype: torch.dtype, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor]:
     """The matrices in the dtype of queries, the centre as a row of keys."""
     return numbers[QUERY].to(dtype), numbers[KEY].to(dtype), numbers[CENTER].to(dtype)[:, None]
 
@@ -72,15 +73,7 @@ def projected(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:
     """The call with projected queries and keys, and the numbers that are left; both as they are where nothing is projected."""
     if QUERY not in numbers:
         return call, numbers
-    of_query, of_key, center = once(call.made, ("projections", call.query.dtype), lambda: _in(call.query.dtype, numbers))
+    of_query, of_key, center = once(call.made, ("projections", call.query.dtype), lambda: matrices_in(call.query.dtype, numbers))
     query, key = of_each_head(call.query, of_query), of_each_head(call.key - center, of_key)
     rest = {name: number for name, number in numbers.items() if name not in (QUERY, KEY, CENTER)}
     return call._replace(query=query, key=key), rest
-
-
-def of_each_head(x: Tensor, matrices: Tensor) -> Tensor:
-    """(B, H, N, D) by (H, D, r): all sequences of a head are rows of one product, where matmul would copy the matrices for each of them."""
-    if x.shape[0] == 1:  # a token of one sequence needs none of these views
-        return x @ matrices
-    rows = x.transpose(0, 1)
-    return (rows.flatten(1, 2) @ matrices).unflatten(1, rows.shape[1:3]).transpose(0, 1)

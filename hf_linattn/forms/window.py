@@ -15,14 +15,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..ops import window, window_reference
+from ..ops import window, window_reference, window_step
 from ..ops.frame import Frame
 from ..ops.functional import cast_for_autocast, is_for_onnx, noisy
 from ..ops.mixing import mixed
 from ..ops.ring import Ring, along, take
+from ..ops.window_token import Token
 from . import output_map
+from .beside import beside_of
 from .form import Call, Form, Numbers, Sizes, State, Tokens
-from .operators import attention, attention_reference, attention_step, per_token
+from .operators import attention, attention_reference, per_token
 from .options import one_of, require_count
 from .parameters import LinAttnParams, refuse_unread
 from .polynomial import Polynomial, PolynomialOptions, PolynomialParameters
@@ -183,17 +185,18 @@ class Window(Form):
         return out, self._state(frame.ring_behind()) | sums if keep else {}
 
     def step(self, call: Call, numbers: Numbers, state: State) -> Tensor:
-        call = _cast(call)
-        ring, real = self._ring(state), None if call.segments is None else call.segments > 0
-        leaving = ring.push(call.key, call.value, _kept(numbers), real)
-        near = window.step(call.query, ring, call.scaling, real)
+        call, dtype = _cast(call), state["key"].dtype
+        if call.query.dtype == dtype:
+            return self._step(call, numbers, state)
+        query, key, value = (x.to(dtype) for x in (call.query, call.key, call.value))  # under autocast a ring may be wider than a token
+        return self._step(call._replace(query=query, key=key, value=value), numbers, state).to(call.query.dtype)
+
+    def _step(self, call: Call, numbers: Numbers, state: State) -> Tensor:
+        real = call.segments if call.segments is None or call.segments.dtype == torch.bool else call.segments > 0
+        token = Token(call.query, call.key, call.value, real, call.scaling)
         if self.beside is None:
-            return near
-        gate = _as_outputs(numbers["gate"])
-        old = Call(call.query, leaving.key.to(call.key.dtype), leaving.value.to(call.value.dtype), leaving.real,
-                   scaling=call.scaling, made=call.made)  # fmt: skip
-        far = attention_step(old, _of_the_kept(numbers, leaving.per_token), state["sums"])
-        return mixed(near, far, gate, leaving.real[:, None, :, None])
+            return window_step.step(token, self._ring(state))
+        return window_step.step(token, self._ring(state), beside_of(call, numbers, state["sums"]))
 
     def _frame(self, key: Tensor, value: Tensor, segments: Tensor | None, kept: Tensor | None, before: State | None) -> Frame:
         ring = None if before is None else self._ring(before)

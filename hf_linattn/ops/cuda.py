@@ -8,11 +8,12 @@ Nothing here waits for the device or allocates outside PyTorch, so calls can be 
 import ctypes
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +75,33 @@ class _Plan(Structure):
     ]
 
 
-_STRUCTS = (_Problem, _ForwardResult, _BackwardData, _Plan)
+class _Window(Structure):
+    _fields_ = [
+        *[(name, c_int32) for name in ("batch", "query_heads", "key_heads", "head_dim", "value_dim", "window", "sinks", "dtype")],
+        ("scaling", c_float),
+        *[(name, _Tensor) for name in ("query", "key", "value", "out", "ring_key", "ring_value")],
+        ("seen", c_void_p),
+        ("real", c_void_p),
+        ("real_stride", c_int64),
+        ("workspace", c_void_p),
+        ("stream", c_void_p),
+    ]
+
+
+class _Beside(Structure):
+    _fields_ = [
+        *[(name, c_int32) for name in ("state_heads", "features", "degree", "normalize_qk")],
+        *[(name, c_void_p) for name in ("state", "coefficients", "log_decay")],
+        ("log_decay_per_token", c_int32),
+        *[(name, c_void_p) for name in ("log_input_gate", "kept", "query_matrix", "key_matrix", "key_center")],
+        ("is_map", c_int32),
+        ("gate", c_void_p),
+        ("gate_stride", c_int64),
+        *[(name, c_void_p) for name in ("output_power", "output_log_scale", "output_gate")],
+    ]
+
+
+_STRUCTS = (_Problem, _ForwardResult, _BackwardData, _Plan, _Window, _Beside)
 
 
 @lru_cache
@@ -86,9 +113,10 @@ def load_library(path: Path = LIBRARY) -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
         library.linattn_struct_bytes.restype = c_int64
         theirs = [library.linattn_struct_bytes(which) for which in range(len(_STRUCTS))]
-        for name, results in (("forward", _ForwardResult), ("backward", _BackwardData), ("step", _ForwardResult)):
+        for name, problem, results in (("forward", _Problem, _ForwardResult), ("backward", _Problem, _BackwardData),
+                                       ("step", _Problem, _ForwardResult), ("window_step", _Window, _Beside)):  # fmt: skip
             plan, run = getattr(library, f"linattn_plan_{name}"), getattr(library, f"linattn_{name}")
-            plan.argtypes = run.argtypes = [POINTER(_Problem), POINTER(results), POINTER(_Plan)]
+            plan.argtypes = run.argtypes = [POINTER(problem), POINTER(results), POINTER(_Plan)]
             plan.restype = None
         library.linattn_engine_name.argtypes, library.linattn_engine_name.restype = [c_int], c_char_p
         library.linattn_error_string.argtypes, library.linattn_error_string.restype = [c_int], c_char_p
@@ -162,12 +190,12 @@ def _cannot_take(call: Call) -> str:
 _warned: set[str] = set()
 
 
-def _falls_back(call: Call) -> bool:
-    """Whether the PyTorch form is to run; warns once for each cause."""
+def falls_back(call: Any, cannot_take: Callable[[Any], str] = _cannot_take) -> bool:
+    """Whether the PyTorch form is to run, of what has a query and a value; warns once for each cause."""
     wish = backend()
     if wish == "torch" or call.query.numel() == 0 or call.value.numel() == 0:
         return True
-    cause = cannot_run(call.query.device.index or 0) or _cannot_take(call)
+    cause = cannot_run(call.query.device.index or 0) or cannot_take(call)
     if not cause:
         return False
     if wish == "cuda":
@@ -325,7 +353,7 @@ def paths(*tensors: Tensor, **options) -> tuple[str, str]:
 
 def forward(call: Call, return_state: bool) -> Forward:
     """As `chunked.forward`, on a CUDA device."""
-    if _falls_back(call):
+    if falls_back(call):
         return chunked.forward(call, return_state)
     query, launch = call.query, _Launch(call)
     out = call.empty_out()
@@ -342,7 +370,7 @@ def forward(call: Call, return_state: bool) -> Forward:
 
 def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | None) -> Gradients:
     """As `chunked.backward`, on a CUDA device."""
-    if _falls_back(call):
+    if falls_back(call):
         return chunked.backward(call, out, mass, grad_out, grad_mass, grad_state)
     query, coefficients, launch = call.query, call.coefficients, _Launch(call)
     grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(call.key), torch.empty_like(call.value)
@@ -369,7 +397,7 @@ def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass:
 
 def step(call: Call, state: Tensor) -> Tensor:
     """As `one_token.step`, on a CUDA device."""
-    if _falls_back(call):
+    if falls_back(call):
         return one_token.step(call, state)
     out = call.query.new_empty(*call.query.shape[:3], call.value.shape[-1])
     dense = state.contiguous()

@@ -35,7 +35,7 @@ _library.define("noise(Tensor x, Tensor? dropout_p, Tensor seed) -> Tensor")
 noise_like = torch.ops.linattn.noise
 
 
-def _in_full_precision(kernel: Callable) -> Callable:
+def in_full_precision(kernel: Callable) -> Callable:
     """Autocast has brought the inputs to its dtype before; the sums inside stay float32."""
 
     @wraps(kernel)
@@ -51,8 +51,8 @@ def _in_full_precision(kernel: Callable) -> Callable:
 
 # ---- forward and backward
 
-_FORWARD = {"cpu": _in_full_precision(chunked.forward), "cuda": _in_full_precision(cuda.forward)}
-_BACKWARD = {"cpu": _in_full_precision(chunked.backward), "cuda": _in_full_precision(cuda.backward)}
+_FORWARD = {"cpu": in_full_precision(chunked.forward), "cuda": in_full_precision(cuda.forward)}
+_BACKWARD = {"cpu": in_full_precision(chunked.backward), "cuda": in_full_precision(cuda.backward)}
 _FIELDS = len(Call._fields)
 
 
@@ -96,13 +96,17 @@ _PLAIN = (Tensor, Parameter)  # not what derives from them: a subclass may have 
 
 
 def _reaches_kernels(call: Call, *others: Tensor | None) -> bool:
+    return reach_kernels(call.query.device.type, (*call.tensors, *others))
+
+
+def reach_kernels(device: str, tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether nothing that traces, transforms or watches stands between these tensors and a kernel, so that torch.library's dispatcher,
     which takes a tenth of a small call's time whenever it is passed, leads there and nowhere else."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    if torch._C._are_functorch_transforms_active() or call.query.device.type not in _FORWARD:
+    if torch._C._are_functorch_transforms_active() or device not in _FORWARD:
         return False
-    for x in (*call.tensors, *others):  # noqa: SIM110 (all() over a generator takes twice as long)
+    for x in tensors:  # noqa: SIM110 (all() over a generator takes twice as long)
         if x is not None and (type(x) not in _PLAIN or x.is_neg()):
             return False
     return True
@@ -169,7 +173,7 @@ def forward(call: Call, return_state: bool = False) -> Forward:
 # ---- one new token
 
 
-_STEP = {"cpu": _in_full_precision(one_token.step), "cuda": _in_full_precision(cuda.step)}
+_STEP = {"cpu": in_full_precision(one_token.step), "cuda": in_full_precision(cuda.step)}
 
 
 def _on_a_state(kernel: Callable) -> Callable:
@@ -188,7 +192,7 @@ _library.impl("step", _on_a_state(_STEP["cuda"]), "CUDA")
 
 def step(call: Call, state: Tensor) -> Tensor:
     """out (B, Hq, 1, Dv); `state` is moved on in place."""
-    if _reaches_kernels(call, state) and _is_written_alike(call, state):
+    if _reaches_kernels(call, state) and are_written_alike((*call.tensors, state), state):
         torch.autograd.graph.increment_version(state)
         return _STEP[state.device.type](call, state)
     return torch.ops.linattn.step(
@@ -196,11 +200,12 @@ def step(call: Call, state: Tensor) -> Tensor:
     )
 
 
-def _is_written_alike(call: Call, state: Tensor) -> bool:
-    """Whether the dispatcher would do no more than count what is written: no gradient is asked for, and the state may be written."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*call.tensors, state)):
+def are_written_alike(tensors: tuple[Tensor | None, ...], written: Tensor) -> bool:
+    """Whether the dispatcher would do no more than count what is written, of which `written` is one: no gradient is asked for, and it may
+    be written."""
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
         return False
-    return not state.is_inference() or torch.is_inference_mode_enabled()
+    return not written.is_inference() or torch.is_inference_mode_enabled()
 
 
 @torch.library.register_fake("linattn::step")

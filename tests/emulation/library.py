@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from hf_linattn.ops import cuda
+from hf_linattn.ops import cuda, window_cuda
 
 
 def use(path: Path, monkeypatch) -> None:
-    """Have `cuda.forward`, `cuda.backward` and `cuda.paths` call the library at `path`."""
+    """Have `cuda.forward`, `cuda.backward`, `cuda.paths` and `window_cuda.step` call the library at `path`."""
     library, cause = cuda.load_library.__wrapped__(path)
     assert library is not None, cause
 
@@ -23,7 +23,9 @@ def use(path: Path, monkeypatch) -> None:
         assert getattr(library, f"linattn_{name}")(byref(self.problem), byref(results), byref(plan)) == 0
 
     monkeypatch.setattr(cuda, "load_library", lambda: (library, ""))
-    monkeypatch.setattr(cuda, "_falls_back", lambda call: False)
+    monkeypatch.setattr(cuda, "falls_back", lambda *call: False)
     monkeypatch.setattr(cuda, "cannot_run", lambda device: "")
     monkeypatch.setattr(cuda._Launch, "run", run)
+    monkeypatch.setattr(window_cuda, "_memory", lambda count, like: torch.full((count,), 0xFF, dtype=torch.uint8))
+    monkeypatch.setattr(window_cuda, "_stream", lambda device: None)
     monkeypatch.setattr(cuda, "_current", lambda device: nullcontext())

@@ -6,8 +6,9 @@ import sys
 import torch
 from accuracy_bar import operator_case, run
 from step_cases import step_case
+from window_step_cases import on, window_case
 
-from hf_linattn.ops import cuda, padding
+from hf_linattn.ops import cuda, padding, window_cuda
 from hf_linattn.ops.call import Call
 
 KINDS = [
@@ -67,4 +68,12 @@ if __name__ == "__main__":
         cuda.step(Call(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in call)), state.cuda())
         torch.cuda.synchronize()
         print("one token", kind, flush=True)
+    for kind in ({}, {"degree": 2, "decay": "key_head", "features": 16}, {"decay": "token", "input_gate": True, "output": "norm gate"},
+                 {"is_map": True}):  # fmt: skip
+        if kind.get("is_map") and head_dim > 128 or kind.get("features", 0) >= head_dim:
+            continue
+        on_host = window_case(dtype, head_dim=head_dim, value_dim=head_dim, beside=kind or None, padded=True)
+        window_cuda.step(*on("cuda", *on_host))
+        torch.cuda.synchronize()
+        print("one token of a window", kind, flush=True)
     print("every call ran")

@@ -113,7 +113,7 @@ MUTANTS = [
         # a norm and a gate of the output
         ("a gate that starts at a half", "hf_linattn/forms/output_map.py", "return 2 * torch.sigmoid(read.float())",
          "return torch.sigmoid(read.float())", "forms/test_output_map.py"),
-        ("the gates of the first tokens", "hf_linattn/forms/output_map.py", "share[:, :, share.shape[2] - x.shape[2] :, None]",
+        ("the gates of the first tokens", "hf_linattn/ops/beside.py", "share[:, :, share.shape[2] - x.shape[2] :, None]",
          "share[:, :, : x.shape[2], None]", "forms/test_window.py::test_equals_its_formula"),
         ("gates left where tokens were moved", "hf_linattn/forms/window.py",
          "output_map.moved(numbers, lambda x: frame.close(x[..., None]).squeeze(-1))", "numbers",
@@ -124,9 +124,9 @@ MUTANTS = [
         ("noise on both parts of a quotient", "hf_linattn/forms/operators.py", "noise = {} if gated else call.noise",
          "noise = call.noise", "forms/test_input_gate.py::test_noise_is_on_the_quotient"),
         # a feature map
-        ("features that may be 0", "hf_linattn/forms/feature_map.py", ".clamp(min=LEAST)", "",
+        ("features that may be 0", "hf_linattn/ops/beside.py", ".clamp(min=LEAST)", "",
          "forms/test_feature_map.py::test_the_softmax_is_of_float32_and_no_query_sees_nothing"),
-        ("a map without its negative half", "hf_linattn/forms/feature_map.py", "torch.cat([y, -y], -1)", "torch.cat([y, y], -1)",
+        ("a map without its negative half", "hf_linattn/ops/beside.py", "torch.cat([y, -y], -1)", "torch.cat([y, y], -1)",
          "forms/test_feature_map.py::test_weights_are_inner_products_of_features"),
         # choice and adapters
         ("a refused choice that stays", "hf_linattn/choice.py", "config._attn_implementation_internal = implementation", "pass",

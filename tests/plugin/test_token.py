@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_linattn.attention import linattn_attention
 from hf_linattn.models import config_class_for
-from hf_linattn.ops import operators
+from hf_linattn.ops import operators, window_step
 
 WINDOW = {"form": "window", "window": 4, "sinks": 2}
 SECOND = {"kernel": "quadratic", "decay": "key_head"}
 CALLED: list[tuple[dict[str, Any], int]] = [
-    ({"decay": "head"}, 4), (SECOND, 4), ({**WINDOW, "beside": "none"}, 37), ({**WINDOW, **SECOND, "gate": "token", "features": 8}, 61),
+    ({"decay": "head"}, 4), (SECOND, 4), ({**WINDOW, "beside": "none"}, 4), ({**WINDOW, **SECOND, "features": 8}, 4),
+    ({**WINDOW, **SECOND, "gate": "token", "features": 8}, 10),
 ]  # fmt: skip
 
 
@@ -30,7 +31,8 @@ def model_of(options: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(("options", "most"), CALLED, ids=str)
 def test_operators_called_for_a_token(options: dict[str, Any], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the cache and the attention function, without the kernel's."""
-    monkeypatch.setitem(operators._STEP, "cpu", lambda call, state: call.query.new_zeros(*call.query.shape[:3], call.value.shape[-1]))
+    for kernels in (operators._STEP, window_step._KERNELS):
+        monkeypatch.setitem(kernels, "cpu", lambda call, *rest: call.query.new_zeros(*call.query.shape[:3], call.value.shape[-1]))
     model = model_of(options)
     attention, cache = model.model.layers[0].self_attn, DynamicCache(config=model.config)
     query, (key, value) = torch.randn(1, 4, 1, 16), torch.randn(2, 1, 2, 1, 16)
