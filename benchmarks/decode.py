@@ -4,13 +4,14 @@
 
 The floor reads and writes each state once, at the bandwidth of an addition to a large tensor, measured in the same run. Medians of CUDA
 graph replays, each of several steps on states that together outgrow the cache; "eager" is one call from Python after another, host time
-included.
+included. Of a window the floor also reads its ring once, and in the PyTorch form the state beside it has its kernel all the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import time
@@ -20,9 +21,11 @@ from typing import Any
 
 import torch
 
-from hf_linattn.ops import cuda, one_token
+from hf_linattn.ops import cuda, one_token, window_cuda, window_step
 from hf_linattn.ops.call import Call
 from hf_linattn.ops.features import feature_count
+from hf_linattn.ops.ring import Ring
+from hf_linattn.ops.window_token import Beside, Token
 
 # (query heads, key heads, heads of the state, head dim, degree)
 LAYERS = {
@@ -34,6 +37,13 @@ LAYERS = {
     "9:3, D 64, second degree, a decay a query head": (9, 3, 9, 64, 2),
     "32:4, D 64, second degree, a decay a key head": (32, 4, 4, 64, 2),
 }
+# (query heads, key heads, head dim, tokens of the window, features of the second degree beside it)
+WINDOWS = {
+    "9:3, D 64, a window of 64 + 4 beside the second degree of 16 features": (9, 3, 64, 64, 16),
+    "32:4, D 64, a window of 64 + 4 beside the second degree of 16 features": (32, 4, 64, 64, 16),
+    "32:4, D 64, a window of 64 + 4 beside the second degree": (32, 4, 64, 64, None),
+}
+SINKS = 4
 BATCHES = (1, 16, 64, 256)
 Step = Callable[..., torch.Tensor]
 
@@ -100,6 +110,49 @@ def measure(layer: tuple[int, int, int, int, int], batch: int, bandwidth: float)
     }
 
 
+def window_token(layer: tuple[int, int, int, int, int | None], batch: int) -> tuple[Token, Beside]:
+    """A token, and all of what lies beside its window but the state."""
+    heads, key_heads, dim, _, features = layer
+    query, key, value = (torch.randn(batch, h, 1, dim, device="cuda", dtype=torch.bfloat16) for h in (heads, key_heads, key_heads))
+    matrices = [torch.randn(h, dim, features or dim, device="cuda", dtype=torch.bfloat16) / dim**0.5 for h in (heads, key_heads)]
+    beside = Beside(
+        gate=torch.rand(batch, heads, 1, device="cuda"),
+        coefficients=torch.tensor([[1.0], [0.9], [0.5], [1.0]], device="cuda").expand(4, heads).contiguous(),
+        log_decay=-torch.rand(key_heads, device="cuda"), degree=2,
+    )  # fmt: skip
+    if features:
+        center = torch.randn(key_heads, 1, dim, device="cuda", dtype=torch.bfloat16)
+        beside = beside._replace(query_matrix=matrices[0], key_matrix=matrices[1], key_center=center)
+    return Token(query, key, value), beside
+
+
+def measure_window(layer: tuple[int, int, int, int, int | None], batch: int, bandwidth: float) -> dict[str, float]:
+    _, key_heads, dim, window, features = layer
+    shape, slots = (batch, key_heads, feature_count(features or dim, 2), dim + 1), (batch, key_heads, SINKS + window, dim)
+    size, ring_size = 4 * math.prod(shape), 2 * 2 * math.prod(slots)
+    steps = max(4, min(64, int(2e8 // size)))
+    token, beside = window_token(layer, batch)
+    states = [torch.rand(shape, device="cuda") for _ in range(steps)]
+    rings = [torch.randn(2, *slots, device="cuda", dtype=torch.bfloat16) for _ in range(steps)]
+    seen = [torch.full((batch,), 10 * window, device="cuda") for _ in range(steps)]
+    layers = [
+        (Ring(*kept, count, None, window, SINKS), beside._replace(state=state))
+        for kept, count, state in zip(rings, seen, states, strict=True)
+    ]
+
+    def run(step: Step) -> None:
+        for ring, far in layers:
+            step(token, ring, far)
+
+    return {
+        "state_bytes": size + ring_size,
+        "floor_ms": (2 * size + ring_size) / bandwidth * 1e3,
+        "kernel_ms": replayed(lambda: run(window_cuda.step), steps),
+        "eager_ms": eager(lambda: run(window_step.step), steps),
+        "torch_ms": replayed(lambda: run(window_step.by_operators), steps),
+    }
+
+
 def table(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The results as Markdown."""
     lines = [
@@ -124,6 +177,9 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     facts = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit, "bandwidth_GB_s": bandwidth / 1e9}
     rows = [{"layer": name, "batch": batch, **measure(layer, batch, bandwidth)} for name, layer in LAYERS.items() for batch in BATCHES]
+    rows += [
+        {"layer": name, "batch": batch, **measure_window(layer, batch, bandwidth)} for name, layer in WINDOWS.items() for batch in BATCHES
+    ]
     print(table(facts, rows))
     if out:
         (out / "decode.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
