@@ -25,8 +25,18 @@ def described(model: PreTrainedModel) -> dict[str, Any]:
     linattn = {f"{NAME}.{name}": value for name, value in LinAttnConfig.of(config).to_dict().items() if name not in OF_TRAINING}
     common = {*PreTrainedConfig().to_dict(), NAME, "auto_map"}
     own = {name: value for name, value in sorted(config.to_dict().items()) if name not in common and not name.endswith("_token_id")}
-    plain: dict[str, Any] = json.loads(json.dumps(kind | linattn | own, default=str))
+    plain: dict[str, Any] = json.loads(json.dumps(kind | linattn | own | {"adapters": adapters(model)}, default=str))
     return plain
+
+
+def adapters(model: Any) -> list[str]:
+    """PEFT's adapters that have a say in what layers compute, each with how much: switched off they are among the weights all the same."""
+    found = set()
+    for module in model.modules():
+        if hasattr(module, "active_adapters") and not getattr(module, "disable_adapters", True):
+            scaling = getattr(module, "scaling", {})
+            found |= {f"{name} * {scaling.get(name, 1)}" for name in module.active_adapters}
+    return sorted(found)
 
 
 def weights(model: Any) -> dict[str, Tensor]:

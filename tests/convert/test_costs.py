@@ -57,6 +57,30 @@ def test_what_is_told_is_what_a_cache_takes(kernel: str, decay: str, model_type:
         assert source_bytes(source, 2000, [layer for layer in range(3) if layer not in keep]) < costs.state
 
 
+RING, MORE = 2 * 7 * (8 + 8), 2 * 5  # numbers of 5 + 2 tokens' keys and values in 2 key heads of 8, and of 5 tokens' rates
+STUDENTS: list[tuple[dict[str, Any], int]] = [  # and the bytes of a layer's state, each float32 but for the count of tokens
+    ({"decay": "token"}, 2 * 9 * 9 * 4),
+    ({"decay": "head", "input_gate": "token", "output_map": "norm_gate"}, 4 * 9 * 10 * 4),
+    ({"kernel": "quadratic", "features": 4, "decay": "key_head"}, 2 * 15 * 9 * 4),
+    ({"feature_map": "hedgehog", "decay": "key_head"}, 2 * 17 * 9 * 4),
+    ({"form": "window", "window": 5, "sinks": 2, "beside": "none"}, 8 + RING * 4),
+    ({"form": "window", "window": 5, "sinks": 2, "kernel": "quadratic", "decay": "key_head"}, 8 + (RING + 2 * 45 * 9) * 4),
+    ({"form": "window", "window": 5, "sinks": 2, "decay": "token", "input_gate": "token"}, 8 + (RING + 2 * MORE + 2 * 9 * 10) * 4),
+]
+
+
+@pytest.mark.parametrize(("student", "state"), STUDENTS, ids=str)
+def test_the_state_of_every_student_worked_out_by_hand(student: dict[str, Any], state: int) -> None:
+    options = {"learnable": True, "softmax_layers": [1], **student}
+    config = config_class_for("llama")(**softmax_model("llama").config.to_diff_dict(), linattn=options, dtype="float32")
+    costs, model = generating_costs(config), AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        cache = model(torch.randint(3, 90, (1, LENGTH)), past_key_values=DynamicCache(config=config)).past_key_values
+    assert costs.state == 2 * state and costs.kept == 2 * (8 + 8) * 4
+    assert hf_linattn.cache_bytes(cache) == 2 * state + LENGTH * costs.kept
+    assert costs.break_even == -(-state // (2 * (8 + 8) * 4))
+
+
 @pytest.mark.parametrize(
     ("state", "windows", "length"),
     [

@@ -189,6 +189,30 @@ def test_what_another_model_has_seen_is_refused(sentence: str, saved: Path) -> N
         load_cache(saved, OTHERS[sentence]())
 
 
+def test_what_an_adapter_has_seen_is_refused_without_it(tmp_path: Path) -> None:
+    """Its weights are in the model all the same, whether it is switched off, makes room for another or is scaled."""
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model("llama", decay="head"), lora)
+    model.add_adapter("other", lora)
+    path, ids = tmp_path / "prompt", tiny_tokens()
+    save_cache(model(ids).past_key_values, path, model)
+    expected = model(ids).past_key_values.layers[2].state["sums"]
+    torch.testing.assert_close(load_cache(path, model).layers[2].state["sums"], expected)
+    refused = r"adapters=\['default \* 1.0'\], and this one has "
+    with model.disable_adapter(), pytest.raises(ValueError, match=refused + r"\[\]"):
+        load_cache(path, model)
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match=refused + r"\['other \* 1.0'\]"):
+        load_cache(path, model)
+    model.set_adapter("default")
+    for module in model.modules():
+        if hasattr(module, "scale_layer"):
+            module.scale_layer(0.5)
+    with pytest.raises(ValueError, match=refused + r"\['default \* 0.5'\]"):
+        load_cache(path, model)
+
+
 def test_a_file_that_is_none_or_damaged_is_refused(saved: Path, tmp_path: Path) -> None:
     model = tiny_model("llama", decay="head")
     with pytest.raises(FileNotFoundError, match="There is no file"):

@@ -22,7 +22,7 @@ from tiny_softmax import softmax_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_linattn
-from convert.linearize import linearize
+from convert.linearize import LinearizeOptions, linearize
 
 pytest.importorskip("fastapi", reason="transformers[serving] is not installed")
 pytest.importorskip("uvicorn", reason="transformers[serving] is not installed")
@@ -44,7 +44,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "softmax")
     softmax_model("llama", vocab_size=TOKENS).save_pretrained(folder / "softmax")
-    linearize(folder / "softmax", folder / "linear")
+    options = {"form": "window", "window": 8, "kernel": "quadratic", "decay": "key_head", "input_gate": "token", "output_map": "norm_gate"}
+    linearize(folder / "softmax", folder / "linear", LinearizeOptions(**options, keep_softmax=(1,), check=False))
     return folder / "linear"
 
 
@@ -111,7 +112,8 @@ def test_a_chat_is_streamed(checkpoint: Path, port: int) -> None:
     lines = [line.removeprefix("data: ") for line in response.read().decode().splitlines() if line.startswith("data: {")]
     connection.close()
     deltas = [choice["delta"].get("content") or "" for line in lines for choice in json.loads(line)["choices"]]
-    assert len([delta for delta in deltas if delta]) > 1 and "".join(deltas) == expected(checkpoint, PROMPT, 12, chat=True)
+    whole = expected(checkpoint, PROMPT, 12, chat=True).rstrip("\ufffd")  # a letter of which bytes are missing at the end is not streamed
+    assert len([delta for delta in deltas if delta]) > 1 and "".join(deltas) == whole
 
 
 def test_two_clients_at_once_and_one_that_hangs_up(checkpoint: Path, port: int) -> None:
