@@ -8,7 +8,7 @@ for, and importing this module imports no architecture.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, mo
 from transformers.utils import is_peft_available
 
 from hf_linattn.attention import KEEPS_SOFTMAX
+from hf_linattn.compiled import CompiledStep
 from hf_linattn.config import PREFIX, LinAttnConfig, sizes_of, sliding_windows
 from hf_linattn.forms import LinAttnParams
 from hf_linattn.forms.parameters import OFFSET
@@ -50,6 +51,7 @@ _MAPPINGS: dict[str, Any] = {
     "AutoModelForSequenceClassification": transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 }
 _CLASS = "LinAttn"
+COMPILED = "_linattn_compiled"
 
 
 class LinAttnConfigMixin:
@@ -87,6 +89,16 @@ class LinAttnModelMixin:
         if is_main_process and not Path(save_directory).is_file():
             write_stub(type(self.config), save_directory)
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """The compiled call that `generate` gives the tokens of one text to; one that was put in Transformers' place for it stays."""
+        if "_compiled_call" in self.__dict__:
+            return super().get_compiled_call(compile_config)  # type: ignore[misc]
+        config = compile_config or self._default_compile_config()  # type: ignore[attr-defined]
+        step: CompiledStep | None = self.__dict__.get(COMPILED)
+        if step is None or not step.serves(self, config):  # type: ignore[arg-type]
+            step = self.__dict__[COMPILED] = CompiledStep(self, config)  # type: ignore[arg-type]
+        return step.text()
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LinAttnParams):

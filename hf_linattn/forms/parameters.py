@@ -104,7 +104,7 @@ class LinAttnParams(nn.Module):
     def keep_hidden_states(self, attention: nn.Module) -> None:
         """Has `attention` leave the hidden states that enter it here, where something is computed from them."""
         if self.hidden_size:
-            attention.register_forward_pre_hook(_keep_hidden_states, with_kwargs=True)
+            attention.register_forward_pre_hook(hand_on_what_enters, with_kwargs=True)
 
     def leave_hidden_states(self, hidden: Tensor) -> None:
         """What enters the layer's attention, for `take_hidden_states`."""
@@ -139,7 +139,7 @@ def refuse_unread(option: str, learnable: bool, hidden_size: int | None, value: 
         raise ValueError(f'linattn option {option}="{value}" needs to know the width of the hidden states that enter the layer.')
 
 
-def _keep_hidden_states(attention: Any, args: Any, kwargs: Any) -> None:
+def hand_on_what_enters(attention: Any, args: Any, kwargs: Any) -> None:
     # Transformers' attention interface passes no hidden states on. A method and no attribute: PEFT's modules_to_save wraps the parameters,
     # and hands on what is called, not what is set.
     attention.linattn.leave_hidden_states(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])

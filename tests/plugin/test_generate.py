@@ -6,6 +6,7 @@ from threading import Barrier
 import pytest
 import torch
 from byte_models import TOKENS, byte_tokenizer
+from generating import generate, left_padded
 from learned import learned_model
 from tiny_models import CAUSAL, tiny_model, tiny_tokens
 from transformers import CompileConfig, DynamicCache, pipeline
@@ -22,25 +23,12 @@ STUDENTS = [  # the kinds of layers that a conversion makes, and mixtures of the
     ("mistral", {"decay": "key_head", "softmax_layers": [0, 2]}),
 ]
 VARIANTS = [(name, {}) for name in CAUSAL] + STUDENTS
-NEW = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0}
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: "-".join([v[0], *map(str, v[1].values())]))
 def model(request):
     name, options = request.param
     return tiny_model(name, **options)
-
-
-def generate(model, ids, mask=None, **kwargs):
-    mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(ids, attention_mask=mask, **{"do_sample": False, **NEW, **kwargs})
-
-
-def left_padded(ids):
-    """Two sequences of 23 and 19 tokens, padded on the left to 28."""
-    padded = torch.zeros(2, 28, dtype=torch.long)
-    padded[0, 5:], padded[1, 9:] = ids[0], ids[1, :19]
-    return padded, (padded != 0).long()
 
 
 def test_greedy(model):

@@ -1,0 +1,258 @@
+"""generate() compiled gives, token for token, what it gives uncompiled, whatever is changed on the model between two texts."""
+
+import copy
+
+import pytest
+import torch
+from generating import NEW, generate, left_padded
+from peft import LoraConfig, get_peft_model
+from tiny_models import GROUPED, TEXT, tiny_tokens
+from transformers import CompileConfig
+
+from hf_linattn import LinAttnConfig, compiled
+from hf_linattn.models import config_class_for, model_class_for
+
+TOKENS = {"max_new_tokens": 16, "min_new_tokens": 16}
+WINDOW = {"form": "window", "window": 5, "sinks": 2, "gate": "token", "decay": "head"}
+STUDENTS = [
+    ("llama", {"decay": "head"}),
+    ("llama", {"kernel": "quadratic", "decay": "key_head"}),
+    ("llama", {**WINDOW, "kernel": "quadratic"}),
+    ("llama", {**WINDOW, "softmax_layers": [1]}),
+    ("qwen3", {"decay": "token", "input_gate": "token", "output_map": "norm_gate"}),
+]
+
+
+def converted(name="llama", layers=2, scale=2.0, **options):
+    """A converted model that has learned something, its weights `scale` times the usual ones."""
+    torch.manual_seed(0)
+    sizes = {**TEXT, **GROUPED, "num_hidden_layers": layers, **({"sliding_window": 8} if name == "mistral" else {})}
+    config = config_class_for(name)(**sizes, linattn=LinAttnConfig(learnable=True, **options).to_dict())
+    model = model_class_for(type(config))(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter) / 8)
+    return model
+
+
+def compile_config(**options):
+    config = CompileConfig(**{"backend": "eager", "mode": None, **options})
+    config._compile_all_devices = True  # generate compiles by itself on accelerators only; the private name is how it is told to do so here
+    return config
+
+
+def generate_compiled(model, ids, mask=None, **options):
+    return generate(model, ids, mask, **{"cache_implementation": "static", "compile_config": compile_config(), **TOKENS, **options})
+
+
+@pytest.fixture(autouse=True)
+def direct(monkeypatch):
+    """How many tokens went straight to the graph."""
+    torch._dynamo.reset()
+    seen, run = [], compiled.Direct.run
+    monkeypatch.setattr(compiled.Direct, "run", lambda self, inputs: seen.append(1) or run(self, inputs))
+    return seen
+
+
+@pytest.mark.parametrize("student", STUDENTS, ids=lambda v: "-".join([v[0], *map(str, v[1].values())]))
+def test_the_same_tokens(student, direct):
+    name, options = student
+    model, (ids, mask) = converted(name, **options), left_padded(tiny_tokens())
+    expected = generate(model, ids, mask, **TOKENS)
+    for _ in range(2):
+        direct.clear()
+        assert torch.equal(generate_compiled(model, ids, mask), expected)
+        assert len(direct) > 10
+
+
+def test_the_same_scores(direct):
+    model, ids = converted(decay="head"), tiny_tokens()
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True}
+    expected, out = generate(model, ids, **TOKENS, **options), generate_compiled(model, ids, **options)
+    torch.testing.assert_close(torch.stack(out.scores), torch.stack(expected.scores))
+    for step, other in zip(out.hidden_states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(step, other)
+
+
+def test_a_prompt_in_chunks(direct):
+    model, (ids, mask) = converted(decay="head"), left_padded(tiny_tokens())
+    assert torch.equal(generate_compiled(model, ids, mask, prefill_chunk_size=6), generate(model, ids, mask, **TOKENS))
+    assert direct
+
+
+def test_another_batch_and_another_length(direct):
+    model, ids = converted(kernel="quadratic"), tiny_tokens()
+    for rows, tokens in ((2, 16), (1, 16), (1, 9), (2, 20)):
+        options = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        direct.clear()
+        assert torch.equal(generate_compiled(model, ids[:rows], **options), generate(model, ids[:rows], **{**NEW, **options}))
+        assert direct
+
+
+def test_a_cache_that_counts_in_python_is_looked_through_at_each_token(direct):
+    model, ids = converted("mistral", softmax_layers=[1]), tiny_tokens()[:, :4]  # a window of 8: it fills while tokens come
+    assert torch.equal(generate_compiled(model, ids), generate(model, ids, **TOKENS))
+    assert not direct
+
+
+# ---- what is changed between two texts
+
+
+def _learned(model):
+    return [p for name, p in model.named_parameters() if "linattn" in name]
+
+
+def _in_place(model):
+    with torch.no_grad():
+        for parameter in _learned(model):
+            parameter.add_(2.0)
+
+
+def _behind_the_counter(model):
+    for parameter in _learned(model):
+        parameter.data = parameter.data + 2.0
+
+
+def _stepped(model):
+    optimizer = torch.optim.AdamW(_learned(model), lr=2.0)
+    model(tiny_tokens()).logits.square().mean().backward()
+    optimizer.step()
+    model.zero_grad()
+
+
+def _replaced(model):
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if "offset" in name:
+                setattr(module, name, torch.nn.Parameter(parameter.detach() + 2.0))
+
+
+def _adapted(model):
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    assert adapted.base_model.model is model
+
+
+def _loaded(model):
+    model.load_state_dict(converted(scale=1.5, decay="head").state_dict())
+
+
+def _hooked(model):
+    model.model.layers[0].self_attn.register_forward_hook(lambda module, args, out: (out[0] * 3, *out[1:]))
+
+
+def _replaced_forward(model):
+    forward = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: forward(x) * 5
+
+
+CHANGES = {
+    "written in place": _in_place,
+    "given other data": _behind_the_counter,
+    "an optimizer's step": _stepped,
+    "replaced parameters": _replaced,
+    "an adapter": _adapted,
+    "another state dict": _loaded,
+    "another dtype": lambda model: model.to(torch.float64),
+    "a hook": _hooked,
+    "another forward": _replaced_forward,
+    "another option": lambda model: model.config.linattn.update(softmax_layers=[0]),
+    "scaling": lambda model: [setattr(layer.input_layernorm, "variance_epsilon", 3.0) for layer in model.model.layers],
+    "embeddings": lambda model: model.set_input_embeddings(torch.nn.Embedding.from_pretrained(torch.randn(97, 64))),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_changed_between_two_texts_is_seen_by_the_second(change, direct):
+    model, ids = converted(decay="head"), tiny_tokens()
+    options = {"return_dict_in_generate": True, "output_scores": True}
+    before = generate_compiled(model, ids, **options)
+    assert direct
+    CHANGES[change](model)
+    out = generate_compiled(model, ids, **options)
+    expected = generate(model, ids, **TOKENS, **options)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(out.scores), torch.stack(expected.scores))
+    assert not torch.allclose(torch.stack(out.scores).float(), torch.stack(before.scores))
+
+
+def test_training_mode_is_seen(direct):
+    model, ids = converted(decay="head"), tiny_tokens()
+    generate_compiled(model, ids)
+    model.config.linattn["dropout"] = 0.5
+    model.train()
+    torch.manual_seed(0)
+    noisy = generate_compiled(model, ids, return_dict_in_generate=True, output_scores=True)
+    model.eval()
+    plain = generate_compiled(model, ids, return_dict_in_generate=True, output_scores=True)
+    expected = generate(model, ids, **TOKENS, return_dict_in_generate=True, output_scores=True)
+    assert not torch.allclose(torch.stack(noisy.scores), torch.stack(plain.scores))
+    torch.testing.assert_close(torch.stack(plain.scores), torch.stack(expected.scores))
+
+
+def test_a_hook_that_only_looks_on_is_called_at_every_token(direct):
+    model, ids, seen = converted(decay="head"), tiny_tokens(), []
+    model.model.norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    generate_compiled(model, ids)
+    assert len(seen) == 16 and not direct
+
+
+def test_a_copy_of_a_model_has_a_call_of_its_own(direct):
+    model, ids = converted(decay="head"), tiny_tokens()
+    generate_compiled(model, ids)
+    other = copy.deepcopy(model)
+    _loaded(other)
+    assert torch.equal(generate_compiled(other, ids), generate(other, ids, **TOKENS))
+    assert torch.equal(generate_compiled(model, ids), generate(model, ids, **TOKENS))
+
+
+def test_more_models_than_pytorch_keeps_graphs_of_one_function(direct, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    ids = tiny_tokens()
+    for number in range(2):
+        model = converted(layers=1, scale=1 + number / 8, decay="head")
+        direct.clear()
+        assert torch.equal(generate_compiled(model, ids), generate(model, ids, **TOKENS))
+        assert direct
+
+
+# ---- how it is compiled
+
+
+def test_a_users_options_go_to_the_backend_that_pytorch_makes_of_them():
+    for options in ({"mode": "reduce-overhead"}, {"mode": "max-autotune"}, {"options": {"max_autotune": True}}, {"dynamic": True}, {}):
+        given = CompileConfig(**{"mode": None, **options}).to_dict()
+        theirs = torch._TorchCompileInductorWrapper(
+            given["mode"] or ("default" if given["options"] is None else None), given["options"], given["dynamic"]
+        )
+        assert compiled._watched(given).backend.config == theirs.config
+
+
+def test_mode_beside_options_is_refused_as_pytorch_refuses_it():
+    model = converted(layers=1)
+    with pytest.raises(RuntimeError, match="Either mode or options"):
+        generate_compiled(model, tiny_tokens(), compile_config=compile_config(mode="default", options={"max_autotune": True}))
+
+
+def test_a_guard_filter_of_the_user_is_asked(direct):
+    asked = []
+    options = {"guard_filter_fn": lambda guards: asked.append(len(guards)) or [True] * len(guards)}
+    model, ids = converted(layers=1), tiny_tokens()
+    assert torch.equal(generate_compiled(model, ids, compile_config=compile_config(options=options)), generate(model, ids, **TOKENS))
+    assert asked and direct
+
+
+def test_a_compiled_call_of_the_user_is_kept():
+    model, called = converted(layers=1), []
+    model._compiled_call = lambda **inputs: called.append(1) or model(**inputs)
+    model.generation_config.compile_config = compile_config()
+    generate_compiled(model, tiny_tokens(), max_new_tokens=4, min_new_tokens=4)
+    assert len(called) == 3
+
+
+def test_a_model_that_has_generated_is_saved(tmp_path):
+    model, ids = converted(layers=1, decay="head"), tiny_tokens()
+    generate_compiled(model, ids)
+    torch.save(model, tmp_path / "model.pt")
+    other = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(generate_compiled(other, ids), generate(model, ids, **TOKENS))
