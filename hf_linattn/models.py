@@ -14,12 +14,13 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.utils import is_peft_available
 
+from hf_linattn import text_mask
 from hf_linattn.attention import KEEPS_SOFTMAX
 from hf_linattn.compiled import CompiledStep
 from hf_linattn.config import PREFIX, LinAttnConfig, sizes_of, sliding_windows
@@ -99,6 +100,18 @@ class LinAttnModelMixin:
         if step is None or not step.serves(self, config):  # type: ignore[arg-type]
             step = self.__dict__[COMPILED] = CompiledStep(self, config)  # type: ignore[arg-type]
         return step.text()
+
+    def create_masks_for_generate(self, config: Any, inputs_embeds: Any, attention_mask: Any, past_key_values: Any, **others: Any) -> Any:
+        """As Transformers or the base model makes it, once a text where it stays the same."""
+        make = getattr(super(), "create_masks_for_generate", masking_utils.create_masks_for_generate)
+        return text_mask.mask_of(make, config, inputs_embeds, attention_mask, past_key_values, **others)
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        before = model_kwargs.get("attention_mask")
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+        if text_mask.only_appends(type(self)):  # type: ignore[arg-type]
+            text_mask.hand_on(before, updated.get("attention_mask"))
+        return updated
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LinAttnParams):

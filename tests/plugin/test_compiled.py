@@ -7,7 +7,7 @@ import torch
 from generating import NEW, generate, left_padded
 from peft import LoraConfig, get_peft_model
 from tiny_models import GROUPED, TEXT, tiny_tokens
-from transformers import CompileConfig
+from transformers import CompileConfig, masking_utils
 
 from hf_linattn import LinAttnConfig, compiled
 from hf_linattn.models import config_class_for, model_class_for
@@ -63,6 +63,17 @@ def test_the_same_tokens(student, direct):
         direct.clear()
         assert torch.equal(generate_compiled(model, ids, mask), expected)
         assert len(direct) > 10
+
+
+@pytest.mark.parametrize("options", [{"decay": "head"}, {"decay": "head", "softmax_layers": [1]}], ids=str)
+def test_the_padding_mask_is_read_once_a_text_where_it_says_the_same(options, direct, monkeypatch):
+    model, (ids, mask), calls = converted(**options), left_padded(tiny_tokens()), []
+    expected = generate(model, ids, mask, **TOKENS)
+    make = masking_utils.create_masks_for_generate
+    monkeypatch.setattr(masking_utils, "create_masks_for_generate", lambda **given: calls.append(1) or make(**given))
+    assert torch.equal(generate_compiled(model, ids, mask), expected)
+    assert len(calls) == (16 if "softmax_layers" in options else 2)  # with the prompt's
+    assert not torch.equal(generate_compiled(model, ids, torch.ones_like(mask)), expected)
 
 
 def test_the_same_scores(direct):
