@@ -34,7 +34,7 @@ def assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
             f"Assisted decoding gives the model the whole text again, and past_key_values has seen {seen} tokens of it already; go on from "
             "it without an assistant_model, prompt_lookup_num_tokens and assistant_early_exit, or leave past_key_values out."
         )
-    idle = [layer for number, layer in enumerate(cache.layers) if not cache.is_recording_past(number)]
+    idle = [layer for layer in cache.layers if not getattr(layer, "record_past", False)]
     try:
         return _assisted_decoding(self, *args, **kwargs)
     finally:
