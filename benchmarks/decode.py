@@ -1,10 +1,11 @@
-"""One new token a sequence on a GPU: the step kernel beside the same step in PyTorch, as multiples of its memory traffic.
+"""One new token a sequence on a GPU, and a few: the kernels beside the same step in PyTorch, as multiples of their memory traffic.
 
     python benchmarks/decode.py [--out benchmarks/results]
 
 The floor reads and writes each state once, at the bandwidth of an addition to a large tensor, measured in the same run. Medians of CUDA
 graph replays, each of several steps on states that together outgrow the cache; "eager" is one call from Python after another, host time
-included. Of a window the floor also reads its ring once, and in the PyTorch form the state beside it has its kernel all the same.
+included. Of a window the floor also reads its ring once, and in the PyTorch form the state beside it has its kernel all the same. Several
+tokens are given as multiples of one token's time.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ WINDOWS = {
 }
 SINKS = 4
 BATCHES = (1, 16, 64, 256)
+SEVERAL = (2, 4, 8, 16)
 Step = Callable[..., torch.Tensor]
 
 
@@ -90,16 +92,17 @@ def measure(layer: tuple[int, int, int, int, int], batch: int, bandwidth: float)
     size = batch * state_heads * feature_count(dim, degree) * (dim + 1) * 4
     steps = max(4, min(64, int(2e8 // size)))  # the states together are larger than the L2 cache, or they are many
     states = [torch.rand(batch, state_heads, feature_count(dim, degree), dim + 1, device="cuda") for _ in range(steps)]
-    tokens = [torch.randn(batch, h, 1, dim, device="cuda", dtype=torch.bfloat16) for h in (heads, key_heads, key_heads)]
     coefficients = torch.tensor([[1.0], [0.9], [0.5 * (degree - 1)], [1.0]], device="cuda").expand(4, heads).contiguous()
     rates = -torch.rand(state_heads, device="cuda")
 
-    query, key, value = tokens
-    call = Call(query, key, value, coefficients, rates, degree=degree)
+    calls = {}
+    for length in (1, *SEVERAL):
+        rows = (torch.randn(batch, h, length, dim, device="cuda", dtype=torch.bfloat16) for h in (heads, key_heads, key_heads))
+        calls[length] = Call(*rows, coefficients, rates, degree=degree)
 
-    def run(step: Step) -> None:
+    def run(step: Step, length: int = 1) -> None:
         for state in states:
-            step(call, state)
+            step(calls[length], state)
 
     return {
         "state_bytes": size,
@@ -107,6 +110,7 @@ def measure(layer: tuple[int, int, int, int, int], batch: int, bandwidth: float)
         "kernel_ms": replayed(lambda: run(cuda.step), steps),
         "eager_ms": eager(lambda: run(cuda.step), steps),
         "torch_ms": replayed(lambda: run(one_token.step), steps),
+        **{f"{length}_tokens_ms": replayed(lambda length=length: run(cuda.step, length), steps) for length in SEVERAL},
     }
 
 
@@ -166,6 +170,16 @@ def table(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         kernel, plain = (f"{1e3 * row[name]:.1f} ({row[name] / row['floor_ms']:.1f})" for name in ("kernel_ms", "torch_ms"))
         size, eager_us = row["state_bytes"] / 1e6, 1e3 * row["eager_ms"]
         lines.append(f"| {row['layer']} | {row['batch']} | {size:.1f} | {kernel} | {plain} | {eager_us:.1f} |")
+    lines += [
+        "",
+        "Several tokens in one call, as multiples of one token's time:",
+        "",
+        "| layer | sequences | one, microseconds | " + " | ".join(map(str, SEVERAL)) + " |",
+        "|" + "---|" * (3 + len(SEVERAL)),
+    ]
+    for row in (row for row in rows if f"{SEVERAL[0]}_tokens_ms" in row):
+        multiples = " | ".join(f"{row[f'{length}_tokens_ms'] / row['kernel_ms']:.2f}" for length in SEVERAL)
+        lines.append(f"| {row['layer']} | {row['batch']} | {1e3 * row['kernel_ms']:.1f} | {multiples} |")
     return "\n".join(lines) + "\n"
 
 

@@ -79,7 +79,7 @@ def linattn_attention(
     segments = segments_of(pattern, position_ids, cu_seq_lens_q, length, query.shape[0])
     form, parameters = options.attention, parameters_of(module, options)
     hidden = None if parameters is None else parameters.take_hidden_states()
-    kept = None if layer is None else layer.made(parameters, length)
+    kept = None if layer is None else layer.made(parameters, length <= few(form))
     call = Call(query, key, value, segments, causal, scaling, noise(module, options, dropout), hidden, window_drop(module), kept)
     numbers = form.numbers(call, parameters)
     if layer is None or not form.keeps_state(call, numbers):
@@ -111,15 +111,21 @@ def attend_with_state(form: Form, layer: LinearStateLayer, first: bool, call: Ca
         layer.forget_recent()
     else:
         layer.record(form, call, numbers, before)
-    if before is not None and length == 1 and not call.noise and not _needs_grad(call.query, call.key, call.value):
+    is_plain = not (call.is_packed or call.noise or _needs_grad(call.query, call.key, call.value, *numbers.values()))
+    if before is not None and length <= few(form) and is_plain:
         return form.step(call, numbers, before)
     out, after = form.attend_from(call, numbers, before)
     layer.write(after)
     return out
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def few(form: Form) -> int:
+    """How many tokens go on from a state in place. A length that varies in a graph is compared with no more than 1."""
+    return 1 if is_compiling() else form.FEW
+
+
+def _needs_grad(*given: Any) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given)
 
 
 def options_of(module: nn.Module) -> LinAttnConfig:

@@ -194,12 +194,12 @@ class LinearStateLayer(CacheLayerMixin):
             )
         self.form = form
 
-    def made(self, parameters: LinAttnParams | None, tokens: int) -> Made | None:
-        """What was made of the layer's numbers at the token before this one, see `Kept`; None where nothing is kept, as by a graph that is
-        compiled or captured, which would read it at the next text as well."""
+    def made(self, parameters: LinAttnParams | None, few: bool) -> Made | None:
+        """What was made of the layer's numbers at the tokens before, see `Kept`, where those to come are few; None where nothing is kept,
+        as by a graph that is compiled or captured, which would read it at the next text as well."""
         if is_compiling() or (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None
-        if tokens > 1:
+        if not few:
             self._kept.forget()
             return None
         return self._kept.of(() if parameters is None else parameters.tensors())

@@ -53,7 +53,7 @@ typedef struct {
   float *grad_initial_state;      // or null
 } linattn_backward_data;
 
-typedef enum { LINATTN_NONE = 0, LINATTN_PAIRS = 1, LINATTN_STREAM = 2, LINATTN_CHUNKS = 3, LINATTN_GENERIC = 4, LINATTN_DECODE = 5 } linattn_engine;
+typedef enum { LINATTN_NONE = 0, LINATTN_PAIRS = 1, LINATTN_STREAM = 2, LINATTN_CHUNKS = 3, LINATTN_GENERIC = 4, LINATTN_DECODE = 5, LINATTN_TOKENS = 6 } linattn_engine;
 
 // How a call is done on the current device: decided once, by linattn_plan_*, and taken by the call that it was made for. What an engine has no
 // use for is 0.
@@ -81,8 +81,8 @@ const char *linattn_engine_name(linattn_engine engine);
 int linattn_forward(const linattn_problem *problem, const linattn_forward_result *result, const linattn_plan *plan);
 int linattn_backward(const linattn_problem *problem, const linattn_backward_data *data, const linattn_plan *plan);
 
-// One new token a sequence (length 1, causal): result->state is read and replaced, where the problem has initial_state; mass may be null. A
-// sequence whose key_segments are not above 0 has no new token: its state stays and its output is 0.
+// 1 to 16 new tokens a sequence (causal): result->state is read and replaced, where another problem has initial_state; mass may be null. A token
+// whose key_segments are not above 0 is none: it changes no state, its output is 0, and where there are several its log_decay is to be 0.
 void linattn_plan_step(const linattn_problem *problem, const linattn_forward_result *result, linattn_plan *plan);
 int linattn_step(const linattn_problem *problem, const linattn_forward_result *result, const linattn_plan *plan);
 

@@ -33,10 +33,11 @@ template <typename Results> struct Engine {
 
 // Fastest first; the generic kernels take all that fits the card.
 constexpr Engine<linattn_forward_result> FORWARD[] = {
-    {LINATTN_PAIRS, linattn::pairs_plan_forward, linattn::pairs_forward},
-    {LINATTN_STREAM, linattn::stream_plan_forward, linattn::stream_forward},
-    {LINATTN_CHUNKS, linattn::chunks_plan_forward, linattn::chunks_forward},
-    {LINATTN_GENERIC, linattn::generic_plan_forward, linattn::generic_forward},
+    {LINATTN_TOKENS, linattn::tokens_plan_forward, linattn::tokens_forward},     // a few tokens on a state
+    {LINATTN_PAIRS, linattn::pairs_plan_forward, linattn::pairs_forward},        // the second degree
+    {LINATTN_STREAM, linattn::stream_plan_forward, linattn::stream_forward},     // 16 bits
+    {LINATTN_CHUNKS, linattn::chunks_plan_forward, linattn::chunks_forward},     // float32, and wide heads
+    {LINATTN_GENERIC, linattn::generic_plan_forward, linattn::generic_forward},  // the rest
 };
 constexpr Engine<linattn_backward_data> BACKWARD[] = {
     {LINATTN_PAIRS, linattn::pairs_plan_backward, linattn::pairs_backward},
@@ -44,7 +45,10 @@ constexpr Engine<linattn_backward_data> BACKWARD[] = {
     {LINATTN_CHUNKS, linattn::chunks_plan_backward, linattn::chunks_backward},
     {LINATTN_GENERIC, linattn::generic_plan_backward, linattn::generic_backward},
 };
-constexpr Engine<linattn_forward_result> STEP[] = {{LINATTN_DECODE, linattn::decode_plan, linattn::decode}};
+constexpr Engine<linattn_forward_result> STEP[] = {
+    {LINATTN_DECODE, linattn::decode_plan, linattn::decode},
+    {LINATTN_TOKENS, linattn::tokens_plan_step, linattn::tokens_step},
+};
 
 // The first engine that takes the problem and fits the card, in its plan.
 template <typename Results, int COUNT> linattn_plan first(const Engine<Results> (&engines)[COUNT], const linattn_problem &problem, const Results &results) {
@@ -90,7 +94,7 @@ int linattn_step(const linattn_problem *problem, const linattn_forward_result *r
 const char *linattn_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 
 const char *linattn_engine_name(linattn_engine engine) {
-  constexpr const char *NAMES[] = {"none", "pairs", "stream", "chunks", "generic", "decode"};
+  constexpr const char *NAMES[] = {"none", "pairs", "stream", "chunks", "generic", "decode", "tokens"};
   return NAMES[engine];
 }
 

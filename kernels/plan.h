@@ -16,6 +16,8 @@ bool chunks_plan_backward(const linattn_problem &problem, const linattn_backward
 bool generic_plan_forward(const linattn_problem &problem, const linattn_forward_result &result, linattn_plan &plan);
 bool generic_plan_backward(const linattn_problem &problem, const linattn_backward_data &data, linattn_plan &plan);
 bool decode_plan(const linattn_problem &problem, const linattn_forward_result &result, linattn_plan &plan);
+bool tokens_plan_forward(const linattn_problem &problem, const linattn_forward_result &result, linattn_plan &plan);
+bool tokens_plan_step(const linattn_problem &problem, const linattn_forward_result &result, linattn_plan &plan);
 
 cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_result &result, const linattn_plan &plan);
 cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backward_data &data, const linattn_plan &plan);
@@ -26,5 +28,7 @@ cudaError_t chunks_backward(const linattn_problem &problem, const linattn_backwa
 cudaError_t generic_forward(const linattn_problem &problem, const linattn_forward_result &result, const linattn_plan &plan);
 cudaError_t generic_backward(const linattn_problem &problem, const linattn_backward_data &data, const linattn_plan &plan);
 cudaError_t decode(const linattn_problem &problem, const linattn_forward_result &result, const linattn_plan &plan);
+cudaError_t tokens_forward(const linattn_problem &problem, const linattn_forward_result &result, const linattn_plan &plan);
+cudaError_t tokens_step(const linattn_problem &problem, const linattn_forward_result &result, const linattn_plan &plan);
 
 }  // namespace linattn

@@ -1,30 +1,35 @@
-"""One new token on a state: inputs of every kind, and the compiled kernel held against float64 at the accuracy bar."""
+"""A few new tokens on a state: inputs of every kind, and the compiled kernels held against float64 at the accuracy bar."""
 
 import accuracy_bar
 import torch
 
 from hf_linattn.ops import cuda, one_token
 from hf_linattn.ops.call import Call
+from hf_linattn.ops.decay import without_padding
 from hf_linattn.ops.features import feature_count
 
 
 def step_case(dtype, *, degree=1, decay=None, padded=False, batch=2, heads=4, key_heads=2, state_heads=None, head_dim=64, value_dim=64,
-              normalize_qk=True, seed=0, device="cpu"):  # fmt: skip
+              normalize_qk=True, seed=0, device="cpu", length=1):  # fmt: skip
     """The call and the state that some tokens left. decay: None, "head" or "token"."""
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
     state_heads = state_heads or key_heads
-    query, key, value = normal(batch, heads, 1, head_dim), normal(batch, key_heads, 1, head_dim), normal(batch, key_heads, 1, value_dim)
+    query, key = normal(batch, heads, length, head_dim), normal(batch, key_heads, length, head_dim)
+    value = normal(batch, key_heads, length, value_dim)
     uniform = torch.rand(4, heads, generator=generator).to(device)
     coefficients = torch.stack([1.2 + uniform[0], 0.2 + 0.5 * uniform[1], (0.5 + uniform[2]) * (degree == 2), 0.5 + 0.5 * uniform[3]])
     if not normalize_qk:
         coefficients[3] *= head_dim**-0.5
     rate = None
     if decay:
-        rate = -torch.rand(*((batch, state_heads, 1) if decay == "token" else (state_heads,)), generator=generator).to(device)
-    segments = torch.tensor([[1], [0]] * batch, dtype=torch.int32, device=device)[:batch] if padded else None
+        rate = -torch.rand(*((batch, state_heads, length) if decay == "token" else (state_heads,)), generator=generator).to(device)
+    segments = None
+    if padded:  # every other sequence is all padding, the others end with it
+        real = (torch.arange(batch) % 2 == 0)[:, None] & (torch.arange(length) < max(1, length - length // 4))
+        segments = torch.where(real, 1, -1).to(device, torch.int32)
     if padded and decay:
-        rate = rate * segments[:, None]  # as the operator is given it: padding takes no time
+        rate = without_padding(rate, segments)  # as the operator is given it: padding takes no time
     past_key, past_value = normal(batch, state_heads, 40, head_dim), normal(batch, state_heads, 40, value_dim)
     state = torch.zeros(batch, state_heads, feature_count(head_dim, degree), value_dim + 1, device=device)
     for t in range(40):
@@ -43,8 +48,9 @@ def check_step(dtype, **kind):
     accuracy_bar.assert_bar("out", out, plain_out, exact_out, 2, dtype)
     accuracy_bar.assert_bar("state", state, plain, double, 2, torch.float32)
     if call.key_segments is not None:
-        padding = call.key_segments[:, 0] <= 0
-        assert torch.equal(out[padding], torch.zeros_like(out[padding])) and torch.equal(state[padding], plain[padding])
+        padding = call.key_segments <= 0
+        assert not out.masked_select(padding[:, None, :, None]).any()
+        assert torch.equal(state[padding.all(1)], plain[padding.all(1)])
 
 
 KINDS = [
@@ -54,3 +60,5 @@ KINDS = [
     {"heads": 12, "key_heads": 1, "head_dim": 24, "value_dim": 40}, {"head_dim": 256, "value_dim": 256, "heads": 2, "key_heads": 1},
     {"head_dim": 7, "value_dim": 3, "degree": 2}, {"head_dim": 80, "value_dim": 80, "normalize_qk": False, "degree": 2, "batch": 1},
 ]  # fmt: skip
+SEVERAL = [dict(kind, length=length) for kind, length in zip(KINDS, (2, 3, 4, 5, 9, 7, 10, 16, 3, 12, 5), strict=True)]
+"""Of every kind, with numbers of tokens that engines take together and others."""

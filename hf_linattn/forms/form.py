@@ -84,6 +84,8 @@ class Form(ABC):
 
     name: ClassVar[str]
     Options: ClassVar[Any]
+    FEW: ClassVar[int] = 1
+    """Tokens that `step` takes at once."""
     SEARCHED: ClassVar[dict[str, tuple[float, ...]]] = {}
     """Numbers whose start calibration searches for, by how near a layer comes to the softmax one: the shifts that are tried."""
 
@@ -139,7 +141,7 @@ class Form(ABC):
 
     @abstractmethod
     def step(self, call: Call, numbers: Numbers, state: State) -> Tensor:
-        """(B, Hq, 1, Dv) for one new token a sequence, without gradient and noise; `state` is moved on in place."""
+        """(B, Hq, N, Dv) for up to FEW new tokens a sequence, not packed, without gradient and noise; `state` is moved on in place."""
 
     # ---- the state
 

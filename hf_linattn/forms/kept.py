@@ -28,7 +28,7 @@ class Kept:
 
     A write in place counts a tensor's version up, what takes its place is another object or lies elsewhere in memory, and PyTorch's
     optimizers say when they step. A write by hand that nothing counts (`parameter.data.copy_`) is seen by the next text, for which
-    everything is made anew.
+    everything is made anew: behind a reset, and where more tokens come at once than a form's `step` takes.
     """
 
     def __init__(self) -> None:

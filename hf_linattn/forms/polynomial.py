@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import bounds
+from ..ops.checks import MOST_TOKENS
 from ..ops.constants import constant
 from ..ops.features import feature_count
 from . import feature_map, input_gate, output_map, projection
@@ -299,6 +300,7 @@ class Polynomial(Form):
     name: ClassVar[str] = "polynomial"
     Options: ClassVar[type] = PolynomialOptions
     options: PolynomialOptions
+    FEW: ClassVar[int] = MOST_TOKENS
     SEARCHED: ClassVar[dict[str, tuple[float, ...]]] = {"log_temperature": (-1.4, -0.7, 0.0, 0.7, 1.4), "b_logit": (-2.0, 0.0, 2.0)}
 
     def describe(self) -> str:

@@ -112,6 +112,8 @@ def check_state(state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> No
         )
 
 
+MOST_TOKENS = 16  # of a step, as kernels/tokens.cu has it
+
 _known_steps: set[tuple] = set()
 
 
@@ -125,8 +127,8 @@ def check_step(call: Call, state: Tensor) -> None:
         if known in _known_steps:
             return
     check_tensors(query, key, value, 0, True, True)
-    if query.shape[2] != 1:
-        raise ValueError(f"linear_attention_step takes one token a call, not {query.shape[2]}: use linear_attention for more.")
+    if query.shape[2] == 0 or query.shape[2] > MOST_TOKENS:
+        raise ValueError(f"linear_attention_step takes 1 to {MOST_TOKENS} tokens a call, not {query.shape[2]}: use linear_attention.")
     check_state(state, call.state_shape, call.dtype)
     if known is not None:
         if len(_known_steps) >= 256:

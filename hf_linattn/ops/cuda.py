@@ -399,7 +399,7 @@ def step(call: Call, state: Tensor) -> Tensor:
     """As `one_token.step`, on a CUDA device."""
     if falls_back(call):
         return one_token.step(call, state)
-    out = call.query.new_empty(*call.query.shape[:3], call.value.shape[-1])
+    out = call.empty_out()
     dense = state.contiguous()
     launch, results = _Launch(call), _ForwardResult(_describe(out), None, dense.data_ptr())
     launch.run("step", results, launch.plan("step", results))

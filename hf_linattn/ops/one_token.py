@@ -1,15 +1,21 @@
-"""One new token a sequence, in PyTorch, on any device: the state takes it in and is read once."""
+"""A few new tokens a sequence, in PyTorch, on any device: the state takes them in; of a single one it is read once."""
 
 import torch
 from torch import Tensor
 
+from . import chunked
 from .call import Call
 from .features import key_features, query_features
 from .unit import unit
 
 
 def step(call: Call, state: Tensor) -> Tensor:
-    """out (B, Hq, 1, Dv); `state` (B, Hs, F, Dv + 1) is changed in place."""
+    """out (B, Hq, N, Dv); `state` (B, Hs, F, Dv + 1) is changed in place."""
+    if call.query.shape[2] > 1:
+        out, _, after = chunked.forward(call._replace(initial_state=state), True)
+        assert after is not None
+        state.copy_(after)
+        return out
     query, key, value, coefficients, log_decay, _, segments, *_ = call
     dtype, heads, groups = state.dtype, state.shape[1], query.shape[1] // state.shape[1]
     q, k, v = query.to(dtype), key.to(dtype), value.to(dtype)

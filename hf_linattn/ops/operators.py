@@ -170,14 +170,14 @@ def forward(call: Call, return_state: bool = False) -> Forward:
     return torch.ops.linattn.forward(*call, return_state)
 
 
-# ---- one new token
+# ---- a few new tokens
 
 
 _STEP = {"cpu": in_full_precision(one_token.step), "cuda": in_full_precision(cuda.step)}
 
 
 def _on_a_state(kernel: Callable) -> Callable:
-    """A kernel of one token as torch.library calls it."""
+    """A kernel of a few tokens as torch.library calls it."""
 
     def run(query, key, value, state, coefficients, log_decay, segments, degree, normalize_qk):
         call = Call(query, key, value, coefficients, log_decay, segments, segments, degree=degree, normalize_qk=normalize_qk)
@@ -191,7 +191,7 @@ _library.impl("step", _on_a_state(_STEP["cuda"]), "CUDA")
 
 
 def step(call: Call, state: Tensor) -> Tensor:
-    """out (B, Hq, 1, Dv); `state` is moved on in place."""
+    """out (B, Hq, N, Dv) of up to 16 tokens; `state` is moved on in place."""
     if _reaches_kernels(call, state) and are_written_alike((*call.tensors, state), state):
         torch.autograd.graph.increment_version(state)
         return _STEP[state.device.type](call, state)
@@ -209,8 +209,8 @@ def are_written_alike(tensors: tuple[Tensor | None, ...], written: Tensor) -> bo
 
 
 @torch.library.register_fake("linattn::step")
-def _step_fake(query: Tensor, key, value: Tensor, *rest) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[-1])
+def _step_fake(query: Tensor, key: Tensor, value: Tensor, state: Tensor, coefficients: Tensor, *rest) -> Tensor:
+    return Call(query, key, value, coefficients).empty_out()
 
 
 # ---- noise outside a kernel, where the output is composed of several calls

@@ -1,4 +1,4 @@
-"""linear_attention_step: what a user calls for one new token a sequence."""
+"""linear_attention_step: what a user calls for a few new tokens a sequence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import checks, operators
 from .call import Call
-from .decay import canonical_decay
+from .decay import canonical_decay, without_padding
 from .functional import cast_for_autocast
 from .segments import canonical_segments
 from .weights import Coefficient, Weights, weights_of
@@ -27,20 +27,20 @@ def linear_attention_step(
     log_decay: Tensor | None = None,
     segment_ids: Tensor | None = None,
 ) -> Tensor:
-    """One new token a sequence: `state` is updated in place, and what `linear_attention` would give at this token is returned.
+    """1 to 16 new tokens a sequence: `state` is updated in place, and what `linear_attention` would give at these tokens is returned.
 
     Args:
-        query, key, value: (B, Hq, 1, D), (B, Hk, 1, D), (B, Hk, 1, Dv).
+        query, key, value: (B, Hq, N, D), (B, Hk, N, D), (B, Hk, N, Dv).
         state: float32 (B, Hs, F, Dv + 1), from `linear_attention(..., return_state=True)` or `empty_state`; changed in place.
         a, b, c, normalize_qk, temperature: as in `linear_attention`.
-        log_decay: None, (H,) or (B, H, 1).
-        segment_ids: (B, 1); where 0 or False the sequence has no new token: its state stays and its output is 0.
+        log_decay: None, (H,) or (B, H, N).
+        segment_ids: (B, N), as in `linear_attention`: where 0 or False there is no new token, the state stays and the output is 0.
 
     Returns:
-        (B, Hq, 1, Dv) in query's dtype. Not differentiable: train with `linear_attention`.
+        (B, Hq, N, Dv) in query's dtype. Not differentiable: train with `linear_attention`.
 
     Raises:
-        ValueError, TypeError: as `linear_attention`, and ValueError where N is not 1.
+        ValueError, TypeError: as `linear_attention`, and ValueError where N is above 16.
     """
     query, key, value = cast_for_autocast(query, key, value)
     checks.check_tensors(query, key, value, 0, True, True)
@@ -51,13 +51,15 @@ def linear_attention_step(
 
 def step_by(weights: Weights, query: Tensor, key: Tensor, value: Tensor, state: Tensor, log_decay: Tensor | None = None,
             segment_ids: Tensor | None = None) -> Tensor:  # fmt: skip
-    """`linear_attention_step` by weights that were made before; `log_decay` (B, H, 1) where each token has its own."""
+    """`linear_attention_step` by weights that were made before; `log_decay` (B, H, N) where each token has its own."""
     query, key, value = cast_for_autocast(query, key, value)
     decay = weights.log_decay if log_decay is None else canonical_decay(log_decay, query, key)
     segments = None
     if segment_ids is not None:
         is_mask = isinstance(segment_ids, Tensor) and segment_ids.dtype == torch.bool and segment_ids.shape == (query.shape[0], 1)
         segments = segment_ids.to(torch.int32) if is_mask else canonical_segments(segment_ids, query.shape[0], key.shape[2])
+        if decay is not None and query.shape[2] > 1:
+            decay = without_padding(decay, segments)
     f, degree, normalize_qk, _ = weights
     call = Call(query, key, value, f, decay, segments, segments, degree=degree, normalize_qk=normalize_qk)
     checks.check_step(call, state)

@@ -69,15 +69,13 @@ def test_numbers_are_made_once_a_text(kind, monkeypatch):
     model, made, learned = converted(STUDENTS[0]), [], LinAttnParams.learned
     monkeypatch.setattr(LinAttnParams, "learned", lambda self: made.append(self.names) or learned(self))
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=32)
-    tokens = [x[None] for x in tiny_tokens(1, 9)[0].split(1)]
-    prompt = torch.cat(tokens[:4], 1)
-    logits(model, cache, [prompt, *tokens[4:]])
+    logits(model, cache, list(tiny_tokens(1, 26).split([17, 1, 1, 5, 1, 1], 1)))
     assert made == [["temperature_logit", "log_rate"]] * 2  # for the prompt, and for all tokens behind it
 
 
 def test_a_captured_graph_makes_its_numbers_itself(monkeypatch):
     """Else a replay would read what they were, in memory that a reset gives back."""
-    model, (prompt, *tokens) = converted(STUDENTS[0]), tiny_tokens(1, 7).split([4, 1, 1, 1], 1)
+    model, (prompt, *tokens) = converted(STUDENTS[0]), tiny_tokens(1, 20).split([17, 1, 1, 1], 1)
     cache, made, learned = DynamicCache(config=model.config), [], LinAttnParams.learned
     monkeypatch.setattr(LinAttnParams, "learned", lambda self: made.append(self.names) or learned(self))
     logits(model, cache, [prompt, tokens[0]])
@@ -99,9 +97,9 @@ def test_another_scaling_is_seen_by_the_next_token(normalize_qk):
     assert torch.equal(*(logits(model, cache, tokens[1:]) for cache in caches))
 
 
-@pytest.mark.parametrize("ends", ["a reset", "several tokens"])
+@pytest.mark.parametrize("ends", ["a reset", "many tokens"])
 def test_what_is_written_uncounted_is_seen_at_the_latest_by_the_next_text(ends):
-    model, (prompt, *tokens) = converted(STUDENTS[0]), tiny_tokens(1, 9).split([4, 1, 1, 2, 1], 1)
+    model, (prompt, *tokens) = converted(STUDENTS[0]), tiny_tokens(1, 24).split([4, 1, 1, 17, 1], 1)
     caches = [StaticCache(config=model.config, max_cache_len=32) for _ in range(2)]
     for cache in caches:
         logits(model, cache, [prompt, *tokens[:2]])

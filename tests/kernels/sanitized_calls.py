@@ -63,11 +63,12 @@ if __name__ == "__main__":
             run(cuda, *case(dtype, features, **narrow), False)
             torch.cuda.synchronize()
             print(narrow, flush=True)
-    for kind in ({"decay": "head"}, {"degree": 2, "padded": True, "heads": 9, "key_heads": 3, "state_heads": 9, "decay": "token"}):
+    second = {"degree": 2, "padded": True, "heads": 9, "key_heads": 3, "state_heads": 9, "decay": "token"}
+    for kind in ({"decay": "head"}, second, {"decay": "head", "length": 11}, {**second, "length": 6}):
         call, state = step_case(dtype, head_dim=head_dim, value_dim=head_dim, **kind)
         cuda.step(Call(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in call)), state.cuda())
         torch.cuda.synchronize()
-        print("one token", kind, flush=True)
+        print("a few tokens", kind, flush=True)
     for kind in ({}, {"degree": 2, "decay": "key_head", "features": 16}, {"decay": "token", "input_gate": True, "output": "norm gate"},
                  {"is_map": True}):  # fmt: skip
         if kind.get("is_map") and head_dim > 128 or kind.get("features", 0) >= head_dim:

@@ -74,8 +74,10 @@ def test_options(options, error, words):
 
 
 def test_step():
-    with pytest.raises(ValueError, match="one token a call"):
-        linear_attention_step(Q, K, V, empty_state(2, 2, 8, 6))
+    with pytest.raises(ValueError, match="takes 1 to 16 tokens a call, not 18"):
+        linear_attention_step(*(torch.cat([x, x], 2) for x in (Q, K, V)), empty_state(2, 2, 8, 6))
+    with pytest.raises(ValueError, match="takes 1 to 16 tokens a call, not 0"):
+        linear_attention_step(*(x[:, :, :0] for x in (Q, K, V)), empty_state(2, 2, 8, 6))
     with pytest.raises(ValueError, match="the state must be"):
         linear_attention_step(Q[:, :, :1], K[:, :, :1], V[:, :, :1], empty_state(2, 4, 8, 6))
 

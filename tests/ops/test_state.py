@@ -118,6 +118,21 @@ def test_one_token_at_a_time(decay, quadratic):
     torch.testing.assert_close(state, last, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("quadratic", [False, True])
+@pytest.mark.parametrize("segments", [None, "middle"])
+def test_a_few_tokens_at_a_time(decay, quadratic, segments):
+    tensors, options = make_inputs(length=23, decay=decay, quadratic=quadratic, segments=segments, grad=False)
+    whole, last = linear_attention(*tensors, **options, return_state=True)
+    heads = 4 if decay in ("query_head", "query_token") else 2
+    state, outs = empty_state(2, heads, 8, 6, degree=2 if quadratic else 1, dtype=torch.float64), []
+    ends = [2, 3, 7, 23]
+    for start, stop in zip([0, *ends], ends, strict=False):
+        outs.append(linear_attention_step(*(x[:, :, start:stop] for x in tensors), state, **cut(options, start, stop)))
+    torch.testing.assert_close(torch.cat(outs, 2), whole, rtol=0, atol=1e-11)
+    torch.testing.assert_close(state, last, rtol=0, atol=1e-11)
+
+
 def test_step_with_padding_leaves_the_state():
     tensors, options = make_inputs(length=23, decay="query_head", segments="middle", grad=False)
     poisoned = [x.masked_fill((options["segment_ids"] == 0)[:, None, :, None], float("nan")) for x in tensors]

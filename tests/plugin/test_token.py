@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import tiny_config, tiny_tokens
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_linattn.attention import linattn_attention
 from hf_linattn.models import config_class_for
@@ -45,3 +45,41 @@ def test_operators_called_for_a_token(options: dict[str, Any], most: int, monkey
                 linattn_attention(attention, query, *cache.update(key, value, 0), None)
     called = [event.name for event in seen.events() or () if event.cpu_parent is None]
     assert len(called) <= most, called
+
+
+@pytest.mark.parametrize(
+    "cache_of", [lambda config: DynamicCache(config=config), lambda config: StaticCache(config=config, max_cache_len=64)]
+)
+def test_a_few_tokens_go_on_in_place(cache_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drafted, or the end of a prompt in chunks, on the way of a single token; more tokens at once by the whole operator."""
+    taken: list[int] = []
+    step = operators._STEP["cpu"]
+    monkeypatch.setitem(operators._STEP, "cpu", lambda call, state: taken.append(call.query.shape[2]) or step(call, state))
+    model = model_of({"decay": "head"})
+    cache, tokens = cache_of(model.config), tiny_tokens(1, 47)
+    with torch.no_grad():
+        model(tokens[:, :9], past_key_values=cache)
+        taken.clear()  # a cache of fixed length cannot know that it was empty
+        logits = [model(x, past_key_values=cache).logits for x in tokens[:, 9:].split([5, 1, 16, 16], 1)]
+        expected = model(tokens).logits[:, 9:]
+    layers = model.config.num_hidden_layers
+    assert taken == [n for n in (5, 1, 16, 16) for _ in range(layers)]
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        model(tiny_tokens(1, 17), past_key_values=cache)
+    assert len(taken) == 4 * layers
+
+
+def test_a_few_tokens_ask_as_much_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(operators._STEP, "cpu", lambda call, state: call.query.new_zeros(*call.query.shape[:3], call.value.shape[-1]))
+    model = model_of(SECOND)
+    attention, cache = model.model.layers[0].self_attn, DynamicCache(config=model.config)
+    called = []
+    with torch.no_grad():
+        model(tiny_tokens(1, 9), past_key_values=cache)
+        for length in (1, 1, 5):  # the first makes what is kept
+            query, (key, value) = torch.randn(1, 4, length, 16), torch.randn(2, 1, 2, length, 16)
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                linattn_attention(attention, query, *cache.update(key, value, 0), None)
+            called.append([event.name for event in seen.events() or () if event.cpu_parent is None])
+    assert len(called[2]) <= len(called[1]) + 2, called

@@ -1,0 +1,167 @@
+// What one new token a sequence and several have in common. The state S (F, Dv + 1) of each head takes tokens in, one after the other:
+//   S <- exp(log_decay) S + psi(k) [v, 1]^T,   num_h = phi_h(q)^T S for each query head h of the state,   out_h = num_h / (its last element).
+// A block has some rows of a state, a warp of it every eighth of them, a lane its columns. Where heads are few and rows many, several blocks
+// share a state's rows, and a second kernel adds up what they found, in a fixed order.
+#pragma once
+#include <algorithm>
+
+#include "card.h"
+#include "generic/job.cuh"
+#include "plan.h"
+
+namespace linattn {
+
+constexpr int WARPS = THREADS / 32, HEADS_AT_ONCE = 8;
+constexpr int FEWEST_ROWS = 64;  // that are worth a block of their own
+
+struct StepArguments {
+  linattn_problem problem;
+  linattn_tensor out;
+  const float *before;      // the state, or null: zeros
+  float *after;             // behind the tokens, in the same place or another; or null: not asked for
+  float *mass, *partials;   // partials: (batch, query_heads, length, splits, value_dim + 1), with several blocks a state
+  int32_t features, splits, rows_each;
+  int32_t group, key_group;  // query heads of a state, and states of a key head: divisions are long on the device
+};
+
+// What a block works on.
+struct Place {
+  int batch, head, split;  // of which sequence, which head's state, and which part of its rows
+  __device__ __forceinline__ Place() : batch(blockIdx.x), head(blockIdx.y), split(blockIdx.z) {}
+};
+static __device__ __forceinline__ int key_head_of(const StepArguments &args, int head) { return args.key_group == 1 ? head : head / args.key_group; }
+inline dim3 blocks_of(const StepArguments &args) { return dim3(args.problem.batch, args.problem.state_heads, args.splits); }
+
+inline int feature_count(const linattn_problem &p) { return p.head_dim + 1 + (p.degree == 2 ? p.head_dim * (p.head_dim + 1) / 2 : 0); }
+
+inline int splits_of(const linattn_problem &p) {
+  const int64_t heads = static_cast<int64_t>(p.batch) * p.state_heads, blocks = 4 * static_cast<int64_t>(card(cudaDevAttrMultiProcessorCount, 108));
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(blocks / heads, feature_count(p) / FEWEST_ROWS)));
+}
+
+// The parts of a plan that say how a state's rows are shared among blocks.
+inline void plan_splits(const linattn_problem &p, int splits, linattn_plan &plan) {
+  plan.segments = splits, plan.chunk = (feature_count(p) + splits - 1) / splits;  // of the state's rows here
+  plan.workspace_bytes = splits == 1 ? 0 : 4 * static_cast<int64_t>(p.batch) * p.query_heads * p.length * splits * (p.value_dim + 1);
+}
+
+inline StepArguments step_arguments(const linattn_problem &p, const linattn_forward_result &result, const float *before, const linattn_plan &plan) {
+  const int32_t rows = static_cast<int32_t>(plan.chunk), group = p.query_heads / p.state_heads, key_group = p.state_heads / p.key_heads;
+  return {p, result.out, before, result.state, result.mass, static_cast<float *>(p.workspace), feature_count(p), plan.segments, rows, group, key_group};
+}
+
+static __device__ float warp_sum(float x) {
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// The run of tokens that the state is of behind a token; whether a token is taken in; and whether its query sees the state behind it.
+static __device__ int run_of(const linattn_problem &p, int batch, int token) { return p.key_segments ? abs(p.key_segments[batch * p.key_segments_stride + token]) : 0; }
+static __device__ bool is_taken(const linattn_problem &p, int batch, int token) { return !p.key_segments || p.key_segments[batch * p.key_segments_stride + token] > 0; }
+static __device__ bool sees(const linattn_problem &p, int batch, int token) {
+  if (!p.query_segments) return true;
+  const int run = p.query_segments[batch * p.query_segments_stride + token];
+  return run > 0 && run == run_of(p, batch, token);
+}
+
+// COUNT numbers, all on their way before the first is looked at: number i lies at element where(i).at of where(i).data; without data it is 0.
+struct Element {
+  const void *data;
+  int64_t at;
+};
+template <int COUNT, typename Where> __device__ __forceinline__ void load_all(float (&to)[COUNT], int dtype, const Where &where) {
+  if (dtype == LINATTN_FLOAT32) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      const Element element = where(i);
+      to[i] = element.data ? static_cast<const float *>(element.data)[element.at] : 0.f;
+    }
+    return;
+  }
+  uint16_t bits[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const Element element = where(i);
+    bits[i] = element.data ? static_cast<const uint16_t *>(element.data)[element.at] : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    __half_raw half;
+    half.x = bits[i];
+    to[i] = dtype == LINATTN_FLOAT16 ? __half2float(__half(half)) : __uint_as_float(static_cast<uint32_t>(bits[i]) << 16);
+  }
+}
+
+// Where a token's vector lies (null: it is zeros), its length, whether it is to be of unit length, what it is multiplied by, and where in shared
+// memory it goes (null: there is none).
+struct Vector {
+  const void *from;
+  int64_t offset;
+  int length;
+  bool is_unit;
+  float scale;
+  float *to;
+};
+__device__ __forceinline__ Vector key_of(const linattn_problem &p, int batch, int head, int token, float *to) {
+  return {p.key.data, offset_of(p.key, batch, head, token), p.head_dim, p.normalize_qk != 0, 1.f, to};
+}
+__device__ __forceinline__ Vector query_of(const linattn_problem &p, int batch, int head, int token, float *to) {
+  return {p.query.data, offset_of(p.query, batch, head, token), p.head_dim, p.normalize_qk != 0, p.coefficients[3 * p.query_heads + head], to};
+}
+
+// Some vectors into shared memory by one warp.
+template <int COUNT> __device__ __forceinline__ void fetch(const Vector (&vectors)[COUNT], const linattn_problem &p) {
+  constexpr float SMALLEST_SQUARE = 1e-24f;  // |x| <= 1e-12 has no direction: its unit vector is zero
+  constexpr int EACH = MAX_DIM / 32;
+  const int lane = threadIdx.x % 32;
+  float x[COUNT * EACH];
+  load_all(x, p.dtype, [&](int i) {
+    const Vector &vector = vectors[i / EACH];
+    const int place = lane + i % EACH * 32;
+    return Element{vector.to && place < vector.length ? vector.from : nullptr, vector.offset + place};
+  });
+#pragma unroll
+  for (int v = 0; v < COUNT; ++v) {
+    if (!vectors[v].to) continue;
+    float square = 0, scale = vectors[v].scale;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) square += x[v * EACH + i] * x[v * EACH + i];
+    square = warp_sum(square);
+    if (vectors[v].is_unit) scale *= square > SMALLEST_SQUARE ? 1.f / sqrtf(square) : 0.f;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i)
+      if (lane + 32 * i < vectors[v].length) vectors[v].to[lane + 32 * i] = x[v * EACH + i] * scale;
+  }
+}
+
+// Adds up what the blocks of a state found for a token and query head, and divides.
+static __global__ void __launch_bounds__(THREADS) join_kernel(const StepArguments args) {
+  const linattn_problem &p = args.problem;
+  __shared__ float total;
+  const int batch = blockIdx.x, head = blockIdx.y, token = blockIdx.z, width = p.value_dim + 1;
+  const int64_t number = (static_cast<int64_t>(batch) * p.query_heads + head) * p.length + token;
+  const bool nothing = !sees(p, batch, token);
+  const float *const parts = args.partials + number * args.splits * width;
+  const auto sum = [&](int i) {
+    float all = 0;
+    for (int split = 0; split < args.splits; ++split) all += parts[split * width + i];
+    return all;
+  };
+  if (threadIdx.x == 0) {
+    total = nothing ? 0.f : sum(p.value_dim);
+    if (args.mass) args.mass[number] = total;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < p.value_dim; i += THREADS)
+    store(args.out.data, p.dtype, offset_of(args.out, batch, head, token) + i, nothing ? 0.f : sum(i) / (total == 0.f ? 1.f : total));
+}
+
+// Behind the kernel that took the tokens in.
+inline cudaError_t launch_join(const StepArguments &args, cudaStream_t stream) {
+  const linattn_problem &p = args.problem;
+  if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
+  if (args.splits > 1) join_kernel<<<dim3(p.batch, p.query_heads, static_cast<unsigned>(p.length)), THREADS, 0, stream>>>(args);
+  return cudaPeekAtLastError();
+}
+
+}  // namespace linattn

@@ -1,0 +1,120 @@
+"""The kernel of a few new tokens on the CPU, by the emulator: at the accuracy bar, and to the bits of single tokens."""
+
+import pytest
+import torch
+from accuracy_bar import assert_bar, compare, operator_case, paths_of
+from emulation import build
+from step_cases import SEVERAL, check_step, step_case
+
+from hf_linattn.ops import chunked, cuda
+from hf_linattn.ops.call import Call
+
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is None or build.headers() is None, reason="needs g++ or clang++, and CUDA's headers"),
+    pytest.mark.timeout(1200),
+]
+SMALL = {"batch": 1, "heads": 2, "key_heads": 1, "head_dim": 32, "value_dim": 32, "device": "cpu", "stateful": True}
+
+
+def part(call: Call, begin: int, end: int, state: torch.Tensor | None) -> Call:
+    """Some tokens of a call, on a state."""
+    rate = call.log_decay if call.log_decay is None or call.log_decay.dim() == 1 else call.log_decay[:, :, begin:end]
+    runs = [None if x is None else x[:, begin:end] for x in (call.query_segments, call.key_segments)]
+    rows = (x[:, :, begin:end] for x in (call.query, call.key, call.value))
+    return Call(*rows, call.coefficients, rate, *runs, state, degree=call.degree, normalize_qk=call.normalize_qk)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", SEVERAL, ids=str)
+def test_in_place(kernels, dtype, kind):
+    check_step(dtype, **kind)
+
+
+@pytest.mark.parametrize("kind", SEVERAL, ids=str)
+def test_the_bits_of_single_tokens(kernels, kind):
+    """In place, out of place, and one after the other."""
+    call, state = step_case(torch.bfloat16, **kind)
+    out, mass, after = cuda.forward(part(call, 0, kind["length"], state), True)
+    before, outs, masses = state.clone(), [], []
+    for t in range(kind["length"]):
+        one, of_one, before = cuda.forward(part(call, t, t + 1, before), True)
+        outs.append(one), masses.append(of_one)
+    assert torch.equal(torch.cat(outs, 2), out) and torch.equal(torch.cat(masses, 2), mass) and torch.equal(before, after)
+    assert torch.equal(cuda.step(call, state), out) and torch.equal(state, after)
+
+
+@pytest.mark.parametrize("dtype, length, kind", [
+    (torch.float32, 16, {"decay": "key_head"}), (torch.bfloat16, 2, {}), (torch.bfloat16, 1, {"decay": "query_head"}),
+    (torch.bfloat16, 12, {"segments": "packed", "decay": "query_token", "heads": 4, "key_heads": 2, "batch": 2}),
+    (torch.bfloat16, 11, {"segments": "middle", "decay": "key_token", "batch": 3}), (torch.float16, 5, {"segments": "left", "batch": 2}),
+    (torch.float32, 9, {"degree": 2, "decay": "query_token", "heads": 2, "key_heads": 2, "segments": "packed"}),
+    (torch.bfloat16, 16, {"heads": 12, "key_heads": 1, "head_dim": 24, "value_dim": 40}),
+], ids=str)  # fmt: skip
+def test_with_gradients(kernels, dtype, length, kind):
+    """Forward, and a backward of another engine from its masses."""
+    kind = SMALL | {"length": length} | kind
+    assert paths_of(dtype, **kind)[0] == "tokens"
+    compare(dtype, **kind)
+
+
+@pytest.mark.parametrize("length, state, asked, path", [
+    (16, True, True, "tokens"), (16, True, False, "tokens"), (16, False, True, "tokens"), (16, False, False, "stream"),
+    (17, True, True, "stream"),
+])  # fmt: skip
+def test_which_calls(kernels, length, state, asked, path):
+    x, before = torch.empty(1, 2, length, 64, dtype=torch.bfloat16), torch.empty(1, 2, 65, 65) if state else None
+    kind = {"initial_state": before, "return_state": asked}
+    assert cuda.paths(x, x, x, **kind)[0] == path
+    assert "tokens" not in cuda.paths(x, x, x, **kind, dropout_p=torch.tensor(0.1))
+    if not asked:
+        assert "tokens" not in cuda.paths(x, x, x, causal=False, **kind)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_state_that_is_not_given_or_not_asked_for(kernels, given, asked):
+    call, state = step_case(torch.float32, length=6, decay="head")
+    call = part(call, 0, 6, state if given else None)
+    for name, ours, plain in zip(("out", "mass", "state"), cuda.forward(call, asked), chunked.forward(call, asked), strict=True):
+        if ours is not None or plain is not None:
+            assert_bar(name, ours, plain, plain.double(), 2, torch.float32)
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+def test_queries_of_another_run_than_the_keys(kernels, lag):
+    """A lag shifts the tokens against each other: a query whose run has no key yet sees nothing."""
+    inputs, _ = operator_case(torch.float32, **SMALL | {"length": 16, "segments": "packed"})
+    query, key, value, coefficients, _, runs, _, state, *_ = inputs
+    count = 16 - lag
+    rows = query[:, :, lag:], key[:, :, :count], value[:, :, :count]
+    call = Call(*(x.contiguous() for x in rows), coefficients, None, runs[:, lag:], runs[:, :count], state)
+    for name, ours, plain in zip(("out", "mass", "state"), cuda.forward(call, True), chunked.forward(call, True), strict=True):
+        assert_bar(name, ours, plain, plain.double(), 2, torch.float32)
+
+
+@pytest.mark.parametrize("kind", [{"decay": "token", "padded": True}, {"degree": 2, "heads": 12, "key_heads": 1}], ids=str)
+def test_nothing_at_padding_is_read_and_warps_take_any_turn(kernels, kind):
+    call, state = step_case(torch.bfloat16, length=8, **kind)
+    first = state.clone()
+    out = cuda.step(call, first)
+    if call.key_segments is not None:
+        padding = (call.key_segments <= 0)[:, None, :, None]
+        query, key, value = (x.masked_fill(padding, float("nan")) for x in (call.query, call.key, call.value))
+        call = call._replace(query=query, key=key, value=value)
+    for _ in range(3):
+        again = state.clone()
+        assert torch.equal(cuda.step(call, again), out) and torch.equal(again, first)
+
+
+def test_a_strided_state_is_written_in_place(kernels):
+    call, state = step_case(torch.float32, length=3)
+    wide = torch.zeros(*state.shape[:-1], 2 * state.shape[-1])
+    wide[..., ::2] = state
+    assert torch.equal(cuda.step(call, wide[..., ::2]), cuda.step(call, state))
+    assert torch.equal(wide[..., ::2], state) and not wide[..., 1::2].any()
+
+
+def test_more_than_16_tokens_are_refused(kernels):
+    x = torch.empty(1, 2, 17, 64)
+    launch, out = cuda._Launch(Call(x, x, x, torch.ones(4, 2))), cuda._describe(x)
+    assert launch.plan("step", cuda._ForwardResult(out, None, x.data_ptr())).engine == 0
