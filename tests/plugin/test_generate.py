@@ -188,7 +188,7 @@ def test_a_pipeline_of_batches_gives_what_each_prompt_gives_alone(student):
     assert together == [generator(prompt, **options) for prompt in prompts]
 
 
-@pytest.mark.parametrize("options", [{}, {"decay": "head"}, {"kernel": "quadratic"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"decay": "head"}, {"kernel": "quadratic"}, WINDOW], ids=str)
 def test_compiled_decoding_is_one_graph(options):
     model, ids = tiny_model("llama", layers=1, **options), tiny_tokens()
     padded, mask = left_padded(ids)
