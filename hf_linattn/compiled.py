@@ -5,7 +5,8 @@ the same attributes are read again for the graph's inputs. Within a text they st
 needs for the token. So a text's first tokens go the whole way, through all guards. Once such a call compiled nothing, ran one graph, and
 left the cache's Python values and tensors where they were, the tokens that follow call that graph directly: with the tensors it was called
 with, and in place of the inputs of the token before those of this one. What is changed on the model between two texts is seen by the
-guards of the second; what a callback changes in between is seen in tensors at once, in anything else by the next text.
+guards of the second. What a callback writes into its tensors meanwhile is seen at once (into learned numbers, where PyTorch counts it),
+anything else by the next text.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from .forms.parameters import hand_on_what_enters
+from .learned_part import LearnedPart
 from .mask import TOLD
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -48,12 +50,16 @@ class Watched:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.compiled += 1
-        made = self.backend(graph, inputs)
+        learned = None if torch.is_grad_enabled() else LearnedPart(graph, inputs)
+        if learned is None:
+            made = again = self.backend(graph, inputs)
+        else:
+            made, again = _beside(self.backend(learned.rest, [*inputs, *learned.values]), learned)
 
         def run(*given: Any) -> Any:
             results = made(*given)
             if (calls := getattr(_running, "calls", None)) is not None:
-                calls.append(Ran(made, given, tuple(results)))
+                calls.append(Ran(again, given, tuple(results)))
             return results
 
         return run
@@ -61,6 +67,21 @@ class Watched:
     def reset(self) -> None:
         if hasattr(self.backend, "reset"):
             self.backend.reset()
+
+
+def _beside(graph: Callable[..., Any], learned: LearnedPart) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """A graph that is given what learned numbers come to: made anew, or only where they were written since."""
+
+    def anew(*given: Any) -> Any:
+        learned.make(given)
+        return graph(*given, *learned.values)
+
+    def again(*given: Any) -> Any:
+        if learned.is_written():
+            learned.make(given)
+        return graph(*given, *learned.values)
+
+    return anew, again
 
 
 class CompiledStep:

@@ -8,8 +8,9 @@ from generating import NEW, generate, left_padded
 from peft import LoraConfig, get_peft_model
 from tiny_models import GROUPED, TEXT, tiny_tokens
 from transformers import CompileConfig, masking_utils
+from transformers.generation import BaseStreamer
 
-from hf_linattn import LinAttnConfig, compiled
+from hf_linattn import LinAttnConfig, compiled, learned_part
 from hf_linattn.models import config_class_for, model_class_for
 
 TOKENS = {"max_new_tokens": 16, "min_new_tokens": 16}
@@ -267,3 +268,49 @@ def test_a_model_that_has_generated_is_saved(tmp_path):
     torch.save(model, tmp_path / "model.pt")
     other = torch.load(tmp_path / "model.pt", weights_only=False)
     assert torch.equal(generate_compiled(other, ids), generate(model, ids, **TOKENS))
+
+
+# ---- what learned numbers come to is made once a text
+
+
+@pytest.fixture
+def rest(monkeypatch):
+    """What is left of the graphs, as the names of what they call."""
+    names, make = [], learned_part._without
+    monkeypatch.setattr(learned_part, "_without", lambda *given: names.append(make(*given)) or names[-1])
+    return lambda: [getattr(node.target, "__name__", str(node.target)) for graph in names for node in graph.graph.nodes]
+
+
+@pytest.mark.parametrize(
+    "options", [{"decay": "head"}, {"kernel": "quadratic", "decay": "key_head"}, {**WINDOW, "kernel": "quadratic"}], ids=str
+)
+def test_a_token_makes_nothing_of_learned_numbers_alone(options, rest, direct):
+    generate_compiled(converted(**options), tiny_tokens())
+    assert direct and rest() and not {"stack", "full", "full_like", "exp"} & set(rest())
+
+
+class Callback(BaseStreamer):
+    """Calls a function at the tenth token."""
+
+    def __init__(self, function):
+        self.seen, self.function = 0, function
+
+    def put(self, value):
+        self.seen += 1
+        if self.seen == 10:
+            self.function()
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("change", ["written in place", "an optimizer's step"])
+def test_learned_numbers_that_are_written_within_a_text_are_seen_at_once(change, direct):
+    outs = []
+    for run in (generate, generate_compiled):
+        model = converted(decay="head")
+        streamer = Callback(lambda model=model: torch.enable_grad()(CHANGES[change])(model))
+        options = {"return_dict_in_generate": True, "output_scores": True, "streamer": streamer}
+        outs.append(run(model, tiny_tokens(1), **TOKENS, **options))
+    assert torch.equal(outs[0].sequences, outs[1].sequences) and direct
+    torch.testing.assert_close(torch.stack(outs[0].scores), torch.stack(outs[1].scores))
