@@ -90,47 +90,35 @@ template <typename T, int D, bool GATED> struct ColumnCopies {
   const linattn_problem &p;
   const int thread, heads;
   int64_t begin;
-  Copy k_copy, v_copy, q_copy, w_copy;
-  int64_t number;
   int count, iteration = 0, head = 0, stage = 0, key_stage = 0;
 
   __device__ __forceinline__ explicit ColumnCopies(const Block &job)
-      : job(job), args(job.args), p(args.problem), thread(threadIdx.x), heads(job.heads), begin(job.last),
-        k_copy(head_of<const T>(p.key, job.batch, job.memory_head), p.key.token_stride, job.last, thread),
-        v_copy(head_of<const T>(p.value, job.batch, job.memory_head), p.value.token_stride, job.last, thread),
-        q_copy(head_of<const T>(p.query, job.batch, job.first_head), p.query.token_stride, job.last, thread),
-        w_copy(head_of<const T>(args.grad_out, job.batch, job.first_head), args.grad_out.token_stride, job.last, thread),
-        number((static_cast<int64_t>(job.batch) * p.query_heads + job.first_head) * p.length + job.last + thread), count(static_cast<int>(job.end - job.last)) {}
+      : job(job), args(job.args), p(args.problem), thread(threadIdx.x), heads(job.heads), begin(job.last), count(static_cast<int>(job.end - job.last)) {}
 
   // The next chunk and head, if there is one.
   __device__ __forceinline__ void prefetch() {
     if (iteration < job.iterations) {
       if (head == 0) start_keys();
-      const bool wraps = head == heads - 1;
-      if (p.causal) start_queries(wraps);
+      if (p.causal) start_queries();
       stage = stage == STAGES - 1 ? 0 : stage + 1;
-      head = wraps ? 0 : head + 1;
-      if (wraps) count = C, key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
+      if (++head == heads) head = 0, begin -= C, count = C, key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
     }
     ++iteration;
     copy_commit();
   }
 
-  __device__ __forceinline__ void start_keys() {
+  __device__ __forceinline__ void start_keys() const {
     const uint32_t keys = job.key_tiles + key_stage * 2 * TILE;
-    k_copy.start(keys, count, thread);
-    v_copy.start(keys + TILE, count, thread);
-    if constexpr (GATED) job.small.gates.start(args.gates, job.batch, job.head_pair, p.length, begin, count, key_stage, thread), begin -= C;
-    k_copy.next -= C * p.key.token_stride, v_copy.next -= C * p.value.token_stride;
+    Copy::start(keys, p.key, job.batch, job.memory_head, begin, count, thread);
+    Copy::start(keys + TILE, p.value, job.batch, job.memory_head, begin, count, thread);
+    if constexpr (GATED) job.small.gates.start(args.gates, job.batch, job.head_pair, p.length, begin, count, key_stage, thread);
   }
 
-  // `wraps`: the next ones are those of the group's first head, a chunk before.
-  __device__ __forceinline__ void start_queries(bool wraps) {
+  __device__ __forceinline__ void start_queries() const {
     const uint32_t queries = job.query_tiles + stage * 2 * TILE;
-    q_copy.start(queries, count, thread);
-    w_copy.start(queries + TILE, count, thread);
-    q_copy.next += wraps ? -C * p.query.token_stride - (heads - 1) * p.query.head_stride : p.query.head_stride;
-    w_copy.next += wraps ? -C * args.grad_out.token_stride - (heads - 1) * args.grad_out.head_stride : args.grad_out.head_stride;
+    Copy::start(queries, p.query, job.batch, job.first_head + head, begin, count, thread);
+    Copy::start(queries + TILE, args.grad_out, job.batch, job.first_head + head, begin, count, thread);
+    const int64_t number = (static_cast<int64_t>(job.batch) * p.query_heads + job.first_head + head) * p.length + begin + thread;
     if (thread < C) {
       const uint32_t numbers = shared_address(job.small.numbers[stage][0] + thread);
       const bool valid = thread < count;
@@ -138,7 +126,6 @@ template <typename T, int D, bool GATED> struct ColumnCopies {
       copy_number_async(numbers + 4 * C, args.error + (valid ? number : 0), valid);
       copy_number_async(numbers + 8 * C, args.query_scale + (valid ? number : 0), valid);
     }
-    number += wraps ? -C - (heads - 1) * p.length : p.length;
   }
 };
 

@@ -16,18 +16,12 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowCopies {
   const linattn_problem &p;
   const linattn_tensor &x, &y, &z;
   const int helper, heads;
-  Copy x_copy, y_copy, z_copy, o_copy, q_copy;
-  int64_t number, left;
+  int64_t left;
   int iteration = 0, head = 0, stage = 0, key_stage = 0;
 
   __device__ __forceinline__ RowCopies(const Block &job, int helper)
       : job(job), args(job.args), p(args.problem), x(GRAD ? args.grad_out : p.query), y(GRAD ? p.value : p.key), z(GRAD ? p.key : p.value), helper(helper), heads(job.heads),
-        x_copy(head_of<const T>(x, job.batch, job.key_head * heads), x.token_stride, job.begin, helper),
-        y_copy(head_of<const T>(y, job.batch, job.memory_head), y.token_stride, job.begin, helper),
-        z_copy(head_of<const T>(z, job.batch, job.memory_head), z.token_stride, job.begin, helper),
-        o_copy(head_of<const T>(GRAD ? args.out : x, job.batch, job.key_head * heads), GRAD ? args.out.token_stride : 0, job.begin, helper),
-        q_copy(head_of<const T>(p.query, job.batch, job.key_head * heads), p.query.token_stride, job.begin, helper),
-        number((static_cast<int64_t>(job.batch) * p.query_heads + job.key_head * heads) * p.length + job.begin + helper), left(job.end - job.begin) {
+        left(job.end - job.begin) {
 #pragma unroll
     for (int i = 0; i < STAGES - 1; ++i) prefetch();
   }
@@ -39,45 +33,38 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowCopies {
       if (p.causal && head == 0) start_keys(count);
       if constexpr (GATED)
         if (head == 0) job.small.gates.start(args.gates, job.batch, job.head_pair, p.length, job.end - left, count, key_stage, helper);
-      const bool wraps = head == heads - 1;
-      start_rows(count, wraps);
-      advance(wraps);
+      start_rows(count);
+      advance();
     }
     ++iteration;
     copy_commit();
   }
 
-  __device__ __forceinline__ void start_keys(int count) {
+  __device__ __forceinline__ void start_keys(int count) const {
     const uint32_t keys = job.key_tiles + key_stage * 2 * TILE;
-    y_copy.start(keys, count, helper);
-    z_copy.start(keys + TILE, count, helper);
-    y_copy.next += C * y.token_stride, z_copy.next += C * z.token_stride;
+    Copy::start(keys, y, job.batch, job.memory_head, job.end - left, count, helper);
+    Copy::start(keys + TILE, z, job.batch, job.memory_head, job.end - left, count, helper);
   }
 
-  // `wraps`: the next ones are those of the group's first head, a chunk further on.
-  __device__ __forceinline__ void start_rows(int count, bool wraps) {
+  __device__ __forceinline__ void start_rows(int count) const {
     const uint32_t rows = job.row_tiles + stage * ROW_TILES * TILE;
-    x_copy.start(rows, count, helper);
-    x_copy.next += wraps ? C * x.token_stride - (heads - 1) * x.head_stride : x.head_stride;
+    const int64_t row_head = job.key_head * heads + head;
+    Copy::start(rows, x, job.batch, row_head, job.end - left, count, helper);
     if constexpr (GRAD) {
-      o_copy.start(rows + TILE, count, helper);
-      q_copy.start(rows + 2 * TILE, count, helper);
-      o_copy.next += wraps ? C * args.out.token_stride - (heads - 1) * args.out.head_stride : args.out.head_stride;
-      q_copy.next += wraps ? C * p.query.token_stride - (heads - 1) * p.query.head_stride : p.query.head_stride;
+      Copy::start(rows + TILE, args.out, job.batch, row_head, job.end - left, count, helper);
+      Copy::start(rows + 2 * TILE, p.query, job.batch, row_head, job.end - left, count, helper);
       if (helper < C) {
         const bool valid = helper < count;
+        const int64_t number = (static_cast<int64_t>(job.batch) * p.query_heads + row_head) * p.length + job.end - left + helper;
         copy_number_async(shared_address(job.small.numbers[stage][0] + helper), args.mass + (valid ? number : 0), valid);
         if (args.grad_mass) copy_number_async(shared_address(job.small.numbers[stage][1] + helper), args.grad_mass + (valid ? number : 0), valid);
       }
-      number += wraps ? C - (heads - 1) * p.length : p.length;
     }
   }
 
-  __device__ __forceinline__ void advance(bool wraps) {
-    left -= wraps ? C : 0;
-    head = wraps ? 0 : head + 1;
+  __device__ __forceinline__ void advance() {
     stage = stage == STAGES - 1 ? 0 : stage + 1;
-    if (head == 0) key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
+    if (++head == heads) head = 0, left -= C, key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
   }
 };
 

@@ -87,31 +87,22 @@ template <typename T, int D, bool QUERIES, bool GATED> struct SegmentCopies {
   const linattn_tensor &y, &z;
   const int thread, heads;
   const uint32_t tiles;
-  Copy y_copy, z_copy;
-  int64_t number, left;
+  int64_t left;
   int iteration = 0, head = 0, stage = 0;
 
   __device__ __forceinline__ explicit SegmentCopies(const Block &job)
-      : job(job), args(job.args), p(args.problem), y(job.y), z(job.z), thread(threadIdx.x), heads(job.heads), tiles(shared_address(job.shared)),
-        y_copy(head_of<const T>(y, job.batch, job.first_head), y.token_stride, job.begin, thread),
-        z_copy(head_of<const T>(z, job.batch, job.first_head), z.token_stride, job.begin, thread),
-        number((static_cast<int64_t>(job.batch) * p.query_heads + job.key_head * heads) * p.length + job.begin + thread), left(job.end - job.begin) {}
+      : job(job), args(job.args), p(args.problem), y(job.y), z(job.z), thread(threadIdx.x), heads(job.heads), tiles(shared_address(job.shared)), left(job.end - job.begin) {}
 
   // The next chunk and head, if there is one.
   __device__ __forceinline__ void prefetch() {
     if (iteration < job.iterations) {
       const int count = static_cast<int>(min(left, static_cast<int64_t>(C)));
       if constexpr (GATED) job.small.gates.start(args.gates, job.batch, job.head_pair, p.length, job.end - left, count, stage, thread);
-      y_copy.start(tiles + stage * 2 * TILE, count, thread);
-      z_copy.start(tiles + stage * 2 * TILE + TILE, count, thread);
+      Copy::start(tiles + stage * 2 * TILE, y, job.batch, job.first_head + head, job.end - left, count, thread);
+      Copy::start(tiles + stage * 2 * TILE + TILE, z, job.batch, job.first_head + head, job.end - left, count, thread);
       if (QUERIES && thread < C) start_numbers(count);
-      const bool wraps = head == heads - 1;
-      y_copy.next += wraps ? C * y.token_stride - (heads - 1) * y.head_stride : y.head_stride;
-      z_copy.next += wraps ? C * z.token_stride - (heads - 1) * z.head_stride : z.head_stride;
-      number += wraps ? C - (heads - 1) * p.length : p.length;
-      left -= wraps ? C : 0;
-      head = wraps ? 0 : head + 1;
       stage = stage == STAGES - 1 ? 0 : stage + 1;
+      if (++head == heads) head = 0, left -= C;
     }
     ++iteration;
     copy_commit();
@@ -120,6 +111,7 @@ template <typename T, int D, bool QUERIES, bool GATED> struct SegmentCopies {
   __device__ __forceinline__ void start_numbers(int count) const {
     const uint32_t numbers = shared_address(job.small.numbers[stage][0] + thread);
     const bool valid = thread < count;
+    const int64_t number = (static_cast<int64_t>(job.batch) * p.query_heads + job.first_head + head) * p.length + job.end - left + thread;
     copy_number_async(numbers, args.mass + (valid ? number : 0), valid);
     copy_number_async(numbers + 4 * C, args.error + (valid ? number : 0), valid);
     copy_number_async(numbers + 8 * C, args.query_scale + (valid ? number : 0), valid);

@@ -9,6 +9,12 @@
 
 namespace linattn_tile {
 
+// The same number, of which the compiler knows nothing: what follows from it is made again here, not carried round a loop in registers.
+__device__ __forceinline__ int remade(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));

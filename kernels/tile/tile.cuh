@@ -120,18 +120,19 @@ template <typename T> __device__ __forceinline__ T *head_of(const linattn_tensor
   return static_cast<T *>(tensor.data) + batch * tensor.batch_stride + head * tensor.head_stride;
 }
 
-// A thread's part in copying tiles of one tensor: it fetches one 16-byte piece of every kStep-th row. `next` walks along the tensor.
+// A thread's part in copying C tokens of a head, from `first` on, into a tile: one 16-byte piece of every kStep-th row. No address is kept from
+// tile to tile: what is the same for all threads is cheaper made again than held in a register of each; at D = 128, whose sums leave no
+// register over, so is a thread's own part.
 template <typename T, int D, int C, int THREADS> struct TileCopy {
   static constexpr int kPieces = D / 8, kStep = THREADS / kPieces;
   static_assert(THREADS % kPieces == 0, "");
-  const T *next;
-  int64_t stride;
-  __device__ __forceinline__ TileCopy(const T *head, int64_t token_stride, int64_t first, int thread)
-      : next(head + (first + thread / kPieces) * token_stride + thread % kPieces * 8), stride(token_stride) {}
   // Tokens from `count` on read as zero.
-  __device__ __forceinline__ void start(uint32_t tile, int count, int thread) const {
-    const T *source = next;
+  static __device__ __forceinline__ void start(uint32_t tile, const linattn_tensor &tensor, int64_t batch, int64_t head, int64_t first, int count, int number) {
+    const int thread = D == 128 ? remade(number) : number;
+    const int64_t stride = tensor.token_stride;
+    const T *const tokens = head_of<const T>(tensor, batch, head) + first * stride;
     const int first_row = thread / kPieces, piece = thread % kPieces;
+    const T *source = tokens + first_row * stride + piece * 8;
     const uint32_t place = tile + Tile<D>::at(first_row, piece);
     if (count == C && C % kStep == 0 && kStep % 16 == 0) {
       const int64_t step = kStep * stride;
@@ -144,7 +145,7 @@ template <typename T, int D, int C, int THREADS> struct TileCopy {
       const int row = first_row + i * kStep;
       if (C % kStep == 0 || row < C) {
         const bool valid = row < count;
-        copy_async(tile + Tile<D>::at(row, piece), valid ? source : next - first_row * stride, valid);
+        copy_async(tile + Tile<D>::at(row, piece), valid ? source : tokens, valid);
       }
       source += kStep * stride;
     }

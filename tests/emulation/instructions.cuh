@@ -4,6 +4,8 @@
 
 namespace linattn_tile {
 
+inline int remade(int x) { return x; }
+
 inline uint32_t bits_of(__nv_bfloat16 x) {
   uint16_t bits;
   std::memcpy(&bits, &x, 2);
