@@ -83,12 +83,19 @@ struct Sums {
   const float *rows, *columns;  // of A dA: (batch, query heads, length) over each row's keys, (batch, state heads, length) over each key's rows
   int heads;                    // query heads to a state
   int64_t length;
-  // dL/dG of token n in state head `head`, counted over the batch. Where rounding has moved `out`, both sums have moved alike, so neither
-  // is replaced by what it is in exact arithmetic.
-  __device__ double at(int64_t head, int64_t n) const {
-    double sum = -static_cast<double>(columns[head * length + n]);
-    for (int r = 0; r < heads; ++r) sum += rows[(head * heads + r) * length + n];
-    return sum;
+  // dL/dG of the tokens `first`, `first` + `step`, ... in state head `head`, counted over the batch; 0 where there is none. Where rounding has
+  // moved `out`, both sums have moved alike, so neither is replaced by what it is in exact arithmetic. All loads of a row are under way at once.
+  __device__ void read(double (&slopes)[kEach], int64_t head, int64_t first, int64_t step) const {
+    const auto add = [&](const float *row, double sign) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        const int64_t n = first + i * step;
+        if (n >= 0 && n < length) slopes[i] += sign * row[n];
+      }
+    };
+    for (int i = 0; i < kEach; ++i) slopes[i] = 0;
+    add(columns + head * length, -1);
+    for (int r = 0; r < heads; ++r) add(rows + (head * heads + r) * length, 1);
   }
 };
 
@@ -99,10 +106,8 @@ __global__ void token_gradient_kernel(Sums sums, const float *ends, float *gradi
   for (int64_t block_end = length; block_end > 0; block_end -= kThreads * kEach) {
     const int64_t last = block_end - 1 - static_cast<int64_t>(threadIdx.x) * kEach;  // a thread's tokens run down from here
     double own[kEach], total = 0;
-    for (int i = 0; i < kEach; ++i) {
-      if (last - i >= 0) total += sums.at(head, last - i);
-      own[i] = total;
-    }
+    sums.read(own, head, last, -1);
+    for (int i = 0; i < kEach; ++i) own[i] = total += own[i];
     const double before = block_prefix(total);
     for (int i = 0; i < kEach; ++i)
       if (last - i >= 0) gradient[head * length + last - i] = static_cast<float>(later + before + own[i]);
@@ -114,7 +119,11 @@ __global__ void token_gradient_kernel(Sums sums, const float *ends, float *gradi
 __global__ void rate_gradient_kernel(Sums sums, const float *ends, double *parts) {
   const int64_t head = blockIdx.x, length = sums.length;
   double sum = 0;
-  for (int64_t n = threadIdx.x; n < length; n += kThreads) sum += static_cast<double>(n + 1) * sums.at(head, n);
+  for (int64_t first = threadIdx.x; first < length; first += kThreads * kEach) {
+    double slopes[kEach];
+    sums.read(slopes, head, first, kThreads);
+    for (int i = 0; i < kEach; ++i) sum += static_cast<double>(first + i * kThreads + 1) * slopes[i];
+  }
   sum = block_sum(sum);
   if (threadIdx.x == 0) parts[head] = sum + (ends ? static_cast<double>(ends[head]) * static_cast<double>(length) : 0.0);
 }
