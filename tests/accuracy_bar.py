@@ -79,13 +79,16 @@ def assert_bars(ours, plain, exact, dtype):
             assert_bar(name, x, plain[name], exact[name], 3 if name.startswith("gradient") else 2, dtype)
 
 
-def operator_case(dtype, *, degree=1, causal=True, decay=None, segments=None, stateful=False, noisy=False, batch=2, heads=4, key_heads=2,
-                  length=700, head_dim=32, value_dim=24, seed=0, device="cuda"):  # fmt: skip
+def operator_case(dtype, *, degree=1, causal=True, decay=None, strengths=(), segments=None, stateful=False, noisy=False, batch=2, heads=4,
+                  key_heads=2, length=700, head_dim=32, value_dim=24, seed=0, device="cuda"):  # fmt: skip
     quadratic = degree == 2
     tensors, options = make_inputs(batch, heads, key_heads, length, head_dim, value_dim, dtype=torch.float32, device=device, seed=seed,
                                    decay=decay, segments=segments, quadratic=quadratic, grad=False)  # fmt: skip
     coefficients = torch.stack([options["a"], options["b"], options.get("c", torch.zeros_like(options["a"])), options["temperature"]])
     log_decay = options.get("log_decay")
+    if strengths:  # of the decay: from head to head, or from 48 tokens to the next
+        turns = torch.tensor(strengths).repeat_interleave(1 if log_decay.dim() == 1 else 48)
+        log_decay = log_decay * turns[torch.arange(log_decay.shape[-1]) % len(turns)].to(device)
     runs = canonical_segments(options["segment_ids"], batch, length) if segments else None
     state_heads = Call(*tensors, coefficients, log_decay).state_heads
     shape = batch, state_heads, feature_count(head_dim, degree), value_dim + 1

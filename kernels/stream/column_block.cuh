@@ -70,7 +70,7 @@ template <typename T, int D, bool GATED> struct ColumnBlock {
   // Before the first copies: gates that no copy brings.
   __device__ __forceinline__ void clear() const {
     if constexpr (GATED) {
-      small.gates.clear(threadIdx.x, Shape::THREADS);
+      small.gates.clear(args.gates, key_head, threadIdx.x, Shape::THREADS);
       __syncthreads();
     }
   }

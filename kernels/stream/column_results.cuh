@@ -11,13 +11,23 @@ template <typename T, int D, bool GATED> struct ColumnResults {
   using E = Element<T>;
   using Keeper = ColumnState<T, D, GATED>;
   using Gate = typename Keeper::Gate;
-  using PairGate = std::conditional_t<GATED, PairGates, int>;
   static constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, STAGES = Shape::STAGES, TILE = Shape::TILE, STRIPES = Shape::STRIPES;
   static constexpr int kStripeBytes = Tile<D>::kBlockBytes;
   static constexpr bool kGroups = kColumnsByGroups<D>;
   static constexpr int kHalves = (D + 63) / 64, kWide = D / kHalves;  // how warpgroups cut the columns of results
+  static constexpr float kValueScale = E::kNarrow ? 1.f / kSlopeWorth : 1.f;
   using Own = uint32_t[BLOCKS][4];
   using Sums = float[2 * BLOCKS][4];
+
+  // What the sums of a lane's two keys count at the end.
+  struct Worth {
+    float first, second;
+  };
+
+  // Of two keys and two queries: key 0 with both, then key 1.
+  struct PairFactors {
+    float of[4];
+  };
 
   // What a lane's two keys weigh with: weight = scale (x . y) slope + shift, of each query.
   struct Scales {
@@ -42,6 +52,7 @@ template <typename T, int D, bool GATED> struct ColumnResults {
   int64_t token;
   int head = 0, stage = 0, key_stage = 0, tokens;
   int stripe;                                 // turned every chunk, as the earlier ones see more queries
+  bool factors = true;                        // whether the gates of the chunk's pairs are products, of the query's factor and what the key leaves
 
   __device__ __forceinline__ explicit ColumnResults(const Block &job)
       : job(job), args(job.args), p(args.problem), small(job.small), thread(threadIdx.x), lane_id(thread & 31), warp(warp_number()), group(lane_id >> 2), place(lane_id & 3),
@@ -64,13 +75,12 @@ template <typename T, int D, bool GATED> struct ColumnResults {
       const Blocks<D> k_blocks(k_tile + stripe * kStripeBytes, down);
       copy_wait<STAGES - 2>();
       warpgroup_publish();
-      __syncthreads();  // the tiles are here, and nobody reads the ones that the next copies overwrite
-      if constexpr (GATED) zero_gaps();
+      arrive();
       const Lift gradient = lift_tiles(acc, keeper);
       const Gate gates = gates_of_chunk();
       copies.prefetch();
-      if (GATED && head == 0) keeper.share_count();
-      if (causal && thread < C) keeper.weigh(gates, gradient, head, stage);
+      if (GATED && head == 0 && args.column_sums) keeper.share_count();
+      if (causal && thread < C) keeper.weigh(gates, gradient, head, stage, factors);
       if (head == 0) {
         read_keys(own, k_blocks, k_tile);
         if ((causal || iteration == 0) && keeper.holds) keeper.publish(state);
@@ -79,20 +89,21 @@ template <typename T, int D, bool GATED> struct ColumnResults {
       __syncthreads();  // the rounded state and the weights are written
 
       const Scales by = scales();
-      const PairGate gate = gate_of_keys();
       const uint32_t own_tile = role == 0 ? k_tile : k_tile + TILE;
       if (head == 0) {
         multiply_by_state(acc, own, own_tile);
         enter(acc, own, keeper, by, gates, k_tile);
+        if constexpr (GATED)
+          if (causal && keeper.holds) scale_state(state, gates.keep());
       }
-      if (causal) add_pairs(acc, own, by, gate, own_tile, q_tile);
+      if (causal) add_pairs(acc, own, by, own_tile, q_tile);
       if (head == heads - 1) {
-        const float worth = E::kNarrow ? keeper.summed.down * (role == 0 ? 1.f : kSlopeWorth) : 1.f;  // of what `acc` holds
-        if (role == 1) finish_keys(acc, k_blocks, keeper, worth);
+        const Worth worth = worth_of_sums(keeper);
+        if (role == 1) finish_keys(acc, k_blocks, worth);
         store(acc, worth, k_tile);
         next_chunk();
       }
-      if (causal && keeper.holds) keeper.take_in(state, gates, head == 0, q_tile);
+      if (causal && keeper.holds) keeper.take_in(state, q_tile);
       if constexpr (E::kNarrow)
         if (causal && head == heads - 1) keeper.state_lift.lift = keeper.summed, keeper.measure(state);
       stage = stage == STAGES - 1 ? 0 : stage + 1;
@@ -111,15 +122,20 @@ template <typename T, int D, bool GATED> struct ColumnResults {
     }
   }
 
-  // Padding reads as zero.
-  __device__ __forceinline__ void zero_gaps() const {
-    const int32_t *const query_runs = small.gates.query_runs[key_stage], *const key_runs = small.gates.key_runs[key_stage];
-    if (args.gates.key_runs && any_padding<C>(query_runs, key_runs, thread)) {
-      for (int i = 0; i < 2; ++i) {
-        if (causal) zero_padding<D, C, Shape::THREADS>(job.queries(stage) + i * TILE, query_runs, thread);
-        if (head == 0) zero_padding<D, C, Shape::THREADS>(job.keys(key_stage) + i * TILE, key_runs, thread);
+  // Behind this the tiles are here, padding reads as zero, and nobody reads the tiles that the next copies overwrite.
+  __device__ __forceinline__ void arrive() {
+    if constexpr (GATED) {
+      const bool padded = small.gates.arrive(args.gates, key_stage, tokens, thread);
+      factors = gates_of_chunk().template factors<T>(padded);
+      if (padded) {
+        for (int i = 0; i < 2; ++i) {
+          if (causal) zero_padding<D, C, Shape::THREADS>(job.queries(stage) + i * TILE, small.gates.query_runs[key_stage], thread);
+          if (head == 0) zero_padding<D, C, Shape::THREADS>(job.keys(key_stage) + i * TILE, small.gates.key_runs[key_stage], thread);
+        }
+        warpgroup_publish();
+        __syncthreads();
       }
-      warpgroup_publish();
+    } else {
       __syncthreads();
     }
   }
@@ -171,14 +187,18 @@ template <typename T, int D, bool GATED> struct ColumnResults {
     }
   }
 
+  static __device__ __forceinline__ float2 two_at(const float *numbers, int query) { return *reinterpret_cast<const float2 *>(numbers + query); }
+
   __device__ __forceinline__ Scales scales() const {
-    constexpr float kValueScale = E::kNarrow ? 1.f / kSlopeWorth : 1.f;
-    return {role == 0 ? key_scale0 : kValueScale, role == 0 ? key_scale1 : kValueScale, (role == 0 ? small.level : small.slope) + 2 * place, small.mixed + 2 * place};
+    return {role == 0 ? key_scale0 : kValueScale, role == 0 ? key_scale1 : kValueScale, role == 0 ? small.level : small.slope, small.mixed};
   }
 
-  __device__ __forceinline__ PairGate gate_of_keys() const {
-    if constexpr (GATED) return PairGates(small.gates.decay[key_stage], small.gates.key_runs[key_stage], 16 * stripe + group, 16 * stripe + group + 8);
-    else return 0;
+  __device__ __forceinline__ Worth worth_of_sums(const Keeper &keeper) const {
+    Worth worth{1.f, 1.f};
+    if constexpr (E::kNarrow) worth.first = worth.second = keeper.summed.down * (role == 0 ? 1.f : kSlopeWorth);
+    if constexpr (GATED)
+      if (factors) worth.first *= gates_of_chunk().leave(16 * stripe + group), worth.second *= gates_of_chunk().leave(16 * stripe + group + 8);
+    return worth;
   }
 
   // acc = k R, or v R^T.
@@ -262,14 +282,8 @@ template <typename T, int D, bool GATED> struct ColumnResults {
   __device__ __forceinline__ void enter(Sums &acc, const Own &own, const Keeper &keeper, const Scales &by, const Gate &gates, uint32_t k_tile) {
     const float enter = E::kNarrow ? keeper.state_lift.lift.down * keeper.summed.up : 1.f;
     const float from_state0 = by.scale0 * enter * keeper.rounded.down, from_state1 = by.scale1 * enter * keeper.rounded.down;
-    float leave0 = 1.f, leave1 = 1.f;
-    if constexpr (GATED) {
-      leave0 = gates.leave(16 * stripe + group), leave1 = gates.leave(16 * stripe + group + 8);
-      if (args.column_sums && role == 1) {
-        sum_later_slopes(own, keeper, enter, k_tile);
-        slope_sum0 *= leave0, slope_sum1 *= leave1;
-      }
-    }
+    if constexpr (GATED)
+      if (args.column_sums && role == 1) sum_later_slopes(own, keeper, enter, k_tile);
     const float *const margin = (role == 0 ? small.line : small.column) + 2 * place;
 #pragma unroll
     for (int q = 0; q < BLOCKS; ++q)
@@ -279,14 +293,20 @@ template <typename T, int D, bool GATED> struct ColumnResults {
         if constexpr (E::kNarrow) add.x *= enter, add.y *= enter;
         acc[2 * q + t][0] = acc[2 * q + t][0] * from_state0 + add.x, acc[2 * q + t][1] = acc[2 * q + t][1] * from_state0 + add.y;
         acc[2 * q + t][2] = acc[2 * q + t][2] * from_state1 + add.x, acc[2 * q + t][3] = acc[2 * q + t][3] * from_state1 + add.y;
-        if constexpr (GATED) acc[2 * q + t][0] *= leave0, acc[2 * q + t][1] *= leave0, acc[2 * q + t][2] *= leave1, acc[2 * q + t][3] *= leave1;
+      }
+    if constexpr (GATED)
+      if (!factors) {
+        const float leave0 = gates.leave(16 * stripe + group), leave1 = gates.leave(16 * stripe + group + 8);
+        slope_sum0 *= leave0, slope_sum1 *= leave1;
+#pragma unroll
+        for (int q = 0; q < 2 * BLOCKS; ++q) acc[q][0] *= leave0, acc[q][1] *= leave0, acc[q][2] *= leave1, acc[q][3] *= leave1;
       }
   }
 
   // a dA of all later rows together: level . v and the sum of a e; the lanes of a row share it out.
   __device__ __forceinline__ void sum_later_slopes(const Own &own, const Keeper &keeper, float enter, uint32_t k_tile) {
     float later = 0.f;
-    for (int w = 0; w < Shape::WARPS; ++w) later += small.counts[w];
+    for (int w = 0; w < Keeper::kCounting; ++w) later += small.counts[w];
     slope_sum0 = slope_sum1 = place == 0 ? later * keeper.summed.up : 0.f;
     const Blocks<D> v_blocks(k_tile + TILE + stripe * kStripeBytes, down);
 #pragma unroll
@@ -306,50 +326,72 @@ template <typename T, int D, bool GATED> struct ColumnResults {
   }
 
   // Raw products with 16 queries, the j-th of the chunk, into their rounded weights.
-  __device__ __forceinline__ void weigh(uint32_t (&weights)[4], float (&first_tile)[4], float (&second_tile)[4], bool diagonal, int j, const Scales &by,
-                                        const PairGate &pair_gates) {
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      float (&s)[4] = t == 0 ? first_tile : second_tile;
-      const float2 weight = *reinterpret_cast<const float2 *>(by.slopes + 16 * j + 8 * t), shift = *reinterpret_cast<const float2 *>(by.shifts + 16 * j + 8 * t);
-      const int column = 8 * t + 2 * place;
-      if constexpr (GATED) {
-        const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + 16 * j + column);
-        const int2 run = *reinterpret_cast<const int2 *>(small.gates.query_runs[key_stage] + 16 * j + column);
-        const float gate[4] = {pair_gates.of_query(0, decay.x, run.x, !diagonal || column >= group), pair_gates.of_query(0, decay.y, run.y, !diagonal || column + 1 >= group),
-                               pair_gates.of_query(1, decay.x, run.x, !diagonal || column >= group + 8),
-                               pair_gates.of_query(1, decay.y, run.y, !diagonal || column + 1 >= group + 8)};
-        if (args.column_sums && role == 1) {
-          const float2 level = *reinterpret_cast<const float2 *>(small.level + 16 * j + column), pull = *reinterpret_cast<const float2 *>(small.pull + 16 * j + column);
-          slope_sum0 += (s[0] * level.x + pull.x) * gate[0] + (s[1] * level.y + pull.y) * gate[1];
-          slope_sum1 += (s[2] * level.x + pull.x) * gate[2] + (s[3] * level.y + pull.y) * gate[3];
-        }
-        s[0] = (s[0] * by.scale0 * weight.x + shift.x) * gate[0], s[1] = (s[1] * by.scale0 * weight.y + shift.y) * gate[1];
-        s[2] = (s[2] * by.scale1 * weight.x + shift.x) * gate[2], s[3] = (s[3] * by.scale1 * weight.y + shift.y) * gate[3];
-      } else {
-        s[0] = s[0] * by.scale0 * weight.x + shift.x, s[1] = s[1] * by.scale0 * weight.y + shift.y;
-        s[2] = s[2] * by.scale1 * weight.x + shift.x, s[3] = s[3] * by.scale1 * weight.y + shift.y;
-        if (diagonal) {
-          if (column < group) s[0] = 0.f;
-          if (column + 1 < group) s[1] = 0.f;
-          if (column < group + 8) s[2] = 0.f;
-          if (column + 1 < group + 8) s[3] = 0.f;
-        }
-      }
+  __device__ __forceinline__ void weigh(uint32_t (&weights)[4], float (&first_tile)[4], float (&second_tile)[4], bool diagonal, int j, const Scales &by) {
+    const auto each = [&](const auto &step) {
+      step(first_tile, 2 * place);
+      step(second_tile, 2 * place + 8);
+    };
+    const bool sloped = GATED && args.column_sums && role == 1;
+    if (GATED && !factors) {
+      each([&](float (&s)[4], int column) {
+        const PairFactors gate = gates_of_pairs(diagonal, 16 * j + column);
+        if (sloped) sum_slopes(s, gate, 16 * j + column);
+        weigh_plain(s, 16 * j + column, by);
+        for (int i = 0; i < 4; ++i) s[i] *= gate.of[i];
+      });
+    } else {
+      const auto seen = [&](int i, int column) { return !diagonal || column + (i & 1) >= group + 4 * (i & 2); };
+      if (sloped)
+        each([&](const float (&s)[4], int column) {
+          sum_slopes(s, {seen(0, column) ? 1.f : 0.f, seen(1, column) ? 1.f : 0.f, seen(2, column) ? 1.f : 0.f, seen(3, column) ? 1.f : 0.f}, 16 * j + column);
+        });
+      each([&](float (&s)[4], int column) {
+        weigh_plain(s, 16 * j + column, by);
+        for (int i = 0; i < 4; ++i) s[i] = seen(i, column) ? s[i] : 0.f;
+      });
     }
     weights[0] = E::pack(first_tile[0], first_tile[1]), weights[1] = E::pack(first_tile[2], first_tile[3]);
     weights[2] = E::pack(second_tile[0], second_tile[1]), weights[3] = E::pack(second_tile[2], second_tile[3]);
   }
 
+  // Two of the lane's queries, side by side, with its two keys.
+  __device__ __forceinline__ void weigh_plain(float (&s)[4], int query, const Scales &by) const {
+    const float2 weight = two_at(by.slopes, query), shift = two_at(by.shifts, query);
+    s[0] = s[0] * by.scale0 * weight.x + shift.x, s[1] = s[1] * by.scale0 * weight.y + shift.y;
+    s[2] = s[2] * by.scale1 * weight.x + shift.x, s[3] = s[3] * by.scale1 * weight.y + shift.y;
+  }
+
+  // a dA of each pair.
+  __device__ __forceinline__ void sum_slopes(const float (&s)[4], const PairFactors &by, int query) {
+    if constexpr (GATED) {
+      const float2 level = two_at(small.level, query), pull = two_at(small.pull, query);
+      slope_sum0 += (s[0] * level.x + pull.x) * by.of[0] + (s[1] * level.y + pull.y) * by.of[1];
+      slope_sum1 += (s[2] * level.x + pull.x) * by.of[2] + (s[3] * level.y + pull.y) * by.of[3];
+    }
+  }
+
+  // Where no factors make it up, each pair's gate.
+  __device__ __forceinline__ PairFactors gates_of_pairs(bool diagonal, int query) const {
+    if constexpr (GATED) {
+      const int local0 = 16 * stripe + group, local1 = local0 + 8;
+      const PairGates keys(small.gates.decay[key_stage], small.gates.key_runs[key_stage], local0, local1);
+      const float2 decay = two_at(small.gates.decay[key_stage], query);
+      const int2 run = *reinterpret_cast<const int2 *>(small.gates.query_runs[key_stage] + query);
+      return {keys.of_query(0, decay.x, run.x, !diagonal || query >= local0), keys.of_query(0, decay.y, run.y, !diagonal || query + 1 >= local0),
+              keys.of_query(1, decay.x, run.x, !diagonal || query >= local1), keys.of_query(1, decay.y, run.y, !diagonal || query + 1 >= local1)};
+    }
+    return {};
+  }
+
   // The pairs inside the chunk.
-  __device__ __forceinline__ void add_pairs(Sums &acc, const Own &own, const Scales &by, const PairGate &gate, uint32_t own_tile, uint32_t q_tile) {
+  __device__ __forceinline__ void add_pairs(Sums &acc, const Own &own, const Scales &by, uint32_t own_tile, uint32_t q_tile) {
     const uint32_t pair_tile = role == 0 ? q_tile : q_tile + TILE, sum_tile = role == 0 ? q_tile + TILE : q_tile;
-    if constexpr (kGroups) add_pairs_by_group(acc, by, gate, own_tile, pair_tile, sum_tile);
-    else add_pairs_by_warp(acc, own, by, gate, pair_tile, sum_tile);
+    if constexpr (kGroups) add_pairs_by_group(acc, by, own_tile, pair_tile, sum_tile);
+    else add_pairs_by_warp(acc, own, by, pair_tile, sum_tile);
   }
 
   // At D = 128 in two parts, or the registers do not suffice.
-  __device__ __forceinline__ void add_pairs_by_group(Sums &acc, const Scales &by, const PairGate &gate, uint32_t own_tile, uint32_t pair_tile, uint32_t sum_tile) {
+  __device__ __forceinline__ void add_pairs_by_group(Sums &acc, const Scales &by, uint32_t own_tile, uint32_t pair_tile, uint32_t sum_tile) {
     constexpr int kBlocks = STRIPES / kHalves;
 #pragma unroll
     for (int first_block = 0; first_block < STRIPES; first_block += kBlocks) {
@@ -370,8 +412,8 @@ template <typename T, int D, bool GATED> struct ColumnResults {
       for (int i = 0; i < kBlocks; ++i) {
         const int j = first_block + i;
         weights_of[i][0] = weights_of[i][1] = weights_of[i][2] = weights_of[i][3] = 0u;
-        if (j > stripe) weigh(weights_of[i], scores[2 * i], scores[2 * i + 1], false, j, by, gate);
-        if (j == stripe) weigh(weights_of[i], scores[2 * i], scores[2 * i + 1], true, j, by, gate);
+        if (j > stripe) weigh(weights_of[i], scores[2 * i], scores[2 * i + 1], false, j, by);
+        if (j == stripe) weigh(weights_of[i], scores[2 * i], scores[2 * i + 1], true, j, by);
       }
       warpgroup_keep(acc);
       warpgroup_begin();
@@ -388,7 +430,7 @@ template <typename T, int D, bool GATED> struct ColumnResults {
     }
   }
 
-  __device__ __forceinline__ void add_pairs_by_warp(Sums &acc, const Own &own, const Scales &by, const PairGate &gate, uint32_t pair_tile, uint32_t sum_tile) {
+  __device__ __forceinline__ void add_pairs_by_warp(Sums &acc, const Own &own, const Scales &by, uint32_t pair_tile, uint32_t sum_tile) {
     const Blocks<D> pair_blocks(pair_tile, across), sum_blocks(sum_tile, down);
     const auto step = [&](bool diagonal, int j) {
       float s[2][4];
@@ -402,7 +444,7 @@ template <typename T, int D, bool GATED> struct ColumnResults {
         E::mma(s[0], own[block], other[0], other[1]);
         E::mma(s[1], own[block], other[2], other[3]);
       }
-      weigh(weights, s[0], s[1], diagonal, j, by, gate);
+      weigh(weights, s[0], s[1], diagonal, j, by);
 #pragma unroll
       for (int q = 0; q < BLOCKS; ++q) {
         uint32_t other[4];
@@ -417,7 +459,7 @@ template <typename T, int D, bool GATED> struct ColumnResults {
   }
 
   // acc from the gradient of k^ to that of k, and what the decay's gradient takes from these keys.
-  __device__ __forceinline__ void finish_keys(Sums &acc, const Blocks<D> &k_blocks, const Keeper &keeper, float worth) {
+  __device__ __forceinline__ void finish_keys(Sums &acc, const Blocks<D> &k_blocks, const Worth &worth) {
     Own k;
     float dot0 = 0.f, dot1 = 0.f;
 #pragma unroll
@@ -435,7 +477,7 @@ template <typename T, int D, bool GATED> struct ColumnResults {
       dot1 += __shfl_xor_sync(0xffffffffu, dot1, shift);
     }
     if constexpr (GATED)
-      if (args.column_sums) put_sums(keeper, worth, dot0, dot1);
+      if (args.column_sums) put_sums(worth, dot0, dot1);
     dot0 = unit ? dot0 * key_scale0 * key_scale0 : 0.f, dot1 = unit ? dot1 * key_scale1 * key_scale1 : 0.f;
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block)
@@ -447,7 +489,7 @@ template <typename T, int D, bool GATED> struct ColumnResults {
   }
 
   // A dA = a dA + k^ . (what dA sends to k^).
-  __device__ __forceinline__ void put_sums(const Keeper &keeper, float worth, float dot0, float dot1) {
+  __device__ __forceinline__ void put_sums(const Worth &worth, float dot0, float dot1) {
 #pragma unroll
     for (int shift = 1; shift < 4; shift *= 2) {
       slope_sum0 += __shfl_xor_sync(0xffffffffu, slope_sum0, shift);
@@ -455,13 +497,13 @@ template <typename T, int D, bool GATED> struct ColumnResults {
     }
     float *const sums = args.column_sums + static_cast<int64_t>(job.head_pair) * p.length + token;
     const int local0 = 16 * stripe + group, local1 = local0 + 8;
-    if (place == 0 && local0 < tokens) sums[local0] = slope_sum0 * keeper.summed.down + dot0 * key_scale0 * worth;
-    if (place == 0 && local1 < tokens) sums[local1] = slope_sum1 * keeper.summed.down + dot1 * key_scale1 * worth;
+    if (place == 0 && local0 < tokens) sums[local0] = slope_sum0 * worth.first * kValueScale + dot0 * key_scale0 * worth.first;
+    if (place == 0 && local1 < tokens) sums[local1] = slope_sum1 * worth.second * kValueScale + dot1 * key_scale1 * worth.second;
   }
 
   // Where results are staged, nobody may read any more. By registers: dv over v and dk over k, both taken before the second barrier (k again
   // by the warps of dk just now). By warpgroups: dk over v, which only they read, and dv over the rounded state, which the next chunk renews.
-  __device__ __forceinline__ void store(const Sums &acc, float worth, uint32_t k_tile) const {
+  __device__ __forceinline__ void store(const Sums &acc, const Worth &worth, uint32_t k_tile) const {
     int staged = static_cast<int>(k_tile - job.key_tiles) + (role == 0 ? TILE : 0);
     if (kGroups && causal) {
       staged = role == 0 ? static_cast<int>(job.state_tile - job.key_tiles) : static_cast<int>(k_tile - job.key_tiles) + TILE;
@@ -471,7 +513,7 @@ template <typename T, int D, bool GATED> struct ColumnResults {
     }
     __syncwarp();
     const Blocks<D> staged_blocks(job.key_tiles + staged + stripe * kStripeBytes, down);
-    const float finish0 = worth * (role == 0 ? 1.f : key_scale0 / key_down0), finish1 = worth * (role == 0 ? 1.f : key_scale1 / key_down1);
+    const float finish0 = worth.first * (role == 0 ? 1.f : key_scale0 / key_down0), finish1 = worth.second * (role == 0 ? 1.f : key_scale1 / key_down1);
 #pragma unroll
     for (int q = 0; q < BLOCKS; ++q) store_block<T, D>(staged_blocks.at(0, q), acc[2 * q], acc[2 * q + 1], finish0, finish1, lane_id);
     __syncwarp();

@@ -23,6 +23,7 @@ template <typename T, int D, bool GATED> struct ColumnState {
   using Gate = std::conditional_t<GATED, ChunkGates<Shape::C>, int>;
   static constexpr int C = Shape::C, BLOCKS = Shape::BLOCKS, TILE = Shape::TILE;
   static constexpr bool kGroups = kStateByGroups<D> && kColumnsByGroups<D>;
+  static constexpr int kCounting = (C + 31) / 32;  // warps whose threads count a chunk's queries
   using Place = StatePlace<D, (Shape::SPLIT > 1 && !kGroups)>;
 
   const Block &job;
@@ -62,6 +63,7 @@ template <typename T, int D, bool GATED> struct ColumnState {
 
   // The sum of a e of the later rows, which the chunk's keys see: as exact as the margins, and like them before this chunk's rows enter.
   __device__ __forceinline__ void share_count() const {
+    if (warp >= kCounting) return;
     float later = count;
 #pragma unroll
     for (int shift = 1; shift < 32; shift *= 2) later += __shfl_xor_sync(0xffffffffu, later, shift);
@@ -69,16 +71,18 @@ template <typename T, int D, bool GATED> struct ColumnState {
   }
 
   // What a query counts, in the pairs of its chunk and in the state.
-  __device__ __forceinline__ void weigh(const Gate &gates, const Lift &gradient, int head, int stage) {
+  __device__ __forceinline__ void weigh(const Gate &gates, const Lift &gradient, int head, int stage, bool factors) {
     const float *const numbers = small.numbers[stage][0] + thread;
     const float a = small.coefficients[head][0], error = numbers[C];
     const QueryWeights of = query_weights<T>(a, small.coefficients[head][1], numbers[0], error, numbers[2 * C] * (E::kNarrow ? small.query_down[thread] : 1.f), gradient);
-    small.mixed[thread] = of.mixed, small.level[thread] = of.level, small.slope[thread] = of.slope;
-    float carry = 1.f;
+    float carry = 1.f, factor = 1.f;
     if constexpr (GATED) {
-      carry = gates.carry(thread), small.pull[thread] = a * error * summed.up;
+      carry = gates.carry(thread);
+      if (factors) factor = gates.inverse_leave(thread);
+      small.pull[thread] = a * error * summed.up * factor;
       if (head == 0) count *= gates.keep();
     }
+    small.mixed[thread] = of.mixed * factor, small.level[thread] = of.level * factor, small.slope[thread] = of.slope * factor;
     weights(0).set(thread, of.mixed * carry), weights(1).set(thread, of.level * carry), weights(2).set(thread, of.slope * carry);
     count += a * error * carry;
   }
@@ -88,9 +92,7 @@ template <typename T, int D, bool GATED> struct ColumnState {
   }
 
   // A chunk's queries and gradients of one head.
-  __device__ __forceinline__ void take_in(State &state, const Gate &gates, bool first_head, uint32_t q_tile) {
-    if constexpr (GATED)
-      if (first_head) scale_state(state, gates.keep());
+  __device__ __forceinline__ void take_in(State &state, uint32_t q_tile) {
     if constexpr (E::kNarrow) state_lift.change(state, summed);
     const Blocks<D> w_flipped(q_tile + TILE, down, at.flip);
     const uint32_t q_block = Blocks<D>(q_tile, across).at_column(0, at.row), w_block = Blocks<D>(q_tile + TILE, down).at_column(0, at.row);

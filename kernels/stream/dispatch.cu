@@ -55,7 +55,7 @@ ForwardWorkspace::ForwardWorkspace(const linattn_problem &problem, const Plan &p
   states = 0;
   keeps = states + rounded(segments * state_floats(problem));
   decay = keeps + (plan.gated ? rounded(segments) : 0);
-  floats = decay + (problem.log_decay ? rounded(states_of(problem) * problem.length) : 0);
+  floats = decay + (problem.log_decay && problem.log_decay_per_token ? rounded(states_of(problem) * problem.length) : 0);
 }
 
 BackwardWorkspace::BackwardWorkspace(const linattn_problem &problem, const Plan &plan) : ForwardWorkspace(problem, plan) {

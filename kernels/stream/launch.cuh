@@ -19,7 +19,8 @@ cudaError_t scan_segments(float *states, const float *keeps, const linattn_probl
 }
 
 inline Gates gates_of(const linattn_problem &problem, const float *decay) {
-  return {problem.log_decay ? decay : nullptr, problem.query_segments, problem.key_segments, problem.query_segments_stride, problem.key_segments_stride};
+  const bool each = problem.log_decay && problem.log_decay_per_token;
+  return {each ? nullptr : problem.log_decay, each ? decay : nullptr, problem.query_segments, problem.key_segments, problem.query_segments_stride, problem.key_segments_stride};
 }
 
 template <typename T, int D, bool GATED> cudaError_t forward_by(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan) {
@@ -53,7 +54,7 @@ template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_p
   float *const error = base + workspace.error, *const query_scale = base + workspace.query_scale, *const partials = base + workspace.partials;
   float *const keeps = GATED ? base + workspace.keeps : nullptr;
   const Gates gates = gates_of(problem, base + workspace.decay);
-  const bool slopes = gates.decay && data.grad_log_decay;  // whether the decay wants a gradient
+  const bool slopes = problem.log_decay && data.grad_log_decay;  // whether the decay wants a gradient
   const DecaySums sums{base + workspace.row_sums, base + workspace.column_sums, base + workspace.final_state,
                        data.grad_state,           base + workspace.ends,        reinterpret_cast<double *>(base + workspace.parts)};
   using Segment = SegmentShape<D>;

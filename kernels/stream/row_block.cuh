@@ -49,7 +49,7 @@ template <int D, bool GRAD, bool GATED> struct RowShape {
   struct GatedSmall : Small {
     GateTiles<C, STAGES> gates;
     alignas(16) uint16_t leave_high[C], leave_low[C];
-    alignas(16) float leave[C];
+    alignas(16) float leave[C], factor[C];  // factor: of the keys, where a pair's gate is a product
     float count;
   };
   using AllSmall = std::conditional_t<GATED, GatedSmall, Small>;
@@ -102,23 +102,29 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowBlock {
       small.coefficients[thread][0] = p.coefficients[head], small.coefficients[thread][1] = p.coefficients[p.query_heads + head] * p.coefficients[3 * p.query_heads + head];
     }
     if constexpr (GATED) {
-      small.gates.clear(thread, Shape::THREADS);
+      small.gates.clear(args.gates, key_head, thread, Shape::THREADS);
       __syncthreads();  // before the first copies into them
     }
   }
 
-  // Behind the barrier at the top of an iteration: the copies have arrived, and are made what the products take.
-  __device__ __forceinline__ void prepare(int stage, int key_stage, bool fresh_keys) const {
+  // At the top of an iteration, for all threads: the copies have arrived, and are made what the products take. `helper`: the thread's number among
+  // those that fetch, or C. Whether the gates of the chunk's pairs are products.
+  __device__ __forceinline__ bool prepare(int stage, int key_stage, bool fresh_keys, int tokens, int helper) const {
     const int thread = threadIdx.x;
     unsigned char *const row_tile = shared + stage * ROW_TILES * TILE, *const key_tile = shared + STAGES * ROW_TILES * TILE + key_stage * 2 * TILE;
+    bool factors = true;
     if constexpr (GATED) {
-      if (args.gates.key_runs && any_padding<C>(small.gates.query_runs[key_stage], small.gates.key_runs[key_stage], thread)) {
+      const bool padded = small.gates.arrive(args.gates, key_stage, tokens, helper);
+      factors = ChunkGates<C>(small.gates, key_stage, tokens).template factors<T>(padded);
+      if (padded) {
         for (int i = 0; i < ROW_TILES; ++i) zero_padding<D, C, Shape::THREADS>(row_tile + i * TILE, small.gates.query_runs[key_stage], thread);
         if (fresh_keys)
           for (int i = 0; i < 2; ++i) zero_padding<D, C, Shape::THREADS>(key_tile + i * TILE, small.gates.key_runs[key_stage], thread);
         warpgroup_publish();
         __syncthreads();
       }
+    } else {
+      __syncthreads();
     }
     if constexpr (Element<T>::kNarrow)
       if (fresh_keys) {
@@ -126,6 +132,7 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowBlock {
         warpgroup_publish();
         __syncthreads();
       }
+    return factors;
   }
 };
 

@@ -9,7 +9,7 @@ struct RowScales {
   float a, b_tau, mass_worth = 1.f;
   float slope0, slope1, shift0, shift1, query_scale0 = 1.f, query_scale1 = 1.f;
   float factor0, factor1, state_worth = 1.f;  // what products with x count: inside the chunk, and with the rounded state
-  float carry0 = 1.f, carry1 = 1.f;           // what the state ahead of the chunk counts, by the gates
+  float carry0 = 1.f, carry1 = 1.f;           // what the state ahead of the chunk counts, by the gates; or, by factors, what all sums do
 };
 
 // One of these warps, from chunk to chunk and head to head. Every step is made part of `run`, and every member is a register.
@@ -17,7 +17,6 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
   using Block = RowBlock<T, D, GRAD, GATED>;
   using Shape = typename Block::Shape;
   using E = Element<T>;
-  using Gate = std::conditional_t<GATED, PairGates, int>;
   static constexpr int C = Block::C, BLOCKS = Shape::BLOCKS, STAGES = Block::STAGES, TILE = Block::TILE, ROW_TILES = Block::ROW_TILES;
   static constexpr int kStripeBytes = Tile<D>::kBlockBytes, OUT_PAIRS = Shape::OUT_PAIRS;
   static constexpr bool kGroups = kWarpgroups<D>, kFactors = !GRAD || E::kNarrow;
@@ -46,6 +45,7 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
   uint32_t rows, y_tile, z_tile;
   uint32_t xs[BLOCKS][4];
   float acc[2 * OUT_PAIRS][4], row_sum[4], total0, total1, finish0, finish1;
+  bool factors;  // whether the gates of the chunk's pairs are products, of `carry` and the key's factor
   float scores[kBeside ? 2 * Shape::STRIPES : 1][4];
   uint32_t weights_of[kBeside ? Shape::STRIPES : 1][4];
 
@@ -65,14 +65,12 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
       local0 = 16 * stripe + group, local1 = local0 + 8;
       rows = job.row_tiles + stage * ROW_TILES * TILE, y_tile = job.key_tiles + key_stage * 2 * TILE, z_tile = y_tile + TILE;
 
-      __syncthreads();  // the tiles and the rounded state are here
-      job.prepare(stage, key_stage, causal && head == 0);
+      factors = job.prepare(stage, key_stage, causal && head == 0, tokens, C);  // the tiles and the rounded state are here
       RowScales scales;
       if constexpr (GATED) {
         const ChunkGates<C> gates(small.gates, key_stage, tokens);
         scales.carry0 = gates.carry(local0), scales.carry1 = gates.carry(local1), before = small.count;
       }
-      const Gate gate = gate_of_rows();
       const Blocks<D> x_blocks(rows + stripe * kStripeBytes, down), x_across(rows + stripe * kStripeBytes, across);
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) ldmatrix(xs[block], x_blocks.at(0, block));
@@ -87,20 +85,15 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
       measure(scales, x_blocks, x_across);
       multiply_by_state();
       if (causal && head == 0) barrier_sync<kScalesReady, Shape::THREADS>();
-      if constexpr (kBeside) weigh_scores(scales, gate);
+      if constexpr (kBeside) weigh_scores(scales);
       enter(scales, margin);
       if (causal && head == heads - 1) barrier_arrive<kStateRead, Shape::THREADS>();
-      if (causal) add_pairs(scales, gate);
+      if (causal) add_pairs(scales);
       if constexpr (GRAD) finish_gradient(scales);
       else finish_output(scales);
       store();
       advance();
     }
-  }
-
-  __device__ __forceinline__ Gate gate_of_rows() const {
-    if constexpr (GATED) return PairGates(small.gates.decay[key_stage], small.gates.query_runs[key_stage], local0, local1);
-    else return 0;
   }
 
   __device__ __forceinline__ void measure(RowScales &of, const Blocks<D> &x_blocks, const Blocks<D> &x_across) {
@@ -194,51 +187,71 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
     }
   }
 
+  // Of two keys, side by side.
+  __device__ __forceinline__ float2 scale_at(int key) const { return *reinterpret_cast<const float2 *>(small.key_scale + key); }
+  __device__ __forceinline__ float2 factor_at(int key) const {
+    if constexpr (GATED) return *reinterpret_cast<const float2 *>(small.factor + key);
+    else return make_float2(1.f, 1.f);
+  }
+
   // Raw products of 16 keys, the j-th of the chunk, into their rounded weights.
-  __device__ __forceinline__ void weigh(uint32_t (&weights)[4], float (&first_tile)[4], float (&second_tile)[4], bool diagonal, int j, const RowScales &by, const Gate &gate) {
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      float (&s)[4] = t == 0 ? first_tile : second_tile;
-      const int column = 8 * t + 2 * place;
-      const float2 scale = *reinterpret_cast<const float2 *>(small.key_scale + 16 * j + column);
+  __device__ __forceinline__ void weigh(uint32_t (&weights)[4], float (&first_tile)[4], float (&second_tile)[4], bool diagonal, int j, const RowScales &by) {
+    const auto each = [&](const auto &step) {
+      step(first_tile, 2 * place);
+      step(second_tile, 2 * place + 8);
+    };
+    each([&](float (&s)[4], int column) {
       if constexpr (GRAD) {
         if constexpr (kFactors) s[0] *= by.factor0, s[1] *= by.factor0, s[2] *= by.factor1, s[3] *= by.factor1;
         s[0] += by.shift0, s[1] += by.shift0, s[2] += by.shift1, s[3] += by.shift1;
       } else {
-        s[0] = s[0] * scale.x * by.slope0 + by.shift0, s[1] = s[1] * scale.y * by.slope0 + by.shift0;
-        s[2] = s[2] * scale.x * by.slope1 + by.shift1, s[3] = s[3] * scale.y * by.slope1 + by.shift1;
+        const float2 scale = scale_at(16 * j + column), factor = factor_at(16 * j + column), shift = make_float2(by.shift0 * factor.x, by.shift0 * factor.y);
+        s[0] = fmaf(s[0] * scale.x, by.slope0, shift.x), s[1] = fmaf(s[1] * scale.y, by.slope0, shift.y);
+        s[2] = fmaf(s[2] * scale.x, by.slope1, shift.x), s[3] = fmaf(s[3] * scale.y, by.slope1, shift.y);
       }
-      if constexpr (GATED) {
-        const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + 16 * j + column);
-        const int2 run = *reinterpret_cast<const int2 *>(small.gates.key_runs[key_stage] + 16 * j + column);
-        s[0] *= gate.of_key(0, decay.x, run.x, !diagonal || column <= group), s[1] *= gate.of_key(0, decay.y, run.y, !diagonal || column < group);
-        s[2] *= gate.of_key(1, decay.x, run.x, !diagonal || column <= group + 8), s[3] *= gate.of_key(1, decay.y, run.y, !diagonal || column < group + 8);
-      } else if (diagonal) {
+    });
+    if (GATED && !factors) {
+      each([&](float (&s)[4], int column) { gate_pairs(s, diagonal, 16 * j + column); });
+    } else if (diagonal) {
+      each([&](float (&s)[4], int column) {
         if (column > group) s[0] = 0.f;
         if (column + 1 > group) s[1] = 0.f;
         if (column > group + 8) s[2] = 0.f;
         if (column + 1 > group + 8) s[3] = 0.f;
-      }
-      if constexpr (GRAD) {
-        row_sum[0] += s[0] + s[1];
-        row_sum[2] += s[2] + s[3];
-        s[0] *= scale.x, s[1] *= scale.y, s[2] *= scale.x, s[3] *= scale.y;
-      }
+      });
     }
+    if constexpr (GRAD)
+      each([&](float (&s)[4], int column) {
+        const float2 scale = scale_at(16 * j + column), factor = factor_at(16 * j + column);
+        row_sum[0] += s[0] * factor.x + s[1] * factor.y;
+        row_sum[2] += s[2] * factor.x + s[3] * factor.y;
+        s[0] *= scale.x, s[1] *= scale.y, s[2] *= scale.x, s[3] *= scale.y;
+      });
     weights[0] = E::pack(first_tile[0], first_tile[1]), weights[1] = E::pack(first_tile[2], first_tile[3]);
     weights[2] = E::pack(second_tile[0], second_tile[1]), weights[3] = E::pack(second_tile[2], second_tile[3]);
     // The mass is the sum of the rounded weights, so that a constant v comes back as itself.
     if constexpr (!GRAD) E::mma(row_sum, weights, E::kOnes, E::kOnes);
   }
 
-  __device__ __forceinline__ void weigh_scores(const RowScales &scales, const Gate &gate) {
+  // Where no factors make it up, each pair's gate.
+  __device__ __forceinline__ void gate_pairs(float (&s)[4], bool diagonal, int key) const {
+    if constexpr (GATED) {
+      const PairGates gate(small.gates.decay[key_stage], small.gates.query_runs[key_stage], local0, local1);
+      const float2 decay = *reinterpret_cast<const float2 *>(small.gates.decay[key_stage] + key);
+      const int2 run = *reinterpret_cast<const int2 *>(small.gates.key_runs[key_stage] + key);
+      s[0] *= gate.of_key(0, decay.x, run.x, !diagonal || key <= local0), s[1] *= gate.of_key(0, decay.y, run.y, !diagonal || key < local0);
+      s[2] *= gate.of_key(1, decay.x, run.x, !diagonal || key <= local1), s[3] *= gate.of_key(1, decay.y, run.y, !diagonal || key < local1);
+    }
+  }
+
+  __device__ __forceinline__ void weigh_scores(const RowScales &scales) {
     warpgroup_wait<1>();
     warpgroup_keep(scores);
 #pragma unroll
     for (int j = 0; j < Shape::STRIPES; ++j) {
       weights_of[j][0] = weights_of[j][1] = weights_of[j][2] = weights_of[j][3] = 0u;
-      if (causal && j < stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], false, j, scales, gate);
-      if (causal && j == stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], true, j, scales, gate);
+      if (causal && j < stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], false, j, scales);
+      if (causal && j == stripe) weigh(weights_of[j], scores[2 * j], scores[2 * j + 1], true, j, scales);
     }
     warpgroup_wait<0>();
     warpgroup_keep(acc);
@@ -250,7 +263,6 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
     const float enter0 = of.factor0 * of.state_worth, enter1 = of.factor1 * of.state_worth;
     if constexpr (kFactors) total0 *= enter0, total1 *= enter1;
     total0 += of.shift0 * before, total1 += of.shift1 * before;
-    if constexpr (GATED) total0 *= of.carry0, total1 *= of.carry1;
 #pragma unroll
     for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
@@ -259,15 +271,19 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
         if constexpr (kFactors) acc[2 * q + t][0] *= enter0, acc[2 * q + t][1] *= enter0, acc[2 * q + t][2] *= enter1, acc[2 * q + t][3] *= enter1;
         acc[2 * q + t][0] += of.shift0 * line.x, acc[2 * q + t][1] += of.shift0 * line.y;
         acc[2 * q + t][2] += of.shift1 * line.x, acc[2 * q + t][3] += of.shift1 * line.y;
-        if constexpr (GATED) acc[2 * q + t][0] *= of.carry0, acc[2 * q + t][1] *= of.carry0, acc[2 * q + t][2] *= of.carry1, acc[2 * q + t][3] *= of.carry1;
       }
+    if (GATED && !factors) {
+      total0 *= of.carry0, total1 *= of.carry1;
+#pragma unroll
+      for (int q = 0; q < 2 * OUT_PAIRS; ++q) acc[q][0] *= of.carry0, acc[q][1] *= of.carry0, acc[q][2] *= of.carry1, acc[q][3] *= of.carry1;
+    }
   }
 
   // The pairs inside the chunk.
-  __device__ __forceinline__ void add_pairs(const RowScales &scales, const Gate &gate) {
+  __device__ __forceinline__ void add_pairs(const RowScales &scales) {
     if constexpr (kBeside) gather_by_group();
-    else if constexpr (kGroups) add_pairs_by_group(scales, gate);
-    else add_pairs_by_warp(scales, gate);
+    else if constexpr (kGroups) add_pairs_by_group(scales);
+    else add_pairs_by_warp(scales);
     if constexpr (GRAD) {
       row_sum[0] += __shfl_xor_sync(0xffffffffu, row_sum[0], 1);
       row_sum[2] += __shfl_xor_sync(0xffffffffu, row_sum[2], 1);
@@ -288,7 +304,7 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
     warpgroup_keep(acc);
   }
 
-  __device__ __forceinline__ void add_pairs_by_group(const RowScales &scales, const Gate &gate) {
+  __device__ __forceinline__ void add_pairs_by_group(const RowScales &scales) {
     constexpr int kBlocks = 2;
 #pragma unroll
     for (int first_key = 0; first_key < Shape::STRIPES; first_key += kBlocks) {
@@ -308,8 +324,8 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
       for (int i = 0; i < kBlocks; ++i) {
         const int j = first_key + i;
         weights[i][0] = weights[i][1] = weights[i][2] = weights[i][3] = 0u;
-        if (j < stripe) weigh(weights[i], part[2 * i], part[2 * i + 1], false, j, scales, gate);
-        if (j == stripe) weigh(weights[i], part[2 * i], part[2 * i + 1], true, j, scales, gate);
+        if (j < stripe) weigh(weights[i], part[2 * i], part[2 * i + 1], false, j, scales);
+        if (j == stripe) weigh(weights[i], part[2 * i], part[2 * i + 1], true, j, scales);
       }
       warpgroup_keep(acc);
       warpgroup_begin();
@@ -322,7 +338,7 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
     }
   }
 
-  __device__ __forceinline__ void add_pairs_by_warp(const RowScales &scales, const Gate &gate) {
+  __device__ __forceinline__ void add_pairs_by_warp(const RowScales &scales) {
     const Blocks<D> y_blocks(y_tile, across), z_blocks(z_tile + half_bytes, down);
     const auto step = [&](bool diagonal, int j) {
       float s[2][4];
@@ -336,7 +352,7 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
         E::mma(s[0], xs[block], other[0], other[1]);
         E::mma(s[1], xs[block], other[2], other[3]);
       }
-      weigh(weights, s[0], s[1], diagonal, j, scales, gate);
+      weigh(weights, s[0], s[1], diagonal, j, scales);
 #pragma unroll
       for (int q = 0; q < OUT_PAIRS; ++q) {
         uint32_t other[4];
@@ -352,8 +368,9 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
 
   __device__ __forceinline__ void finish_output(const RowScales &of) {
     if (place == 0 && half == 0) {
-      if (local0 < tokens) args.mass_out[first_number + local0] = total0 * of.mass_worth;
-      if (local1 < tokens) args.mass_out[first_number + local1] = total1 * of.mass_worth;
+      const float worth0 = of.mass_worth * (factors ? of.carry0 : 1.f), worth1 = of.mass_worth * (factors ? of.carry1 : 1.f);
+      if (local0 < tokens) args.mass_out[first_number + local0] = total0 * worth0;
+      if (local1 < tokens) args.mass_out[first_number + local1] = total1 * worth1;
     }
     finish0 = total0 == 0.f ? 1.f : reciprocal(total0), finish1 = total1 == 0.f ? 1.f : reciprocal(total1);
     if constexpr (GATED)
@@ -371,7 +388,9 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
   }
 
   // acc from the gradient of q^ to that of q, and what the column kernel and the coefficients take from these rows.
-  __device__ __forceinline__ void finish_gradient(const RowScales &of) {
+  __device__ __forceinline__ void finish_gradient(RowScales &of) {
+    if (half == 0) put_rows(of);
+    if (GATED && factors) of.slope0 *= of.carry0, of.slope1 *= of.carry1;
     uint32_t q_rows[OUT_PAIRS][4];
     const Blocks<D> q_blocks(rows + 2 * TILE + stripe * kStripeBytes + half_bytes, down);
     float dot0 = 0.f, dot1 = 0.f;
@@ -409,12 +428,15 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
     }
   }
 
+  __device__ __forceinline__ void put_rows(const RowScales &of) const {
+    if (place == 0 && !(GATED && args.noised)) {
+      if (local0 < tokens) args.error[first_number + local0] = of.shift0 * of.slope0, args.query_scale[first_number + local0] = of.query_scale0;
+      if (local1 < tokens) args.error[first_number + local1] = of.shift1 * of.slope1, args.query_scale[first_number + local1] = of.query_scale1;
+    }
+  }
+
   __device__ __forceinline__ void put_sums(const RowScales &of, float dot0, float dot1) {
     const bool real0 = local0 < tokens, real1 = local1 < tokens;
-    if (place == 0 && !(GATED && args.noised)) {
-      if (real0) args.error[first_number + local0] = of.shift0 * of.slope0, args.query_scale[first_number + local0] = of.query_scale0;
-      if (real1) args.error[first_number + local1] = of.shift1 * of.slope1, args.query_scale[first_number + local1] = of.query_scale1;
-    }
     if constexpr (GATED)
       if (args.row_sums && place == 0) {
         if (real0) args.row_sums[first_number + local0] = of.slope0 * (of.a * total0 + of.b_tau * of.query_scale0 * dot0);

@@ -105,17 +105,19 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowState {
       const uint32_t y_tile = job.key_tiles + key_stage * 2 * TILE;
       copy_wait<STAGES - 2>();
       warpgroup_publish();
-      __syncthreads();  // the tiles and the rounded state are here, and nobody reads the tiles that the next copies overwrite
-      job.prepare(stage, key_stage, causal && head == 0);
+      // behind this the tiles and the rounded state are here, and nobody reads the tiles that the next copies overwrite
+      const bool factors = job.prepare(stage, key_stage, causal && head == 0, min(tokens_left, C), helper);
+      if (causal && head == 0) share_scales(y_tile, factors);  // first, as the other warps wait for it
       copies.prefetch();
       stage = stage == STAGES - 1 ? 0 : stage + 1;
       if (!causal) {
-        if (++head == heads) head = 0, key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
+        if (++head == heads) head = 0, tokens_left -= C, key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
         continue;
       }
       if (head == 0) take_in(state, y_tile);
       if (++head == heads) {
         head = 0;
+        tokens_left -= C;
         key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
         barrier_sync<kStateRead, Shape::THREADS>();
         publish(state);
@@ -140,12 +142,18 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowState {
     publish_state<T, D>(state, at, Blocks<D>(job.state_tile, down), lift, small.line, lane_id, [&](int row, float sum) { job.column_parts().set(row, sum * lift); });
   }
 
+  // What the chunk's keys count.
+  __device__ __forceinline__ void share_scales(uint32_t y_tile, bool factors) {
+    const uint32_t k_tile = GRAD ? y_tile + TILE : y_tile;
+    const Blocks<D> k_rows(k_tile, down), k_across(k_tile, across);
+    for (int stripe = at.row; stripe < Shape::STRIPES; stripe += Shape::STATE_WARPS) measure_keys(k_rows, k_across, stripe, factors);
+    barrier_arrive<kScalesReady, Shape::THREADS>();
+  }
+
   // A chunk's keys and values. Forward: column = sum of unit keys, line = sum of v; gradient: column = sum of v, line = sum of unit keys.
   __device__ __forceinline__ void take_in(State &state, uint32_t y_tile) {
     const uint32_t z_tile = y_tile + TILE;
-    const Blocks<D> k_rows(GRAD ? z_tile : y_tile, down), k_across(GRAD ? z_tile : y_tile, across), z_blocks(z_tile, down);
-    for (int stripe = at.row; stripe < Shape::STRIPES; stripe += Shape::STATE_WARPS) measure_keys(k_rows, k_across, stripe);
-    barrier_arrive<kScalesReady, Shape::THREADS>();
+    const Blocks<D> z_blocks(z_tile, down);
     barrier_sync<kScalesShared, Shape::STATE_THREADS>();
     const uint32_t y_block = Blocks<D>(y_tile, across).at_column(0, at.row), z_block = z_blocks.at_column(0, at.row);
     if constexpr (GATED) decay(state);
@@ -160,39 +168,38 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowState {
   }
 
   // 1 / |k| of 16 keys, and what each of them leaves in the state behind the chunk.
-  __device__ __forceinline__ void measure_keys(const Blocks<D> &k_rows, const Blocks<D> &k_across, int stripe) {
-    float scale0 = 1.f, scale1 = 1.f;
+  __device__ __forceinline__ void measure_keys(const Blocks<D> &k_rows, const Blocks<D> &k_across, int stripe, bool factors) {
+    const int local = 16 * stripe + group + 8 * (place & 1);  // a lane's key
+    float scale = 1.f, leave = 1.f, factor = 1.f;
+    if constexpr (GATED) {
+      const ChunkGates<C> gates(small.gates, key_stage, min(tokens_left, C));
+      leave = gates.leave(local);
+      if (factors) factor = gates.inverse_carry(local);
+    }
     if (unit) {
       uint32_t k[BLOCKS][4];
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) ldmatrix(k[block], k_rows.at(0, block) + stripe * kStripeBytes);
-      row_products<T>(scale0, scale1, k, k_across, stripe * kStripeBytes, lane_id);
-      scale0 = inverse_norm(scale0), scale1 = inverse_norm(scale1);
+      float square0, square1;
+      row_products<T>(square0, square1, k, k_across, stripe * kStripeBytes, lane_id);
+      scale = inverse_norm(place & 1 ? square1 : square0);
     }
-    if (place == 0) {
-      const int local = 16 * stripe + group;
-      small.key_scale[local] = scale0, small.key_scale[local + 8] = scale1;
-      if constexpr (GATED) {
-        const ChunkGates<C> gates(small.gates, key_stage, min(tokens_left, C));
-        const float leave0 = gates.leave(local), leave1 = gates.leave(local + 8);
-        small.leave[local] = leave0, small.leave[local + 8] = leave1;
-        job.leave_weights().set(local, leave0), job.leave_weights().set(local + 8, leave1);
-        scale0 *= leave0, scale1 *= leave1;
-      }
-      job.key_weights().set(local, scale0), job.key_weights().set(local + 8, scale1);
-    }
+    if (place > 1) return;
+    small.key_scale[local] = scale * factor;
+    job.key_weights().set(local, scale * leave);
+    if constexpr (GATED) small.factor[local] = factor, small.leave[local] = leave, job.leave_weights().set(local, leave);
   }
 
   // What the chunk leaves of the state ahead of it, and the chunk's own keys counted.
   __device__ __forceinline__ void decay(State &state) {
     const float keep = ChunkGates<C>(small.gates, key_stage, min(tokens_left, C)).keep();
     scale_state(state, keep);
-    count *= keep;
-    for (int token = 0; token < C; token += 4) {
-      const float4 leave = *reinterpret_cast<const float4 *>(small.leave + token);
-      count += (leave.x + leave.y) + (leave.z + leave.w);
-    }
-    tokens_left -= C;
+    if (at.row > 0) return;  // the count is the first warp's
+    float left = 0.f;
+    for (int token = lane_id; token < C; token += 32) left += small.leave[token];
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) left += __shfl_xor_sync(0xffffffffu, left, step);
+    count = count * keep + left;
   }
 
   // The state behind the last token, where it is asked for.

@@ -170,8 +170,7 @@ template <typename T, int D, bool QUERIES, bool GATED> struct SegmentState {
       const uint32_t y_block = Blocks<D>(y_tile, across).at_column(0, at.row), z_block = Blocks<D>(z_tile, down).at_column(0, at.row);
       copy_wait<STAGES - 2>();
       warpgroup_publish();
-      __syncthreads();
-      if constexpr (GATED) zero_gaps();
+      arrive();
       const Lift lift = lift_tiles();
       const Gate gates = gates_of_chunk();
       copies.prefetch();
@@ -206,12 +205,16 @@ template <typename T, int D, bool QUERIES, bool GATED> struct SegmentState {
     }
   }
 
-  // Padding reads as zero.
-  __device__ __forceinline__ void zero_gaps() const {
-    const int32_t *const query_runs = small.gates.query_runs[stage], *const key_runs = small.gates.key_runs[stage];
-    if (args.gates.key_runs && any_padding<C>(query_runs, key_runs, thread)) {
-      for (int i = 0; i < 2; ++i) zero_padding<D, C, Shape::THREADS>(job.shared + (2 * stage + i) * TILE, QUERIES ? query_runs : key_runs, thread);
-      warpgroup_publish();
+  // Behind this the tiles are here, and padding reads as zero.
+  __device__ __forceinline__ void arrive() const {
+    if constexpr (GATED) {
+      if (small.gates.arrive(args.gates, stage, min(tokens_left, C), thread)) {
+        const int32_t *const runs = QUERIES ? small.gates.query_runs[stage] : small.gates.key_runs[stage];
+        for (int i = 0; i < 2; ++i) zero_padding<D, C, Shape::THREADS>(job.shared + (2 * stage + i) * TILE, runs, thread);
+        warpgroup_publish();
+        __syncthreads();
+      }
+    } else {
       __syncthreads();
     }
   }
@@ -298,7 +301,7 @@ __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(cons
   if (segment == args.unneeded) return;
   const SegmentBlock<T, D, QUERIES, GATED> job(args, shared, head_pair, segment);
   if constexpr (GATED) {
-    job.small.gates.clear(threadIdx.x, SegmentShape<D>::THREADS);
+    job.small.gates.clear(args.gates, job.key_head, threadIdx.x, SegmentShape<D>::THREADS);
     __syncthreads();  // before the first copies into them
   }
   SegmentState<T, D, QUERIES, GATED>(job).run();

@@ -8,29 +8,34 @@
 namespace linattn_tile {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kEach = 8;  // tokens a thread takes at a time, where a block goes along a sequence
+constexpr int kEach = 8;         // tokens a thread takes at a time, where a block goes along a sequence
+constexpr int kMostOfChunk = 3;  // tokens of a chunk that a lane takes, of at most 96
 
-// One warp a chunk: the running sum of log2 decay from the chunk's first token on.
-__global__ void chunk_decay_kernel(const float *log_decay, bool per_token, int state_heads, int64_t length, int chunk, int64_t chunks, int64_t count, float *decay) {
+// One warp a chunk: the running sum of log2 decay from the chunk's first token on. A lane takes `each` tokens, side by side.
+__global__ void chunk_decay_kernel(const float *log_decay, int64_t length, int chunk, int64_t chunks, int64_t count, float *decay) {
   const int64_t number = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (number >= count) return;
   const int64_t head = number / chunks, begin = number % chunks * chunk;
-  const int lane = threadIdx.x % 32;
-  float before = 0.f;
-  for (int first = 0; first < chunk && begin + first < length; first += 32) {
-    const int64_t token = begin + first + lane;
-    float sum = token >= length || first + lane >= chunk ? 0.f : per_token ? log_decay[head * length + token] : log_decay[head % state_heads];
+  const int lane = threadIdx.x % 32, each = (chunk + 31) / 32, first = lane * each;
+  const int real = static_cast<int>(min(static_cast<int64_t>(min(chunk - first, each)), length - begin - first));
+  const int64_t at = head * length + begin + first;
+  float own[kMostOfChunk];
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const float other = __shfl_up_sync(0xffffffffu, sum, step);
-      if (lane >= step) sum += other;
-    }
-    sum += before;
-    if (token < length && first + lane < chunk) decay[head * length + token] = sum * static_cast<float>(kLog2E);
-    before = __shfl_sync(0xffffffffu, sum, 31);
+  for (int i = 0; i < kMostOfChunk; ++i) own[i] = i < real ? log_decay[at + i] : 0.f;
+#pragma unroll
+  for (int i = 1; i < kMostOfChunk; ++i) own[i] += own[i - 1];
+  const float total = own[kMostOfChunk - 1];
+  float before = total;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const float other = __shfl_up_sync(0xffffffffu, before, step);
+    if (lane >= step) before += other;
   }
+  before = __shfl_up_sync(0xffffffffu, before, 1);
+#pragma unroll
+  for (int i = 0; i < kMostOfChunk; ++i)
+    if (i < real) decay[at + i] = (lane == 0 ? own[i] : before + own[i]) * static_cast<float>(kLog2E);
 }
 
 // Every thread gets the sum over the block.
@@ -210,8 +215,8 @@ template cudaError_t launch_noised_gradient<__half>(const linattn_problem &, con
 
 cudaError_t launch_chunk_decay(const linattn_problem &problem, int chunk, float *decay) {
   const int64_t chunks = (problem.length + chunk - 1) / chunk, count = chunks * problem.batch * problem.state_heads;
-  chunk_decay_kernel<<<static_cast<unsigned>((count + kWarps - 1) / kWarps), kThreads, 0, static_cast<cudaStream_t>(problem.stream)>>>(
-      problem.log_decay, problem.log_decay_per_token, problem.state_heads, problem.length, chunk, chunks, count, decay);
+  chunk_decay_kernel<<<static_cast<unsigned>((count + kWarps - 1) / kWarps), kThreads, 0, static_cast<cudaStream_t>(problem.stream)>>>(problem.log_decay, problem.length, chunk,
+                                                                                                                                       chunks, count, decay);
   return cudaPeekAtLastError();
 }
 

@@ -3,12 +3,18 @@
 // With G the running sum of log2 decay since the chunk's first token, a pair counts exp2(G_i - G_n) where its runs are equal. At the chunk's
 // edges: `carry` is what a row takes of the state ahead, `leave` what a key leaves in the state behind, `keep` what of the state ahead is left
 // there. Every exponent is at most 0.
+//
+// Most chunks are of one run and decay little: there exp2(G_i - G_n) is a product, of the row's carry and the inverse of the key's or of the
+// key's leave and the inverse of the row's. The one factor enters what multiplies the others anyway, the other one the sum, once.
 #pragma once
 #include "tile/tile.cuh"
 
 namespace linattn_tile {
 
+constexpr double kLog2E = 1.4426950408889634;
+
 struct Gates {
+  const float *rate;                     // (state heads): log decay of every token, or null
   const float *decay;                    // (batch, state heads, length): G, or null
   const int32_t *query_runs, *key_runs;  // (batch, length), or null: the number of the run, negative for padding
   int64_t query_runs_stride, key_runs_stride;
@@ -23,6 +29,7 @@ struct DecaySums {
   double *parts;            // (batch, state heads)
 };
 
+// The running sum in each chunk of a decay a token.
 cudaError_t launch_chunk_decay(const linattn_problem &problem, int chunk, float *decay);
 // The running sum from the sequence's first token on, (batch, state heads, length).
 cudaError_t launch_running_decay(const linattn_problem &problem, double *decay);
@@ -38,9 +45,10 @@ template <int C, int STAGES> struct GateTiles {
   alignas(16) int32_t query_runs[STAGES][C], key_runs[STAGES][C];
   int32_t run_ahead[STAGES];  // of the tokens in the state ahead
 
-  // What no copy brings: no decay, one run.
-  __device__ __forceinline__ void clear(int thread, int threads) {
-    for (int i = thread; i < STAGES * C; i += threads) decay[i / C][i % C] = 0.f, query_runs[i / C][i % C] = key_runs[i / C][i % C] = 1;
+  // What no copy brings: the same decay at every token, or none, and one run.
+  __device__ __forceinline__ void clear(const Gates &gates, int state_head, int thread, int threads) {
+    const float rate = gates.rate ? gates.rate[state_head] * static_cast<float>(kLog2E) : 0.f;
+    for (int i = thread; i < STAGES * C; i += threads) decay[i / C][i % C] = static_cast<float>(i % C + 1) * rate, query_runs[i / C][i % C] = key_runs[i / C][i % C] = 1;
     for (int i = thread; i < STAGES; i += threads) run_ahead[i] = 1;
   }
   // Tokens from `count` on get run 0, which is nobody's.
@@ -56,6 +64,13 @@ template <int C, int STAGES> struct GateTiles {
     }
     if (thread == 0 && gates.key_runs) copy_word_async(shared_address(run_ahead + stage), gates.key_runs + batch * gates.key_runs_stride + (begin > 0 ? begin - 1 : 0), true);
   }
+  // The barrier behind which a chunk's copies are here, for all threads of the block. Whether any of its `count` tokens is padding: `thread`, who
+  // fetched it, tells of each.
+  __device__ __forceinline__ bool arrive(const Gates &gates, int stage, int count, int thread) const {
+    if (gates.key_runs) return __syncthreads_or(thread < count && min(query_runs[stage][thread], key_runs[stage][thread]) <= 0);
+    __syncthreads();
+    return false;
+  }
 };
 
 // One chunk's gates, once they have arrived.
@@ -68,18 +83,25 @@ template <int C> struct ChunkGates {
   template <int STAGES> __device__ __forceinline__ ChunkGates(const GateTiles<C, STAGES> &tiles, int stage, int tokens)
       : decay(tiles.decay[stage]), query_runs(tiles.query_runs[stage]), key_runs(tiles.key_runs[stage]), count(tokens), run_ahead(abs(tiles.run_ahead[stage])),
         run_behind(abs(tiles.key_runs[stage][tokens - 1])), total(tiles.decay[stage][tokens - 1]) {}
-  __device__ __forceinline__ float keep() const { return run_ahead == run_behind ? exp2_fast(total) : 0.f; }
-  __device__ __forceinline__ float carry(int row) const { return query_runs[row] == run_ahead ? exp2_fast(decay[row]) : 0.f; }
-  __device__ __forceinline__ float leave(int key) const { return key < count && key_runs[key] == run_behind ? exp2_fast(total - decay[key]) : 0.f; }
+  __device__ __forceinline__ float keep() const { return select(run_ahead == run_behind, exp2_fast(total)); }
+  __device__ __forceinline__ float carry(int row) const { return select(query_runs[row] == run_ahead, exp2_fast(decay[row])); }
+  __device__ __forceinline__ float leave(int key) const { return select(key < count & key_runs[key] == run_behind, exp2_fast(total - decay[key])); }
+  // Whether a pair's gate is a product: the state ahead and all tokens are of one run, and the decay's inverse keeps the range of the products
+  // that it enters. Runs never fall, so that the first and the last tell of those between.
+  template <typename T> __device__ __forceinline__ bool factors(bool padded) const {
+    constexpr float kSteepest = Element<T>::kNarrow ? -1.f : -32.f;
+    const bool first = key_runs[0] == run_ahead & query_runs[0] == run_ahead, last = key_runs[count - 1] == run_ahead & query_runs[count - 1] == run_ahead;
+    return !padded & total >= kSteepest & first & last;  // not one after the other: each is a load
+  }
+  __device__ __forceinline__ float inverse_carry(int key) const { return select(key < count, exp2_fast(-decay[key])); }
+  __device__ __forceinline__ float inverse_leave(int row) const { return select(row < count, exp2_fast(decay[row] - total)); }
+  // Both sides are made, so that loads need not wait for each other.
+  static __device__ __forceinline__ float select(bool real, float x) { return real ? x : 0.f; }
 };
-
-// Whether any of a chunk's tokens is padding; all threads of the block must ask.
-template <int C> __device__ __forceinline__ bool any_padding(const int32_t *runs, const int32_t *more_runs, int thread) {
-  return __syncthreads_or(thread < C && (runs[thread] <= 0 || more_runs[thread] <= 0));
-}
 
 // Padding reads as zero, NaN in memory or not.
 template <int D, int C, int THREADS> __device__ __forceinline__ void zero_padding(unsigned char *tile, const int32_t *runs, int thread) {
+#pragma unroll 1
   for (int i = thread; i < C * (D / 8); i += THREADS)
     if (runs[i / (D / 8)] <= 0) *reinterpret_cast<uint4 *>(tile + Tile<D>::at(i / (D / 8), i % (D / 8))) = make_uint4(0, 0, 0, 0);
 }

@@ -91,7 +91,7 @@ inline void arrive(int number, int count) {
   block->expected[number] = count;
   if (++block->arrived[number] < count) return;
   block->arrived[number] = 0;
-  block->any_before = block->any, block->any = false;
+  if (number == 0) block->any_before = block->any, block->any = false;  // others may open while some wait there
   for (Thread &thread : block->threads)
     if (thread.waits == Waits::block && thread.barrier == number) thread.waits = Waits::nothing;
 }

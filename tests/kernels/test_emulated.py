@@ -85,6 +85,29 @@ def assert_order_of_warps_does_not_matter(dtype, **kind):
         assert [name for name, x in first.items() if not torch.equal(x, other[name])] == []
 
 
+@pytest.mark.parametrize("dtype, head_dim", fast(32, 128), ids=str)
+@pytest.mark.parametrize("kind", [
+    {"decay": "key_token", "strengths": (0.015,), "stateful": True}, {"decay": "key_token", "strengths": (0.05,), "segments": "packed"},
+    {"decay": "query_token", "strengths": (0.05, 0.0, 50.0, 0.05, 1.0), "heads": 4, "key_heads": 2},
+    {"decay": "query_token", "strengths": (0.05, 0.05, 1.0, 0.05), "segments": "left", "stateful": True},
+    {"decay": "query_head", "strengths": (0.03, 0.0, 0.3, 50.0), "heads": 4, "key_heads": 2, "stateful": True},
+    {"decay": "key_head", "strengths": (0.03,), "heads": 4, "key_heads": 1, "segments": "packed", "noisy": True},
+], ids=str)  # fmt: skip
+def test_decays_of_every_strength(kernels, dtype, head_dim, kind):
+    """Chunks whose decay is made of a row's and a key's factor beside chunks whose decay no factor could hold, or none."""
+    check(dtype, ("stream", "stream"), head_dim=head_dim, value_dim=head_dim, **{"length": 290} | kind)
+
+
+@pytest.mark.parametrize("kind", [
+    {"decay": "key_token", "segments": "mask"}, {"decay": "key_token", "strengths": (0.05,), "segments": "packed", "length": 290},
+    {"segments": "middle", "length": 290},
+], ids=str)  # fmt: skip
+def test_the_stream_reads_no_padding(kernels, kind):
+    kind = {"length": 150, "head_dim": 32, "value_dim": 32, "device": "cpu"} | kind
+    assert paths_of(torch.bfloat16, **kind) == ("stream", "stream")
+    assert_no_padding_is_read(kind)
+
+
 @pytest.mark.parametrize("dtype", SLOW_HALF, ids=str)
 @pytest.mark.parametrize("kind", [
     {"decay": "key_token", "stateful": True, "key_heads": 2}, {"decay": "key_token", "stateful": True, "segments": "packed", "noisy": True},
@@ -135,8 +158,13 @@ def test_gated_pairs(kernels, kind, head_dim, value_dim):
 
 
 def test_gated_pairs_read_no_padding(kernels):
+    assert_no_padding_is_read(
+        {"degree": 2, "decay": "key_token", "segments": "mask", "length": 150, "head_dim": 16, "value_dim": 64, "device": "cpu"}
+    )
+
+
+def assert_no_padding_is_read(kind):
     """NaN there reaches nothing, and what comes out there is 0."""
-    kind = {"degree": 2, "decay": "key_token", "segments": "mask", "length": 150, "head_dim": 16, "value_dim": 64, "device": "cpu"}
     inputs, upstream = operator_case(torch.bfloat16, **kind)
     plain = run(cuda, inputs, upstream, False)
     padding = (inputs[5] <= 0)[:, None, :, None]
