@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from .config import NAME
 from .forms import kept
@@ -44,6 +47,7 @@ class LearnedPart:
         self.places = [place for place, node in enumerate(given) if node in nodes]
         self.part = _alone(module, [given[place] for place in self.places], nodes, ends)
         self.make(inputs)
+        _say_sizes_stay(self.values)
         self.rest = _without(module, nodes, ends)
 
     def make(self, inputs: Any) -> None:
@@ -66,6 +70,16 @@ class LearnedPart:
 
     def _versions(self) -> Any:
         return kept.optimizer_steps(), [x._version for x in self.tensors] if self.is_counted else None
+
+
+def _say_sizes_stay(values: tuple[Tensor, ...]) -> None:
+    """To the trace under way, which would give a symbol to each size of a tensor that it has not met, and guards that it cannot name."""
+    context = TracingContext.try_get()
+    for number, value in enumerate(values if context is not None else ()):
+        sizes, source = [DimDynamic.STATIC] * value.dim(), ConstantSource(f"learned_{number}")
+        context.tensor_to_context[value] = StatefulSymbolicContext(  # type: ignore[union-attr]
+            dynamic_sizes=sizes, tensor_source=source, shape_env_to_source_to_symbol_cache={}
+        )
 
 
 def _of_learned_numbers(graph: fx.Graph) -> dict[fx.Node, None]:

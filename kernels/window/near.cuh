@@ -98,6 +98,7 @@ template <typename T, int HEADS> struct Near {
       top = warp_max(top);
       for (int i = lane; i < count; i += 32) total += weights[i] = expf(weights[i] - top);
       total = warp_sum(total);
+      __syncwarp();  // all lanes have read the largest so far, as the sums say already, but not to racecheck
       if (lane == 0) {
         const float shrink = expf(before - top);
         shared.largest[h] = top, shared.shrink[h] = shrink, shared.total[h] = shared.total[h] * shrink + total;

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from generating import NEW, generate, left_padded
 from peft import LoraConfig, get_peft_model
 from tiny_models import GROUPED, TEXT, tiny_tokens
+from torch._dynamo.backends.common import aot_autograd
 from transformers import CompileConfig, masking_utils
 from transformers.generation import BaseStreamer
 
@@ -218,8 +220,8 @@ def test_a_copy_of_a_model_has_a_call_of_its_own(direct):
     assert torch.equal(generate_compiled(model, ids), generate(model, ids, **TOKENS))
 
 
-def test_more_models_than_pytorch_keeps_graphs_of_one_function(direct, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_more_models_than_pytorch_keeps_graphs_of_one_function(direct):
     ids = tiny_tokens()
     for number in range(2):
         model = converted(layers=1, scale=1 + number / 8, decay="head")
@@ -302,6 +304,23 @@ class Callback(BaseStreamer):
 
     def end(self):
         pass
+
+
+def test_what_learned_numbers_come_to_has_sizes_that_no_guard_is_about():
+    """A second size of batch makes sizes symbols, whose sources PyTorch must know: else guards fail, Inductor's on a GPU."""
+    sources = []
+
+    def compile_graph(graph, inputs):
+        of_symbols = torch._guards.TracingContext.get().fake_mode.shape_env.var_to_sources.values()
+        sources.append([str(source) for each in of_symbols for source in each])
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(compile_graph(graph, inputs)))
+    model = converted(**WINDOW, kernel="quadratic")
+    for batch in (1, 3):
+        generate_compiled(model, tiny_tokens(batch, 9), compile_config=compile_config(backend=backend))
+    assert len(sources) >= 2
+    assert not [name for names in sources for name in names if "unknown" in name]
 
 
 @pytest.mark.parametrize("change", ["written in place", "an optimizer's step"])
