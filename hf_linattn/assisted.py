@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from transformers import Cache, GenerationMixin
+from transformers import GenerationMixin
 
 from .cache import LinearStateLayer
 
@@ -26,15 +26,16 @@ def assisted_decoding(self: Any, *args: Any, **kwargs: Any) -> Any:
     Raises:
         ValueError: the cache has a linear attention layer, and has seen tokens.
     """
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, Cache) or not any(isinstance(layer, LinearStateLayer) for layer in cache.layers):
+    cache: Any = kwargs.get("past_key_values")
+    layers = getattr(cache, "layers", ())  # that of an encoder-decoder model holds two others, and has none
+    if not any(isinstance(layer, LinearStateLayer) for layer in layers):
         return _assisted_decoding(self, *args, **kwargs)
     if seen := int(cache.get_seq_length()):
         raise ValueError(
             f"Assisted decoding gives the model the whole text again, and past_key_values has seen {seen} tokens of it already; go on from "
             "it without an assistant_model, prompt_lookup_num_tokens and assistant_early_exit, or leave past_key_values out."
         )
-    idle = [layer for layer in cache.layers if not getattr(layer, "record_past", False)]
+    idle = [layer for layer in layers if not getattr(layer, "record_past", False)]
     try:
         return _assisted_decoding(self, *args, **kwargs)
     finally:

@@ -16,7 +16,7 @@ from transformers import GenerationMixin
 from .config import NAME, softmax_layers
 
 GROWN = "_linattn_grown"
-"""Of a padding mask that `generate` appended to: a list shared by all that it was, with what was made of one of them."""
+"""Of a padding mask that `generate` appended to: what is known of it, as `Grown`."""
 
 
 class Made(NamedTuple):
@@ -27,10 +27,24 @@ class Made(NamedTuple):
     given: tuple[Any, ...]
 
 
+class Grown(NamedTuple):
+    """A list shared by all that a padding mask was, with what was made of one of them, and how often this one had been written then."""
+
+    made: list[Made]
+    written: int
+
+
 def hand_on(before: Any, after: Any) -> None:
     """Says of a padding mask that it is the one before and ones."""
-    if isinstance(after, Tensor) and after is not before:
-        setattr(after, GROWN, getattr(before, GROWN, []))
+    if isinstance(after, Tensor) and after is not before and not after.is_inference():  # whose writes are not counted
+        made = _made(before)
+        setattr(after, GROWN, Grown([] if made is None else made, after._version))
+
+
+def _made(padding: Any) -> list[Made] | None:
+    """What was made of what a padding mask was; None where nobody appended to it, or someone, a loop of the user's, wrote into it since."""
+    grown: Grown | None = getattr(padding, GROWN, None)
+    return None if grown is None or grown.written != padding._version else grown.made
 
 
 @functools.cache
@@ -42,7 +56,7 @@ def only_appends(model_class: type) -> bool:
 
 def mask_of(make: Callable[..., Any], config: Any, inputs: Tensor, padding: Any, cache: Any, **others: Any) -> Any:
     """`make`'s mask of new tokens, or the one that it made of the token before."""
-    grown: list[Made] | None = getattr(padding, GROWN, None)
+    grown = _made(padding)
     text = config.get_text_config()
     is_told = text._attn_implementation == NAME and not softmax_layers(text)
     others_matter = any(value is not None and name != "position_ids" and value is not False for name, value in others.items())
@@ -50,6 +64,9 @@ def mask_of(make: Callable[..., Any], config: Any, inputs: Tensor, padding: Any,
     if grown is None or inputs.shape[1] != 1 or not is_told or others_matter:
         return make(**arguments)
     given = inputs.shape[:2], inputs.device
-    if not grown or grown[0].cache is not cache or grown[0].given != given:
-        grown[:] = [Made(make(**arguments), cache, given)]
-    return grown[0].mask
+    if grown and grown[0].cache is cache and grown[0].given == given:
+        return grown[0].mask
+    mask = make(**arguments)
+    if cache is not None and padding.shape[-1] == cache.get_seq_length() + 1:  # else what was appended is not what is said of this token
+        grown[:] = [Made(mask, cache, given)]
+    return mask

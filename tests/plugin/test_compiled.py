@@ -9,7 +9,7 @@ from generating import NEW, generate, left_padded
 from peft import LoraConfig, get_peft_model
 from tiny_models import GROUPED, TEXT, tiny_tokens
 from torch._dynamo.backends.common import aot_autograd
-from transformers import CompileConfig, masking_utils
+from transformers import CompileConfig, StaticCache, masking_utils
 from transformers.generation import BaseStreamer
 
 from hf_linattn import LinAttnConfig, compiled, learned_part
@@ -77,6 +77,34 @@ def test_the_padding_mask_is_read_once_a_text_where_it_says_the_same(options, di
     assert torch.equal(generate_compiled(model, ids, mask), expected)
     assert len(calls) == (16 if "softmax_layers" in options else 2)  # with the prompt's
     assert not torch.equal(generate_compiled(model, ids, torch.ones_like(mask)), expected)
+
+
+def test_a_loop_of_the_users_that_writes_into_the_padding_mask_is_heard():
+    """Of a sequence that has ended, say, whose tokens are padding from there on."""
+    model, (ids, mask) = converted(decay="head"), left_padded(tiny_tokens())
+    new, logits = tiny_tokens(2, 5, seed=1), []
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    kept = {"attention_mask": mask, "past_key_values": cache}
+    with torch.no_grad():
+        kept = model._update_model_kwargs_for_generation(model(ids, **kept), kept)
+        for number in range(5):
+            if number == 3:
+                kept["attention_mask"][0, -1] = 0
+            inputs = model.prepare_inputs_for_generation(new[:, number : number + 1], **kept)
+            logits.append(model(**inputs).logits)
+            kept = model._update_model_kwargs_for_generation({}, kept)
+        whole = model(torch.cat([ids, new], 1), attention_mask=kept["attention_mask"][:, :-1]).logits[:, 28:]
+    told = kept["attention_mask"][:, 28:-1].bool()
+    torch.testing.assert_close(torch.cat(logits, 1)[told], whole[told], atol=1e-4, rtol=0)
+    assert not told[0, 3]
+
+
+def test_a_padding_mask_longer_than_the_text_says_of_each_token_what_it_says():
+    model, ids = converted(decay="head"), tiny_tokens()
+    mask = torch.cat([torch.ones_like(ids), torch.tensor([[0, 1], [1, 1]])], 1)
+    expected = generate(model, ids, mask, **TOKENS)
+    assert torch.equal(generate(model, ids, mask, **TOKENS, cache_implementation="static"), expected)
+    assert not torch.equal(generate(model, ids, **TOKENS), expected)
 
 
 def test_the_same_scores(direct):

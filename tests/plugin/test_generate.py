@@ -9,7 +9,7 @@ from byte_models import TOKENS, byte_tokenizer
 from generating import generate, left_padded
 from learned import learned_model
 from tiny_models import CAUSAL, tiny_model, tiny_tokens
-from transformers import CompileConfig, DynamicCache, pipeline
+from transformers import BartConfig, BartForConditionalGeneration, CompileConfig, DynamicCache, pipeline
 from transformers.generation import BaseStreamer
 
 import hf_linattn
@@ -97,6 +97,15 @@ def test_an_assistant_model_drafts(model):
     assistant = tiny_model("llama", scale=1.5)
     ids = tiny_tokens(1)
     assert torch.equal(generate(model, ids, assistant_model=assistant), generate(model, ids))
+
+
+@pytest.mark.parametrize("drafts", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}], ids=str)
+def test_an_encoder_and_its_decoder_draft_as_without_this_package(drafts):
+    """Their cache holds two caches, and no layers of its own."""
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 97}
+    model = BartForConditionalGeneration(BartConfig(**sizes, encoder_attention_heads=2, decoder_attention_heads=2)).eval()
+    drafts = {name: model if value is True else value for name, value in drafts.items()}
+    assert torch.equal(generate(model, tiny_tokens(1), **drafts), generate(model, tiny_tokens(1)))
 
 
 @pytest.mark.parametrize("options", [{"decay": "head"}, {**WINDOW, "softmax_layers": [1]}], ids=str)
