@@ -119,6 +119,10 @@ class LinAttnParams(nn.Module):
             return self.entered.pop(thread)
         return self.traced.pop() if self.traced else None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what is saved, has seen nothing: where a call was refused midway, what entered is here still."""
+        return self.__dict__ | {"entered": {}, "traced": []}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LinAttnParams:
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)

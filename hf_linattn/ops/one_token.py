@@ -36,10 +36,10 @@ def step(call: Call, state: Tensor) -> Tensor:
             rate = rate.masked_fill(padding[..., 0], 0)
         state.mul_(rate.to(dtype).exp()[..., None])
     state.add_(new)
-    q = q.view(*q.shape[:1], heads, groups, -1) * temperature
+    q = q.view(q.shape[0], heads, groups, q.shape[-1]) * temperature
     num = query_features(q, a, b, c, call.degree) @ state
     mass = num[..., -1:]
     out = num[..., :-1] / mass.masked_fill(mass == 0, 1)
     if padding is not None:
         out = out.masked_fill(padding, 0)
-    return out.reshape(*query.shape[:3], -1).to(query.dtype)
+    return out.reshape(*query.shape[:3], value.shape[-1]).to(query.dtype)

@@ -90,5 +90,5 @@ def step(query: Tensor, ring: Ring, scaling: float | None, real: Tensor | None =
     rows = query.unflatten(1, (heads, -1)).flatten(2, 3)
     if real is not None:
         rows = rows.masked_fill(~real[:, :, None, None], 0)
-    out = blocks.sdpa(rows, ring.key, ring.value, ring.visible()[:, None, None], scaling).reshape(*query.shape[:3], -1)
+    out = blocks.sdpa(rows, ring.key, ring.value, ring.visible()[:, None, None], scaling).reshape(*query.shape[:3], ring.value.shape[-1])
     return out if real is None else out.masked_fill(~real[:, :, None, None], 0)

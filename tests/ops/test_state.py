@@ -184,3 +184,10 @@ def test_a_state_of_inference_mode_is_not_written_outside_it():
         linear_attention_step(query, key, value, state)
     with pytest.raises(RuntimeError, match="outside InferenceMode"):
         linear_attention_step(query, key, value, state)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_step_of_no_sequences(length):
+    query, key = torch.randn(0, 4, length, 8), torch.randn(0, 2, length, 8)
+    out = linear_attention_step(query, key, key[..., :6], empty_state(0, 2, 8, 6))
+    assert out.shape == (0, 4, length, 6)

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from window_step_cases import Case, changed, on, window_case
 
 from hf_linattn.ops import window_step
+from hf_linattn.ops.ring import Ring
+from hf_linattn.ops.window_token import Beside, Token
 
 OF_TOKENS = {"decay": "token", "input_gate": True, "output": "norm gate", "gate": "token", "features": 5}
 KINDS: list[dict[str, Any]] = [
@@ -91,3 +93,11 @@ def test_sums_stay_in_full_precision_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         found = window_step.step(*cases[0])
     assert torch.equal(found, window_step.step(*cases[1]))
+
+
+def test_no_sequences() -> None:
+    query, key, value = torch.randn(0, 4, 1, 8), torch.randn(0, 2, 1, 8), torch.randn(0, 2, 1, 6)
+    ring = Ring(torch.zeros(0, 2, 5, 8), torch.zeros(0, 2, 5, 6), torch.zeros(0, dtype=torch.int64), None, 4, 1)
+    beside = Beside(torch.zeros(0, 2, 9, 7), torch.full((4,), 0.5), torch.ones(4, 4))
+    for given in (beside, Beside()):
+        assert window_step.step(Token(query, key, value), ring, given).shape == (0, 4, 1, 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -83,3 +84,15 @@ def test_a_few_tokens_ask_as_much_as_one(monkeypatch: pytest.MonkeyPatch) -> Non
                 linattn_attention(attention, query, *cache.update(key, value, 0), None)
             called.append([event.name for event in seen.events() or () if event.cpu_parent is None])
     assert len(called[2]) <= len(called[1]) + 2, called
+
+
+def test_a_model_that_refused_a_call_midway_is_copied() -> None:
+    """What entered the layer is left behind there, with the graph that it came from."""
+    model, tokens = model_of({"decay": "token"}), tiny_tokens(2)
+    cache = DynamicCache(config=model.config)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    model(tokens, attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ValueError, match="hides other tokens of the past"):
+        model(tokens[:, :1], attention_mask=torch.ones(2, tokens.shape[1] + 1), past_key_values=cache)
+    assert torch.equal(copy.deepcopy(model)(tokens).logits, model(tokens).logits)
