@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,8 @@ def measure(layer: tuple[int, int, int, int, int], batch: int, bandwidth: float)
 
     calls = {}
     for length in (1, *SEVERAL):
-        rows = (torch.randn(batch, h, length, dim, device="cuda", dtype=torch.bfloat16) for h in (heads, key_heads, key_heads))
-        calls[length] = Call(*rows, coefficients, rates, degree=degree)
+        query, key, value = (torch.randn(batch, h, length, dim, device="cuda", dtype=torch.bfloat16) for h in (heads, key_heads, key_heads))
+        calls[length] = Call(query, key, value, coefficients, rates, degree=degree)
 
     def run(step: Step, length: int = 1) -> None:
         for state in states:
@@ -110,7 +111,7 @@ def measure(layer: tuple[int, int, int, int, int], batch: int, bandwidth: float)
         "kernel_ms": replayed(lambda: run(cuda.step), steps),
         "eager_ms": eager(lambda: run(cuda.step), steps),
         "torch_ms": replayed(lambda: run(one_token.step), steps),
-        **{f"{length}_tokens_ms": replayed(lambda length=length: run(cuda.step, length), steps) for length in SEVERAL},
+        **{f"{length}_tokens_ms": replayed(partial(run, cuda.step, length), steps) for length in SEVERAL},
     }
 
 
@@ -140,7 +141,7 @@ def measure_window(layer: tuple[int, int, int, int, int | None], batch: int, ban
     rings = [torch.randn(2, *slots, device="cuda", dtype=torch.bfloat16) for _ in range(steps)]
     seen = [torch.full((batch,), 10 * window, device="cuda") for _ in range(steps)]
     layers = [
-        (Ring(*kept, count, None, window, SINKS), beside._replace(state=state))
+        (Ring(kept[0], kept[1], count, None, window, SINKS), beside._replace(state=state))
         for kept, count, state in zip(rings, seen, states, strict=True)
     ]
 
