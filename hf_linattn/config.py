@@ -153,7 +153,7 @@ def softmax_layers(model_config: PreTrainedConfig) -> set[int]:
             weakref.ref(model_config),
             copy.deepcopy(stored),
             LinAttnConfig.of(model_config),
-            model_config.get_text_config().num_hidden_layers,
+            getattr(model_config.get_text_config(), "num_hidden_layers", 0),  # an encoder inside another model counts in its own way
         )
         _known[id(model_config)] = known
     kept = set(known.options.softmax_layers)

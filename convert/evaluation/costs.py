@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_linattn.forms.kept import Kept
+
 STEPS = 24
 """Tokens whose time is taken."""
 
@@ -38,7 +40,7 @@ def break_even(student: dict[str, Any], teacher: dict[str, Any]) -> int | None:
 
 
 def held_bytes(cache: Any) -> int:
-    """Bytes of all tensors that a cache holds, however deep; each once."""
+    """Bytes of all tensors that a cache holds, however deep, but those that are made of the model alone; each once."""
     tensors = {id(tensor): tensor for tensor in _tensors(getattr(cache, "layers", cache), set())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -66,7 +68,7 @@ def _line(by_length: list[dict[str, Any]]) -> tuple[float, float] | None:
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
-    if id(value) in seen or isinstance(value, torch.nn.Module):
+    if id(value) in seen or isinstance(value, torch.nn.Module | Kept):  # a model, and what its numbers come to
         return
     seen.add(id(value))
     if isinstance(value, Tensor):
