@@ -7,6 +7,9 @@ left the cache's Python values and tensors where they were, the tokens that foll
 with, and in place of the inputs of the token before those of this one. What is changed on the model between two texts is seen by the
 guards of the second. What a callback writes into its tensors meanwhile is seen at once (into learned numbers, where PyTorch counts it),
 anything else by the next text.
+
+CUDA graphs have one memory for every call and thread. So threads take turns at a device, a call at a time, and what a call returns is a
+copy, which the next one leaves as it is.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -55,6 +59,8 @@ class Watched:
             made = again = self.backend(graph, inputs)
         else:
             made, again = _beside(self.backend(learned.rest, [*inputs, *learned.values]), learned)
+        if not torch.is_grad_enabled():
+            made, again = _copying(made), _copying(again)
 
         def run(*given: Any) -> Any:
             results = made(*given)
@@ -82,6 +88,36 @@ def _beside(graph: Callable[..., Any], learned: LearnedPart) -> tuple[Callable[.
         return graph(*given, *learned.values)
 
     return anew, again
+
+
+def _copying(graph: Callable[..., Any]) -> Callable[..., Any]:
+    """A graph whose results are copies."""
+
+    def run(*given: Any) -> Any:
+        return [x.clone() if isinstance(x, Tensor) else x for x in graph(*given)]
+
+    return run
+
+
+class _Turns:
+    """At one device: the thread that runs a compiled step, and the stream that the last one ran in."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.stream: torch.cuda.Stream | None = None
+
+    @contextmanager
+    def one(self, device: torch.device) -> Iterator[None]:
+        with self.lock:
+            if device.type == "cuda":
+                stream = torch.cuda.current_stream(device)
+                if self.stream is not None and self.stream != stream:
+                    stream.wait_stream(self.stream)
+                self.stream = stream
+            yield
+
+
+_turns: dict[torch.device, _Turns] = {}
 
 
 class CompiledStep:
@@ -118,7 +154,7 @@ class CompiledStep:
 
     def text(self) -> Callable[..., Any]:
         """What a text's tokens are given to."""
-        return self.call if self.watched is None or not all(map(_is_known, self.hooks)) else Text(self.model, self.call, self.watched)
+        return Text(self.model, self.call, self.watched if all(map(_is_known, self.hooks)) else None)
 
 
 def _own_code(code: CodeType) -> CodeType:
@@ -155,21 +191,27 @@ def _is_known(hook: Any) -> bool:
 
 
 class Text:
-    """The calls of one text."""
+    """The calls of one text, all of them through the guards where they are not `watched`."""
 
-    def __init__(self, model: nn.Module, call: Callable[..., Any], watched: Watched) -> None:
+    def __init__(self, model: PreTrainedModel, call: Callable[..., Any], watched: Watched | None) -> None:
         self.model, self.call, self.watched = model, call, watched
+        self.device = model.device
+        self.turns = _turns.setdefault(self.device, _Turns())
         self.before: tuple[Inputs, Ran] | None = None  # the last call that went the whole way
         self.direct: Direct | None = None
 
     def __call__(self, **inputs: Any) -> Any:
+        with self.turns.one(self.device):
+            return self.call(**inputs) if self.watched is None else self._step(inputs, self.watched)
+
+    def _step(self, inputs: dict[str, Any], watched: Watched) -> Any:
         given = Inputs.of(inputs, self.model.training)
         if self.direct is not None and given.are_like(self.direct.inputs):
             return self.direct.run(given)
         self.direct = None
-        cache, compiled = _state(given.others), self.watched.compiled
+        cache, compiled = _state(given.others), watched.compiled
         out, calls = self._watch(inputs)
-        if len(calls) == 1 and self.watched.compiled == compiled and _state(given.others) == cache:
+        if len(calls) == 1 and watched.compiled == compiled and _state(given.others) == cache:
             now = (given, calls[0]._replace(results=()))
             self.direct = None if self.before is None else Direct.of(self.before, (given, calls[0]), out)
             self.before = now

@@ -8,6 +8,7 @@ for, and importing this module imports no architecture.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,15 @@ class LinAttnModelMixin:
         if step is None or not step.serves(self, config):  # type: ignore[arg-type]
             step = self.__dict__[COMPILED] = CompiledStep(self, config)  # type: ignore[arg-type]
         return step.text()
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """As Transformers has it, but not where the cache is offloaded: what moves between devices is no part of a graph."""
+        cache = model_kwargs.get("past_key_values")
+        if getattr(getattr(cache, "self_attention_cache", cache), "offloading", False):
+            if generation_config.compile_config is not None:
+                warnings.warn("An offloaded cache moves between devices at every token: the step is not compiled.", stacklevel=2)
+            return False
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc, no-any-return]
 
     def create_masks_for_generate(self, config: Any, inputs_embeds: Any, attention_mask: Any, past_key_values: Any, **others: Any) -> Any:
         """As Transformers or the base model makes it, once a text where it stays the same."""

@@ -1,6 +1,8 @@
 """generate() compiled gives, token for token, what it gives uncompiled, whatever is changed on the model between two texts."""
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
@@ -361,3 +363,59 @@ def test_learned_numbers_that_are_written_within_a_text_are_seen_at_once(change,
         outs.append(run(model, tiny_tokens(1), **TOKENS, **options))
     assert torch.equal(outs[0].sequences, outs[1].sequences) and direct
     torch.testing.assert_close(torch.stack(outs[0].scores), torch.stack(outs[1].scores))
+
+
+def one_memory(graph, inputs):
+    """A backend whose graph has one memory for its results, as CUDA graphs have, and does not bear two calls at once."""
+    memory, at_work = [], threading.Lock()
+
+    def run(*given):
+        assert at_work.acquire(blocking=False), "two calls at once"
+        try:
+            made = graph(*given)
+            time.sleep(0.01)
+            if not memory:
+                memory.extend(x.clone() for x in made)
+            for kept, x in zip(memory, made, strict=True):
+                kept.copy_(x)
+            return list(memory)
+        finally:
+            at_work.release()
+
+    return run
+
+
+def test_threads_take_turns_and_keep_what_they_were_given(monkeypatch):
+    model, prompts = converted(decay="head"), [tiny_tokens(2, 9, seed=number) for number in range(3)]
+    expected = [generate(model, ids, **TOKENS) for ids in prompts]
+    update, got, compiling = model._update_model_kwargs_for_generation, {}, compile_config(backend=one_memory)
+
+    def slow(*args, **kwargs):  # between the step and the look at what it returned
+        time.sleep(0.002)
+        return update(*args, **kwargs)
+
+    def work(number):
+        cache = StaticCache(config=model.config, max_cache_len=40)
+        options = {"cache_implementation": None, "compile_config": compiling, "past_key_values": cache}
+        got[number] = generate_compiled(model, prompts[number], **options)
+
+    monkeypatch.setattr(model, "_update_model_kwargs_for_generation", slow)
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(got[number], expected[number]) for number in range(3))
+
+
+def test_an_offloaded_cache_is_decoded_without_compiling():
+    model = converted(decay="head")
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    cache.offloading = True
+    generation = copy.copy(model.generation_config)
+    assert not model._valid_auto_compile_criteria({"past_key_values": cache}, generation)
+    generation.compile_config = compile_config()
+    with pytest.warns(UserWarning, match="the step is not compiled"):
+        assert not model._valid_auto_compile_criteria({"past_key_values": cache}, generation)
+    cache.offloading = False
+    assert model._valid_auto_compile_criteria({"past_key_values": cache}, generation)
