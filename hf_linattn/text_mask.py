@@ -1,7 +1,8 @@
 """What linear layers are told of a new token is what they were told of the token before, as long as `generate` alone adds to a text.
 
 It appends ones to the padding mask: the new token is real, and what the mask hides of those before is what it hid. To read that anew costs
-a dozen small kernels a token, and has the host wait for the device three times.
+a dozen small kernels a token, and has the host wait for the device three times. Where there is no mask every token is real, and asking
+Transformers for one that says so takes longer than all else of ours that a compiled token has the host do.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 from transformers import GenerationMixin
@@ -18,12 +20,17 @@ from .config import NAME, softmax_layers
 GROWN = "_linattn_grown"
 """Of a padding mask that `generate` appended to: what is known of it, as `Grown`."""
 
+_without_padding: WeakKeyDictionary[Any, list[Made]] = WeakKeyDictionary()
+"""By cache, what was made of a token where no mask was given: newer Transformers leave out one of ones."""
+
 
 class Made(NamedTuple):
     """The mask of one token, and what it was made for."""
 
     mask: Any
     cache: Any
+    config: Any
+    text_config: Any
     given: tuple[Any, ...]
 
 
@@ -56,17 +63,28 @@ def only_appends(model_class: type) -> bool:
 
 def mask_of(make: Callable[..., Any], config: Any, inputs: Tensor, padding: Any, cache: Any, **others: Any) -> Any:
     """`make`'s mask of new tokens, or the one that it made of the token before."""
-    grown = _made(padding)
-    text = config.get_text_config()
-    is_told = text._attn_implementation == NAME and not softmax_layers(text)
+    made = _made(padding) if padding is not None else None if cache is None else _without_padding.setdefault(cache, [])
     others_matter = any(value is not None and name != "position_ids" and value is not False for name, value in others.items())
     arguments = {"config": config, "inputs_embeds": inputs, "attention_mask": padding, "past_key_values": cache, **others}
-    if grown is None or inputs.shape[1] != 1 or not is_told or others_matter:
+    if made is None or inputs.shape[1] != 1 or others_matter:
         return make(**arguments)
-    given = inputs.shape[:2], inputs.device
-    if grown and grown[0].cache is cache and grown[0].given == given:
-        return grown[0].mask
-    mask = make(**arguments)
-    if cache is not None and padding.shape[-1] == cache.get_seq_length() + 1:  # else what was appended is not what is said of this token
-        grown[:] = [Made(mask, cache, given)]
+    given = inputs.shape[0], inputs.device
+    of_cache = None if padding is None else cache  # which would live as long as what is kept by it
+    if made and made[0].config is config and made[0].cache is of_cache and made[0].given == given and _is_told(made[0].text_config):
+        return made[0].mask
+    mask, text_config = make(**arguments), config.get_text_config()
+    if cache is not None and _is_told(text_config) and _is_of_this_token(padding, cache.get_seq_length()):
+        made[:] = [Made(mask, of_cache, config, text_config, given)]
     return mask
+
+
+def _is_told(text_config: Any) -> bool:
+    """Whether every layer is linear, and so is told of a token what our mask function packs."""
+    return text_config._attn_implementation == NAME and not softmax_layers(text_config)
+
+
+def _is_of_this_token(padding: Any, before: Any) -> bool:
+    """Whether a mask says of all tokens `before` and of one more, and nothing else."""
+    if padding is None:
+        return isinstance(before, Tensor) or before > 0  # of a cache that has seen none it says nothing of those before
+    return bool(padding.shape[-1] == before + 1)

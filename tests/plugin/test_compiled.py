@@ -70,15 +70,31 @@ def test_the_same_tokens(student, direct):
         assert len(direct) > 10
 
 
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "whole"])
 @pytest.mark.parametrize("options", [{"decay": "head"}, {"decay": "head", "softmax_layers": [1]}], ids=str)
-def test_the_padding_mask_is_read_once_a_text_where_it_says_the_same(options, direct, monkeypatch):
+def test_the_padding_mask_is_read_once_a_text_where_it_says_the_same(options, padded, direct, monkeypatch):
     model, (ids, mask), calls = converted(**options), left_padded(tiny_tokens()), []
+    mask, other = (mask, torch.ones_like(mask)) if padded else (torch.ones_like(mask), mask)
     expected = generate(model, ids, mask, **TOKENS)
     make = masking_utils.create_masks_for_generate
     monkeypatch.setattr(masking_utils, "create_masks_for_generate", lambda **given: calls.append(1) or make(**given))
     assert torch.equal(generate_compiled(model, ids, mask), expected)
     assert len(calls) == (16 if "softmax_layers" in options else 2)  # with the prompt's
-    assert not torch.equal(generate_compiled(model, ids, torch.ones_like(mask)), expected)
+    assert not torch.equal(generate_compiled(model, ids, other), expected)
+
+
+def test_no_mask_behind_padding_is_refused_at_any_token():
+    """None says that all tokens are real; kept from the token before, it says so still."""
+    model, (ids, mask) = converted(decay="head"), left_padded(tiny_tokens())
+    cache, one = StaticCache(config=model.config, max_cache_len=40), tiny_tokens(2, 1)
+    with torch.no_grad():
+        for tokens in (one, one, one):
+            inputs = model.prepare_inputs_for_generation(tokens, past_key_values=cache, attention_mask=None)
+            model(**inputs)
+        cache.reset()
+        model(ids, attention_mask=mask, past_key_values=cache)
+        with pytest.raises(ValueError, match="hides other tokens of the past"):
+            model(**model.prepare_inputs_for_generation(one, past_key_values=cache, attention_mask=None))
 
 
 def test_a_loop_of_the_users_that_writes_into_the_padding_mask_is_heard():
