@@ -134,33 +134,29 @@ template <int COUNT> __device__ __forceinline__ void fetch(const Vector (&vector
   }
 }
 
-// Adds up what the blocks of a state found for a token and query head, and divides.
+// Adds up what the blocks of a state found for a token and query head, and divides: every thread for a column, whose sum of weights it adds up as
+// well, since waiting for another thread's would take longer.
 static __global__ void __launch_bounds__(THREADS) join_kernel(const StepArguments args) {
   const linattn_problem &p = args.problem;
-  __shared__ float total;
   const int batch = blockIdx.x, head = blockIdx.y, token = blockIdx.z, width = p.value_dim + 1;
   const int64_t number = (static_cast<int64_t>(batch) * p.query_heads + head) * p.length + token;
-  const bool nothing = !sees(p, batch, token);
+  const int splits = sees(p, batch, token) ? args.splits : 0;  // what a query that sees nothing would read was not written
   const float *const parts = args.partials + number * args.splits * width;
-  const auto sum = [&](int i) {
-    float all = 0;
-    for (int split = 0; split < args.splits; ++split) all += parts[split * width + i];
-    return all;
-  };
-  if (threadIdx.x == 0) {
-    total = nothing ? 0.f : sum(p.value_dim);
-    if (args.mass) args.mass[number] = total;
+  for (int i = threadIdx.x; i < p.value_dim; i += blockDim.x) {
+    float sum = 0.f, total = 0.f;
+#pragma unroll 8
+    for (int split = 0; split < splits; ++split) sum += parts[split * width + i], total += parts[split * width + p.value_dim];
+    store(args.out.data, p.dtype, offset_of(args.out, batch, head, token) + i, sum / (total == 0.f ? 1.f : total));
+    if (i == 0 && args.mass) args.mass[number] = total;
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < p.value_dim; i += THREADS)
-    store(args.out.data, p.dtype, offset_of(args.out, batch, head, token) + i, nothing ? 0.f : sum(i) / (total == 0.f ? 1.f : total));
 }
 
 // Behind the kernel that took the tokens in.
 inline cudaError_t launch_join(const StepArguments &args, cudaStream_t stream) {
   const linattn_problem &p = args.problem;
   if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
-  if (args.splits > 1) join_kernel<<<dim3(p.batch, p.query_heads, static_cast<unsigned>(p.length)), THREADS, 0, stream>>>(args);
+  const int threads = std::min(THREADS, (p.value_dim + 31) / 32 * 32);
+  if (args.splits > 1) join_kernel<<<dim3(p.batch, p.query_heads, static_cast<unsigned>(p.length)), threads, 0, stream>>>(args);
   return cudaPeekAtLastError();
 }
 

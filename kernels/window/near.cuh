@@ -9,6 +9,7 @@ namespace linattn_ring {
 constexpr int LANES = 8;                                  // that share a key
 constexpr int GROUPS = THREADS / LANES, KEYS_AT_ONCE = 3;  // of a group: a window of 64 tokens and 4 sinks is one round
 constexpr int SLOTS = 2 * GROUPS * KEYS_AT_ONCE;           // of a tile
+constexpr int AHEAD = 24;                                  // values of a thread that are on their way while keys are looked at
 
 template <typename T, int HEADS> struct Near {
   struct Shared {
@@ -106,19 +107,35 @@ template <typename T, int HEADS> struct Near {
     }
   }
 
-  // A thread has a column of the values, of every `parts`-th slot.
-  __device__ void add(int begin, int count) {
-    const int parts = THREADS / w.value_dim, part = thread / w.value_dim, column = thread % w.value_dim;
-    if (part >= parts) return;
+  // A thread has a column of the values, of every `parts`-th slot; one behind the last column has none.
+  struct Part {
+    int parts, first, column;
+    __device__ Part(int thread, int value_dim, int count) : parts(THREADS / value_dim), first(thread / value_dim), column(thread % value_dim) {
+      if (first >= parts) first = count;
+    }
+  };
+  __device__ void send_for(T (&ahead)[AHEAD], int begin, int count) const {
+    const Part part(thread, w.value_dim, count);
+#pragma unroll
+    for (int u = 0; u < AHEAD; ++u) {
+      const int i = part.first + u * part.parts;
+      if (i < count) ahead[u] = row(ring_value, new_value, w.ring_value, begin + i)[part.column];
+    }
+  }
+  __device__ void add(const T (&ahead)[AHEAD], int begin, int count) {
+    const Part part(thread, w.value_dim, count);
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) sums[h] *= h < heads.count ? shared.shrink[h] : 0.f;
-#pragma unroll 8
-    for (int i = part; i < count; i += parts) {
-      const float value = number(row(ring_value, new_value, w.ring_value, begin + i)[column]);
 #pragma unroll
-      for (int h = 0; h < HEADS; ++h)
-        if (h < heads.count) sums[h] += shared.weights[h][i] * value;
-    }
+    for (int u = 0; u < AHEAD; ++u)
+      if (const int i = part.first + u * part.parts; i < count) add_one(i, number(ahead[u]));
+#pragma unroll 8
+    for (int i = part.first + AHEAD * part.parts; i < count; i += part.parts) add_one(i, number(row(ring_value, new_value, w.ring_value, begin + i)[part.column]));
+  }
+  __device__ void add_one(int i, float value) {
+#pragma unroll
+    for (int h = 0; h < HEADS; ++h)
+      if (h < heads.count) sums[h] += shared.weights[h][i] * value;
   }
 
   __device__ void finish() {
@@ -142,12 +159,14 @@ template <typename T, int HEADS> struct Near {
     begin();
     for (int at = 0; at < visible; at += SLOTS) {
       const int count = min(SLOTS, visible - at);
+      T ahead[AHEAD];
+      send_for(ahead, at, count);
       __syncthreads();
       score(at, count);
       __syncthreads();
       weigh(count);
       __syncthreads();
-      add(at, count);
+      add(ahead, at, count);
     }
     finish();
   }
