@@ -9,9 +9,10 @@ namespace linattn_ring {
 constexpr int LANES = 8;                                  // that share a key
 constexpr int GROUPS = THREADS / LANES, KEYS_AT_ONCE = 3;  // of a group: a window of 64 tokens and 4 sinks is one round
 constexpr int SLOTS = 2 * GROUPS * KEYS_AT_ONCE;           // of a tile
-constexpr int AHEAD = 24;                                  // values of a thread that are on their way while keys are looked at
 
 template <typename T, int HEADS> struct Near {
+  // Values of a thread that are on their way while keys are looked at; with a head to each block there are many blocks, which do as well.
+  static constexpr int AHEAD = HEADS == 1 ? 8 : 17;
   struct Shared {
     float queries[HEADS][MAX_DIM];  // times the scaling
     float weights[HEADS][SLOTS];    // scores, and then exp(score - largest)
