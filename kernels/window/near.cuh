@@ -11,8 +11,8 @@ constexpr int GROUPS = THREADS / LANES, KEYS_AT_ONCE = 3;  // of a group: a wind
 constexpr int SLOTS = 2 * GROUPS * KEYS_AT_ONCE;           // of a tile
 
 template <typename T, int HEADS> struct Near {
-  // Values of a thread that are on their way while keys are looked at; with a head to each block there are many blocks, which do as well.
-  static constexpr int AHEAD = HEADS == 1 ? 8 : 17;
+  static constexpr int AHEAD = 24;  // values of a thread that are on their way while keys are looked at
+
   struct Shared {
     float queries[HEADS][MAX_DIM];  // times the scaling
     float weights[HEADS][SLOTS];    // scores, and then exp(score - largest)
