@@ -10,8 +10,8 @@ namespace {
 
 constexpr int FEWEST_SEGMENTS = 3;  // of a state's rows that are worth the kernel that adds up what their blocks found
 
-// Blocks of `near` and, behind them, of `leaving`. Heads that share no keys have blocks enough for three on a multiprocessor.
-template <typename T, int HEADS> __global__ void __launch_bounds__(THREADS, HEADS == 1 ? 3 : 1) window_kernel(const Arguments args) {
+// Blocks of `near` and, behind them, of `leaving`: two or more on a multiprocessor, and three where heads share no keys, which are many blocks.
+template <typename T, int HEADS> __global__ void __launch_bounds__(THREADS, HEADS == 1 ? 3 : 2) window_kernel(const Arguments args) {
   __shared__ union {
     typename Near<T, HEADS>::Shared near;
     typename Leaving<T>::Shared leaving;
