@@ -57,8 +57,8 @@ __global__ void __launch_bounds__(32) coefficients_kernel(const __grid_constant_
   const linattn_problem &p = args.problem;
   const int head = blockIdx.x;
   double sums[3] = {0.0, 0.0, 0.0};
-  for (int64_t part = threadIdx.x; part < static_cast<int64_t>(p.batch) * args.row_tiles; part += 32) {
-    const float *const x = args.partials + ((part / args.row_tiles * p.query_heads + head) * args.row_tiles + part % args.row_tiles) * 3;
+  for (int64_t part = threadIdx.x; part < static_cast<int64_t>(p.batch) * args.parts; part += 32) {
+    const float *const x = args.partials + ((part / args.parts * p.query_heads + head) * args.parts + part % args.parts) * 3;
     for (int i = 0; i < 3; ++i) sums[i] += x[i];
   }
   for (int i = 0; i < 3; ++i)
@@ -121,17 +121,18 @@ namespace {
 
 // Where the parts of the workspace lie, in bytes.
 struct Workspace {
-  int64_t query_numbers, partials, decay, row_sums, column_sums, parts, bytes;
-  explicit Workspace(const linattn_problem &problem) {
+  int64_t query_numbers, partials, decay, row_sums, column_sums, parts, state, bytes;
+  Workspace(const linattn_problem &problem, bool by_state) {
     const int64_t padded = padded_length(problem), batch = problem.batch, queries = batch * problem.query_heads * padded, states = batch * problem.state_heads;
     const int64_t sums = problem.log_decay ? 4 * problem.length : 0;
     query_numbers = round_up(4 * batch * problem.key_heads * padded);
     partials = query_numbers + round_up(4 * kNumbers * queries);
-    decay = partials + round_up(12 * queries / kRows);
+    decay = partials + round_up(12 * (queries / kRows + (by_state ? batch * problem.query_heads * GradientStateMemory(problem).tiles : 0)));
     row_sums = decay + decay_bytes(problem);
     column_sums = row_sums + round_up(batch * problem.query_heads * sums);
     parts = column_sums + round_up(states * sums);
-    bytes = parts + (sums ? round_up(8 * states) : 0);
+    state = parts + (sums ? round_up(8 * states) : 0);
+    bytes = state + (by_state ? GradientStateMemory(problem).bytes : 0);
   }
 };
 
@@ -141,20 +142,27 @@ struct Workspace {
 bool pairs_plan_backward(const linattn_problem &problem, const linattn_backward_data &data, linattn_plan &plan) {
   const bool whole_rows = aligned(data.out) && aligned(data.grad_out) && aligned(data.grad_query) && aligned(data.grad_key) && aligned(data.grad_value);
   const TileDims tiles = tiles_of(problem);
-  if (problem.dtype != LINATTN_BFLOAT16 || !tiles.key || !pairs_cost_less(problem) || data.grad_state || !whole_rows) return false;
-  plan.gated = needs_gated(problem);
-  plan.chunk = plan.segment_length = problem.length, plan.segments = 1, plan.row_tiles = static_cast<int32_t>(padded_length(problem) / kRows);
+  if (problem.dtype != LINATTN_BFLOAT16 || !tiles.key || data.grad_state || !whole_rows) return false;
+  plan.states = gradient_state_takes(problem);
+  if (!plan.states && !pairs_cost_less(problem)) return false;
+  plan.gated = needs_gated(problem), plan.row_tiles = static_cast<int32_t>(padded_length(problem) / kRows);
+  plan.chunk = plan.segment_length = problem.length, plan.segments = 1;
   plan.shared_bytes = plan.gated ? gated_backward_shared_bytes(tiles) : shared_bytes(problem.head_dim);
-  plan.workspace_bytes = Workspace(problem).bytes;
+  if (plan.states) {
+    const GradientStateMemory memory(problem);
+    plan.chunk = plan.segment_length = memory.chunk, plan.segments = memory.chunks, plan.shared_bytes = std::max(plan.shared_bytes, memory.shared_bytes);
+  }
+  plan.workspace_bytes = Workspace(problem, plan.states).bytes;
   return true;
 }
 
 cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backward_data &data, const linattn_plan &plan) {
   Gradients args{problem, data.out, data.grad_out, data.grad_query, data.grad_key, data.grad_value, data.mass, data.grad_mass, data.grad_coefficients};
-  const Workspace at(problem);
+  const Workspace at(problem, plan.states);
   char *const workspace = static_cast<char *>(problem.workspace);
   const auto numbers = [&](int64_t offset) { return reinterpret_cast<float *>(workspace + offset); };
-  args.padded = padded_length(problem), args.row_tiles = plan.row_tiles;
+  args.padded = padded_length(problem), args.chunk = plan.chunk, args.row_tiles = args.parts = plan.row_tiles;
+  if (plan.states) args.parts += GradientStateMemory(problem).tiles;
   args.key_scale = numbers(0), args.query_numbers = numbers(at.query_numbers), args.partials = numbers(at.partials);
   const bool slopes = problem.log_decay && data.grad_log_decay;  // whether the decay wants a gradient
   if (slopes) args.row_sums = numbers(at.row_sums), args.column_sums = numbers(at.column_sums);
@@ -164,6 +172,8 @@ cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backwar
     if (const cudaError_t failed = launch_running_decay(problem, args.gates.decay)) return failed;
   }
   launch_numbers(args, stream);
+  if (plan.states)
+    if (const cudaError_t failed = gradient_state_launch(args, workspace + at.state, stream)) return failed;
   if (const cudaError_t failed = launch_pairs(args, plan.gated, stream)) return failed;
   if (slopes) {
     const DecaySums sums{args.row_sums, args.column_sums, nullptr, nullptr, nullptr, reinterpret_cast<double *>(workspace + at.parts)};

@@ -150,10 +150,18 @@ template <int K, int V, bool GATED> struct GradientColumns {
 
   __device__ __forceinline__ void store(const Gradients &args, unsigned char *shared, int batch, int key_head, int64_t begin, int rows) {
     if (p.normalize_qk) project<T, KEY_BLOCKS>(key_sums, k_blocks, key_stripe, scale);
-    store_rows<T, K>(args.grad_key, head_of<T>(args.grad_key, batch, key_head) + begin * args.grad_key.token_stride, shared, k_blocks, key_stripe, key_sums, scale[0], scale[1],
-                     rows, warp, lane, pieces_of<K, V>(p));
-    store_rows<T, V>(args.grad_value, head_of<T>(args.grad_value, batch, key_head) + begin * args.grad_value.token_stride, shared + S::OWN_KEY, v_blocks, value_stripe, value_sums,
-                     1.f, 1.f, rows, warp, lane);
+    T *const keys = head_of<T>(args.grad_key, batch, key_head) + begin * args.grad_key.token_stride;
+    T *const values = head_of<T>(args.grad_value, batch, key_head) + begin * args.grad_value.token_stride;
+#pragma unroll
+    for (int n = 0; n < 2 * KEY_BLOCKS; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) key_sums[n][i] *= scale[i >> 1];
+    if (begin / args.chunk < (p.length - 1) / args.chunk) {
+      add_stored<T, K>(key_sums, keys, args.grad_key.token_stride, 16 * warp + group, rows, place, pieces_of<K, V>(p));
+      add_stored<T, V>(value_sums, values, args.grad_value.token_stride, 16 * warp + group, rows, place);
+    }
+    store_rows<T, K>(args.grad_key, keys, shared, k_blocks, key_stripe, key_sums, 1.f, 1.f, rows, warp, lane, pieces_of<K, V>(p));
+    store_rows<T, V>(args.grad_value, values, shared + S::OWN_KEY, v_blocks, value_stripe, value_sums, 1.f, 1.f, rows, warp, lane);
   }
 };
 
@@ -172,7 +180,8 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
   const int batch = pair / p.key_heads, key_head = pair % p.key_heads, heads = p.query_heads / p.key_heads, first_head = key_head * heads, pieces = pieces_of<K, V>(p);
   const int64_t begin = static_cast<int64_t>(tile_number) * kRows;
   const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(kRows)));
-  const int first_tile = p.causal ? static_cast<int>(begin / kKeys) : 0, tiles = static_cast<int>((p.length + kKeys - 1) / kKeys) - first_tile, iterations = tiles * heads;
+  const int64_t seen = min(p.length, (begin / args.chunk + 1) * args.chunk);  // queries up to there, of the tokens' own chunk
+  const int first_tile = p.causal ? static_cast<int>(begin / kKeys) : 0, tiles = static_cast<int>((seen + kKeys - 1) / kKeys) - first_tile, iterations = tiles * heads;
   const auto gates_of = [&](bool queries, int iteration) { return GateReader(args.gates, p, queries, batch, first_head + iteration / tiles, begin + rows - 1); };
   const auto first_of = [&](int iteration) { return static_cast<int64_t>(first_tile + iteration % tiles) * kKeys; };
   GateCopy on_way;
@@ -228,11 +237,11 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
     if (iteration + 1 < iterations) fetch(iteration + 1);
     const int stage = iteration % kStages, head = first_head + iteration / tiles;
     const int64_t first = first_of(iteration);
-    bool seen = true;
+    bool some = true;  // of the tile's queries see some key
     if constexpr (GATED) {
       if (iteration % tiles == 0) work.gates.load(gates_of(false, iteration), work.key);
-      seen = told(others, stage, SEEN);
-      if (seen && told(others, stage, PADDED)) {
+      some = told(others, stage, SEEN);
+      if (some && told(others, stage, PADDED)) {
         zero_padding<K, kGradientThreads>(shared + S::OWN + stage * S::STAGE, others->run[stage], thread);
         zero_padding<V, kGradientThreads>(shared + S::OWN + stage * S::STAGE + S::TILE, others->run[stage], thread);
         __syncthreads();
@@ -240,9 +249,9 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
     }
     const float *const numbers = staged_numbers + stage * kNumbers * kKeys;
     const bool diagonal = is_diagonal(first);
-    if (GATED && seen && !diagonal && !told(others, stage, MIXED))
+    if (GATED && some && !diagonal && !told(others, stage, MIXED))
       work.template add<!GATED>(stages + stage * S::STAGE, numbers, Coefficients(p, head), first, others, stage, false);
-    else if (seen) work.template add<true>(stages + stage * S::STAGE, numbers, Coefficients(p, head), first, others, stage, diagonal);
+    else if (some) work.template add<true>(stages + stage * S::STAGE, numbers, Coefficients(p, head), first, others, stage, diagonal);
     if constexpr (GATED) {
       if (iteration + 1 < iterations) arrive(iteration + 1, low, high);
       const bool ends = iteration + 1 == iterations || (p.state_heads != p.key_heads && iteration % tiles == tiles - 1);

@@ -132,8 +132,9 @@ template <int K, int V, bool GATED> struct GradientRows {
 
   __device__ __forceinline__ void store(unsigned char *shared, int batch, int head, int rows, float *totals) {
     if (p.normalize_qk) project<T, KEY_BLOCKS>(acc, q_blocks, query_stripe, scale);
-    store_rows<T, K>(args.grad_query, head_of<T>(args.grad_query, batch, head) + begin * args.grad_query.token_stride, shared, q_blocks, query_stripe, acc, 1.f, 1.f, rows, warp,
-                     lane, pieces_of<K, V>(p));
+    T *const results = head_of<T>(args.grad_query, batch, head) + begin * args.grad_query.token_stride;
+    if (begin >= args.chunk) add_stored<T, K>(acc, results, args.grad_query.token_stride, 16 * warp + group, rows, place, pieces_of<K, V>(p));
+    store_rows<T, K>(args.grad_query, results, shared, q_blocks, query_stripe, acc, 1.f, 1.f, rows, warp, lane, pieces_of<K, V>(p));
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
       float sum = i == 0 ? sums[0][0] + sums[0][1] : i == 1 ? sums[1][0] * scale[0] + sums[1][1] * scale[1] : sums[2][0] * scale[0] * scale[0] + sums[2][1] * scale[1] * scale[1];
@@ -160,7 +161,7 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
   const int batch = pair / p.query_heads, head = pair % p.query_heads, key_head = head / (p.query_heads / p.key_heads), pieces = pieces_of<K, V>(p);
   const int64_t begin = static_cast<int64_t>(tile_number) * kRows;
   const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(kRows)));
-  const int tiles = static_cast<int>(((p.causal ? begin + rows : p.length) + kKeys - 1) / kKeys);
+  const int first_tile = static_cast<int>(begin / args.chunk * args.chunk / kKeys), tiles = static_cast<int>(((p.causal ? begin + rows : p.length) + kKeys - 1) / kKeys);
   const T *const keys = head_of<const T>(p.key, batch, key_head), *const values = head_of<const T>(p.value, batch, key_head);
   const float *const key_scale = args.key_scale + (static_cast<int64_t>(batch) * p.key_heads + key_head) * args.padded;
   const GateReader own_gates(args.gates, p, true, batch, head, begin - 1), key_gates(args.gates, p, false, batch, head, begin - 1);
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
   };
   copy_tile<K, kRows, kGradientThreads>(query_tile, head_of<const T>(p.query, batch, head) + begin * p.query.token_stride, p.query.token_stride, rows, thread, pieces);
   copy_tile<V, kRows, kGradientThreads>(grad_tile, head_of<const T>(args.grad_out, batch, head) + begin * args.grad_out.token_stride, args.grad_out.token_stride, rows, thread);
-  fetch(0);
+  fetch(first_tile);
   int32_t low = 0, high = 0;
   if constexpr (GATED) {
     range_of_runs<kGradientThreads>(*others, own_gates, begin, rows, low, high, thread);
@@ -192,8 +193,8 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
 
   GradientRows<K, V, GATED> work(args, pair, head, begin, query_tile);
   if constexpr (GATED) work.gates.load(own_gates, work.row);
-  for (int tile = 0; tile < tiles; ++tile) {
-    if (tile > 0) {
+  for (int tile = first_tile; tile < tiles; ++tile) {
+    if (tile > first_tile) {
       copy_wait<0>();
       __syncthreads();  // the tile is here, and nobody reads the one that the next copies overwrite
     }
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
   if (thread < 3) {
     float sum = 0.f;
     for (int w = 0; w < kWarps; ++w) sum += totals[3 * w + thread];
-    args.partials[(static_cast<int64_t>(pair) * args.row_tiles + tile_number) * 3 + thread] = sum;
+    args.partials[(static_cast<int64_t>(pair) * args.parts + tile_number) * 3 + thread] = sum;
   }
 }
 

@@ -1,0 +1,376 @@
+// What the gradients of a long sequence take of the tokens outside of a chunk, by mma.sync. With x the unit vectors, rounded:
+//   S = sum x_a x_b [v, 1] over the keys before the chunk, and the same of x_a and of 1; what a query's gradient is made of;
+//   R = sum gamma x_a x_b [w, e] over the queries behind it, and beta x_a and a [w, e]; what those of keys and values are made of.
+// A sum over tokens is a product: its rows are the features x_a x_b, made in registers from 16 rows of X^T and one more, its columns those of v or w.
+#pragma once
+#include "pairs/backward.cuh"
+
+namespace linattn_pairs {
+
+// The rows of a state: an item is 16 features x_a x_b of one a and a block of b, each pair of blocks once; items by block of b, then a. Behind them those of x_a.
+template <int K, int V> struct GradientState {
+  static constexpr int BLOCKS = K / 16, ITEMS = 8 * BLOCKS * (BLOCKS + 1), PAIRS = 16 * ITEMS, ROWS = PAIRS + K;
+  static constexpr int VALUES = ROWS, COUNT = ROWS + V, FLOATS = ROWS + V + 4;  // the column of masses: of each row, then what the constant feature holds
+  static constexpr int64_t chunk() { return K < 32 ? 512 : 16 * K; }
+  static __host__ __device__ constexpr int first_item(int block) { return 8 * block * (block + 1); }
+  static __host__ __device__ constexpr int item(int a, int block) { return first_item(block) + a; }
+};
+
+struct StateGradients {
+  Gradients of;
+  int32_t chunks, tiles;   // tiles: of a head, a block of a reader each
+  __nv_bfloat16 *across;   // (batch, heads, padded / kKeys, K, kKeys): unit vectors
+  __nv_bfloat16 *scaled;   // (batch, query heads, padded, V): w / g
+  __nv_bfloat16 *rows;     // (batch, key heads, chunks, ROWS, V): of the chunk, then of all before it or behind it
+  float *sums, *columns;   // (batch, key heads, chunks, FLOATS): of the chunk; of all before it or behind it
+};
+
+constexpr int kSumsWarps = 6, kSumsThreads = 32 * kSumsWarps, kSumsStages = 3, kTaskItems = 4, kScanThreads = 256, kScanAhead = 4;
+
+template <int K, int V> struct SumsShape {
+  using S = GradientState<K, V>;
+  static constexpr int COLUMNS = V < 64 ? V : 64, GROUPS = V / COLUMNS;             // of values, for one block
+  static constexpr int PAIR_TASKS = S::ITEMS / kTaskItems, TASKS = PAIR_TASKS + 2;  // a warp's: pairs, or x_a, or the masses of pairs
+  static constexpr int PARTS = (TASKS + kSumsWarps - 1) / kSumsWarps;
+  static constexpr int ACROSS = K * kKeys * 2, WEIGHTS_AT = ACROSS + kKeys * COLUMNS * 2, STAGE = (WEIGHTS_AT + kKeys * 4 + 1023) / 1024 * 1024;
+  static constexpr int SHARED = kSumsStages * STAGE, WIDE = COLUMNS > K ? COLUMNS : K;
+};
+
+// Unit vectors of 64 tokens, rounded, by their numbers; of queries also w / g. Zero behind the last token.
+template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kKeys * 2) across_kernel(const __grid_constant__ StateGradients args) {
+  using T = __nv_bfloat16;
+  using E = Element<T>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  uint16_t (*const across)[kKeys + 8] = reinterpret_cast<uint16_t (*)[kKeys + 8]>(shared);
+  const Gradients &g = args.of;
+  const linattn_problem &p = g.problem;
+  const int thread = threadIdx.x, place = thread % kKeys, heads = QUERIES ? p.query_heads : p.key_heads, pair = blockIdx.y, batch = pair / heads, head = pair % heads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kKeys, token = first + place;
+  const bool real = token < p.length;
+  const linattn_tensor &tensor = QUERIES ? p.query : p.key;
+  const T *const row = head_of<const T>(tensor, batch, head) + (real ? token : 0) * tensor.token_stride;
+  const float *const numbers = g.query_numbers + static_cast<int64_t>(pair) * kNumbers * g.padded + token;
+  const float scale = QUERIES ? numbers[2 * g.padded] : g.key_scale[static_cast<int64_t>(pair) * g.padded + token];
+  for (int piece = thread / kKeys; piece < K / 8; piece += 2) {
+    const uint4 eight = real && piece < p.head_dim / 8 ? *reinterpret_cast<const uint4 *>(row + 8 * piece) : make_uint4(0, 0, 0, 0);
+    const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t two = E::pack(E::low(words[i]) * scale, E::high(words[i]) * scale);
+      across[8 * piece + 2 * i][place] = static_cast<uint16_t>(two), across[8 * piece + 2 * i + 1][place] = static_cast<uint16_t>(two >> 16);
+    }
+  }
+  if constexpr (QUERIES) {
+    const T *const grad = head_of<const T>(g.grad_out, batch, head);
+    for (int index = thread; index < kKeys * (V / 8); index += 2 * kKeys) {
+      const int64_t own = first + index / (V / 8), piece = index % (V / 8);
+      const float inverse = own < p.length ? g.query_numbers[static_cast<int64_t>(pair) * kNumbers * g.padded + own] : 0.f;
+      const uint4 eight = own < p.length ? *reinterpret_cast<const uint4 *>(grad + own * g.grad_out.token_stride + 8 * piece) : make_uint4(0, 0, 0, 0);
+      const auto times = [&](uint32_t two) { return E::pack(E::low(two) * inverse, E::high(two) * inverse); };
+      *reinterpret_cast<uint4 *>(args.scaled + (pair * g.padded + own) * V + 8 * piece) = make_uint4(times(eight.x), times(eight.y), times(eight.z), times(eight.w));
+    }
+  }
+  __syncthreads();
+  uint4 *const target = reinterpret_cast<uint4 *>(args.across + (pair * g.padded + first) * K);
+  for (int index = thread; index < K * kKeys / 8; index += kKeys * 2) target[index] = *reinterpret_cast<const uint4 *>(&across[index / (kKeys / 8)][index % (kKeys / 8) * 8]);
+}
+
+// A warp's share of a chunk's sums: four items of pairs, or the rows of x_a and what the constant feature holds, or the masses of all pairs.
+template <int K, int V, bool QUERIES> struct ChunkSums {
+  using T = __nv_bfloat16;
+  using E = Element<T>;
+  using S = GradientState<K, V>;
+  using H = SumsShape<K, V>;
+  static constexpr int BLOCKS = K / 16, COLUMN_BLOCKS = H::COLUMNS / 16;
+  const int lane, group, place, task;
+  int block = 0, a = 0;                // of a task of pairs: the block of b, the first a
+  float acc[kTaskItems][H::WIDE / 8][4];
+  float masses[BLOCKS][2], values[2 * COLUMN_BLOCKS], count;  // of x_a, and of the constant feature
+
+  __device__ __forceinline__ ChunkSums(int task) : lane(threadIdx.x & 31), group(lane >> 2), place(lane & 3), task(task) {
+    if (!is_pairs()) return;
+    while (block + 1 < BLOCKS && kTaskItems * task >= S::first_item(block + 1)) ++block;
+    a = kTaskItems * task - S::first_item(block);
+  }
+  __device__ __forceinline__ bool is_pairs() const { return task < H::PAIR_TASKS; }
+  __device__ __forceinline__ bool is_linear() const { return task == H::PAIR_TASKS; }
+  __device__ __forceinline__ bool is_masses() const { return task == H::PAIR_TASKS + 1; }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int j = 0; j < kTaskItems; ++j)
+#pragma unroll
+      for (int n = 0; n < H::WIDE / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[j][n][i] = 0.f;
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j) masses[j][0] = masses[j][1] = 0.f;
+#pragma unroll
+    for (int n = 0; n < 2 * COLUMN_BLOCKS; ++n) values[n] = 0.f;
+    count = 0.f;
+  }
+
+  // 16 rows of X^T by 16 tokens.
+  __device__ __forceinline__ void load(uint32_t (&x)[4], uint32_t stage, int rows, int step) const {
+    ldmatrix(x, (stage + Tile<kKeys>::rows_at(rows) + lane_down<kKeys>(lane)) ^ (step << 5));
+  }
+
+  __device__ __forceinline__ void add_pairs(const unsigned char *shared, uint32_t stage) {
+    const Blocks<H::COLUMNS> y_down(stage + H::ACROSS, lane_down<H::COLUMNS>(lane));
+#pragma unroll
+    for (int step = 0; step < kKeys / 16; ++step) {
+      uint32_t x[4], features[kTaskItems][4];
+      load(x, stage, block, step);
+#pragma unroll
+      for (int j = 0; j < kTaskItems; ++j) {
+        const uint32_t at = (stage + Tile<kKeys>::at(a + j, 0) + 4 * place) ^ (step << 5);
+        const uint32_t near = *reinterpret_cast<const uint32_t *>(shared + at), far = *reinterpret_cast<const uint32_t *>(shared + (at ^ 16));
+        features[j][0] = multiply_two(x[0], near), features[j][1] = multiply_two(x[1], near);
+        features[j][2] = multiply_two(x[2], far), features[j][3] = multiply_two(x[3], far);
+      }
+#pragma unroll
+      for (int n = 0; n < COLUMN_BLOCKS; ++n) {
+        uint32_t y[4];
+        ldmatrix_transposed(y, y_down.at(step, n));
+#pragma unroll
+        for (int j = 0; j < kTaskItems; ++j) E::mma(acc[j][2 * n], features[j], y[0], y[1]), E::mma(acc[j][2 * n + 1], features[j], y[2], y[3]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_linear(const unsigned char *shared, uint32_t stage) {
+    const Blocks<H::COLUMNS> y_down(stage + H::ACROSS, lane_down<H::COLUMNS>(lane));
+#pragma unroll 1
+    for (int step = 0; step < kKeys / 16; ++step) {
+      uint32_t x[BLOCKS][4];
+      float2 near = make_float2(1.f, 1.f), far = near;
+      if constexpr (QUERIES) {
+        const float *const weights = reinterpret_cast<const float *>(shared + stage + H::WEIGHTS_AT) + 16 * step + 2 * place;
+        near = *reinterpret_cast<const float2 *>(weights), far = *reinterpret_cast<const float2 *>(weights + 8);
+      }
+      count += near.x + near.y + far.x + far.y;
+#pragma unroll
+      for (int j = 0; j < BLOCKS; ++j) {
+        load(x[j], stage, j, step);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          masses[j][half] += E::low(x[j][half]) * near.x + E::high(x[j][half]) * near.y + E::low(x[j][2 + half]) * far.x + E::high(x[j][2 + half]) * far.y;
+      }
+#pragma unroll
+      for (int n = 0; n < COLUMN_BLOCKS; ++n) {
+        uint32_t y[4];
+        ldmatrix_transposed(y, y_down.at(step, n));
+#pragma unroll
+        for (int t = 0; t < 2; ++t) values[2 * n + t] += E::low(y[2 * t]) + E::high(y[2 * t]) + E::low(y[2 * t + 1]) + E::high(y[2 * t + 1]);
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) E::mma(acc[j][2 * n], x[j], y[0], y[1]), E::mma(acc[j][2 * n + 1], x[j], y[2], y[3]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add_masses(const unsigned char *shared, uint32_t stage) {
+#pragma unroll 1
+    for (int step = 0; step < kKeys / 16; ++step) {
+      uint32_t x[BLOCKS][4];
+      uint32_t near = E::kOnes, far = E::kOnes;
+      if constexpr (QUERIES) {
+        const float *const weights = reinterpret_cast<const float *>(shared + stage + H::WEIGHTS_AT) + 16 * step + 2 * place;
+        near = E::pack(weights[0], weights[1]), far = E::pack(weights[8], weights[9]);
+      }
+#pragma unroll
+      for (int j = 0; j < BLOCKS; ++j) {
+        load(x[j], stage, j, step);
+        if constexpr (QUERIES)
+          x[j][0] = multiply_two(x[j][0], near), x[j][1] = multiply_two(x[j][1], near), x[j][2] = multiply_two(x[j][2], far), x[j][3] = multiply_two(x[j][3], far);
+      }
+#pragma unroll
+      for (int b = 0; b < BLOCKS; ++b) {
+        uint32_t y[4];
+        ldmatrix(y, (stage + Tile<kKeys>::rows_at(b) + lane_across<kKeys>(lane)) ^ (step << 5));
+#pragma unroll
+        for (int j = 0; j <= b; ++j) E::mma(acc[j][2 * b], x[j], y[0], y[1]), E::mma(acc[j][2 * b + 1], x[j], y[2], y[3]);
+      }
+    }
+  }
+
+  // Times `scale`, beside what the heads before left.
+  static __device__ __forceinline__ void put(T *target, const float (&x)[4], int i, float scale, bool more) {
+    uint32_t *const two = reinterpret_cast<uint32_t *>(target);
+    float low = x[i] * scale, high = x[i + 1] * scale;
+    if (more) low += E::low(*two), high += E::high(*two);
+    *two = E::pack(low, high);
+  }
+  static __device__ __forceinline__ void put(float *target, float x, bool more) { *target = more ? *target + x : x; }
+
+  __device__ __forceinline__ void store_rows(T *rows, int j, int row, float scale, bool more) const {
+#pragma unroll
+    for (int n = 0; n < 2 * COLUMN_BLOCKS; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) put(rows + static_cast<int64_t>(row + group + 8 * half) * V + 8 * n + 2 * place, acc[j][n], 2 * half, scale, more);
+  }
+
+  // f: of the head; rows: from the block's first column on.
+  __device__ __forceinline__ void store(T *rows, float *sums, int first_column, const Coefficients &f, bool more) {
+    if (is_pairs()) {
+#pragma unroll
+      for (int j = 0; j < kTaskItems; ++j) store_rows(rows, j, 16 * S::item(a + j, block), f.gamma, more);
+    } else if (is_linear()) {
+#pragma unroll
+      for (int j = 0; j < BLOCKS; ++j) store_rows(rows, j, S::PAIRS + 16 * j, f.beta, more);
+      const auto all = [](float x) {
+        x += __shfl_xor_sync(0xffffffffu, x, 1);
+        return x + __shfl_xor_sync(0xffffffffu, x, 2);
+      };
+#pragma unroll
+      for (int n = 0; n < 2 * COLUMN_BLOCKS; ++n) {
+        const float sum = all(values[n]);
+        if (place == 0) put(sums + S::VALUES + first_column + 8 * n + group, f.a * sum, more);
+      }
+      if (first_column > 0) return;
+#pragma unroll
+      for (int j = 0; j < BLOCKS; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float sum = all(masses[j][half]);
+          if (place == 0) put(sums + S::PAIRS + 16 * j + 8 * half + group, f.beta * sum, more);
+        }
+      const float sum = all(count);
+      if (lane == 0) put(sums + S::COUNT, f.a * sum, more);
+    } else if (is_masses() && first_column == 0) {
+#pragma unroll
+      for (int b = 0; b < BLOCKS; ++b)
+#pragma unroll
+        for (int j = 0; j <= b; ++j)
+#pragma unroll
+          for (int t = 0; t < 2; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) put(sums + 16 * S::item(16 * j + group + 8 * (i >> 1), b) + 8 * t + 2 * place + (i & 1), f.gamma * acc[j][2 * b + t][i], more);
+    }
+  }
+};
+
+template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kSumsThreads, 2) chunk_sums_kernel(const __grid_constant__ StateGradients args) {
+  using T = __nv_bfloat16;
+  using S = GradientState<K, V>;
+  using H = SumsShape<K, V>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const Gradients &g = args.of;
+  const linattn_problem &p = g.problem;
+  const int thread = threadIdx.x, part = blockIdx.x % H::PARTS, first_column = blockIdx.x / H::PARTS % H::GROUPS * H::COLUMNS, number = blockIdx.x / (H::PARTS * H::GROUPS);
+  const int pair = number / args.chunks, chunk = number % args.chunks, batch = pair / p.key_heads, key_head = pair % p.key_heads;
+  if (chunk == (QUERIES ? 0 : args.chunks - 1)) return;  // nobody asks
+  const int heads = QUERIES ? p.query_heads / p.key_heads : 1;
+  const int64_t begin = chunk * g.chunk;
+  const int tokens = static_cast<int>(min(p.length - begin, g.chunk)), steps = (tokens + kKeys - 1) / kKeys;
+  const uint32_t base = shared_address(shared);
+  const auto fetch = [&](int iteration) {
+    if (iteration < steps * heads) {
+      const uint32_t stage = base + iteration % kSumsStages * H::STAGE;
+      const int64_t head = QUERIES ? static_cast<int64_t>(batch) * p.query_heads + key_head * heads + iteration / steps : pair;
+      const int64_t first = begin + iteration % steps * static_cast<int64_t>(kKeys);
+      copy_tile<kKeys, K, kSumsThreads>(stage, args.across + (head * g.padded + first) * K, kKeys, K, thread);
+      const T *const values = QUERIES ? args.scaled + (head * g.padded + first) * V : head_of<const T>(p.value, batch, key_head) + first * p.value.token_stride;
+      copy_tile<H::COLUMNS, kKeys, kSumsThreads>(stage + H::ACROSS, values + first_column, QUERIES ? V : p.value.token_stride, static_cast<int>(min(p.length - first, static_cast<int64_t>(kKeys))),
+                                                 thread);
+      if (QUERIES && thread < kKeys / 4) copy_async(stage + H::WEIGHTS_AT + 16 * thread, g.query_numbers + (head * kNumbers + 1) * g.padded + first + 4 * thread, true);
+    }
+    copy_commit();
+  };
+#pragma unroll
+  for (int i = 0; i < kSumsStages - 1; ++i) fetch(i);
+
+  ChunkSums<K, V, QUERIES> work(part * kSumsWarps + warp_number());
+  T *const rows = args.rows + static_cast<int64_t>(number) * S::ROWS * V + first_column;
+  float *const sums = args.sums + static_cast<int64_t>(number) * S::FLOATS;
+  for (int head = 0; head < heads; ++head) {
+    work.clear();
+    for (int step = 0; step < steps; ++step) {
+      const int iteration = head * steps + step;
+      copy_wait<kSumsStages - 2>();
+      __syncthreads();  // the stage is here, and nobody reads the one that the next copies overwrite
+      fetch(iteration + kSumsStages - 1);
+      const uint32_t stage = base + iteration % kSumsStages * H::STAGE;
+      if (work.is_pairs()) work.add_pairs(shared - base, stage);
+      else if (work.is_linear()) work.add_linear(shared - base, stage);
+      else if (work.is_masses() && first_column == 0) work.add_masses(shared - base, stage);
+    }
+    Coefficients f(p, QUERIES ? key_head * heads + head : 0);
+    if constexpr (!QUERIES) f.a = f.beta = f.gamma = 1.f;
+    work.store(rows, sums, first_column, f, head > 0);
+  }
+  copy_wait<0>();
+}
+
+// Eight numbers of a row, chunk after chunk: the sum of all before, or of all behind, in place of the chunk's own. Both orders of a pair of blocks count. In S values are as
+// far from the mean of those before, which a sum of small differences is to keep: their masses are many times as large as what is left of them.
+template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kScanThreads) state_scan_kernel(const __grid_constant__ StateGradients args) {
+  using E = Element<__nv_bfloat16>;
+  using S = GradientState<K, V>;
+  constexpr int kPieces = V / 8;
+  const int index = blockIdx.x * kScanThreads + threadIdx.x, row = index / kPieces, piece = index % kPieces;
+  if (row >= S::ROWS) return;
+  int block = 0;
+  while (block + 1 < S::BLOCKS && row / 16 >= S::first_item(block + 1)) ++block;
+  const float worth = row < S::PAIRS && row / 16 - S::first_item(block) < 16 * block ? 2.f : 1.f;
+  const int64_t record = static_cast<int64_t>(blockIdx.y) * args.chunks;
+  uint4 *const rows = reinterpret_cast<uint4 *>(args.rows + (record * S::ROWS + row) * V) + piece;
+  const float *const sums = args.sums + record * S::FLOATS;
+  float *const columns = args.columns + record * S::FLOATS;
+  constexpr int kRow = S::ROWS * kPieces;  // from a chunk's row to the next one's
+  float sum[8] = {}, values[8] = {}, mass = 0.f, count = 0.f;
+  for (int first = 0; first < args.chunks; first += kScanAhead) {
+    uint4 own[kScanAhead];
+    float own_mass[kScanAhead], own_count[kScanAhead], own_values[kScanAhead][8];
+#pragma unroll
+    for (int i = 0; i < kScanAhead; ++i) {
+      const int at = first + i, chunk = QUERIES ? args.chunks - 1 - at : at;
+      const bool real = at + 1 < args.chunks;
+      own[i] = real ? rows[static_cast<int64_t>(chunk) * kRow] : make_uint4(0, 0, 0, 0);
+      const float *const here = sums + static_cast<int64_t>(chunk) * S::FLOATS;
+      own_mass[i] = real ? here[row] : 0.f, own_count[i] = real ? here[S::COUNT] : 0.f;
+#pragma unroll
+      for (int j = 0; j < 8; ++j) own_values[i][j] = real ? here[S::VALUES + 8 * piece + j] : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < kScanAhead; ++i) {
+      const int at = first + i, chunk = QUERIES ? args.chunks - 1 - at : at;
+      if (at >= args.chunks) break;
+      if (at > 0) {
+        float mean[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) mean[j] = QUERIES || count == 0.f ? 0.f : values[j] / count;
+        const auto two = [&](int j) { return E::pack(worth * (sum[j] - mean[j] * mass), worth * (sum[j + 1] - mean[j + 1] * mass)); };
+        rows[static_cast<int64_t>(chunk) * kRow] = make_uint4(two(0), two(2), two(4), two(6));
+        float *const here = columns + static_cast<int64_t>(chunk) * S::FLOATS;
+        if (piece == 0) here[row] = worth * mass;
+        if (row == 0)
+#pragma unroll
+          for (int j = 0; j < 8; ++j) here[S::VALUES + 8 * piece + j] = QUERIES ? values[j] : mean[j];
+        if (row == 0 && piece == 0) here[S::COUNT] = count;
+      }
+      const uint32_t words[4] = {own[i].x, own[i].y, own[i].z, own[i].w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum[2 * j] += E::low(words[j]), sum[2 * j + 1] += E::high(words[j]);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values[j] += own_values[i][j];
+      mass += own_mass[i], count += own_count[i];
+    }
+  }
+}
+
+// S of queries' chunks from their keys, or R of keys' chunks from their queries.
+template <int K, int V, bool QUERIES> cudaError_t launch_state(const StateGradients &args, cudaStream_t stream) {
+  using H = SumsShape<K, V>;
+  const linattn_problem &p = args.of.problem;
+  const unsigned records = static_cast<unsigned>(p.batch * p.key_heads), own = static_cast<unsigned>(p.batch * (QUERIES ? p.query_heads : p.key_heads));
+  across_kernel<K, V, QUERIES><<<dim3(static_cast<unsigned>(args.of.padded / kKeys), own), 2 * kKeys, K * (kKeys + 8) * 2, stream>>>(args);
+  if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
+  if (const cudaError_t failed = cudaFuncSetAttribute(chunk_sums_kernel<K, V, QUERIES>, cudaFuncAttributeMaxDynamicSharedMemorySize, H::SHARED)) return failed;
+  chunk_sums_kernel<K, V, QUERIES><<<records * static_cast<unsigned>(args.chunks * H::PARTS * H::GROUPS), kSumsThreads, H::SHARED, stream>>>(args);
+  if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
+  constexpr int kScanBlocks = (GradientState<K, V>::ROWS * (V / 8) + kScanThreads - 1) / kScanThreads;
+  state_scan_kernel<K, V, QUERIES><<<dim3(kScanBlocks, records), kScanThreads, 0, stream>>>(args);
+  return cudaPeekAtLastError();
+}
+
+}  // namespace linattn_pairs
