@@ -44,7 +44,7 @@ int gated_backward_shared_bytes(TileDims tiles);
 
 // Of a long sequence pairs are formed inside chunks only; what the tokens outside of a token's chunk add comes first, out of states, and lies in the results.
 struct GradientStateMemory {
-  int64_t chunk, scaled, rows, sums, columns, bytes;  // of the workspace
+  int64_t chunk, scaled, weights, rows, sums, columns, bytes;  // of the workspace
   int32_t chunks, tiles, shared_bytes;                // tiles: of the queries of a head that have a state, a part of the sums of dA each
   explicit GradientStateMemory(const linattn_problem &problem);
 };

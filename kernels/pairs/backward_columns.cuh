@@ -137,18 +137,18 @@ template <int K, int V, bool GATED> struct GradientColumns {
   }
 
   // Of the heads since the last such call, which share one decay.
-  __device__ __forceinline__ void store_decay_sums(float *column_sums) {
+  __device__ __forceinline__ void store_decay_sums(float *column_sums, bool more) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float sum = decay_sums[half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (place == 0 && key + 8 * half < p.length) column_sums[key + 8 * half] = sum;
+      if (place == 0 && key + 8 * half < p.length) column_sums[key + 8 * half] = more ? column_sums[key + 8 * half] + sum : sum;
       decay_sums[half] = 0.f;
     }
   }
 
-  __device__ __forceinline__ void store(const Gradients &args, unsigned char *shared, int batch, int key_head, int64_t begin, int rows) {
+  __device__ __forceinline__ void store(const Gradients &args, unsigned char *shared, int batch, int key_head, int64_t begin, int rows, bool has_state) {
     if (p.normalize_qk) project<T, KEY_BLOCKS>(key_sums, k_blocks, key_stripe, scale);
     T *const keys = head_of<T>(args.grad_key, batch, key_head) + begin * args.grad_key.token_stride;
     T *const values = head_of<T>(args.grad_value, batch, key_head) + begin * args.grad_value.token_stride;
@@ -156,7 +156,7 @@ template <int K, int V, bool GATED> struct GradientColumns {
     for (int n = 0; n < 2 * KEY_BLOCKS; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) key_sums[n][i] *= scale[i >> 1];
-    if (begin / args.chunk < (p.length - 1) / args.chunk) {
+    if (has_state) {
       add_stored<T, K>(key_sums, keys, args.grad_key.token_stride, 16 * warp + group, rows, place, pieces_of<K, V>(p));
       add_stored<T, V>(value_sums, values, args.grad_value.token_stride, 16 * warp + group, rows, place);
     }
@@ -182,6 +182,7 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
   const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(kRows)));
   const int64_t seen = min(p.length, (begin / args.chunk + 1) * args.chunk);  // queries up to there, of the tokens' own chunk
   const int first_tile = p.causal ? static_cast<int>(begin / kKeys) : 0, tiles = static_cast<int>((seen + kKeys - 1) / kKeys) - first_tile, iterations = tiles * heads;
+  const bool has_state = seen < p.length;  // of the queries behind
   const auto gates_of = [&](bool queries, int iteration) { return GateReader(args.gates, p, queries, batch, first_head + iteration / tiles, begin + rows - 1); };
   const auto first_of = [&](int iteration) { return static_cast<int64_t>(first_tile + iteration % tiles) * kKeys; };
   GateCopy on_way;
@@ -257,11 +258,11 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
       const bool ends = iteration + 1 == iterations || (p.state_heads != p.key_heads && iteration % tiles == tiles - 1);
       if (args.column_sums && ends) {
         const int64_t state_head = p.state_heads == p.key_heads ? key_head : head;
-        work.store_decay_sums(args.column_sums + (static_cast<int64_t>(batch) * p.state_heads + state_head) * p.length);
+        work.store_decay_sums(args.column_sums + (static_cast<int64_t>(batch) * p.state_heads + state_head) * p.length, has_state);
       }
     }
   }
-  work.store(args, shared, batch, key_head, begin, rows);
+  work.store(args, shared, batch, key_head, begin, rows, has_state);
 }
 
 template <int K, int V, bool GATED> cudaError_t launch_columns(const Gradients &args, cudaStream_t stream) {

@@ -43,6 +43,11 @@ template <int K, int V, bool KEYS> struct StateStages {
   }
 };
 
+__device__ __forceinline__ float over_place(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
 // A warp's tokens.
 template <int K, int V, bool KEYS> struct StateReader {
   using T = __nv_bfloat16;
@@ -248,12 +253,33 @@ template <int K, int V, bool KEYS> struct StateReader {
           }
     }
   }
-};
 
-__device__ __forceinline__ float over_place(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
+  // y . of 16 tokens with a row of the state that all of them share.
+  __device__ __forceinline__ float along_values(const float *line, int m, int half) const {
+    float sum = 0.f;
+#pragma unroll
+    for (int n = 0; n < VALUE_BLOCKS; ++n)
+#pragma unroll
+      for (int t = 0; t < 2; ++t) {
+        const float2 two = *reinterpret_cast<const float2 *>(line + 16 * n + 8 * t + 2 * place);
+        sum += E::low(y[m][n][2 * t + half]) * two.x + E::high(y[m][n][2 * t + half]) * two.y;
+      }
+    return over_place(sum);
+  }
+
+  // The keys' sums of A dA over the queries behind the chunk.
+  __device__ __forceinline__ void store_decay_sums(const float *columns, const float (&scale)[TILES][2], const float (&gate)[TILES][2], const float (&along)[2][TILES][2],
+                                                   float *column_sums) const {
+#pragma unroll
+    for (int m = 0; m < TILES; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float unit = scale[m][half], linear = over_place(along[0][m][half]), quadratic = 0.5f * over_place(along[1][m][half]);
+        const float sum = along_values(columns + S::VALUES, m, half) + columns[S::COUNT] + unit * (linear + unit * quadratic);
+        if (place == 0) column_sums[row(m, half)] = gate[m][half] * sum;
+      }
+  }
+};
 
 // A block: 256 queries of one chunk, or keys (128 beside wide values). Queries also bring what the coefficients' gradients are made of, as rows_kernel does.
 template <int K, int V, bool KEYS> __global__ void __launch_bounds__(kGradientThreads, 1) state_reader_kernel(const __grid_constant__ StateGradients args) {
@@ -280,33 +306,33 @@ template <int K, int V, bool KEYS> __global__ void __launch_bounds__(kGradientTh
   for (int i = 0; i < H::STAGES - 1; ++i) stages.fetch();
   copy_wait<H::STAGES - 1>();
   __syncthreads();
+  const int query_head = KEYS ? head * (p.query_heads / p.key_heads) : head;
+  if (p.key_segments) {
+    const GateReader own_gates(g.gates, p, !KEYS, batch, query_head, begin);
+    zero_own_padding<K, kGradientThreads, H::TOKENS>(shared, own_gates, begin, thread);
+    zero_own_padding<V, kGradientThreads, H::TOKENS>(shared + H::OWN, own_gates, begin, thread);
+    __syncthreads();
+  }
 
   StateReader<K, V, KEYS> work(shared);
-  const Coefficients f(p, KEYS ? 0 : head);
-  float scale[TILES][2], quadratic[TILES][2], linear[TILES][2], inverse[TILES][2], along[2][TILES][2] = {};
+  const Coefficients f(p, query_head);
+  float scale[TILES][2], quadratic[TILES][2], linear[TILES][2], gate[TILES][2], along[2][TILES][2] = {};  // gate: of queries over their mass
 #pragma unroll
   for (int m = 0; m < TILES; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int64_t token = begin + work.row(m, half);
       const bool real = token < p.length;
+      gate[m][half] = !real ? 0.f : is_gated(p) ? gate_of(g, !KEYS, batch, query_head, token) : 1.f;
       if constexpr (KEYS) {
-        scale[m][half] = real ? g.key_scale[static_cast<int64_t>(pair) * g.padded + token] : 0.f, inverse[m][half] = 1.f;
-        quadratic[m][half] = scale[m][half], linear[m][half] = 1.f;
+        scale[m][half] = real ? g.key_scale[static_cast<int64_t>(pair) * g.padded + token] : 0.f;
+        quadratic[m][half] = gate[m][half] * scale[m][half], linear[m][half] = gate[m][half];
       } else {
         const float *const numbers = g.query_numbers + static_cast<int64_t>(pair) * kNumbers * g.padded + token;
-        scale[m][half] = real ? numbers[2 * g.padded] : 0.f, inverse[m][half] = real ? numbers[0] : 0.f;
-        work.factor[m][half] = real ? numbers[g.padded] * g.mass[static_cast<int64_t>(pair) * p.length + token] : 0.f;
-        linear[m][half] = inverse[m][half] * f.beta * scale[m][half], quadratic[m][half] = inverse[m][half] * f.gamma * scale[m][half] * scale[m][half];
-        float mean = 0.f;  // values are as far from it
-#pragma unroll
-        for (int n = 0; n < VALUE_BLOCKS; ++n)
-#pragma unroll
-          for (int t = 0; t < 2; ++t) {
-            const float2 two = *reinterpret_cast<const float2 *>(columns + S::VALUES + 16 * n + 8 * t + 2 * work.place);
-            mean += Element<T>::low(work.y[m][n][2 * t + half]) * two.x + Element<T>::high(work.y[m][n][2 * t + half]) * two.y;
-          }
-        work.factor[m][half] += over_place(mean);
+        scale[m][half] = real ? numbers[2 * g.padded] : 0.f, gate[m][half] *= real ? numbers[0] : 0.f;
+        work.factor[m][half] = gate[m][half] != 0.f ? numbers[g.padded] * g.mass[static_cast<int64_t>(pair) * p.length + token] : 0.f;
+        linear[m][half] = gate[m][half] * f.beta * scale[m][half], quadratic[m][half] = gate[m][half] * f.gamma * scale[m][half] * scale[m][half];
+        work.factor[m][half] += work.along_values(columns + S::VALUES, m, half);  // the mean, which values are as far from
       }
     }
 
@@ -327,6 +353,7 @@ template <int K, int V, bool KEYS> __global__ void __launch_bounds__(kGradientTh
     store_rows<T, K>(result, results, shared, x_blocks, work.stripe(m), work.acc[m], first, second, rows, TILES * work.warp + m, work.lane, pieces);
   }
   if constexpr (KEYS) {
+    if (g.column_sums) work.store_decay_sums(columns, scale, gate, along, g.column_sums + static_cast<int64_t>(pair) * p.length + begin);
     const Blocks<V> y_blocks(base + H::OWN, lane_down<V>(work.lane));
     T *const values = head_of<T>(g.grad_value, batch, head) + begin * g.grad_value.token_stride;
 #pragma unroll
@@ -335,9 +362,13 @@ template <int K, int V, bool KEYS> __global__ void __launch_bounds__(kGradientTh
       for (int n = 0; n < 2 * VALUE_BLOCKS; ++n) {
         const float2 two = *reinterpret_cast<const float2 *>(columns + S::VALUES + 8 * n + 2 * work.place);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) work.value_sums[m][n][2 * half] += two.x, work.value_sums[m][n][2 * half + 1] += two.y;
+        for (int half = 0; half < 2; ++half) {
+          float &left = work.value_sums[m][n][2 * half], &right = work.value_sums[m][n][2 * half + 1];
+          left = (left + two.x) * gate[m][half], right = (right + two.y) * gate[m][half];
+        }
       }
-      store_rows<T, V>(g.grad_value, values, shared + H::OWN, y_blocks, Tile<V>::rows_at(TILES * work.warp + m), work.value_sums[m], 1.f, 1.f, rows, TILES * work.warp + m, work.lane);
+      store_rows<T, V>(g.grad_value, values, shared + H::OWN, y_blocks, Tile<V>::rows_at(TILES * work.warp + m), work.value_sums[m], 1.f, 1.f, rows, TILES * work.warp + m,
+                       work.lane);
     }
   } else {
     float sums[3] = {};
@@ -346,9 +377,13 @@ template <int K, int V, bool KEYS> __global__ void __launch_bounds__(kGradientTh
     for (int m = 0; m < TILES; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float of = inverse[m][half], unit = scale[m][half];
-        if (work.place == 0) sums[0] += of * work.factor[m][half] * count;
-        sums[1] += of * unit * along[0][m][half], sums[2] += 0.5f * of * unit * unit * along[1][m][half];
+        const float unit = scale[m][half];
+        const float of[3] = {gate[m][half] * work.factor[m][half] * count, gate[m][half] * unit * over_place(along[0][m][half]),
+                             0.5f * gate[m][half] * unit * unit * over_place(along[1][m][half])};
+        const int64_t token = begin + work.row(m, half);
+        if (g.row_sums && work.place == 0 && token < p.length) g.row_sums[static_cast<int64_t>(pair) * p.length + token] = f.a * of[0] + f.beta * of[1] + f.gamma * of[2];
+#pragma unroll
+        for (int i = 0; i < 3; ++i) sums[i] += work.place == 0 ? of[i] : 0.f;
       }
     float *const totals = reinterpret_cast<float *>(shared + H::TOTALS_AT);
 #pragma unroll

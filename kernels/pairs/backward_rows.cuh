@@ -126,7 +126,7 @@ template <int K, int V, bool GATED> struct GradientRows {
       float sum = f.a * sums[0][half] + beta[half] * sums[1][half] + gamma[half] * sums[2][half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (place == 0 && row + 8 * half < p.length) row_sums[row + 8 * half] = sum;
+      if (place == 0 && row + 8 * half < p.length) row_sums[row + 8 * half] = begin < args.chunk ? sum : row_sums[row + 8 * half] + sum;
     }
   }
 

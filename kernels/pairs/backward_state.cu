@@ -11,7 +11,12 @@ constexpr int64_t kShortest = 112;  // tokens, times the keys' dim: up to there 
 
 template <typename Call> auto with_state_tiles(TileDims tiles, Call call) {
   using std::integral_constant;
-  if (tiles.key == 32 && tiles.value == 32) return call(integral_constant<int, 32>(), integral_constant<int, 32>());
+  const auto is = [&](int key, int value) { return tiles.key == key && tiles.value == value; };
+  if (is(16, 64)) return call(integral_constant<int, 16>(), integral_constant<int, 64>());
+  if (is(16, 128)) return call(integral_constant<int, 16>(), integral_constant<int, 128>());
+  if (is(32, 32)) return call(integral_constant<int, 32>(), integral_constant<int, 32>());
+  if (is(32, 64)) return call(integral_constant<int, 32>(), integral_constant<int, 64>());
+  if (is(32, 128)) return call(integral_constant<int, 32>(), integral_constant<int, 128>());
   return call(integral_constant<int, 64>(), integral_constant<int, 64>());
 }
 
@@ -21,8 +26,8 @@ int64_t round_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 bool gradient_state_takes(const linattn_problem &problem) {
   const TileDims tiles = tiles_of(problem);
-  const bool dims = tiles.key == tiles.value && (tiles.key == 32 || tiles.key == 64);
-  if (!problem.causal || problem.dtype != LINATTN_BFLOAT16 || is_gated(problem) || !dims || problem.length <= kShortest * tiles.key) return false;
+  const bool dims = tiles.key == 16 || tiles.key == 32 || tiles.key == 64, one_state = !problem.log_decay || problem.state_heads == problem.key_heads;
+  if (!problem.causal || problem.dtype != LINATTN_BFLOAT16 || !dims || !one_state || problem.length <= kShortest * std::max(tiles.key, 32)) return false;
   return static_cast<int64_t>(problem.batch) * problem.query_heads < 65536 && GradientStateMemory(problem).shared_bytes <= linattn::shared_memory();
 }
 
@@ -36,7 +41,7 @@ GradientStateMemory::GradientStateMemory(const linattn_problem &problem) {
     chunk = S::chunk(), chunks = static_cast<int32_t>((problem.length + chunk - 1) / chunk);
     tiles = static_cast<int32_t>((problem.length - chunk + Queries::TOKENS - 1) / Queries::TOKENS);
     const int64_t records = static_cast<int64_t>(problem.batch) * problem.key_heads * chunks;
-    scaled = round_up(queries * K * 2), rows = scaled + round_up(queries * V * 2), sums = rows + round_up(records * S::ROWS * V * 2);
+    scaled = round_up(queries * K * 2), weights = scaled + round_up(queries * V * 2), rows = weights + round_up(queries * 4), sums = rows + round_up(records * S::ROWS * V * 2);
     columns = sums + round_up(records * S::FLOATS * 4), bytes = columns + round_up(records * S::FLOATS * 4);
     shared_bytes = std::max({SumsShape<K, V>::SHARED, Queries::SHARED, Keys::SHARED});
     return 0;
@@ -47,6 +52,7 @@ cudaError_t gradient_state_launch(const Gradients &of, char *workspace, cudaStre
   const GradientStateMemory at(of.problem);
   StateGradients args{of, at.chunks};
   args.across = reinterpret_cast<__nv_bfloat16 *>(workspace), args.scaled = reinterpret_cast<__nv_bfloat16 *>(workspace + at.scaled);
+  args.weights = reinterpret_cast<float *>(workspace + at.weights);
   args.rows = reinterpret_cast<__nv_bfloat16 *>(workspace + at.rows);
   args.sums = reinterpret_cast<float *>(workspace + at.sums), args.columns = reinterpret_cast<float *>(workspace + at.columns);
   return with_state_tiles(tiles_of(of.problem), [&](auto key, auto value) {

@@ -1,6 +1,8 @@
 // What the gradients of a long sequence take of the tokens outside of a chunk, by mma.sync. With x the unit vectors, rounded:
 //   S = sum x_a x_b [v, 1] over the keys before the chunk, and the same of x_a and of 1; what a query's gradient is made of;
 //   R = sum gamma x_a x_b [w, e] over the queries behind it, and beta x_a and a [w, e]; what those of keys and values are made of.
+// With gates S is as its last token sees it, R as it sees the last key of the chunk: what lies between is a factor of each token of a sum, of the sum from chunk to
+// chunk, and of each token that reads it; a token of another run than the one at the chunk's edge has none.
 // A sum over tokens is a product: its rows are the features x_a x_b, made in registers from 16 rows of X^T and one more, its columns those of v or w.
 #pragma once
 #include "pairs/backward.cuh"
@@ -20,7 +22,8 @@ struct StateGradients {
   Gradients of;
   int32_t chunks, tiles;   // tiles: of a head, a block of a reader each
   __nv_bfloat16 *across;   // (batch, heads, padded / kKeys, K, kKeys): unit vectors
-  __nv_bfloat16 *scaled;   // (batch, query heads, padded, V): w / g
+  __nv_bfloat16 *scaled;   // (batch, heads, padded, V): w / g, or v, with the token's gate; ungated values are read where they are
+  float *weights;          // (batch, heads, padded): e, or 1, with the gate
   __nv_bfloat16 *rows;     // (batch, key heads, chunks, ROWS, V): of the chunk, then of all before it or behind it
   float *sums, *columns;   // (batch, key heads, chunks, FLOATS): of the chunk; of all before it or behind it
 };
@@ -36,21 +39,46 @@ template <int K, int V> struct SumsShape {
   static constexpr int SHARED = kSumsStages * STAGE, WIDE = COLUMNS > K ? COLUMNS : K;
 };
 
-// Unit vectors of 64 tokens, rounded, by their numbers; of queries also w / g. Zero behind the last token.
+// What lies between a query and the last token before its chunk, or a key and the last token of its chunk. head: a query head of the token's.
+__device__ __forceinline__ float gate_of(const Gradients &g, bool queries, int batch, int head, int64_t token) {
+  const linattn_problem &p = g.problem;
+  const int64_t edge = queries ? token / g.chunk * g.chunk - 1 : min((token / g.chunk + 1) * g.chunk, p.length) - 1;
+  const GateReader gates(g.gates, p, queries, batch, head, edge);
+  if (token >= p.length || edge < 0) return 0.f;
+  const int32_t run = gates.run_of(token), edge_run = p.key_segments ? abs(p.key_segments[batch * p.key_segments_stride + edge]) : 1;
+  const double exponent = queries ? gates.sum_of(token) - gates.edge() : gates.edge() - gates.sum_of(token);
+  return run == edge_run ? exp2_fast(fminf(static_cast<float>(exponent), 0.f)) : 0.f;
+}
+
+// What is left of a state behind a chunk.
+__device__ __forceinline__ float kept_of(const Gradients &g, int batch, int head, int chunk) {
+  const linattn_problem &p = g.problem;
+  const int64_t edge = chunk * g.chunk - 1, last = edge + g.chunk;
+  if (edge < 0 || last >= p.length) return 0.f;
+  const GateReader gates(g.gates, p, false, batch, head, edge);
+  const int32_t *const runs = p.key_segments ? p.key_segments + batch * p.key_segments_stride : nullptr;
+  return runs && abs(runs[edge]) != abs(runs[last]) ? 0.f : exp2_fast(fminf(static_cast<float>(gates.sum_of(last) - gates.edge()), 0.f));
+}
+
+// Unit vectors of 64 tokens, rounded, by their numbers, and what they are multiplied by. Zero in padding and behind the last token.
 template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kKeys * 2) across_kernel(const __grid_constant__ StateGradients args) {
   using T = __nv_bfloat16;
   using E = Element<T>;
   extern __shared__ __align__(16) unsigned char shared[];
   uint16_t (*const across)[kKeys + 8] = reinterpret_cast<uint16_t (*)[kKeys + 8]>(shared);
+  float *const factors = reinterpret_cast<float *>(across + K);
   const Gradients &g = args.of;
   const linattn_problem &p = g.problem;
   const int thread = threadIdx.x, place = thread % kKeys, heads = QUERIES ? p.query_heads : p.key_heads, pair = blockIdx.y, batch = pair / heads, head = pair % heads;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kKeys, token = first + place;
-  const bool real = token < p.length;
-  const linattn_tensor &tensor = QUERIES ? p.query : p.key;
-  const T *const row = head_of<const T>(tensor, batch, head) + (real ? token : 0) * tensor.token_stride;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kKeys, token = first + place, at = pair * g.padded + token;
+  const linattn_tensor &tensor = QUERIES ? p.query : p.key, &other = QUERIES ? g.grad_out : p.value;
   const float *const numbers = g.query_numbers + static_cast<int64_t>(pair) * kNumbers * g.padded + token;
-  const float scale = QUERIES ? numbers[2 * g.padded] : g.key_scale[static_cast<int64_t>(pair) * g.padded + token];
+  const bool gated = p.log_decay || p.key_segments;
+  const float gate = gated ? gate_of(g, QUERIES, batch, QUERIES ? head : head * (p.query_heads / p.key_heads), token) : 1.f;
+  const float scale = QUERIES ? numbers[2 * g.padded] : g.key_scale[at];
+  const bool real = token < p.length && gate != 0.f;
+  if (thread < kKeys) args.weights[at] = real ? (QUERIES ? numbers[g.padded] * gate : gate) : 0.f, factors[place] = !real ? 0.f : QUERIES ? numbers[0] * gate : gate;
+  const T *const row = head_of<const T>(tensor, batch, head) + (real ? token : 0) * tensor.token_stride;
   for (int piece = thread / kKeys; piece < K / 8; piece += 2) {
     const uint4 eight = real && piece < p.head_dim / 8 ? *reinterpret_cast<const uint4 *>(row + 8 * piece) : make_uint4(0, 0, 0, 0);
     const uint32_t words[4] = {eight.x, eight.y, eight.z, eight.w};
@@ -60,23 +88,23 @@ template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kKeys * 
       across[8 * piece + 2 * i][place] = static_cast<uint16_t>(two), across[8 * piece + 2 * i + 1][place] = static_cast<uint16_t>(two >> 16);
     }
   }
-  if constexpr (QUERIES) {
-    const T *const grad = head_of<const T>(g.grad_out, batch, head);
+  __syncthreads();
+  if (QUERIES || gated) {
+    const T *const rows = head_of<const T>(other, batch, head);
     for (int index = thread; index < kKeys * (V / 8); index += 2 * kKeys) {
-      const int64_t own = first + index / (V / 8), piece = index % (V / 8);
-      const float inverse = own < p.length ? g.query_numbers[static_cast<int64_t>(pair) * kNumbers * g.padded + own] : 0.f;
-      const uint4 eight = own < p.length ? *reinterpret_cast<const uint4 *>(grad + own * g.grad_out.token_stride + 8 * piece) : make_uint4(0, 0, 0, 0);
-      const auto times = [&](uint32_t two) { return E::pack(E::low(two) * inverse, E::high(two) * inverse); };
-      *reinterpret_cast<uint4 *>(args.scaled + (pair * g.padded + own) * V + 8 * piece) = make_uint4(times(eight.x), times(eight.y), times(eight.z), times(eight.w));
+      const int own = index / (V / 8), piece = index % (V / 8);
+      const float factor = factors[own];
+      const uint4 eight = factor != 0.f ? *reinterpret_cast<const uint4 *>(rows + (first + own) * other.token_stride + 8 * piece) : make_uint4(0, 0, 0, 0);
+      const auto times = [&](uint32_t two) { return E::pack(E::low(two) * factor, E::high(two) * factor); };
+      *reinterpret_cast<uint4 *>(args.scaled + (pair * g.padded + first + own) * V + 8 * piece) = make_uint4(times(eight.x), times(eight.y), times(eight.z), times(eight.w));
     }
   }
-  __syncthreads();
   uint4 *const target = reinterpret_cast<uint4 *>(args.across + (pair * g.padded + first) * K);
   for (int index = thread; index < K * kKeys / 8; index += kKeys * 2) target[index] = *reinterpret_cast<const uint4 *>(&across[index / (kKeys / 8)][index % (kKeys / 8) * 8]);
 }
 
 // A warp's share of a chunk's sums: four items of pairs, or the rows of x_a and what the constant feature holds, or the masses of all pairs.
-template <int K, int V, bool QUERIES> struct ChunkSums {
+template <int K, int V> struct ChunkSums {
   using T = __nv_bfloat16;
   using E = Element<T>;
   using S = GradientState<K, V>;
@@ -143,11 +171,8 @@ template <int K, int V, bool QUERIES> struct ChunkSums {
 #pragma unroll 1
     for (int step = 0; step < kKeys / 16; ++step) {
       uint32_t x[BLOCKS][4];
-      float2 near = make_float2(1.f, 1.f), far = near;
-      if constexpr (QUERIES) {
-        const float *const weights = reinterpret_cast<const float *>(shared + stage + H::WEIGHTS_AT) + 16 * step + 2 * place;
-        near = *reinterpret_cast<const float2 *>(weights), far = *reinterpret_cast<const float2 *>(weights + 8);
-      }
+      const float *const weights = reinterpret_cast<const float *>(shared + stage + H::WEIGHTS_AT) + 16 * step + 2 * place;
+      const float2 near = *reinterpret_cast<const float2 *>(weights), far = *reinterpret_cast<const float2 *>(weights + 8);
       count += near.x + near.y + far.x + far.y;
 #pragma unroll
       for (int j = 0; j < BLOCKS; ++j) {
@@ -172,16 +197,12 @@ template <int K, int V, bool QUERIES> struct ChunkSums {
 #pragma unroll 1
     for (int step = 0; step < kKeys / 16; ++step) {
       uint32_t x[BLOCKS][4];
-      uint32_t near = E::kOnes, far = E::kOnes;
-      if constexpr (QUERIES) {
-        const float *const weights = reinterpret_cast<const float *>(shared + stage + H::WEIGHTS_AT) + 16 * step + 2 * place;
-        near = E::pack(weights[0], weights[1]), far = E::pack(weights[8], weights[9]);
-      }
+      const float *const weights = reinterpret_cast<const float *>(shared + stage + H::WEIGHTS_AT) + 16 * step + 2 * place;
+      const uint32_t near = E::pack(weights[0], weights[1]), far = E::pack(weights[8], weights[9]);
 #pragma unroll
       for (int j = 0; j < BLOCKS; ++j) {
         load(x[j], stage, j, step);
-        if constexpr (QUERIES)
-          x[j][0] = multiply_two(x[j][0], near), x[j][1] = multiply_two(x[j][1], near), x[j][2] = multiply_two(x[j][2], far), x[j][3] = multiply_two(x[j][3], far);
+        x[j][0] = multiply_two(x[j][0], near), x[j][1] = multiply_two(x[j][1], near), x[j][2] = multiply_two(x[j][2], far), x[j][3] = multiply_two(x[j][3], far);
       }
 #pragma unroll
       for (int b = 0; b < BLOCKS; ++b) {
@@ -269,17 +290,18 @@ template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kSumsThr
       const int64_t head = QUERIES ? static_cast<int64_t>(batch) * p.query_heads + key_head * heads + iteration / steps : pair;
       const int64_t first = begin + iteration % steps * static_cast<int64_t>(kKeys);
       copy_tile<kKeys, K, kSumsThreads>(stage, args.across + (head * g.padded + first) * K, kKeys, K, thread);
-      const T *const values = QUERIES ? args.scaled + (head * g.padded + first) * V : head_of<const T>(p.value, batch, key_head) + first * p.value.token_stride;
-      copy_tile<H::COLUMNS, kKeys, kSumsThreads>(stage + H::ACROSS, values + first_column, QUERIES ? V : p.value.token_stride, static_cast<int>(min(p.length - first, static_cast<int64_t>(kKeys))),
-                                                 thread);
-      if (QUERIES && thread < kKeys / 4) copy_async(stage + H::WEIGHTS_AT + 16 * thread, g.query_numbers + (head * kNumbers + 1) * g.padded + first + 4 * thread, true);
+      const bool scaled = QUERIES || p.log_decay || p.key_segments;
+      const T *const values = scaled ? args.scaled + (head * g.padded + first) * V : head_of<const T>(p.value, batch, key_head) + first * p.value.token_stride;
+      const int64_t count = min(p.length - first, static_cast<int64_t>(kKeys));
+      copy_tile<H::COLUMNS, kKeys, kSumsThreads>(stage + H::ACROSS, values + first_column, scaled ? V : p.value.token_stride, static_cast<int>(count), thread);
+      if (thread < kKeys / 4) copy_async(stage + H::WEIGHTS_AT + 16 * thread, args.weights + head * g.padded + first + 4 * thread, true);
     }
     copy_commit();
   };
 #pragma unroll
   for (int i = 0; i < kSumsStages - 1; ++i) fetch(i);
 
-  ChunkSums<K, V, QUERIES> work(part * kSumsWarps + warp_number());
+  ChunkSums<K, V> work(part * kSumsWarps + warp_number());
   T *const rows = args.rows + static_cast<int64_t>(number) * S::ROWS * V + first_column;
   float *const sums = args.sums + static_cast<int64_t>(number) * S::FLOATS;
   for (int head = 0; head < heads; ++head) {
@@ -307,7 +329,9 @@ template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kScanThr
   using E = Element<__nv_bfloat16>;
   using S = GradientState<K, V>;
   constexpr int kPieces = V / 8;
+  const linattn_problem &p = args.of.problem;
   const int index = blockIdx.x * kScanThreads + threadIdx.x, row = index / kPieces, piece = index % kPieces;
+  const int batch = blockIdx.y / p.key_heads, head = blockIdx.y % p.key_heads * (p.query_heads / p.key_heads);
   if (row >= S::ROWS) return;
   int block = 0;
   while (block + 1 < S::BLOCKS && row / 16 >= S::first_item(block + 1)) ++block;
@@ -349,11 +373,12 @@ template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kScanThr
         if (row == 0 && piece == 0) here[S::COUNT] = count;
       }
       const uint32_t words[4] = {own[i].x, own[i].y, own[i].z, own[i].w};
+      const float kept = p.log_decay || p.key_segments ? kept_of(args.of, batch, head, chunk) : 1.f;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum[2 * j] += E::low(words[j]), sum[2 * j + 1] += E::high(words[j]);
+      for (int j = 0; j < 4; ++j) sum[2 * j] = sum[2 * j] * kept + E::low(words[j]), sum[2 * j + 1] = sum[2 * j + 1] * kept + E::high(words[j]);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) values[j] += own_values[i][j];
-      mass += own_mass[i], count += own_count[i];
+      for (int j = 0; j < 8; ++j) values[j] = values[j] * kept + own_values[i][j];
+      mass = mass * kept + own_mass[i], count = count * kept + own_count[i];
     }
   }
 }
@@ -363,10 +388,10 @@ template <int K, int V, bool QUERIES> cudaError_t launch_state(const StateGradie
   using H = SumsShape<K, V>;
   const linattn_problem &p = args.of.problem;
   const unsigned records = static_cast<unsigned>(p.batch * p.key_heads), own = static_cast<unsigned>(p.batch * (QUERIES ? p.query_heads : p.key_heads));
-  across_kernel<K, V, QUERIES><<<dim3(static_cast<unsigned>(args.of.padded / kKeys), own), 2 * kKeys, K * (kKeys + 8) * 2, stream>>>(args);
+  across_kernel<K, V, QUERIES><<<dim3(static_cast<unsigned>(args.of.padded / kKeys), own), 2 * kKeys, K *(kKeys + 8) * 2 + kKeys * 4, stream>>>(args);
   if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
   if (const cudaError_t failed = cudaFuncSetAttribute(chunk_sums_kernel<K, V, QUERIES>, cudaFuncAttributeMaxDynamicSharedMemorySize, H::SHARED)) return failed;
-  chunk_sums_kernel<K, V, QUERIES><<<records * static_cast<unsigned>(args.chunks * H::PARTS * H::GROUPS), kSumsThreads, H::SHARED, stream>>>(args);
+  chunk_sums_kernel<K, V, QUERIES><<<records *static_cast<unsigned>(args.chunks * H::PARTS * H::GROUPS), kSumsThreads, H::SHARED, stream>>>(args);
   if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
   constexpr int kScanBlocks = (GradientState<K, V>::ROWS * (V / 8) + kScanThreads - 1) / kScanThreads;
   state_scan_kernel<K, V, QUERIES><<<dim3(kScanBlocks, records), kScanThreads, 0, stream>>>(args);

@@ -74,8 +74,8 @@ template <int D, int THREADS> __device__ __forceinline__ void zero_padding(unsig
 }
 
 // The same of a block's own tokens, whose runs no tile holds.
-template <int D, int THREADS> __device__ __forceinline__ void zero_own_padding(unsigned char *tile, const GateReader &own, int64_t begin, int thread) {
-  for (int i = thread; i < kRows * (D / 8); i += THREADS)
+template <int D, int THREADS, int TOKENS = kRows> __device__ __forceinline__ void zero_own_padding(unsigned char *tile, const GateReader &own, int64_t begin, int thread) {
+  for (int i = thread; i < TOKENS * (D / 8); i += THREADS)
     if (own.run_of(begin + i / (D / 8)) == 0) *reinterpret_cast<uint4 *>(tile + Tile<D>::at(i / (D / 8), i % (D / 8))) = make_uint4(0, 0, 0, 0);
 }
 

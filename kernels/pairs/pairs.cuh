@@ -94,7 +94,7 @@ bool pairs_cost_less(const linattn_problem &problem);
 
 bool needs_gated(const linattn_problem &problem);
 
-inline bool is_gated(const linattn_problem &problem) { return problem.log_decay || problem.key_segments; }
+__host__ __device__ inline bool is_gated(const linattn_problem &problem) { return problem.log_decay || problem.key_segments; }
 inline int64_t decay_bytes(const linattn_problem &problem) {
   return problem.log_decay ? (8 * static_cast<int64_t>(problem.batch) * problem.state_heads * problem.length + 255) / 256 * 256 : 0;
 }

@@ -140,6 +140,37 @@ def test_gradients_of_pairs(kernels, kind):
     check(torch.bfloat16, ("pairs", "pairs"), degree=2, **kind)
 
 
+LONG = {"length": 3600, "head_dim": 32, "value_dim": 32, "heads": 1}  # eight chunks, the last one ragged
+
+
+@pytest.mark.parametrize("kind", [
+    {"heads": 2}, {"decay": "key_token", "strengths": (0.01, 0.1), "segments": "mask", "head_dim": 24, "value_dim": 64},
+    *(pytest.param(kind, marks=pytest.mark.slow) for kind in (
+        {"length": 7200, "head_dim": 64, "value_dim": 64}, {"segments": "packed", "heads": 2},
+        {"segments": "left", "head_dim": 16, "value_dim": 128},
+        {"decay": "key_head", "strengths": (0.003, 0.01), "heads": 2, "head_dim": 24, "value_dim": 128},
+    )),
+], ids=str)  # fmt: skip
+def test_gradients_of_long_sequences(kernels, monkeypatch, kind):
+    """Pairs inside chunks, and states of what lies outside, which add to results that nobody wrote before."""
+    kind = LONG | {"batch": 1, "key_heads": 1, "degree": 2, "device": "cpu"} | kind
+    inputs, _ = operator_case(torch.bfloat16, **kind)
+    plan = cuda.plans(*inputs[:3], degree=2, log_decay=inputs[4], segments=inputs[5])[1]
+    assert plan.engine == "pairs" and plan.segments > 3 and plan.chunk * plan.segments > kind["length"]
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: torch.full_like(x, float("nan"), **options))
+    compare(torch.bfloat16, **kind)
+
+
+def test_gradients_of_long_sequences_in_any_order_of_warps(kernels):
+    inputs, upstream = operator_case(
+        torch.bfloat16, **LONG, batch=1, key_heads=1, degree=2, decay="key_token", strengths=(0.01,), device="cpu"
+    )
+    call = chunked.Call(*inputs)
+    out, mass, _ = chunked.forward(call, False)
+    first, second = (cuda.backward(call, out, mass, *upstream) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True) if x is not None)
+
+
 GATED_DIMS = [(32, 32), (64, 64), (16, 64), (24, 128), pytest.param(128, 128, marks=pytest.mark.slow)]
 
 

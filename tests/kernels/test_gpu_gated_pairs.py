@@ -51,6 +51,22 @@ def test_grouped_queries(heads, key_heads, decay):
     check(16, 64, heads=heads, key_heads=key_heads, decay=decay, segments="left")
 
 
+@pytest.mark.parametrize(
+    "head_dim, value_dim, length", [(32, 32, 3601), (64, 64, 7300), (8, 64, 3585), (16, 128, 5000), (24, 64, 9001), (32, 128, 8193)]
+)
+@pytest.mark.parametrize("kind", [
+    {"decay": "key_token", "strengths": (0.01, 0.1, 1.0)}, {"decay": "key_head", "strengths": (0.003, 0.01)}, {"segments": "packed"},
+    {"decay": "key_token", "strengths": (0.003,), "segments": "mask"}, {"decay": "key_head", "strengths": (0.01,), "segments": "left"}, {},
+], ids=str)  # fmt: skip
+def test_gradients_of_long_sequences(head_dim, value_dim, length, kind):
+    """Pairs are formed inside chunks, and what lies outside comes out of states."""
+    kind = {"degree": 2, "head_dim": head_dim, "value_dim": value_dim, "length": length, "batch": 1, "heads": 2, "key_heads": 1} | kind
+    inputs = operator_case(torch.bfloat16, **kind)[0]
+    plan = cuda.plans(*inputs[:3], degree=2, log_decay=inputs[4], segments=inputs[5])[1]
+    assert plan.engine == "pairs" and plan.chunk < length
+    compare(torch.bfloat16, **kind)
+
+
 def rows(length=700, heads=4, key_heads=2, head_dim=16, value_dim=64):
     generator = torch.Generator("cuda").manual_seed(0)
     random = lambda *shape: torch.randn(*shape, device="cuda", generator=generator).bfloat16()  # noqa: E731

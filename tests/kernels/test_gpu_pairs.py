@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from accuracy_bar import assert_bar, check, operator_case
+from accuracy_bar import assert_bar, assert_bars, check, operator_case, run
 
 from hf_linattn import linear_attention
 from hf_linattn.ops import chunked, cuda, reference
@@ -103,6 +103,36 @@ def test_long_sequences_without_unit_length():
         assert_bar(name, x, beside, truth, 2, torch.bfloat16)
 
 
+LONG = [(32, 3585, 2, 2), (32, 5003, 4, 1), (64, 7169, 2, 2), (64, 9001, 4, 1), (64, 10_240, 2, 2), (32, 50_000, 1, 1)]
+
+
+@pytest.mark.parametrize("head_dim, length, heads, key_heads", LONG)
+@pytest.mark.parametrize("normalize_qk", [True, False])
+def test_gradients_of_long_sequences(head_dim, length, heads, key_heads, normalize_qk):
+    """Pairs are formed inside chunks, and what lies outside comes out of states."""
+    kind = {"length": length, "head_dim": head_dim, "value_dim": head_dim, "batch": 1, "heads": heads, "key_heads": key_heads}
+    inputs, upstream = operator_case(torch.bfloat16, degree=2, **kind)
+    inputs[2] = inputs[2] + 0.5  # so that what is left of large sums counts
+    inputs[-1] = normalize_qk
+    plan = cuda.plans(*inputs[:3], degree=2, normalize_qk=normalize_qk)[1]
+    assert plan.engine == "pairs" and plan.chunk < length
+    exact, plain = run(chunked, inputs, upstream, False, torch.float64), run(chunked, inputs, upstream, False)
+    first = run(cuda, inputs, upstream, False)
+    assert_bars(first, plain, exact, torch.bfloat16)
+    for _ in range(5):
+        poison = [torch.full_like(x, float("nan")) for x in inputs[:3]]
+        del poison  # the allocator hands the same memory out again
+        again = run(cuda, inputs, upstream, False)
+        assert all(torch.equal(x, again[name]) for name, x in first.items())
+
+
+def test_memory_of_long_gradients():
+    """The states of the chunks, and not more than a few tensors."""
+    x = torch.empty(1, 32, 65_536, 64, dtype=torch.bfloat16, device="cuda")
+    for plan in cuda.plans(x, x, x, degree=2):
+        assert plan.workspace_bytes < 6 * 2 * x.numel()
+
+
 def test_state_asked_for():
     inputs, _ = operator_case(torch.bfloat16, degree=2, length=333, head_dim=64, value_dim=64)
     exact = chunked.forward(Call(*(x.double() if isinstance(x, torch.Tensor) else x for x in inputs)), True)
@@ -170,7 +200,8 @@ def test_what_others_take():
     assert kinds(dropout_p=torch.tensor(0.1, device="cuda")) == path(torch.float16, 64, segments=segments) == "generic"
     assert path(torch.float32, 64) == path(torch.bfloat16, 136) == path(torch.bfloat16, 64, length=31) == "generic"
     assert path(torch.float16, 32, length=8192) == "pairs" and path(torch.float16, 32, length=8193) == "generic"
-    assert paths(torch.bfloat16, 32, length=8192)[1] == "pairs" and paths(torch.bfloat16, 32, length=8193)[1] == "generic"
+    assert paths(torch.bfloat16, 128, length=131_072)[1] == "pairs" and paths(torch.bfloat16, 128, length=131_073)[1] == "generic"
+    assert paths(torch.bfloat16, 32, False, length=8193)[1] == "generic" and paths(torch.bfloat16, 32, length=8193)[1] == "pairs"
     assert paths(torch.float16, 64)[1] == "generic"
 
 
