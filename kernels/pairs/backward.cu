@@ -127,12 +127,12 @@ struct Workspace {
     const int64_t sums = problem.log_decay ? 4 * problem.length : 0;
     query_numbers = round_up(4 * batch * problem.key_heads * padded);
     partials = query_numbers + round_up(4 * kNumbers * queries);
-    decay = partials + round_up(12 * (queries / kRows + (by_state ? batch * problem.query_heads * GradientStateMemory(problem).tiles : 0)));
+    decay = partials + round_up(12 * (queries / kRows + (by_state ? batch * problem.query_heads * StateMemory(problem, true).tiles : 0)));
     row_sums = decay + decay_bytes(problem);
     column_sums = row_sums + round_up(batch * problem.query_heads * sums);
     parts = column_sums + round_up(states * sums);
     state = parts + (sums ? round_up(8 * states) : 0);
-    bytes = state + (by_state ? GradientStateMemory(problem).bytes : 0);
+    bytes = state + (by_state ? StateMemory(problem, true).bytes : 0);
   }
 };
 
@@ -143,13 +143,13 @@ bool pairs_plan_backward(const linattn_problem &problem, const linattn_backward_
   const bool whole_rows = aligned(data.out) && aligned(data.grad_out) && aligned(data.grad_query) && aligned(data.grad_key) && aligned(data.grad_value);
   const TileDims tiles = tiles_of(problem);
   if (problem.dtype != LINATTN_BFLOAT16 || !tiles.key || data.grad_state || !whole_rows) return false;
-  plan.states = gradient_state_takes(problem);
+  plan.states = states_take(problem, true);
   if (!plan.states && !pairs_cost_less(problem)) return false;
   plan.gated = needs_gated(problem), plan.row_tiles = static_cast<int32_t>(padded_length(problem) / kRows);
   plan.chunk = plan.segment_length = problem.length, plan.segments = 1;
   plan.shared_bytes = plan.gated ? gated_backward_shared_bytes(tiles) : shared_bytes(problem.head_dim);
   if (plan.states) {
-    const GradientStateMemory memory(problem);
+    const StateMemory memory(problem, true);
     plan.chunk = plan.segment_length = memory.chunk, plan.segments = memory.chunks, plan.shared_bytes = std::max(plan.shared_bytes, memory.shared_bytes);
   }
   plan.workspace_bytes = Workspace(problem, plan.states).bytes;
@@ -162,7 +162,7 @@ cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backwar
   char *const workspace = static_cast<char *>(problem.workspace);
   const auto numbers = [&](int64_t offset) { return reinterpret_cast<float *>(workspace + offset); };
   args.padded = padded_length(problem), args.chunk = plan.chunk, args.row_tiles = args.parts = plan.row_tiles;
-  if (plan.states) args.parts += GradientStateMemory(problem).tiles;
+  if (plan.states) args.parts += StateMemory(problem, true).tiles;
   args.key_scale = numbers(0), args.query_numbers = numbers(at.query_numbers), args.partials = numbers(at.partials);
   const bool slopes = problem.log_decay && data.grad_log_decay;  // whether the decay wants a gradient
   if (slopes) args.row_sums = numbers(at.row_sums), args.column_sums = numbers(at.column_sums);
@@ -173,7 +173,7 @@ cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backwar
   }
   launch_numbers(args, stream);
   if (plan.states)
-    if (const cudaError_t failed = gradient_state_launch(args, workspace + at.state, stream)) return failed;
+    if (const cudaError_t failed = launch_state_gradients(args, workspace + at.state, stream)) return failed;
   if (const cudaError_t failed = launch_pairs(args, plan.gated, stream)) return failed;
   if (slopes) {
     const DecaySums sums{args.row_sums, args.column_sums, nullptr, nullptr, nullptr, reinterpret_cast<double *>(workspace + at.parts)};

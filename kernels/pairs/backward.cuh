@@ -42,14 +42,7 @@ template <int K, int V, bool GATED> constexpr int gradient_shared_bytes() {
 cudaError_t gated_backward_launch(const Gradients &args, cudaStream_t stream);
 int gated_backward_shared_bytes(TileDims tiles);
 
-// Of a long sequence pairs are formed inside chunks only; what the tokens outside of a token's chunk add comes first, out of states, and lies in the results.
-struct GradientStateMemory {
-  int64_t chunk, scaled, weights, rows, sums, columns, bytes;  // of the workspace
-  int32_t chunks, tiles, shared_bytes;                // tiles: of the queries of a head that have a state, a part of the sums of dA each
-  explicit GradientStateMemory(const linattn_problem &problem);
-};
-bool gradient_state_takes(const linattn_problem &problem);
-cudaError_t gradient_state_launch(const Gradients &args, char *workspace, cudaStream_t stream);
+cudaError_t launch_state_gradients(const Gradients &args, void *workspace, cudaStream_t stream);
 
 struct Coefficients {
   float a, beta, gamma;  // of unit vectors
@@ -108,21 +101,6 @@ __device__ __forceinline__ void project(float (&acc)[2 * BLOCKS][4], const Block
         along[half] += __shfl_xor_sync(0xffffffffu, along[half], 2);
         along[half] *= scale[half] * scale[half];
       }
-  }
-}
-
-// What the state's reader left in a warp's 16 rows, `row` the lane's first.
-template <typename T, int D> __device__ __forceinline__ void add_stored(float (&acc)[D / 8][4], const T *rows, int64_t stride, int row, int count, int place, int pieces = D / 8) {
-  using E = Element<T>;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (row + 8 * half >= count) continue;
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      if (n >= pieces) break;
-      const uint32_t two = *reinterpret_cast<const uint32_t *>(rows + (row + 8 * half) * stride + 8 * n + 2 * place);
-      acc[n][2 * half] += E::low(two), acc[n][2 * half + 1] += E::high(two);
-    }
   }
 }
 

@@ -46,6 +46,8 @@ template <typename T> cudaError_t launch(const Arguments &args, cudaStream_t str
   if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
   if (args.chunks > 1)
     if (const cudaError_t failed = state_launch(args, stream)) return failed;
+  if (args.chunk < p.length)
+    if (const cudaError_t failed = launch_state_output(args, args.states, stream)) return failed;
   if (args.warpgroups) return hopper_launch(args, stream);
   if (args.gated) return gated_forward_launch(args, stream);
   switch (p.head_dim) {
@@ -105,12 +107,18 @@ bool pairs_plan_forward(const linattn_problem &problem, const linattn_forward_re
   const TileDims tiles = tiles_of(problem);
   if (!tiles.key || !aligned(result.out)) return false;
   plan.gated = needs_gated(problem);
-  const bool by_state = !plan.gated && state_takes(problem);
-  if (!by_state && (!pairs_cost_less(problem) || result.state)) return false;
-  plan.states = by_state, plan.warpgroups = !plan.gated && hopper_takes(problem), plan.row_tiles = static_cast<int32_t>(row_tiles_of(problem));
+  plan.warpgroups = !plan.gated && hopper_takes(problem), plan.row_tiles = static_cast<int32_t>(row_tiles_of(problem));
+  const bool by_state = plan.warpgroups && state_takes(problem), by_mma = !plan.warpgroups && !result.state && states_take(problem, false);
+  plan.states = by_state || by_mma;
+  if (!plan.states && (!pairs_cost_less(problem) || result.state)) return false;
   plan.segments = by_state ? static_cast<int32_t>(state_chunks(problem)) : 1, plan.segment_length = plan.chunk = by_state ? kChunk * problem.head_dim : problem.length;
   plan.shared_bytes = plan.gated ? gated_forward_shared_bytes(tiles) : plan.warpgroups ? hopper_shared_bytes(problem) : shared_bytes(problem.head_dim);
   plan.workspace_bytes = scale_bytes(problem) + decay_bytes(problem) + (by_state ? states_bytes(problem) + sums_bytes(problem) + unit_key_bytes(problem) : 0);
+  if (by_mma) {
+    const StateMemory memory(problem, false);
+    plan.chunk = plan.segment_length = memory.chunk, plan.segments = memory.chunks, plan.shared_bytes = std::max(plan.shared_bytes, memory.shared_bytes);
+    plan.workspace_bytes += memory.bytes;
+  }
   return true;
 }
 
@@ -121,10 +129,11 @@ cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_
   Arguments args{};
   args.problem = problem, args.out = result.out, args.mass = result.mass, args.final_state = result.state;
   args.key_scale = reinterpret_cast<float *>(workspace), args.padded = padded_length(problem);
-  args.row_tiles = plan.row_tiles, args.heads_together = static_cast<int32_t>(together), args.chunks = plan.segments;
+  args.row_tiles = plan.row_tiles, args.heads_together = static_cast<int32_t>(together), args.chunks = plan.warpgroups ? plan.segments : 1;
   args.warpgroups = plan.warpgroups, args.gated = plan.gated;
-  if (plan.states) {
-    args.states = behind, args.unit_keys = args.states + states_bytes(problem);
+  args.chunk = plan.warpgroups ? problem.length : plan.chunk, args.states = behind + decay_bytes(problem);
+  if (plan.states && plan.warpgroups) {
+    args.unit_keys = args.states + states_bytes(problem);
     args.sums = reinterpret_cast<float *>(args.unit_keys + unit_key_bytes(problem));
   }
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);

@@ -184,6 +184,7 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
     if constexpr (K != V) __syncthreads();  // where rows of results are wider, over others' too
     const Blocks<V> out_blocks(shared_address(shared), lane_down<V>(lane));
     float *const mass_rows = args.mass + (static_cast<int64_t>(own.batch) * p.query_heads + own.head) * p.length + own.begin;
+    T *const results = head_of<T>(args.out, own.batch, own.head) + own.begin * args.out.token_stride;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       float finish[2];
@@ -193,15 +194,19 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
         mass[m][half] += __shfl_xor_sync(0xffffffffu, mass[m][half], 2);
         if (GATED && gates.is_padding(m, half)) mass[m][half] = 0.f;
         const int row = 32 * warp + 16 * m + 8 * half + group;
+        if (own.begin >= args.chunk) {
+          if (row < own.rows) mass[m][half] += mass_rows[row];
+          __syncwarp();  // all have read what one of them overwrites
+        }
         if (place == 0 && row < own.rows) mass_rows[row] = mass[m][half] / shrink;
         finish[half] = GATED && mass[m][half] == 0.f ? 0.f : 1.f / mass[m][half];
       }
+      if (own.begin >= args.chunk) add_stored<T, V>(acc[m], results, args.out.token_stride, 32 * warp + 16 * m + group, own.rows, place);
 #pragma unroll
       for (int block = 0; block < VALUE_BLOCKS; ++block)
         store_block<T, V>(out_blocks.at(0, block) + Tile<V>::rows_at(2 * warp + m), acc[m][2 * block], acc[m][2 * block + 1], finish[0], finish[1], lane);
     }
     __syncwarp();
-    T *const results = head_of<T>(args.out, own.batch, own.head) + own.begin * args.out.token_stride;
     for (int index = lane; index < 32 * (V / 8); index += 32) {
       const int row = 32 * warp + index / (V / 8), piece = index % (V / 8);
       if (row < own.rows) *reinterpret_cast<uint4 *>(results + row * args.out.token_stride + piece * 8) = *reinterpret_cast<const uint4 *>(shared + Tile<V>::at(row, piece));
@@ -224,14 +229,15 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShape<T, K, V, GATED>:
   const Copy copy(args, own, key_tiles);
   copy_tile<K, kRows, kForwardThreads>(row_tile, head_of<const T>(p.query, own.batch, own.head) + own.begin * p.query.token_stride, p.query.token_stride, own.rows, thread,
                                        pieces_of<K, V>(p));
-  copy.start(0, thread);
+  const int first_tile = static_cast<int>(own.begin / args.chunk * args.chunk / kKeys);
+  copy.start(first_tile, thread);
   copy_commit();
   const GateReader queries(args.gates, p, true, own.batch, own.head, own.begin - 1), keys(args.gates, p, false, own.batch, own.head, own.begin - 1);
   GateCopy on_way;
   int32_t low = 0, high = 0;
   if constexpr (GATED) {
     range_of_runs<kForwardThreads>(*others, queries, own.begin, own.rows, low, high, thread);
-    on_way.load(keys, 0, thread);
+    on_way.load(keys, static_cast<int64_t>(first_tile) * kKeys, thread);
     on_way.store(*others, false, 0, low, high, thread);
   }
   copy_wait<0>();
@@ -243,8 +249,8 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShape<T, K, V, GATED>:
 
   ForwardRows<T, K, V, GATED> rows(p, own, shared);
   if constexpr (GATED) rows.gates.load(queries, rows.warp_begin + rows.group);
-  for (int tile = 0; tile < own.tiles; ++tile) {
-    if (tile > 0) {
+  for (int tile = first_tile; tile < own.tiles; ++tile) {
+    if (tile > first_tile) {
       copy_wait<0>();
       __syncthreads();  // the tile is here, and nobody reads the one that the next copies overwrite
     }

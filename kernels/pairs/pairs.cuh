@@ -29,6 +29,7 @@ struct Arguments {
   float *key_scale;        // (batch, key_heads, padded)
   int64_t padded;          // tokens, a multiple of kKeys
   int32_t row_tiles, heads_together;
+  int64_t chunk;           // tokens whose pairs are formed where they are not all: see states.cu
   int64_t chunks;          // what lies before a query's own chunk is in a state: see pairs_state.cu; 1: no state
   float *sums;             // of every chunk alone
   unsigned char *states;   // before every chunk
@@ -84,6 +85,21 @@ template <typename T, int K, int V, int THREADS> struct KeyCopy {
   }
 };
 
+// What was left of states in a warp's 16 rows, `row` the lane's first.
+template <typename T, int D> __device__ __forceinline__ void add_stored(float (&acc)[D / 8][4], const T *rows, int64_t stride, int row, int count, int place, int pieces = D / 8) {
+  using E = Element<T>;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (row + 8 * half >= count) continue;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      if (n >= pieces) break;
+      const uint32_t two = *reinterpret_cast<const uint32_t *>(rows + (row + 8 * half) * stride + 8 * n + 2 * place);
+      acc[n][2 * half] += E::low(two), acc[n][2 * half + 1] += E::high(two);
+    }
+  }
+}
+
 // The tiles of a problem whose pairs can be formed here, 0 where they cannot; and whether they cost less than the generic path's state, which they do up to
 // some multiple of K^2 tokens.
 struct TileDims {
@@ -100,6 +116,15 @@ inline int64_t decay_bytes(const linattn_problem &problem) {
 }
 cudaError_t gated_forward_launch(const Arguments &args, cudaStream_t stream);
 int gated_forward_shared_bytes(TileDims tiles);
+
+// Of a long sequence pairs are formed inside chunks only; what the tokens outside of a token's chunk add comes first, out of states, and lies in the results.
+struct StateMemory {
+  int64_t chunk, scaled, weights, rows, sums, columns, bytes;  // of the workspace
+  int32_t chunks, tiles, shared_bytes;                         // tiles: of the queries of a head that have a state, a part of the sums of dA each
+  StateMemory(const linattn_problem &problem, bool gradients);
+};
+bool states_take(const linattn_problem &problem, bool gradients);
+cudaError_t launch_state_output(const Arguments &args, void *workspace, cudaStream_t stream);
 
 // Hopper's warpgroups: head dims 32, 64 and 128.
 bool hopper_takes(const linattn_problem &problem);

@@ -1,8 +1,9 @@
-// The gradients of long sequences: which calls have a state beside the pairs of a chunk, what that takes of the workspace, and its launches.
+// Long sequences: which calls have states beside the pairs of a chunk, what those take of the workspace, and their launches.
 #include <algorithm>
 #include <type_traits>
 
-#include "pairs/backward_readers.cuh"
+#include "pairs/state_gradients.cuh"
+#include "pairs/state_output.cuh"
 
 namespace linattn_pairs {
 namespace {
@@ -24,43 +25,67 @@ int64_t round_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace
 
-bool gradient_state_takes(const linattn_problem &problem) {
+bool states_take(const linattn_problem &problem, bool gradients) {
   const TileDims tiles = tiles_of(problem);
   const bool dims = tiles.key == 16 || tiles.key == 32 || tiles.key == 64, one_state = !problem.log_decay || problem.state_heads == problem.key_heads;
   if (!problem.causal || problem.dtype != LINATTN_BFLOAT16 || !dims || !one_state || problem.length <= kShortest * std::max(tiles.key, 32)) return false;
-  return static_cast<int64_t>(problem.batch) * problem.query_heads < 65536 && GradientStateMemory(problem).shared_bytes <= linattn::shared_memory();
+  return static_cast<int64_t>(problem.batch) * problem.query_heads < 65536 && StateMemory(problem, gradients).shared_bytes <= linattn::shared_memory();
 }
 
-GradientStateMemory::GradientStateMemory(const linattn_problem &problem) {
+StateMemory::StateMemory(const linattn_problem &problem, bool gradients) {
   with_state_tiles(tiles_of(problem), [&](auto key, auto value) {
     constexpr int K = key, V = value;
-    using S = GradientState<K, V>;
+    using S = FeatureState<K, V>;
     using Queries = ReaderShape<K, V, false>;
     using Keys = ReaderShape<K, V, true>;
-    const int64_t padded = (problem.length + kRows - 1) / kRows * kRows, queries = static_cast<int64_t>(problem.batch) * problem.query_heads * padded;
+    const int64_t padded = (problem.length + kRows - 1) / kRows * kRows,
+                  tokens = static_cast<int64_t>(problem.batch) * (gradients ? problem.query_heads : problem.key_heads) * padded;
     chunk = S::chunk(), chunks = static_cast<int32_t>((problem.length + chunk - 1) / chunk);
     tiles = static_cast<int32_t>((problem.length - chunk + Queries::TOKENS - 1) / Queries::TOKENS);
     const int64_t records = static_cast<int64_t>(problem.batch) * problem.key_heads * chunks;
-    scaled = round_up(queries * K * 2), weights = scaled + round_up(queries * V * 2), rows = weights + round_up(queries * 4), sums = rows + round_up(records * S::ROWS * V * 2);
+    scaled = round_up(tokens * K * 2), weights = scaled + (gradients || is_gated(problem) ? round_up(tokens * V * 2) : 0);
+    rows = weights + round_up(tokens * 4), sums = rows + round_up(records * S::ROWS * V * 2);
     columns = sums + round_up(records * S::FLOATS * 4), bytes = columns + round_up(records * S::FLOATS * 4);
-    shared_bytes = std::max({SumsShape<K, V>::SHARED, Queries::SHARED, Keys::SHARED});
+    shared_bytes = gradients ? std::max({SumsShape<K, V>::SHARED, Queries::SHARED, Keys::SHARED}) : std::max(SumsShape<K, V>::SHARED, OutputShape<K, V>::SHARED);
     return 0;
   });
 }
 
-cudaError_t gradient_state_launch(const Gradients &of, char *workspace, cudaStream_t stream) {
-  const GradientStateMemory at(of.problem);
-  StateGradients args{of, at.chunks};
+namespace {
+
+StateArguments arguments_of(const Gradients &of, const StateMemory &at, void *memory) {
+  char *const workspace = static_cast<char *>(memory);
+  StateArguments args{};
+  args.of = of, args.of.chunk = at.chunk, args.chunks = at.chunks;
   args.across = reinterpret_cast<__nv_bfloat16 *>(workspace), args.scaled = reinterpret_cast<__nv_bfloat16 *>(workspace + at.scaled);
   args.weights = reinterpret_cast<float *>(workspace + at.weights);
   args.rows = reinterpret_cast<__nv_bfloat16 *>(workspace + at.rows);
   args.sums = reinterpret_cast<float *>(workspace + at.sums), args.columns = reinterpret_cast<float *>(workspace + at.columns);
+  return args;
+}
+
+}  // namespace
+
+cudaError_t launch_state_gradients(const Gradients &of, void *workspace, cudaStream_t stream) {
+  const StateArguments args = arguments_of(of, StateMemory(of.problem, true), workspace);
   return with_state_tiles(tiles_of(of.problem), [&](auto key, auto value) {
     constexpr int K = key, V = value;
     if (const cudaError_t failed = launch_state<K, V, false>(args, stream)) return failed;
     if (const cudaError_t failed = launch_reader<K, V, false>(args, stream)) return failed;
     if (const cudaError_t failed = launch_state<K, V, true>(args, stream)) return failed;
     return launch_reader<K, V, true>(args, stream);
+  });
+}
+
+cudaError_t launch_state_output(const Arguments &forward, void *workspace, cudaStream_t stream) {
+  Gradients of{};
+  of.problem = forward.problem, of.key_scale = forward.key_scale, of.padded = forward.padded, of.gates = forward.gates;
+  StateArguments args = arguments_of(of, StateMemory(of.problem, false), workspace);
+  args.out = forward.out, args.mass = forward.mass;
+  return with_state_tiles(tiles_of(of.problem), [&](auto key, auto value) {
+    constexpr int K = key, V = value;
+    if (const cudaError_t failed = launch_state<K, V, false>(args, stream)) return failed;
+    return launch_output<K, V>(args, stream);
   });
 }
 

@@ -1,5 +1,5 @@
-// What the gradients of a long sequence take of the tokens outside of a chunk, by mma.sync. With x the unit vectors, rounded:
-//   S = sum x_a x_b [v, 1] over the keys before the chunk, and the same of x_a and of 1; what a query's gradient is made of;
+// What is known of the tokens outside of a chunk, by mma.sync. With x the unit vectors, rounded:
+//   S = sum x_a x_b [v, 1] over the keys before the chunk, and the same of x_a and of 1; what a query's output and gradient are made of;
 //   R = sum gamma x_a x_b [w, e] over the queries behind it, and beta x_a and a [w, e]; what those of keys and values are made of.
 // With gates S is as its last token sees it, R as it sees the last key of the chunk: what lies between is a factor of each token of a sum, of the sum from chunk to
 // chunk, and of each token that reads it; a token of another run than the one at the chunk's edge has none.
@@ -10,7 +10,7 @@
 namespace linattn_pairs {
 
 // The rows of a state: an item is 16 features x_a x_b of one a and a block of b, each pair of blocks once; items by block of b, then a. Behind them those of x_a.
-template <int K, int V> struct GradientState {
+template <int K, int V> struct FeatureState {
   static constexpr int BLOCKS = K / 16, ITEMS = 8 * BLOCKS * (BLOCKS + 1), PAIRS = 16 * ITEMS, ROWS = PAIRS + K;
   static constexpr int VALUES = ROWS, COUNT = ROWS + V, FLOATS = ROWS + V + 4;  // the column of masses: of each row, then what the constant feature holds
   static constexpr int64_t chunk() { return K < 32 ? 512 : 16 * K; }
@@ -18,8 +18,10 @@ template <int K, int V> struct GradientState {
   static __host__ __device__ constexpr int item(int a, int block) { return first_item(block) + a; }
 };
 
-struct StateGradients {
-  Gradients of;
+struct StateArguments {
+  Gradients of;            // of the output those without a gradient in their name are set
+  linattn_tensor out;      // where a forward pass puts results, and masses
+  float *mass;
   int32_t chunks, tiles;   // tiles: of a head, a block of a reader each
   __nv_bfloat16 *across;   // (batch, heads, padded / kKeys, K, kKeys): unit vectors
   __nv_bfloat16 *scaled;   // (batch, heads, padded, V): w / g, or v, with the token's gate; ungated values are read where they are
@@ -31,7 +33,7 @@ struct StateGradients {
 constexpr int kSumsWarps = 6, kSumsThreads = 32 * kSumsWarps, kSumsStages = 3, kTaskItems = 4, kScanThreads = 256, kScanAhead = 4;
 
 template <int K, int V> struct SumsShape {
-  using S = GradientState<K, V>;
+  using S = FeatureState<K, V>;
   static constexpr int COLUMNS = V < 64 ? V : 64, GROUPS = V / COLUMNS;             // of values, for one block
   static constexpr int PAIR_TASKS = S::ITEMS / kTaskItems, TASKS = PAIR_TASKS + 2;  // a warp's: pairs, or x_a, or the masses of pairs
   static constexpr int PARTS = (TASKS + kSumsWarps - 1) / kSumsWarps;
@@ -61,7 +63,7 @@ __device__ __forceinline__ float kept_of(const Gradients &g, int batch, int head
 }
 
 // Unit vectors of 64 tokens, rounded, by their numbers, and what they are multiplied by. Zero in padding and behind the last token.
-template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kKeys * 2) across_kernel(const __grid_constant__ StateGradients args) {
+template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kKeys * 2) across_kernel(const __grid_constant__ StateArguments args) {
   using T = __nv_bfloat16;
   using E = Element<T>;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -75,8 +77,8 @@ template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kKeys * 
   const float *const numbers = g.query_numbers + static_cast<int64_t>(pair) * kNumbers * g.padded + token;
   const bool gated = p.log_decay || p.key_segments;
   const float gate = gated ? gate_of(g, QUERIES, batch, QUERIES ? head : head * (p.query_heads / p.key_heads), token) : 1.f;
-  const float scale = QUERIES ? numbers[2 * g.padded] : g.key_scale[at];
   const bool real = token < p.length && gate != 0.f;
+  const float scale = !real ? 0.f : QUERIES ? numbers[2 * g.padded] : g.key_scale[at];
   if (thread < kKeys) args.weights[at] = real ? (QUERIES ? numbers[g.padded] * gate : gate) : 0.f, factors[place] = !real ? 0.f : QUERIES ? numbers[0] * gate : gate;
   const T *const row = head_of<const T>(tensor, batch, head) + (real ? token : 0) * tensor.token_stride;
   for (int piece = thread / kKeys; piece < K / 8; piece += 2) {
@@ -107,7 +109,7 @@ template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kKeys * 
 template <int K, int V> struct ChunkSums {
   using T = __nv_bfloat16;
   using E = Element<T>;
-  using S = GradientState<K, V>;
+  using S = FeatureState<K, V>;
   using H = SumsShape<K, V>;
   static constexpr int BLOCKS = K / 16, COLUMN_BLOCKS = H::COLUMNS / 16;
   const int lane, group, place, task;
@@ -270,9 +272,9 @@ template <int K, int V> struct ChunkSums {
   }
 };
 
-template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kSumsThreads, 2) chunk_sums_kernel(const __grid_constant__ StateGradients args) {
+template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kSumsThreads, 2) chunk_sums_kernel(const __grid_constant__ StateArguments args) {
   using T = __nv_bfloat16;
-  using S = GradientState<K, V>;
+  using S = FeatureState<K, V>;
   using H = SumsShape<K, V>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const Gradients &g = args.of;
@@ -325,9 +327,9 @@ template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kSumsThr
 
 // Eight numbers of a row, chunk after chunk: the sum of all before, or of all behind, in place of the chunk's own. Both orders of a pair of blocks count. In S values are as
 // far from the mean of those before, which a sum of small differences is to keep: their masses are many times as large as what is left of them.
-template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kScanThreads) state_scan_kernel(const __grid_constant__ StateGradients args) {
+template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kScanThreads) state_scan_kernel(const __grid_constant__ StateArguments args) {
   using E = Element<__nv_bfloat16>;
-  using S = GradientState<K, V>;
+  using S = FeatureState<K, V>;
   constexpr int kPieces = V / 8;
   const linattn_problem &p = args.of.problem;
   const int index = blockIdx.x * kScanThreads + threadIdx.x, row = index / kPieces, piece = index % kPieces;
@@ -384,7 +386,7 @@ template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kScanThr
 }
 
 // S of queries' chunks from their keys, or R of keys' chunks from their queries.
-template <int K, int V, bool QUERIES> cudaError_t launch_state(const StateGradients &args, cudaStream_t stream) {
+template <int K, int V, bool QUERIES> cudaError_t launch_state(const StateArguments &args, cudaStream_t stream) {
   using H = SumsShape<K, V>;
   const linattn_problem &p = args.of.problem;
   const unsigned records = static_cast<unsigned>(p.batch * p.key_heads), own = static_cast<unsigned>(p.batch * (QUERIES ? p.query_heads : p.key_heads));
@@ -393,9 +395,54 @@ template <int K, int V, bool QUERIES> cudaError_t launch_state(const StateGradie
   if (const cudaError_t failed = cudaFuncSetAttribute(chunk_sums_kernel<K, V, QUERIES>, cudaFuncAttributeMaxDynamicSharedMemorySize, H::SHARED)) return failed;
   chunk_sums_kernel<K, V, QUERIES><<<records *static_cast<unsigned>(args.chunks * H::PARTS * H::GROUPS), kSumsThreads, H::SHARED, stream>>>(args);
   if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
-  constexpr int kScanBlocks = (GradientState<K, V>::ROWS * (V / 8) + kScanThreads - 1) / kScanThreads;
+  constexpr int kScanBlocks = (FeatureState<K, V>::ROWS * (V / 8) + kScanThreads - 1) / kScanThreads;
   state_scan_kernel<K, V, QUERIES><<<dim3(kScanBlocks, records), kScanThreads, 0, stream>>>(args);
   return cudaPeekAtLastError();
+}
+
+// The state's rows on their way through shared memory, in the order of its items; the last stage is that of the rows of x_a.
+template <int K, int V, typename H> struct StateStages {
+  using S = FeatureState<K, V>;
+  const __nv_bfloat16 *rows;
+  const float *masses;
+  uint32_t base;
+  int thread, next = 0;
+
+  __device__ __forceinline__ void fetch() {
+    if (next <= H::PAIR_STAGES) {
+      const int first = next * H::STAGE_ROWS, count = min(H::STAGE_ROWS, S::ROWS - first), stage = next % H::STAGES;
+      copy_tile<V, H::STAGE_ROWS, kGradientThreads>(base + H::STAGES_AT + stage * H::STAGE, rows + static_cast<int64_t>(first) * V, V, count, thread);
+      if (thread < count / 4) copy_async(base + H::MASSES_AT + (stage * H::STAGE_ROWS + 4 * thread) * 4, masses + first + 4 * thread, true);
+    }
+    ++next;
+    copy_commit();
+  }
+  // Number of the stage that is here, the one `STAGES - 1` behind it on its way.
+  __device__ __forceinline__ int turn() {
+    copy_wait<H::STAGES - 2>();
+    __syncthreads();
+    fetch();
+    return (next - H::STAGES) % H::STAGES;
+  }
+  __device__ __forceinline__ uint32_t rows_at(int stage) const { return base + H::STAGES_AT + stage * H::STAGE; }
+  __device__ __forceinline__ const float *masses_at(const unsigned char *shared, int stage) const {
+    return reinterpret_cast<const float *>(shared + H::MASSES_AT) + stage * H::STAGE_ROWS;
+  }
+};
+
+// Of four neighbouring numbers of a row one, and one in both halves of a word.
+__device__ __forceinline__ float number_of(uint2 four, int i) {
+  const uint32_t two = i < 2 ? four.x : four.y;
+  return i % 2 ? Element<__nv_bfloat16>::high(two) : Element<__nv_bfloat16>::low(two);
+}
+__device__ __forceinline__ uint32_t twice_of(uint2 four, int i) {
+  const uint32_t two = i < 2 ? four.x : four.y;
+  return i % 2 ? (two >> 16) | (two & 0xffff0000u) : (two & 0xffffu) | two << 16;
+}
+
+__device__ __forceinline__ float over_place(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
 }  // namespace linattn_pairs

@@ -2,12 +2,12 @@
 //   M_ab = S_ab . [y, 1's factor] for each pair of features, in registers;   d(x S x)_a = 2 sum_b M_ab x_b
 // and of values sum_ab x_a x_b R_ab. Results are rounded and stored; the kernels of pairs add theirs.
 #pragma once
-#include "pairs/backward_state.cuh"
+#include "pairs/state_sums.cuh"
 
 namespace linattn_pairs {
 
 template <int K, int V, bool KEYS> struct ReaderShape {
-  using S = GradientState<K, V>;
+  using S = FeatureState<K, V>;
   static constexpr int TILES = KEYS && V == 128 ? 1 : 2, WARP_ROWS = 16 * TILES, TOKENS = kWarps * WARP_ROWS;  // a warp's tokens, a block's
   static constexpr int ITEMS = V == 128 ? 4 : 8, STAGE_ROWS = 16 * ITEMS, STAGE = STAGE_ROWS * V * 2, STAGES = 3;
   static constexpr int PAIR_STAGES = S::ITEMS / ITEMS;
@@ -16,44 +16,12 @@ template <int K, int V, bool KEYS> struct ReaderShape {
   static constexpr int STAGES_AT = OWN + OTHER, MASSES_AT = STAGES_AT + STAGES * STAGE, TOTALS_AT = MASSES_AT + STAGES * STAGE_ROWS * 4, SHARED = TOTALS_AT + kWarps * 3 * 4;
 };
 
-// The state's rows on their way through shared memory, in the order of its items; the last stage is that of the rows of x_a.
-template <int K, int V, bool KEYS> struct StateStages {
-  using H = ReaderShape<K, V, KEYS>;
-  using S = GradientState<K, V>;
-  const __nv_bfloat16 *rows;
-  const float *masses;
-  uint32_t base;
-  int thread, next = 0;
-
-  __device__ __forceinline__ void fetch() {
-    if (next <= H::PAIR_STAGES) {
-      const int first = next * H::STAGE_ROWS, count = min(H::STAGE_ROWS, S::ROWS - first), stage = next % H::STAGES;
-      copy_tile<V, H::STAGE_ROWS, kGradientThreads>(base + H::STAGES_AT + stage * H::STAGE, rows + static_cast<int64_t>(first) * V, V, count, thread);
-      if (thread < count / 4) copy_async(base + H::MASSES_AT + (stage * H::STAGE_ROWS + 4 * thread) * 4, masses + first + 4 * thread, true);
-    }
-    ++next;
-    copy_commit();
-  }
-  // Number of the stage that is here, the one `STAGES - 1` behind it on its way.
-  __device__ __forceinline__ int turn() {
-    copy_wait<H::STAGES - 2>();
-    __syncthreads();
-    fetch();
-    return (next - H::STAGES) % H::STAGES;
-  }
-};
-
-__device__ __forceinline__ float over_place(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
 // A warp's tokens.
 template <int K, int V, bool KEYS> struct StateReader {
   using T = __nv_bfloat16;
   using E = Element<T>;
   using H = ReaderShape<K, V, KEYS>;
-  using S = GradientState<K, V>;
+  using S = FeatureState<K, V>;
   static constexpr int TILES = H::TILES, BLOCKS = K / 16, VALUE_BLOCKS = V / 16;
   const int lane, warp, group, place;
   unsigned char *const shared;
@@ -82,14 +50,6 @@ template <int K, int V, bool KEYS> struct StateReader {
   }
   __device__ __forceinline__ int row(int m, int half) const { return H::WARP_ROWS * warp + 16 * m + 8 * half + group; }
   __device__ __forceinline__ uint32_t stripe(int m) const { return Tile<K>::rows_at(TILES * warp + m); }
-  static __device__ __forceinline__ float number(uint2 four, int i) {
-    const uint32_t two = i < 2 ? four.x : four.y;
-    return i % 2 ? E::high(two) : E::low(two);
-  }
-  static __device__ __forceinline__ uint32_t twice(uint2 four, int i) {
-    const uint32_t two = i < 2 ? four.x : four.y;
-    return i % 2 ? (two >> 16) | (two & 0xffff0000u) : (two & 0xffffu) | two << 16;
-  }
 
   // [y, factor] . of 16 rows of the state at `stage`.
   __device__ __forceinline__ void multiply(float (&sums)[TILES][2][4], uint32_t stage, const float *masses, int item) const {
@@ -124,11 +84,14 @@ template <int K, int V, bool KEYS> struct StateReader {
     }
   }
 
-  // Four numbers a token, each the sum over the four lanes of a group: lane `place` gets the one of that number.
+  // Four numbers a token, each the sum over the four lanes of a group: lane `place` gets the one of that number. By masks that the compiler knows nothing of: it would
+  // make branches of what it knows to be one of two numbers, and shuffle in them.
   __device__ __forceinline__ float shared_out(const float (&x)[4]) const {
-    const bool odd = place & 1, upper = place & 2;
-    const float first = (odd ? x[1] : x[0]) + __shfl_xor_sync(0xffffffffu, odd ? x[0] : x[1], 1), second = (odd ? x[3] : x[2]) + __shfl_xor_sync(0xffffffffu, odd ? x[2] : x[3], 1);
-    return (upper ? second : first) + __shfl_xor_sync(0xffffffffu, upper ? first : second, 2);
+    const uint32_t odd = 0u - static_cast<uint32_t>(remade(place & 1)), upper = 0u - static_cast<uint32_t>(remade(place >> 1));
+    const auto pick = [](uint32_t mask, float yes, float no) { return __uint_as_float((__float_as_uint(yes) & mask) | (__float_as_uint(no) & ~mask)); };
+    const float first = pick(odd, x[1], x[0]) + __shfl_xor_sync(0xffffffffu, pick(odd, x[0], x[1]), 1);
+    const float second = pick(odd, x[3], x[2]) + __shfl_xor_sync(0xffffffffu, pick(odd, x[2], x[3]), 1);
+    return pick(upper, second, first) + __shfl_xor_sync(0xffffffffu, pick(upper, first, second), 2);
   }
   __device__ __forceinline__ float *cross(int m, int half, int a) const { return reinterpret_cast<float *>(shared + H::OWN) + row(m, half) * H::CROSS + a; }
 
@@ -149,14 +112,14 @@ template <int K, int V, bool KEYS> struct StateReader {
 #pragma unroll
         for (int m = 0; m < TILES; ++m)
 #pragma unroll
-          for (int j = 0; j < 4; ++j) features[m][j] = multiply_two(x[m][j], twice(near[m][j % 2], i));
+          for (int j = 0; j < 4; ++j) features[m][j] = multiply_two(x[m][j], twice_of(near[m][j % 2], i));
         add_values(features, stage, item + i);
       }
 #pragma unroll
       for (int m = 0; m < TILES; ++m)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float own = number(near[m][half], i) * (CROSS ? 1.f : 2.f);
+          const float own = number_of(near[m][half], i) * (CROSS ? 1.f : 2.f);
 #pragma unroll
           for (int t = 0; t < 2; ++t) {
             const uint32_t two = x[m][2 * t + half];
@@ -179,7 +142,7 @@ template <int K, int V, bool KEYS> struct StateReader {
   }
 
   // All pairs whose b is in BLOCK.
-  template <int BLOCK> __device__ __forceinline__ void add_block(StateStages<K, V, KEYS> &stages) {
+  template <int BLOCK> __device__ __forceinline__ void add_block(StateStages<K, V, H> &stages) {
     const Blocks<K> x_blocks(base, lane_down<K>(lane));
     uint32_t x[TILES][4];
 #pragma unroll
@@ -187,8 +150,8 @@ template <int K, int V, bool KEYS> struct StateReader {
 #pragma unroll 1
     for (int first = 0; first < 16 * (BLOCK + 1); first += H::ITEMS) {
       const int number = stages.turn();
-      const uint32_t stage = base + H::STAGES_AT + number * H::STAGE;
-      const float *const masses = reinterpret_cast<const float *>(shared + H::MASSES_AT) + number * H::STAGE_ROWS;
+      const uint32_t stage = stages.rows_at(number);
+      const float *const masses = stages.masses_at(shared, number);
 #pragma unroll 1
       for (int item = 0; item < H::ITEMS; item += 4) {
         if (BLOCK > 0 && first < 16 * BLOCK) add_items<BLOCK, true>(x, stage, masses, item, first + item);
@@ -226,10 +189,10 @@ template <int K, int V, bool KEYS> struct StateReader {
   }
 
   // The rows of x_a: acc becomes quadratic * acc + linear * S_a . [y, factor], and of values the sums of both. along: x . of either, where asked for.
-  __device__ __forceinline__ void add_linear(StateStages<K, V, KEYS> &stages, const float (&quadratic)[TILES][2], const float (&linear)[TILES][2], float (&along)[2][TILES][2]) {
+  __device__ __forceinline__ void add_linear(StateStages<K, V, H> &stages, const float (&quadratic)[TILES][2], const float (&linear)[TILES][2], float (&along)[2][TILES][2]) {
     const int number = stages.turn();
-    const uint32_t stage = base + H::STAGES_AT + number * H::STAGE;
-    const float *const masses = reinterpret_cast<const float *>(shared + H::MASSES_AT) + number * H::STAGE_ROWS;
+    const uint32_t stage = stages.rows_at(number);
+    const float *const masses = stages.masses_at(shared, number);
     const Blocks<K> x_blocks(base, lane_down<K>(lane));
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) {
@@ -282,10 +245,10 @@ template <int K, int V, bool KEYS> struct StateReader {
 };
 
 // A block: 256 queries of one chunk, or keys (128 beside wide values). Queries also bring what the coefficients' gradients are made of, as rows_kernel does.
-template <int K, int V, bool KEYS> __global__ void __launch_bounds__(kGradientThreads, 1) state_reader_kernel(const __grid_constant__ StateGradients args) {
+template <int K, int V, bool KEYS> __global__ void __launch_bounds__(kGradientThreads, 1) state_reader_kernel(const __grid_constant__ StateArguments args) {
   using T = __nv_bfloat16;
   using H = ReaderShape<K, V, KEYS>;
-  using S = GradientState<K, V>;
+  using S = FeatureState<K, V>;
   constexpr int TILES = H::TILES, VALUE_BLOCKS = V / 16;
   extern __shared__ __align__(1024) unsigned char shared[];
   const Gradients &g = args.of;
@@ -298,7 +261,7 @@ template <int K, int V, bool KEYS> __global__ void __launch_bounds__(kGradientTh
   const float *const columns = args.columns + record * S::FLOATS;
   const uint32_t base = shared_address(shared);
   const linattn_tensor &own = KEYS ? p.key : p.query, &other = KEYS ? p.value : g.grad_out, &result = KEYS ? g.grad_key : g.grad_query;
-  StateStages<K, V, KEYS> stages{args.rows + record * S::ROWS * V, columns, base, thread};
+  StateStages<K, V, H> stages{args.rows + record * S::ROWS * V, columns, base, thread};
   copy_tile<K, H::TOKENS, kGradientThreads>(base, head_of<const T>(own, batch, head) + begin * own.token_stride, own.token_stride, rows, thread, pieces);
   copy_tile<V, H::TOKENS, kGradientThreads>(base + H::OWN, head_of<const T>(other, batch, head) + begin * other.token_stride, other.token_stride, rows, thread);
   copy_commit();
@@ -401,7 +364,7 @@ template <int K, int V, bool KEYS> __global__ void __launch_bounds__(kGradientTh
   }
 }
 
-template <int K, int V, bool KEYS> cudaError_t launch_reader(StateGradients args, cudaStream_t stream) {
+template <int K, int V, bool KEYS> cudaError_t launch_reader(StateArguments args, cudaStream_t stream) {
   using H = ReaderShape<K, V, KEYS>;
   const linattn_problem &p = args.of.problem;
   const int64_t first = KEYS ? 0 : args.of.chunk, last = KEYS ? (args.chunks - 1) * args.of.chunk : p.length;
