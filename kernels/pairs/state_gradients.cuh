@@ -8,7 +8,9 @@ namespace linattn_pairs {
 
 template <int K, int V, bool KEYS> struct ReaderShape {
   using S = FeatureState<K, V>;
-  static constexpr int TILES = KEYS && V == 128 ? 1 : 2, WARP_ROWS = 16 * TILES, TOKENS = kWarps * WARP_ROWS;  // a warp's tokens, a block's
+  static constexpr bool NARROW = K == 32 && V == 32;  // twice as many warps share a multiprocessor
+  static constexpr int TILES = NARROW || (KEYS && V == 128) ? 1 : 2, MIN_BLOCKS = NARROW ? 2 : 1, WARP_ROWS = 16 * TILES,
+                       TOKENS = kWarps * WARP_ROWS;  // a warp's tokens, a block's
   static constexpr int ITEMS = V == 128 ? 4 : 8, STAGE_ROWS = 16 * ITEMS, STAGE = STAGE_ROWS * V * 2, STAGES = 3;
   static constexpr int PAIR_STAGES = S::ITEMS / ITEMS;
   static constexpr int CROSS = K > 16 ? K - 16 + 4 : 0;  // numbers a token: sums over b of M_ab x_b of the blocks above a's, on rows that meet no bank twice
@@ -244,8 +246,9 @@ template <int K, int V, bool KEYS> struct StateReader {
   }
 };
 
-// A block: 256 queries of one chunk, or keys (128 beside wide values). Queries also bring what the coefficients' gradients are made of, as rows_kernel does.
-template <int K, int V, bool KEYS> __global__ void __launch_bounds__(kGradientThreads, 1) state_reader_kernel(const __grid_constant__ StateArguments args) {
+// A block: 256 queries of one chunk, or keys (128 of narrow rows, or beside wide values). Queries also bring what the coefficients' gradients are made of, as rows_kernel does.
+template <int K, int V, bool KEYS> __global__ void __launch_bounds__(kGradientThreads, ReaderShape<K, V, KEYS>::MIN_BLOCKS)
+    state_reader_kernel(const __grid_constant__ StateArguments args) {
   using T = __nv_bfloat16;
   using H = ReaderShape<K, V, KEYS>;
   using S = FeatureState<K, V>;

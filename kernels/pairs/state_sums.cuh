@@ -66,7 +66,7 @@ __device__ __forceinline__ float kept_of(const Gradients &g, int batch, int head
 template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kKeys * 2) across_kernel(const __grid_constant__ StateArguments args) {
   using T = __nv_bfloat16;
   using E = Element<T>;
-  extern __shared__ __align__(16) unsigned char shared[];
+  extern __shared__ __align__(1024) unsigned char shared[];
   uint16_t (*const across)[kKeys + 8] = reinterpret_cast<uint16_t (*)[kKeys + 8]>(shared);
   float *const factors = reinterpret_cast<float *>(across + K);
   const Gradients &g = args.of;
@@ -103,6 +103,15 @@ template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kKeys * 
   }
   uint4 *const target = reinterpret_cast<uint4 *>(args.across + (pair * g.padded + first) * K);
   for (int index = thread; index < K * kKeys / 8; index += kKeys * 2) target[index] = *reinterpret_cast<const uint4 *>(&across[index / (kKeys / 8)][index % (kKeys / 8) * 8]);
+}
+
+// Two sums times `scale`, beside what the heads before left.
+__device__ __forceinline__ void put_two(__nv_bfloat16 *target, const float (&x)[4], int i, float scale, bool more) {
+  using E = Element<__nv_bfloat16>;
+  uint32_t *const two = reinterpret_cast<uint32_t *>(target);
+  float low = x[i] * scale, high = x[i + 1] * scale;
+  if (more) low += E::low(*two), high += E::high(*two);
+  *two = E::pack(low, high);
 }
 
 // A warp's share of a chunk's sums: four items of pairs, or the rows of x_a and what the constant feature holds, or the masses of all pairs.
@@ -216,20 +225,19 @@ template <int K, int V> struct ChunkSums {
     }
   }
 
-  // Times `scale`, beside what the heads before left.
-  static __device__ __forceinline__ void put(T *target, const float (&x)[4], int i, float scale, bool more) {
-    uint32_t *const two = reinterpret_cast<uint32_t *>(target);
-    float low = x[i] * scale, high = x[i + 1] * scale;
-    if (more) low += E::low(*two), high += E::high(*two);
-    *two = E::pack(low, high);
-  }
   static __device__ __forceinline__ void put(float *target, float x, bool more) { *target = more ? *target + x : x; }
 
   __device__ __forceinline__ void store_rows(T *rows, int j, int row, float scale, bool more) const {
 #pragma unroll
     for (int n = 0; n < 2 * COLUMN_BLOCKS; ++n)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) put(rows + static_cast<int64_t>(row + group + 8 * half) * V + 8 * n + 2 * place, acc[j][n], 2 * half, scale, more);
+      for (int half = 0; half < 2; ++half) put_two(rows + static_cast<int64_t>(row + group + 8 * half) * V + 8 * n + 2 * place, acc[j][n], 2 * half, scale, more);
+  }
+
+  __device__ __forceinline__ void add(const unsigned char *shared, uint32_t stage, int first_column) {
+    if (is_pairs()) add_pairs(shared, stage);
+    else if (is_linear()) add_linear(shared, stage);
+    else if (is_masses() && first_column == 0) add_masses(shared, stage);
   }
 
   // f: of the head; rows: from the block's first column on.
@@ -272,55 +280,65 @@ template <int K, int V> struct ChunkSums {
   }
 };
 
-template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kSumsThreads, 2) chunk_sums_kernel(const __grid_constant__ StateArguments args) {
+// The chunk whose sums a block makes, record `number` of the states, and its tokens on their way: of the keys, or of all query heads that share them, one after the other.
+template <int K, int V, bool QUERIES> struct SumsOf {
   using T = __nv_bfloat16;
   using S = FeatureState<K, V>;
   using H = SumsShape<K, V>;
-  extern __shared__ __align__(1024) unsigned char shared[];
-  const Gradients &g = args.of;
-  const linattn_problem &p = g.problem;
-  const int thread = threadIdx.x, part = blockIdx.x % H::PARTS, first_column = blockIdx.x / H::PARTS % H::GROUPS * H::COLUMNS, number = blockIdx.x / (H::PARTS * H::GROUPS);
-  const int pair = number / args.chunks, chunk = number % args.chunks, batch = pair / p.key_heads, key_head = pair % p.key_heads;
-  if (chunk == (QUERIES ? 0 : args.chunks - 1)) return;  // nobody asks
-  const int heads = QUERIES ? p.query_heads / p.key_heads : 1;
-  const int64_t begin = chunk * g.chunk;
-  const int tokens = static_cast<int>(min(p.length - begin, g.chunk)), steps = (tokens + kKeys - 1) / kKeys;
-  const uint32_t base = shared_address(shared);
-  const auto fetch = [&](int iteration) {
+  const StateArguments &args;
+  const linattn_problem &p;
+  const int pair, chunk, batch, key_head, heads;
+  const int64_t begin;
+  const int steps;
+  T *const rows;
+  float *const sums;
+
+  __device__ __forceinline__ SumsOf(const StateArguments &args, int number)
+      : args(args), p(args.of.problem), pair(number / args.chunks), chunk(number % args.chunks), batch(pair / p.key_heads), key_head(pair % p.key_heads),
+        heads(QUERIES ? p.query_heads / p.key_heads : 1), begin(chunk * args.of.chunk), steps(static_cast<int>((min(p.length - begin, args.of.chunk) + kKeys - 1) / kKeys)),
+        rows(args.rows + static_cast<int64_t>(number) * S::ROWS * V), sums(args.sums + static_cast<int64_t>(number) * S::FLOATS) {}
+  __device__ __forceinline__ bool is_idle() const { return chunk == (QUERIES ? 0 : args.chunks - 1); }  // nobody asks
+  __device__ __forceinline__ Coefficients coefficients(int head) const {
+    Coefficients f(p, QUERIES ? key_head * heads + head : 0);
+    if constexpr (!QUERIES) f.a = f.beta = f.gamma = 1.f;
+    return f;
+  }
+  template <int THREADS> __device__ __forceinline__ void fetch(uint32_t base, int iteration, int first_column, int thread) const {
     if (iteration < steps * heads) {
+      const Gradients &g = args.of;
+      const bool scaled = QUERIES || is_gated(p);
       const uint32_t stage = base + iteration % kSumsStages * H::STAGE;
       const int64_t head = QUERIES ? static_cast<int64_t>(batch) * p.query_heads + key_head * heads + iteration / steps : pair;
-      const int64_t first = begin + iteration % steps * static_cast<int64_t>(kKeys);
-      copy_tile<kKeys, K, kSumsThreads>(stage, args.across + (head * g.padded + first) * K, kKeys, K, thread);
-      const bool scaled = QUERIES || p.log_decay || p.key_segments;
+      const int64_t first = begin + iteration % steps * static_cast<int64_t>(kKeys), count = min(p.length - first, static_cast<int64_t>(kKeys));
       const T *const values = scaled ? args.scaled + (head * g.padded + first) * V : head_of<const T>(p.value, batch, key_head) + first * p.value.token_stride;
-      const int64_t count = min(p.length - first, static_cast<int64_t>(kKeys));
-      copy_tile<H::COLUMNS, kKeys, kSumsThreads>(stage + H::ACROSS, values + first_column, scaled ? V : p.value.token_stride, static_cast<int>(count), thread);
+      copy_tile<kKeys, K, THREADS>(stage, args.across + (head * g.padded + first) * K, kKeys, K, thread);
+      copy_tile<H::COLUMNS, kKeys, THREADS>(stage + H::ACROSS, values + first_column, scaled ? V : p.value.token_stride, static_cast<int>(count), thread);
       if (thread < kKeys / 4) copy_async(stage + H::WEIGHTS_AT + 16 * thread, args.weights + head * g.padded + first + 4 * thread, true);
     }
     copy_commit();
-  };
-#pragma unroll
-  for (int i = 0; i < kSumsStages - 1; ++i) fetch(i);
+  }
+};
 
+template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kSumsThreads, 2) chunk_sums_kernel(const __grid_constant__ StateArguments args) {
+  using H = SumsShape<K, V>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int thread = threadIdx.x, part = blockIdx.x % H::PARTS, first_column = blockIdx.x / H::PARTS % H::GROUPS * H::COLUMNS;
+  const SumsOf<K, V, QUERIES> of(args, blockIdx.x / (H::PARTS * H::GROUPS));
+  if (of.is_idle()) return;
+  const uint32_t base = shared_address(shared);
+#pragma unroll
+  for (int i = 0; i < kSumsStages - 1; ++i) of.template fetch<kSumsThreads>(base, i, first_column, thread);
   ChunkSums<K, V> work(part * kSumsWarps + warp_number());
-  T *const rows = args.rows + static_cast<int64_t>(number) * S::ROWS * V + first_column;
-  float *const sums = args.sums + static_cast<int64_t>(number) * S::FLOATS;
-  for (int head = 0; head < heads; ++head) {
+  for (int head = 0; head < of.heads; ++head) {
     work.clear();
-    for (int step = 0; step < steps; ++step) {
-      const int iteration = head * steps + step;
+    for (int step = 0; step < of.steps; ++step) {
+      const int iteration = head * of.steps + step;
       copy_wait<kSumsStages - 2>();
       __syncthreads();  // the stage is here, and nobody reads the one that the next copies overwrite
-      fetch(iteration + kSumsStages - 1);
-      const uint32_t stage = base + iteration % kSumsStages * H::STAGE;
-      if (work.is_pairs()) work.add_pairs(shared - base, stage);
-      else if (work.is_linear()) work.add_linear(shared - base, stage);
-      else if (work.is_masses() && first_column == 0) work.add_masses(shared - base, stage);
+      of.template fetch<kSumsThreads>(base, iteration + kSumsStages - 1, first_column, thread);
+      work.add(shared - base, base + iteration % kSumsStages * H::STAGE, first_column);
     }
-    Coefficients f(p, QUERIES ? key_head * heads + head : 0);
-    if constexpr (!QUERIES) f.a = f.beta = f.gamma = 1.f;
-    work.store(rows, sums, first_column, f, head > 0);
+    work.store(of.rows + first_column, of.sums, first_column, of.coefficients(head), head > 0);
   }
   copy_wait<0>();
 }

@@ -8,7 +8,8 @@
 namespace linattn_pairs {
 namespace {
 
-constexpr int64_t kShortest = 112;  // tokens, times the keys' dim: up to there all pairs cost less
+// Tokens up to which all pairs cost less, or not so much more that they were worth the memory of states.
+int64_t shortest(TileDims tiles, bool gradients) { return (gradients ? 80 : tiles.key == 64 ? 128 : 112) * std::max(tiles.key, 32); }
 
 template <typename Call> auto with_state_tiles(TileDims tiles, Call call) {
   using std::integral_constant;
@@ -28,7 +29,7 @@ int64_t round_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 bool states_take(const linattn_problem &problem, bool gradients) {
   const TileDims tiles = tiles_of(problem);
   const bool dims = tiles.key == 16 || tiles.key == 32 || tiles.key == 64, one_state = !problem.log_decay || problem.state_heads == problem.key_heads;
-  if (!problem.causal || problem.dtype != LINATTN_BFLOAT16 || !dims || !one_state || problem.length <= kShortest * std::max(tiles.key, 32)) return false;
+  if (!problem.causal || problem.dtype != LINATTN_BFLOAT16 || !dims || !one_state || problem.length <= shortest(tiles, gradients)) return false;
   return static_cast<int64_t>(problem.batch) * problem.query_heads < 65536 && StateMemory(problem, gradients).shared_bytes <= linattn::shared_memory();
 }
 
