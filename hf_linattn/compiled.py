@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from . import captured
 from .forms.parameters import hand_on_what_enters
 from .learned_part import LearnedPart
 from .mask import TOLD
@@ -54,12 +55,12 @@ class Watched:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.compiled += 1
-        learned = None if torch.is_grad_enabled() else LearnedPart(graph, inputs)
-        if learned is None:
+        made: Callable[..., Any]
+        if torch.is_grad_enabled():
             made = again = self.backend(graph, inputs)
         else:
-            made, again = _beside(self.backend(learned.rest, [*inputs, *learned.values]), learned)
-        if not torch.is_grad_enabled():
+            learned = LearnedPart(graph, inputs)
+            made, again = _beside(captured.compile_graph(self.backend, learned.rest, [*inputs, *learned.values]), learned)
             made, again = _copying(made), _copying(again)
 
         def run(*given: Any) -> Any:
@@ -82,10 +83,12 @@ def _beside(graph: Callable[..., Any], learned: LearnedPart) -> tuple[Callable[.
         learned.make(given)
         return graph(*given, *learned.values)
 
+    same: Callable[..., Any] = getattr(graph, "again", graph)
+
     def again(*given: Any) -> Any:
         if learned.is_written():
             learned.make(given)
-        return graph(*given, *learned.values)
+        return same(*given, *learned.values)
 
     return anew, again
 
@@ -201,11 +204,11 @@ class Text:
         self.direct: Direct | None = None
 
     def __call__(self, **inputs: Any) -> Any:
-        with self.turns.one(self.device):
-            return self.call(**inputs) if self.watched is None else self._step(inputs, self.watched)
-
-    def _step(self, inputs: dict[str, Any], watched: Watched) -> Any:
         given = Inputs.of(inputs, self.model.training)
+        with self.turns.one(self.device), captured.given(None if self.model.training else given.tensors):
+            return self.call(**inputs) if self.watched is None else self._step(inputs, given, self.watched)
+
+    def _step(self, inputs: dict[str, Any], given: Inputs, watched: Watched) -> Any:
         if self.direct is not None and given.are_like(self.direct.inputs):
             return self.direct.run(given)
         self.direct = None

@@ -1,0 +1,204 @@
+"""A compiled graph as a CUDA graph of its own, for what lies where it lay when it was captured.
+
+PyTorch's own CUDA graphs ("trees") serve any sequence of graphs, and take a slow host a quarter of a millisecond a token. A decoding step
+is one graph: weights, states and learned numbers stay where they are, a few small tensors of the token are copied in, and nothing else is
+asked but whether the addresses are those of the capture. What Inductor holds to be unfit for CUDA graphs runs uncaptured.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+KEPT = 4
+"""Captures of one graph: for as many caches that take turns. They hold no cache, and share the memory of what lies between."""
+_running = threading.local()
+"""`tensors`: by identity, those that the model's call under way was given, which are others at the next."""
+_places: dict[torch.device, tuple[torch.cuda.Stream, Any]] = {}
+"""By device, the stream that captures and the memory that all of them share: one of them runs at a time."""
+
+
+@contextmanager
+def given(tensors: Sequence[Tensor] | None) -> Iterator[None]:
+    """Says what the call of the model that follows is given; None where nothing is to be captured."""
+    around = getattr(_running, "tensors", None)
+    _running.tensors = None if tensors is None else {id(x) for x in tensors}
+    try:
+        yield
+    finally:
+        _running.tensors = around
+
+
+def compile_graph(backend: Callable[..., Any], graph: Any, inputs: list[Any]) -> Callable[..., Any]:
+    """What a backend makes of a graph; captured where it would be a CUDA graph of PyTorch's. Dynamo has one thread compile at a time."""
+    from torch._inductor import compile_fx, config
+    from torch._inductor.utils import align_inputs_from_check_idxs
+    from torch.utils._ordered_set import OrderedSet
+
+    fit = list[bool]()
+
+    def cudagraphify(model: Callable[..., Any], *_: Any, mutated_input_idxs: Any = (), **__: Any) -> Callable[..., Any]:
+        fit.append(True)
+        aligned = list[Callable[..., Any]]()
+
+        def run(new: list[Any]) -> Any:
+            if not aligned:
+                check = compile_fx.get_input_idxs_to_check(new, ())
+                aligned.append(align_inputs_from_check_idxs(model, check, OrderedSet(mutated_input_idxs)))
+            return aligned[0](new)
+
+        return run
+
+    theirs, compile_fx.cudagraphify = compile_fx.cudagraphify, cudagraphify
+    try:
+        with config.patch(graph_partition=False):  # so that it is asked of the whole graph
+            made: Callable[..., Any] = backend(graph, inputs)
+    finally:
+        compile_fx.cudagraphify = theirs
+    return Captured(made) if fit else made
+
+
+class Capture(NamedTuple):
+    """A CUDA graph, and what it was captured with."""
+
+    graph: Any
+    seen: tuple[Any, ...]
+    fixed: list[int]
+    addresses: list[int | None]  # of all that was given, those at other places than `fixed` unused
+    numbers: list[tuple[int, Any]]
+    moving: list[int]
+    buffers: list[Tensor]
+    results: list[Any]
+
+    def fits(self, now: list[Any]) -> bool:
+        """Whether all that it reads lies where it lay, of tensors whose sizes guards or identity answer for."""
+        if not lie_at(now, self.addresses, self.fixed):
+            return False
+        same = all(now[place] == number for place, number in self.numbers)
+        return same and all(now[place].shape == x.shape for place, x in zip(self.moving, self.buffers, strict=True))
+
+    def run(self, now: Sequence[Any]) -> list[Any]:
+        """Results in the graph's own memory, which the next run writes."""
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, [now[place] for place in self.moving])
+        self.graph.replay()
+        return self.results
+
+
+class Captured:
+    """A graph that is captured at the second of two calls whose tensors, those of the token apart, lie in the same places."""
+
+    def __init__(self, graph: Callable[..., Any]) -> None:
+        self.graph = graph
+        self.kept: list[Capture] = []
+        self.before: tuple[Any, ...] | None = None
+        self.refused = False
+
+    def again(self, *now: Any) -> Any:
+        """A call with the objects of the one before, those of the token apart."""
+        listed = list(now)
+        for capture in self.kept:
+            if capture.fits(listed):
+                return capture.run(listed)
+        return self(*now)
+
+    def __call__(self, *now: Any) -> Any:
+        moving = _places_of(getattr(_running, "tensors", None), now)
+        seen = None if self.refused or moving is None else _seen(now, moving)
+        if seen is None or moving is None:
+            return self.graph(*now)
+        for place, capture in enumerate(self.kept):
+            if capture.seen == seen:
+                self.kept.insert(0, self.kept.pop(place))
+                return capture.run(now)
+        before, self.before = self.before, seen
+        if before != seen:
+            return self.graph(*now)
+        return self._first(self._capture(now, moving, seen), now)
+
+    def _first(self, capture: Capture | None, now: Sequence[Any]) -> Any:
+        if capture is None:
+            return self.graph(*now)
+        results = capture.run(now)
+        sources = [now[place] for place in capture.moving]
+        if all(map(torch.equal, capture.buffers, sources)):
+            self.kept[:] = [capture, *self.kept[: KEPT - 1]]
+        else:  # the graph writes what it is given
+            self.refused = True
+            torch._foreach_copy_(sources, capture.buffers)
+        return results
+
+    def _capture(self, now: Sequence[Any], moving: list[int], seen: tuple[Any, ...]) -> Capture | None:
+        sources = [now[place] for place in moving]
+        with torch.inference_mode(False), torch.no_grad():
+            buffers = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x) for x in sources]
+        inputs = list(now)
+        for place, x in zip(moving, buffers, strict=True):
+            inputs[place] = x
+        try:
+            graph, results = record(self.graph, inputs, the_gpu(now))
+        except RuntimeError as error:
+            logger.warning_once(f"A compiled step runs without a CUDA graph, which could not be captured: {error.__context__ or error}")
+            self.refused = True
+            return None
+        fixed = [place for place, x in enumerate(now) if isinstance(x, Tensor) and place not in moving]
+        addresses = [x.data_ptr() if isinstance(x, Tensor) else None for x in now]
+        numbers = [(place, x) for place, x in enumerate(now) if not isinstance(x, Tensor)]
+        return Capture(graph, seen, fixed, addresses, numbers, moving, buffers, list(results))
+
+
+def record(graph: Callable[..., Any], inputs: list[Any], device: torch.device) -> tuple[Any, Any]:
+    """A CUDA graph of what `graph` does with these inputs, none of which it does now, and where it leaves the results."""
+    if device not in _places:
+        _places[device] = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    stream, pool = _places[device]
+    made = torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        with torch.cuda.stream(stream):
+            made.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                results = graph(*inputs)
+            finally:
+                made.capture_end()
+    except RuntimeError:
+        with suppress(RuntimeError):  # what ending the capture would have done, had it not failed
+            torch._C._cuda_endAllocateToPool(device.index, pool)
+        generator = torch.cuda.default_generators[device.index]
+        generator.graphsafe_set_state(generator.clone_state())  # the one that was being captured cannot be drawn from any more
+        raise
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return made, results
+
+
+def lie_at(now: list[Any], addresses: list[int | None], places: list[int]) -> bool:
+    """Whether the tensors at these places lie at the addresses there; a few hundred are asked faster than Python looks at one layer's."""
+    return bool(torch._C._tensors_data_ptrs_at_indices_equal(now, addresses, places))  # type: ignore[arg-type]
+
+
+def _places_of(tensors: set[int] | None, now: Sequence[Any]) -> list[int] | None:
+    return None if tensors is None else [place for place, x in enumerate(now) if isinstance(x, Tensor) and id(x) in tensors]
+
+
+def the_gpu(now: Sequence[Any]) -> Any:
+    """The GPU that all tensors are on; None where there is not one, or another graph is being captured there."""
+    devices = {x.device for x in now if isinstance(x, Tensor)}
+    device = devices.pop() if len(devices) == 1 else None
+    return None if device is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing() else device
+
+
+def _seen(now: Sequence[Any], moving: list[int]) -> tuple[Any, ...] | None:
+    """What must be as it was for a capture to serve; None where nothing can be captured."""
+    if the_gpu(now) is None or any(torch._debug_has_internal_overlap(now[place]) for place in moving):
+        return None
+    places = set(moving)
+    return tuple(
+        (x.shape, x.stride(), None if place in places else x.data_ptr()) if isinstance(x, Tensor) else x for place, x in enumerate(now)
+    )
