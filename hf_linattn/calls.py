@@ -18,6 +18,8 @@ from .values import attribute
 
 logger = logging.get_logger(__name__)
 
+CROSSES = "_linattn_crosses"
+"""Of an attention module: its config, and whether it is cross-attention by it."""
 OTHER_STATES = {"encoder_hidden_states", "encoder_states", "key_value_states", "cross_attention_states", "context", "key", "value"}
 
 
@@ -55,6 +57,15 @@ def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: 
 
 def _is_cross_attention(module: nn.Module) -> bool:
     config = getattr(module, "config", None)  # a module that is no part of Transformers may have none
+    if is_compiling():
+        return _crosses(module, config)
+    known = module.__dict__.get(CROSSES)
+    if known is None or known[0] is not config:
+        known = module.__dict__[CROSSES] = config, _crosses(module, config)
+    return bool(known[1])
+
+
+def _crosses(module: nn.Module, config: Any) -> bool:
     if config is not None and has_cross_attention(config):
         return True  # one class may serve for both
     return attribute(module, "is_cross_attention", False) or _takes_other_states(type(module))

@@ -6,6 +6,7 @@ Nothing here waits for the device or allocates outside PyTorch, so calls can be 
 """
 
 import ctypes
+import operator
 import os
 import warnings
 from collections.abc import Callable
@@ -269,6 +270,10 @@ class _Launch:
             _pointer(initial_state), _pointer(dropout_p), _pointer(seed),
         )  # fmt: skip
 
+    def reads(self, call: Call) -> bool:
+        """Whether the library is given the call's own tensors, and no copies."""
+        return all(map(operator.is_, self.kept[:5], call[:5]))
+
     def plan(self, name: str, results: Structure) -> _Plan:
         """How the library will do this call on its device."""
         library, _ = load_library()
@@ -395,14 +400,47 @@ def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass:
     return grad_query, grad_key, grad_value, grad_coefficients.to(coefficients.dtype), grad_log_decay, grad_initial
 
 
-def step(call: Call, state: Tensor) -> Tensor:
-    """As `one_token.step`, on a CUDA device."""
+class _Step(NamedTuple):
+    """A step as it was launched: one of the same layout, with the same coefficients and decay, differs from it by where its tensors lie."""
+
+    layout: tuple[Any, ...]
+    coefficients: Tensor
+    log_decay: Tensor | None
+    launch: _Launch
+    results: _ForwardResult
+    plan: _Plan
+
+    def serves(self, layout: tuple[Any, ...], call: Call) -> bool:
+        return self.layout == layout and self.coefficients is call.coefficients and self.log_decay is call.log_decay
+
+    def move(self, call: Call, out: Tensor, state: Tensor) -> None:
+        problem, results = self.launch.problem, self.results
+        problem.query.data, problem.key.data, problem.value.data = call.query.data_ptr(), call.key.data_ptr(), call.value.data_ptr()
+        results.out.data, results.state = out.data_ptr(), state.data_ptr()
+
+
+def _layout(call: Call, state: Tensor) -> tuple[Any, ...]:
+    of_rows = ((x.shape, x.stride(), x.dtype) for x in (call.query, call.key, call.value))
+    return *of_rows, call.query.device, state.shape, call.degree, call.normalize_qk
+
+
+def step(call: Call, state: Tensor, kept: dict[Any, Any] | None = None) -> Tensor:
+    """As `one_token.step`, on a CUDA device. `kept`, where it is given, holds from one token to the next how the step is launched."""
     if falls_back(call):
         return one_token.step(call, state)
     out = call.empty_out()
+    layout = _layout(call, state) if kept is not None and call.key_segments is None and state.is_contiguous() else None
+    before: _Step | None = None if layout is None or kept is None else kept.get(_Step)
+    if before is not None and layout is not None and before.serves(layout, call):
+        before.move(call, out, state)
+        before.launch.run("step", before.results, before.plan)
+        return out
     dense = state.contiguous()
     launch, results = _Launch(call), _ForwardResult(_describe(out), None, dense.data_ptr())
-    launch.run("step", results, launch.plan("step", results))
+    plan = launch.plan("step", results)
+    launch.run("step", results, plan)
     if dense is not state:
         state.copy_(dense)
+    if kept is not None and layout is not None and launch.reads(call):
+        kept[_Step] = _Step(layout, call.coefficients, call.log_decay, launch, results, plan)
     return out

@@ -173,7 +173,7 @@ def forward(call: Call, return_state: bool = False) -> Forward:
 # ---- a few new tokens
 
 
-_STEP = {"cpu": in_full_precision(one_token.step), "cuda": in_full_precision(cuda.step)}
+_STEP = {"cpu": in_full_precision(lambda call, state, kept=None: one_token.step(call, state)), "cuda": in_full_precision(cuda.step)}
 
 
 def _on_a_state(kernel: Callable) -> Callable:
@@ -190,11 +190,11 @@ _library.impl("step", _on_a_state(_STEP["cpu"]), "CompositeExplicitAutograd")
 _library.impl("step", _on_a_state(_STEP["cuda"]), "CUDA")
 
 
-def step(call: Call, state: Tensor) -> Tensor:
-    """out (B, Hq, N, Dv) of up to 16 tokens; `state` is moved on in place."""
+def step(call: Call, state: Tensor, kept: dict | None = None) -> Tensor:
+    """out (B, Hq, N, Dv) of up to 16 tokens; `state` is moved on in place. `kept` may hold from one token to the next what stays the same."""
     if _reaches_kernels(call, state) and are_written_alike((*call.tensors, state), state):
         torch.autograd.graph.increment_version(state)
-        return _STEP[state.device.type](call, state)
+        return _STEP[state.device.type](call, state, kept)
     return torch.ops.linattn.step(
         call.query, call.key, call.value, state, call.coefficients, call.log_decay, call.key_segments, call.degree, call.normalize_qk
     )

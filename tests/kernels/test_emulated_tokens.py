@@ -106,6 +106,30 @@ def test_nothing_at_padding_is_read_and_warps_take_any_turn(kernels, kind):
         assert torch.equal(cuda.step(call, again), out) and torch.equal(again, first)
 
 
+@pytest.mark.parametrize("kind", [{"decay": "head"}, {"degree": 2, "heads": 4, "key_heads": 2, "batch": 2}, {"decay": "token"}], ids=str)
+def test_a_step_that_is_launched_as_the_one_before(kernels, kind, monkeypatch):
+    """Other tensors in the same layout; another layout, and other coefficients, are launched anew."""
+    call, first = step_case(torch.bfloat16, length=1, **kind)
+    made, launch = [], cuda._Launch
+    monkeypatch.setattr(cuda, "_Launch", lambda call: made.append(launch(call)) or made[-1])
+    kept, states = {}, [first.clone(), first.clone()]
+    for token in range(3):
+        call = call._replace(**{name: torch.randn_like(getattr(call, name)) for name in ("query", "key", "value")})
+        outs = [cuda.step(call, state, *given) for state, given in zip(states, ((), (kept,)), strict=True)]
+        assert torch.equal(*outs) and torch.equal(*states)
+        assert len(made) == (2 if token == 0 else 1)
+        made.clear()
+        if token == 1:
+            states[1] = states[1].clone()  # elsewhere in memory
+    others = [call._replace(coefficients=call.coefficients * 0.5), call._replace(query=call.query.mT.contiguous().mT)]
+    if call.log_decay is not None:
+        others.append(call._replace(log_decay=call.log_decay * 2))
+    for other in others:
+        outs = [cuda.step(other, state, *given) for state, given in zip(states, ((), (kept,)), strict=True)]
+        assert torch.equal(*outs) and torch.equal(*states) and len(made) == 2
+        made.clear()
+
+
 def test_a_strided_state_is_written_in_place(kernels):
     call, state = step_case(torch.float32, length=3)
     wide = torch.zeros(*state.shape[:-1], 2 * state.shape[-1])
