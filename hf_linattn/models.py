@@ -15,13 +15,13 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedModel, masking_utils
+from transformers import GenerationMixin, PreTrainedModel, masking_utils
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.utils import is_peft_available
 
-from hf_linattn import text_mask
+from hf_linattn import next_inputs, text_mask
 from hf_linattn.attention import KEEPS_SOFTMAX
 from hf_linattn.compiled import CompiledStep
 from hf_linattn.config import PREFIX, LinAttnConfig, sizes_of, sliding_windows
@@ -238,7 +238,10 @@ def _make_class(name: str, bases: tuple[type, ...], **members: Any) -> type:
 
 def _make_model_class(name: str, base: type, config_class: type) -> type:
     _share_weight_names(base.__name__, name)
-    return _make_class(name, (LinAttnModelMixin, base), config_class=config_class, __annotations__={"config": config_class})
+    members: dict[str, Any] = {"config_class": config_class, "__annotations__": {"config": config_class}}
+    if getattr(base, next_inputs.METHOD, None) is getattr(GenerationMixin, next_inputs.METHOD):  # else it has a way of its own
+        members[next_inputs.METHOD] = next_inputs.prepare_inputs_for_generation
+    return _make_class(name, (LinAttnModelMixin, base), **members)
 
 
 def _share_weight_names(base: str, converted: str) -> None:

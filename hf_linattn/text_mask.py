@@ -32,6 +32,11 @@ class Made(NamedTuple):
     config: Any
     text_config: Any
     given: tuple[Any, ...]
+    before: list[Any]  # what else was made of a token with this mask, see `next_inputs`
+
+    def is_told(self) -> bool:
+        """Whether every layer is linear, and so is told of a token what our mask function packs."""
+        return self.text_config._attn_implementation == NAME and not softmax_layers(self.text_config)
 
 
 class Grown(NamedTuple):
@@ -61,6 +66,12 @@ def only_appends(model_class: type) -> bool:
     return [kind for kind in classes if kind.__module__ != "hf_linattn.models"] == [GenerationMixin]
 
 
+def made_for(padding: Any, cache: Any) -> Made | None:
+    """What was made of a token of this cache, where it holds for the next one."""
+    made = _made(padding) if padding is not None else _without_padding.get(cache)
+    return made[0] if made and made[0].cache is (None if padding is None else cache) else None
+
+
 def mask_of(make: Callable[..., Any], config: Any, inputs: Tensor, padding: Any, cache: Any, **others: Any) -> Any:
     """`make`'s mask of new tokens, or the one that it made of the token before."""
     made = _made(padding) if padding is not None else None if cache is None else _without_padding.setdefault(cache, [])
@@ -69,18 +80,14 @@ def mask_of(make: Callable[..., Any], config: Any, inputs: Tensor, padding: Any,
     if made is None or inputs.shape[1] != 1 or others_matter:
         return make(**arguments)
     given = inputs.shape[0], inputs.device
-    of_cache = None if padding is None else cache  # which would live as long as what is kept by it
-    if made and made[0].config is config and made[0].cache is of_cache and made[0].given == given and _is_told(made[0].text_config):
-        return made[0].mask
-    mask, text_config = make(**arguments), config.get_text_config()
-    if cache is not None and _is_told(text_config) and _is_of_this_token(padding, cache.get_seq_length()):
-        made[:] = [Made(mask, of_cache, config, text_config, given)]
-    return mask
-
-
-def _is_told(text_config: Any) -> bool:
-    """Whether every layer is linear, and so is told of a token what our mask function packs."""
-    return text_config._attn_implementation == NAME and not softmax_layers(text_config)
+    before = made_for(padding, cache)
+    if before is not None and before.config is config and before.given == given and before.is_told():
+        return before.mask
+    # the cache would live as long as what is kept by it
+    now = Made(make(**arguments), None if padding is None else cache, config, config.get_text_config(), given, [])
+    if cache is not None and now.is_told() and _is_of_this_token(padding, cache.get_seq_length()):
+        made[:] = [now]
+    return now.mask
 
 
 def _is_of_this_token(padding: Any, before: Any) -> bool:

@@ -191,7 +191,7 @@ _library.impl("step", _on_a_state(_STEP["cuda"]), "CUDA")
 
 
 def step(call: Call, state: Tensor, kept: dict | None = None) -> Tensor:
-    """out (B, Hq, N, Dv) of up to 16 tokens; `state` is moved on in place. `kept` may hold from one token to the next what stays the same."""
+    """out (B, Hq, N, Dv) of up to 16 tokens; `state` is moved on in place. `kept`, if given, holds what stays from token to token."""
     if _reaches_kernels(call, state) and are_written_alike((*call.tensors, state), state):
         torch.autograd.graph.increment_version(state)
         return _STEP[state.device.type](call, state, kept)
