@@ -1,8 +1,8 @@
 """A compiled graph as a CUDA graph of its own, for what lies where it lay when it was captured.
 
 PyTorch's own CUDA graphs ("trees") serve any sequence of graphs, and take a slow host a quarter of a millisecond a token. A decoding step
-is one graph: weights, states and learned numbers stay where they are, a few small tensors of the token are copied in, and nothing else is
-asked but whether the addresses are those of the capture. What Inductor holds to be unfit for CUDA graphs runs uncaptured.
+is one graph: weights, states and learned numbers stay where they are, and a few small tensors of the token are copied in. Addresses are
+compared where a text begins, with those of the captures so far. What Inductor holds to be unfit for CUDA graphs runs uncaptured.
 """
 
 from __future__ import annotations
@@ -70,21 +70,11 @@ class Capture(NamedTuple):
 
     graph: Any
     seen: tuple[Any, ...]
-    fixed: list[int]
-    addresses: list[int | None]  # of all that was given, those at other places than `fixed` unused
-    numbers: list[tuple[int, Any]]
     moving: list[int]
     buffers: list[Tensor]
     results: list[Any]
 
-    def fits(self, now: list[Any]) -> bool:
-        """Whether all that it reads lies where it lay, of tensors whose sizes guards or identity answer for."""
-        if not lie_at(now, self.addresses, self.fixed):
-            return False
-        same = all(now[place] == number for place, number in self.numbers)
-        return same and all(now[place].shape == x.shape for place, x in zip(self.moving, self.buffers, strict=True))
-
-    def run(self, now: Sequence[Any]) -> list[Any]:
+    def run(self, *now: Any) -> list[Any]:
         """Results in the graph's own memory, which the next run writes."""
         if self.buffers:
             torch._foreach_copy_(self.buffers, [now[place] for place in self.moving])
@@ -98,40 +88,36 @@ class Captured:
     def __init__(self, graph: Callable[..., Any]) -> None:
         self.graph = graph
         self.kept: list[Capture] = []
-        self.before: tuple[Any, ...] | None = None
+        self.recent: list[tuple[Any, ...]] = []  # what calls that were not captured were given
         self.refused = False
-
-    def again(self, *now: Any) -> Any:
-        """A call with the objects of the one before, those of the token apart."""
-        listed = list(now)
-        for capture in self.kept:
-            if capture.fits(listed):
-                return capture.run(listed)
-        return self(*now)
+        self.again: Callable[..., Any] | None = None
+        """Does what the last call did, with tensors where they were then; None where that is to be captured yet."""
 
     def __call__(self, *now: Any) -> Any:
         moving = _places_of(getattr(_running, "tensors", None), now)
         seen = None if self.refused or moving is None else _seen(now, moving)
         if seen is None or moving is None:
+            self.again = self.graph
             return self.graph(*now)
-        for place, capture in enumerate(self.kept):
-            if capture.seen == seen:
-                self.kept.insert(0, self.kept.pop(place))
-                return capture.run(now)
-        before, self.before = self.before, seen
-        if before != seen:
-            return self.graph(*now)
-        return self._first(self._capture(now, moving, seen), now)
+        capture = next((capture for capture in self.kept if capture.seen == seen), None)
+        if capture is not None:
+            self.again = capture.run
+            return capture.run(*now)
+        if seen in self.recent:
+            return self._first(self._capture(now, moving, seen), now)
+        self.recent, self.again = [seen, *self.recent[: KEPT - 1]], None
+        return self.graph(*now)
 
     def _first(self, capture: Capture | None, now: Sequence[Any]) -> Any:
         if capture is None:
+            self.refused, self.again = True, self.graph
             return self.graph(*now)
-        results = capture.run(now)
+        results = capture.run(*now)
         sources = [now[place] for place in capture.moving]
         if all(map(torch.equal, capture.buffers, sources)):
-            self.kept[:] = [capture, *self.kept[: KEPT - 1]]
+            self.kept[:], self.again = [capture, *self.kept[: KEPT - 1]], capture.run
         else:  # the graph writes what it is given
-            self.refused = True
+            self.refused, self.again = True, self.graph
             torch._foreach_copy_(sources, capture.buffers)
         return results
 
@@ -146,12 +132,8 @@ class Captured:
             graph, results = record(self.graph, inputs, the_gpu(now))
         except RuntimeError as error:
             logger.warning_once(f"A compiled step runs without a CUDA graph, which could not be captured: {error.__context__ or error}")
-            self.refused = True
             return None
-        fixed = [place for place, x in enumerate(now) if isinstance(x, Tensor) and place not in moving]
-        addresses = [x.data_ptr() if isinstance(x, Tensor) else None for x in now]
-        numbers = [(place, x) for place, x in enumerate(now) if not isinstance(x, Tensor)]
-        return Capture(graph, seen, fixed, addresses, numbers, moving, buffers, list(results))
+        return Capture(graph, seen, moving, buffers, list(results))
 
 
 def record(graph: Callable[..., Any], inputs: list[Any], device: torch.device) -> tuple[Any, Any]:
@@ -169,6 +151,7 @@ def record(graph: Callable[..., Any], inputs: list[Any], device: torch.device) -
             finally:
                 made.capture_end()
     except RuntimeError:
+        del _places[device]
         with suppress(RuntimeError):  # what ending the capture would have done, had it not failed
             torch._C._cuda_endAllocateToPool(device.index, pool)
         generator = torch.cuda.default_generators[device.index]
@@ -176,11 +159,6 @@ def record(graph: Callable[..., Any], inputs: list[Any], device: torch.device) -
         raise
     torch.cuda.current_stream(device).wait_stream(stream)
     return made, results
-
-
-def lie_at(now: list[Any], addresses: list[int | None], places: list[int]) -> bool:
-    """Whether the tensors at these places lie at the addresses there; a few hundred are asked faster than Python looks at one layer's."""
-    return bool(torch._C._tensors_data_ptrs_at_indices_equal(now, addresses, places))  # type: ignore[arg-type]
 
 
 def _places_of(tensors: set[int] | None, now: Sequence[Any]) -> list[int] | None:

@@ -5,8 +5,7 @@ the same attributes are read again for the graph's inputs. Within a text they st
 needs for the token. So a text's first tokens go the whole way, through all guards. Once such a call compiled nothing, ran one graph, and
 left the cache's Python values and tensors where they were, the tokens that follow call that graph directly: with the tensors it was called
 with, and in place of the inputs of the token before those of this one. What is changed on the model between two texts is seen by the
-guards of the second. What a callback writes into its tensors meanwhile is seen at once (into learned numbers, where PyTorch counts it),
-anything else by the next text.
+guards of the second. What a callback writes into its tensors meanwhile is seen at once, anything else by the next text.
 
 CUDA graphs have one memory for every call and thread. So threads take turns at a device, a call at a time, and what a call returns is a
 copy, which the next one leaves as it is.
@@ -16,7 +15,7 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType
 from typing import Any, NamedTuple
@@ -30,7 +29,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from . import captured
 from .forms.parameters import hand_on_what_enters
-from .learned_part import LearnedPart
 from .mask import TOLD
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -45,6 +43,8 @@ class Ran(NamedTuple):
     graph: Callable[..., Any]
     inputs: tuple[Any, ...]
     results: tuple[Any, ...]
+    again: Callable[..., Any] | None
+    """Does the same with what lies in the same places; None where that is not settled yet."""
 
 
 class Watched:
@@ -55,18 +55,14 @@ class Watched:
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.compiled += 1
-        made: Callable[..., Any]
         if torch.is_grad_enabled():
-            made = again = self.backend(graph, inputs)
-        else:
-            learned = LearnedPart(graph, inputs)
-            made, again = _beside(captured.compile_graph(self.backend, learned.rest, [*inputs, *learned.values]), learned)
-            made, again = _copying(made), _copying(again)
+            return self.backend(graph, inputs)  # type: ignore[no-any-return]
+        made = captured.compile_graph(self.backend, graph, inputs)
 
         def run(*given: Any) -> Any:
-            results = made(*given)
+            results = copies(made(*given))
             if (calls := getattr(_running, "calls", None)) is not None:
-                calls.append(Ran(again, given, tuple(results)))
+                calls.append(Ran(made, given, tuple(results), made.again if isinstance(made, captured.Captured) else made))
             return results
 
         return run
@@ -76,30 +72,8 @@ class Watched:
             self.backend.reset()
 
 
-def _beside(graph: Callable[..., Any], learned: LearnedPart) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """A graph that is given what learned numbers come to: made anew, or only where they were written since."""
-
-    def anew(*given: Any) -> Any:
-        learned.make(given)
-        return graph(*given, *learned.values)
-
-    same: Callable[..., Any] = getattr(graph, "again", graph)
-
-    def again(*given: Any) -> Any:
-        if learned.is_written():
-            learned.make(given)
-        return same(*given, *learned.values)
-
-    return anew, again
-
-
-def _copying(graph: Callable[..., Any]) -> Callable[..., Any]:
-    """A graph whose results are copies."""
-
-    def run(*given: Any) -> Any:
-        return [x.clone() if isinstance(x, Tensor) else x for x in graph(*given)]
-
-    return run
+def copies(results: Iterable[Any]) -> list[Any]:
+    return [x.clone() if isinstance(x, Tensor) else x for x in results]
 
 
 class _Turns:
@@ -271,12 +245,13 @@ class Direct(NamedTuple):
     moving: list[tuple[int, int]]  # places among those given, and among the tensors of the call that they are
     results: list[Any]  # leaves of what the call returns: a place among the graph's results as an Index, or what it is itself
     shape: Any
+    memory: list[Any]  # alive, so that nothing else comes to lie where the graph reads
 
     @staticmethod
     def of(before: tuple[Inputs, Ran], now: tuple[Inputs, Ran], out: Any) -> Direct | None:
         """By two calls one after another; None where it is not seen what of the first is another in the second."""
         (old_inputs, old), (inputs, ran) = before, now
-        if old.graph is not ran.graph or len(old.inputs) != len(ran.inputs) or not inputs.are_like(old_inputs):
+        if ran.again is None or old.graph is not ran.graph or len(old.inputs) != len(ran.inputs) or not inputs.are_like(old_inputs):
             return None
         places, moving = {id(x): place for place, x in enumerate(inputs.tensors)}, []
         for number, (x, was) in enumerate(zip(ran.inputs, old.inputs, strict=True)):
@@ -293,14 +268,15 @@ class Direct(NamedTuple):
             leaves.append(found.pop(id(value)) if isinstance(value, Tensor) else value)
         if found:  # a result that is not returned is kept somewhere
             return None
-        return Direct(ran.graph, inputs, ran.inputs, moving, leaves, shape)
+        memory = [x.untyped_storage() for x in ran.inputs if isinstance(x, Tensor)]
+        return Direct(ran.again, inputs, ran.inputs, moving, leaves, shape, memory)
 
     def run(self, inputs: Inputs) -> Any:
         given = list(self.given)
         for number, place in self.moving:
             given[number] = inputs.tensors[place]
         torch._dynamo.GenerationTracker.generation += 1  # as every call of torch.compile's does: CUDA graphs know by it that a step begins
-        results = self.graph(*given)
+        results = copies(self.graph(*given))
         return pytree.tree_unflatten([results[x.place] if isinstance(x, Index) else x for x in self.results], self.shape)
 
 

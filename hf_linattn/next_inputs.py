@@ -1,8 +1,8 @@
 """What `generate` gives a model of a new token, made as that of the token before: two small tensors are new, and all else is the same.
 
-Transformers goes through its configuration, parameters and arguments for it at each token, which keeps a GPU waiting for longer than all
-else between two steps. So it is asked at a text's first tokens. Once it has given the same of two of them, the token and its position apart,
-those that follow are given that, for as long as the mask, the configuration and all arguments stay what they were.
+Transformers goes through its configuration, parameters and arguments for it at each token, and a GPU waits for that longer than for all
+else between two steps. So it is asked at a text's first tokens. Once it has given the same of two of them, the token and its position
+apart, those that follow are given that, for as long as the mask, the configuration and all arguments stay what they were.
 """
 
 from __future__ import annotations

@@ -23,11 +23,6 @@ def _count(*_: Any) -> None:
 register_optimizer_step_post_hook(_count)
 
 
-def optimizer_steps() -> int:
-    """How often any optimizer has stepped so far."""
-    return _steps
-
-
 class Kept:
     """What was made of parameters for the tokens of one text, until someone writes them.
 
