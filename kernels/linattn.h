@@ -51,6 +51,8 @@ typedef struct {
   float *grad_coefficients;       // (4, query_heads), or null
   float *grad_log_decay;          // shape of log_decay, or null
   float *grad_initial_state;      // or null
+  const float *segment_states;    // where forward's workspace began, whose plan had kept_bytes, or null
+  int64_t kept_segment_length;    // the segment_length of that plan
 } linattn_backward_data;
 
 typedef enum { LINATTN_NONE = 0, LINATTN_PAIRS = 1, LINATTN_STREAM = 2, LINATTN_CHUNKS = 3, LINATTN_GENERIC = 4, LINATTN_DECODE = 5, LINATTN_TOKENS = 6 } linattn_engine;
@@ -61,6 +63,8 @@ typedef struct {
   int64_t workspace_bytes;        // of scratch memory, which the caller takes from PyTorch's allocator
   int64_t chunk;                  // tokens whose pairs are formed, or that are worked on together
   int64_t segment_length;         // tokens of a segment, a multiple of the chunk
+  int64_t kept_bytes;             // forward: of states that the workspace begins with, which backward takes over where the caller keeps them
+                                  // for it; backward: of those that it takes over
   int32_t segments;               // of each head's sequence: those whose states stand in memory
   int32_t row_tiles;              // of each head's queries, a block each
   int32_t shared_bytes;           // of shared memory, by the block that takes most

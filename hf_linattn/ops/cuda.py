@@ -65,13 +65,14 @@ class _BackwardData(Structure):
         ("grad_out", _Tensor),
         *[(name, c_void_p) for name in ("mass", "grad_mass", "grad_state")],
         *[(name, _Tensor) for name in ("grad_query", "grad_key", "grad_value")],
-        *[(name, c_void_p) for name in ("grad_coefficients", "grad_log_decay", "grad_initial_state")],
+        *[(name, c_void_p) for name in ("grad_coefficients", "grad_log_decay", "grad_initial_state", "segment_states")],
+        ("kept_segment_length", c_int64),
     ]
 
 
 class _Plan(Structure):
     _fields_ = [
-        *[(name, c_int64) for name in ("workspace_bytes", "chunk", "segment_length")],
+        *[(name, c_int64) for name in ("workspace_bytes", "chunk", "segment_length", "kept_bytes")],
         *[(name, c_int32) for name in ("segments", "row_tiles", "shared_bytes", "engine", "states", "gated", "warpgroups", "padded_dim")],
     ]
 
@@ -283,9 +284,11 @@ class _Launch:
             getattr(library, f"linattn_plan_{name}")(byref(self.problem), byref(results), byref(plan))
         return plan
 
-    def run(self, name: str, results: Structure, plan: _Plan) -> None:
+    def run(self, name: str, results: Structure, plan: _Plan) -> Tensor | None:
+        """Returns the workspace, which the plan may have a use for."""
         library, _ = load_library()
         assert library is not None
+        workspace = None
         with self.on_device:
             if plan.workspace_bytes:
                 workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=self.device)
@@ -294,6 +297,14 @@ class _Launch:
             code = getattr(library, f"linattn_{name}")(byref(self.problem), byref(results), byref(plan))
         if code:
             raise RuntimeError(f"the {name} kernels of linear attention failed: {library.linattn_error_string(code).decode()}.")
+        return workspace
+
+
+class Kept(NamedTuple):
+    """What a forward call leaves to its backward pass, so that it need not be made again: states of segments of a length."""
+
+    states: Tensor
+    segment_length: int
 
 
 class Plan(NamedTuple):
@@ -358,8 +369,13 @@ def paths(*tensors: Tensor, **options) -> tuple[str, str]:
 
 def forward(call: Call, return_state: bool) -> Forward:
     """As `chunked.forward`, on a CUDA device."""
+    return forward_keeping(call, return_state)[0]
+
+
+def forward_keeping(call: Call, return_state: bool) -> tuple[Forward, Kept | None]:
+    """`forward`, and what `backward` takes over of it, if anything."""
     if falls_back(call):
-        return chunked.forward(call, return_state)
+        return chunked.forward(call, return_state), None
     query, launch = call.query, _Launch(call)
     out = call.empty_out()
     mass = query.new_empty(query.shape[:3], dtype=torch.float32)
@@ -367,14 +383,16 @@ def forward(call: Call, return_state: bool) -> Forward:
     results = _ForwardResult(_describe(out), mass.data_ptr(), _pointer(state))
     plan = launch.plan("forward", results)
     if plan.padded_dim:
-        wide, mass, state = forward(padded_call(call, plan.padded_dim), return_state)
-        return copy_rows(out, wide[..., : out.shape[-1]]), mass, state_without_padding(state, call.state_shape)
-    launch.run("forward", results, plan)
-    return out, mass, state
+        (wide, mass, state), kept = forward_keeping(padded_call(call, plan.padded_dim), return_state)
+        return (copy_rows(out, wide[..., : out.shape[-1]]), mass, state_without_padding(state, call.state_shape)), kept
+    workspace = launch.run("forward", results, plan)
+    kept = Kept(workspace, plan.segment_length) if workspace is not None and plan.kept_bytes else None
+    return (out, mass, state), kept
 
 
-def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | None) -> Gradients:
-    """As `chunked.backward`, on a CUDA device."""
+def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | None,
+             kept: Kept | None = None) -> Gradients:  # fmt: skip
+    """As `chunked.backward`, on a CUDA device; `kept` is what `forward_keeping` gave beside the same call."""
     if falls_back(call):
         return chunked.backward(call, out, mass, grad_out, grad_mass, grad_state)
     query, coefficients, launch = call.query, call.coefficients, _Launch(call)
@@ -388,11 +406,12 @@ def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass:
         _describe(out), _describe(grad_out), mass.data_ptr(), _pointer(grad_mass), _pointer(grad_state),
         _describe(grad_query), _describe(grad_key), _describe(grad_value),
         grad_coefficients.data_ptr(), _pointer(grad_log_decay), _pointer(grad_initial),
+        *((kept.states.data_ptr(), kept.segment_length) if kept else ()),
     )  # fmt: skip
     plan = launch.plan("backward", data)
     if dim := plan.padded_dim:
         upstream = padded_rows(grad_out, dim), grad_mass, padded_state(grad_state, dim)
-        wide = backward(padded_call(call, dim), padded_rows(out, dim), mass, *upstream)
+        wide = backward(padded_call(call, dim), padded_rows(out, dim), mass, *upstream, kept)
         for grad, padded in zip((grad_query, grad_key, grad_value), wide[:3], strict=True):
             copy_rows(grad, padded[..., : grad.shape[-1]])
         return grad_query, grad_key, grad_value, *wide[3:5], state_without_padding(wide[5], call.state_shape)

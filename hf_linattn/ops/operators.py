@@ -53,6 +53,7 @@ def in_full_precision(kernel: Callable) -> Callable:
 
 _FORWARD = {"cpu": in_full_precision(chunked.forward), "cuda": in_full_precision(cuda.forward)}
 _BACKWARD = {"cpu": in_full_precision(chunked.backward), "cuda": in_full_precision(cuda.backward)}
+_KEEPING = {"cpu": lambda *x: (_FORWARD["cpu"](*x), None), "cuda": in_full_precision(cuda.forward_keeping)}  # for a backward pass to come
 _FIELDS = len(Call._fields)
 
 
@@ -117,16 +118,17 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, kernel, *inputs):
-        out, mass, state = kernel(*inputs)
+        (out, mass, state), kept = kernel(*inputs)
         *tensors, ctx.degree, ctx.causal, ctx.normalize_qk, _ = inputs
-        ctx.save_for_backward(*tensors, out, mass)
+        states, ctx.segment_length = kept or (None, 0)
+        ctx.save_for_backward(*tensors, out, mass, states)
         ctx.set_materialize_grads(False)
         return out, mass, state
 
     @staticmethod
     def backward(ctx, grad_out, grad_mass, grad_state):
         checks.check_first_derivative()
-        *tensors, out, mass = ctx.saved_tensors
+        *tensors, out, mass, states = ctx.saved_tensors
         call = Call(*tensors, ctx.degree, ctx.causal, ctx.normalize_qk)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
@@ -134,7 +136,8 @@ class _Forward(torch.autograd.Function):
             grad_state = None
         given = out, mass, grad_out, grad_mass, grad_state
         if _reaches_kernels(call, *given):
-            gradients = _BACKWARD[call.query.device.type](call, *given)
+            kept = () if states is None else (cuda.Kept(states, ctx.segment_length),)
+            gradients = _BACKWARD[call.query.device.type](call, *given, *kept)
         else:
             gradients = torch.ops.linattn.backward(*call, *given)
         query, key, value, coefficients, log_decay, initial_state = gradients
@@ -144,19 +147,19 @@ class _Forward(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _straight(*inputs) -> Forward:
+def _straight(*inputs) -> tuple[Forward, cuda.Kept | None]:
     call = Call(*inputs[:_FIELDS])
-    return _FORWARD[call.query.device.type](call, inputs[_FIELDS])
+    return _KEEPING[call.query.device.type](call, inputs[_FIELDS])
 
 
-def _below_autograd(*inputs) -> tuple[Tensor, ...]:
+def _below_autograd(*inputs) -> tuple[Forward, None]:
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.linattn.forward(*inputs)
+        return torch.ops.linattn.forward(*inputs), None
 
 
 def _differentiable(kernel: Callable, *inputs) -> Forward:
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:TENSORS])
-    return _Forward.apply(kernel, *inputs) if wanted else kernel(*inputs)
+    return _Forward.apply(kernel, *inputs) if wanted else kernel(*inputs)[0]
 
 
 # Not torch.library.register_autograd: it reads the schema anew at every call, which takes longer than all of the rest.

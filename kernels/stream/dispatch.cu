@@ -19,6 +19,13 @@ int64_t state_floats(const linattn_problem &problem) { return static_cast<int64_
 
 int64_t states_of(const linattn_problem &problem) { return static_cast<int64_t>(problem.batch) * problem.state_heads; }
 
+// Of the states ahead of all segments, where they are small beside the tensors that backward needs anyway: of a segment they take 4 D^2 bytes, and
+// its queries, keys, values and outputs 8 D a token.
+int64_t kept_bytes(const linattn_problem &problem, const Plan &plan) {
+  const bool small = plan.segment_length >= 4 * problem.head_dim;
+  return plan.states && small ? 4 * states_of(problem) * plan.segments * state_floats(problem) : 0;
+}
+
 int chunk_of(int head_dim) { return head_dim == 32 || head_dim == 128 ? 64 : head_dim; }
 
 bool takes(const linattn_problem &problem) {
@@ -115,6 +122,7 @@ bool stream_plan_forward(const linattn_problem &problem, const linattn_forward_r
   if (!takes(problem) || !aligned(result.out)) return false;
   plan = cut(problem);
   plan.shared_bytes = forward_shared_bytes(problem, plan), plan.workspace_bytes = 4 * ForwardWorkspace(problem, plan).floats;
+  plan.kept_bytes = kept_bytes(problem, plan);
   return true;
 }
 
@@ -124,6 +132,7 @@ bool stream_plan_backward(const linattn_problem &problem, const linattn_backward
     if (!aligned(*tensor)) return false;
   plan = cut(problem);
   plan.shared_bytes = backward_shared_bytes(problem, plan), plan.workspace_bytes = 4 * BackwardWorkspace(problem, plan).floats;
+  if (data.segment_states && data.kept_segment_length == plan.segment_length) plan.kept_bytes = kept_bytes(problem, plan);
   return true;
 }
 

@@ -66,10 +66,11 @@ template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_p
   RowArguments rows{};
   rows.problem = problem, rows.out = data.out, rows.grad_out = grad_out, rows.result = data.grad_query, rows.noised = noised;
   rows.mass = data.mass, rows.grad_mass = data.grad_mass, rows.error = error, rows.query_scale = query_scale, rows.partials = partials;
-  rows.states = states, rows.segments = plan.segments, rows.segment_length = plan.segment_length, rows.gates = gates;
+  const float *const kept = plan.kept_bytes ? data.segment_states : nullptr;
+  rows.states = kept ? kept : states, rows.segments = plan.segments, rows.segment_length = plan.segment_length, rows.gates = gates;
   if (slopes) rows.row_sums = sums.rows, rows.final_sums = data.grad_state ? sums.final_state : nullptr;
   const auto work_on_rows = [&]() -> cudaError_t {
-    if (states) {
+    if (states && !kept) {
       const SegmentArguments keys{problem, {}, nullptr, nullptr, nullptr, states, plan.segments, problem.causal ? plan.segments - 1 : -1, plan.segment_length, gates, keeps};
       LINATTN_TRY(launch(segments_kernel<T, D, false, GATED>, blocks, Segment::THREADS, Segment::template SHARED<GATED>, stream, keys));
       LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kPrefix : Scan::kTotal, problem.initial_state, nullptr));

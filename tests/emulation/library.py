@@ -7,6 +7,7 @@ from ctypes import Structure, byref
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hf_linattn.ops import cuda, window_cuda
 
@@ -16,11 +17,13 @@ def use(path: Path, monkeypatch) -> None:
     library, cause = cuda.load_library.__wrapped__(path)
     assert library is not None, cause
 
-    def run(self, name: str, results: Structure, plan: cuda._Plan) -> None:
+    def run(self, name: str, results: Structure, plan: cuda._Plan) -> Tensor:
         workspace = torch.full((plan.workspace_bytes + 1024,), 0xFF, dtype=torch.uint8)  # NaN wherever it is read before it is written
-        self.problem.workspace = workspace.data_ptr() + -workspace.data_ptr() % 1024
+        workspace = workspace[-workspace.data_ptr() % 1024 :]
+        self.problem.workspace = workspace.data_ptr()
         self.problem.stream = None
         assert getattr(library, f"linattn_{name}")(byref(self.problem), byref(results), byref(plan)) == 0
+        return workspace
 
     monkeypatch.setattr(cuda, "load_library", lambda: (library, ""))
     monkeypatch.setattr(cuda, "falls_back", lambda *call: False)

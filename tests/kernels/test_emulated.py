@@ -14,7 +14,7 @@ from emulation import build
 from step_cases import KINDS, check_step
 
 from hf_linattn.forms import Call, feature_map
-from hf_linattn.ops import chunked, cuda
+from hf_linattn.ops import chunked, cuda, operators
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -75,6 +75,46 @@ def test_features_of_a_map(kernels, dtype, scale):
 @pytest.mark.parametrize("kind", [{}, {"decay": "key_token", "segments": "packed", "stateful": True}], ids=str)
 def test_sequences_cut_into_segments(kernels, kind):
     check(torch.bfloat16, heads=1, length=900, **kind)
+
+
+@pytest.mark.parametrize("kind", [
+    {}, {"causal": False, "stateful": True}, {"noisy": True}, {"head_dim": 24, "value_dim": 24},
+    {"decay": "key_token", "segments": "packed", "stateful": True},
+], ids=str)  # fmt: skip
+def test_backward_takes_over_the_states_of_segments(kernels, kind):
+    """Those that forward made: the same bits as from states made again, and not read where they are of another cut."""
+    kind = {"length": 900, "batch": 1, "heads": 1, "key_heads": 1, "head_dim": 32, "value_dim": 32, "device": "cpu"} | kind
+    inputs, upstream = operator_case(torch.bfloat16, **kind)
+    call, stateful = operators.Call(*inputs), kind.get("stateful", False)
+    (out, mass, _), kept = cuda.forward_keeping(call, stateful)
+
+    def gradients(kept=None):
+        return [x for x in cuda.backward(call, out, mass, *upstream, kept) if x is not None]
+
+    def same(some, others):
+        return all(torch.equal(x, y) for x, y in zip(some, others, strict=True))
+
+    remade = gradients()
+    assert same(gradients(kept), remade)
+    kept.states.zero_()
+    assert not same(gradients(kept), remade)
+    assert same(gradients(kept._replace(segment_length=kept.segment_length + 64)), remade)
+
+
+def test_autograd_keeps_the_states_of_segments(kernels, monkeypatch):
+    inputs, upstream = operator_case(torch.bfloat16, batch=1, heads=1, key_heads=1, value_dim=32, length=900, device="cpu")
+    call, taken = operators.Call(*inputs), []
+    call = call._replace(query=call.query.requires_grad_())
+    monkeypatch.setitem(operators._KEEPING, "cpu", cuda.forward_keeping)
+    monkeypatch.setitem(operators._BACKWARD, "cpu", lambda *x: taken.append(x[-1]) or cuda.backward(*x))
+    (found,) = torch.autograd.grad(operators.forward(call)[0], call.query, upstream[0])
+    out, mass, _ = cuda.forward(call, False)
+    assert isinstance(taken[0], cuda.Kept) and torch.equal(found, cuda.backward(call, out, mass, upstream[0], None, None)[0])
+
+
+def test_states_large_beside_the_tokens_are_not_kept(kernels):
+    inputs, _ = operator_case(torch.bfloat16, batch=1, heads=1, key_heads=1, head_dim=128, value_dim=128, length=1000, device="cpu")
+    assert cuda.forward_keeping(operators.Call(*inputs), False)[1] is None
 
 
 def assert_order_of_warps_does_not_matter(dtype, **kind):

@@ -6,7 +6,7 @@ from operator_cases import gradients, make_inputs
 from torch.library import opcheck
 
 from hf_linattn import linear_attention
-from hf_linattn.ops import cuda
+from hf_linattn.ops import cuda, operators
 from hf_linattn.ops.segments import canonical_segments
 
 pytestmark = pytest.mark.gpu
@@ -224,3 +224,22 @@ def test_backend_variable(monkeypatch):
     monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
     with pytest.raises(RuntimeError, match="float64"):
         linear_attention(query.double(), key.double(), value.double())
+
+
+@pytest.mark.parametrize("kind", [{}, {"decay": "key_token"}], ids=str)
+def test_backward_takes_over_the_states_that_forward_made(monkeypatch, kind):
+    """One kernel less, the same bits."""
+    tensors, options = inputs(batch=1, heads=2, key_heads=2, length=4096, head_dim=64, value_dim=64, **kind)
+
+    def run():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            out, grads = gradients(linear_attention, tensors, options)
+            torch.cuda.synchronize()
+        return [out, *grads.values()], sum("segments_kernel" in event.name for event in profile.events())
+
+    run()
+    found, launched = run()
+    monkeypatch.setitem(operators._KEEPING, "cuda", lambda *call: (cuda.forward(*call), None))
+    remade, more = run()
+    assert (launched, more) == (2, 3)
+    assert all(torch.equal(x, y) for x, y in zip(found, remade, strict=True))
