@@ -57,6 +57,11 @@ if __name__ == "__main__":
         cuda.forward(Call(*next(case(dtype, head_dim, **long))), True)
         torch.cuda.synchronize()
         print(long, flush=True)
+        gated = {"value_dim": 64, "decay": "key_token", "strengths": (0.01,), "segments": "mask"}  # keys half as wide as the head dim
+        for features, kind in ((head_dim, {"length": 80 * head_dim + 65}), (head_dim // 2, gated | {"length": 3650})):
+            run(cuda, *case(dtype, features, **{"degree": 2, "batch": 1, "heads": 2, "key_heads": 1} | kind), False)
+            torch.cuda.synchronize()
+            print("gradients by states", features, kind, flush=True)
     if dtype == torch.bfloat16 and head_dim in (64, 128):
         for features in (16, 24):
             narrow = {"degree": 2, "length": 150, "batch": 1, "decay": "key_head", "value_dim": head_dim}
