@@ -29,8 +29,21 @@ bool takes(const linattn_problem &problem) {
          all_aligned(problem, {&problem.query, &problem.key, &problem.value});
 }
 
+// Where blocks walk along segments of each head, as many as the card has room for at once: cutting costs a second reading of k and v, and of q and dO.
+Plan cut_for_walks(const linattn_problem &problem) {
+  const int64_t heads = static_cast<int64_t>(problem.batch) * problem.key_heads, chunks = (problem.length + kRows - 1) / kRows;
+  const int64_t slots = static_cast<int64_t>(linattn::card(cudaDevAttrMultiProcessorCount, 108)) * (problem.head_dim <= 64 ? 2 : 1);
+  const int64_t wanted = std::min(heads * 10 >= slots * 6 ? 1 : slots / heads, chunks), chunks_each = (chunks + wanted - 1) / wanted;
+  Plan plan{};
+  plan.chunk = kRows, plan.segment_length = chunks_each * kRows;
+  plan.segments = plan.row_tiles = static_cast<int32_t>((chunks + chunks_each - 1) / chunks_each);
+  plan.states = plan.segments > 1 || !problem.causal || problem.initial_state;
+  return plan;
+}
+
 // Longer chunks cost more pairs, shorter ones more states.
 Plan cut(const linattn_problem &problem) {
+  if (problem.dtype == LINATTN_FLOAT32 && (problem.head_dim <= 64 || problem.head_dim == 128)) return cut_for_walks(problem);
   Plan plan{};
   plan.chunk = plan.segment_length = problem.head_dim <= 64 ? 128 : problem.head_dim <= 128 ? 256 : 512;
   plan.segments = static_cast<int32_t>((problem.length + plan.chunk - 1) / plan.chunk), plan.row_tiles = static_cast<int32_t>((problem.length + kRows - 1) / kRows);

@@ -84,30 +84,36 @@ template <int D, typename Work> __device__ __forceinline__ void each_range(const
 template <int COUNT, int TILES> __device__ __forceinline__ float (&part_of(float (&sum)[TILES][4], int first))
     [COUNT][4] { return *reinterpret_cast<float (*)[COUNT][4]>(&sum[first]); }
 
-// acc += (weights z) factor for a warpgroup, COUNT blocks of 16 tokens; split factors in a sum of their own first.
-template <typename T, int D, int COUNT>
+// acc += (weights z) factor for a warpgroup, COUNT blocks of 16 tokens; split factors in a sum of their own first, WIDTH columns of it at a time.
+template <typename T, int D, int COUNT, int WIDTH = D>
 __device__ __forceinline__ void gather_by_group(float (&acc)[D / 8][4], uint32_t z, int plane, const float (&factor)[2], const Fragment<T> (&weights)[COUNT]) {
-  float fresh[kSplit<T> ? D / 8 : 1][4];
-  if constexpr (kSplit<T>) warpgroup_keep(fresh);
-  else warpgroup_keep(acc);
-  warpgroup_begin();
-#pragma unroll
-  for (int k = 0; k < COUNT; ++k)
-    each_range<D>([&](auto range) {
-      constexpr int kFirst = decltype(range)::kFirst, kCount = decltype(range)::kCount;
-      const uint32_t tile = z + Tile<D>::rows_at(k) + Tile<D>::columns_at(kFirst / 8);
-      if constexpr (kSplit<T>) group_multiply<T, D, kCount>(part_of<kCount / 8>(fresh, kFirst / 8), weights[k], tile, plane, k > 0);
-      else group_multiply<T, D, kCount>(part_of<kCount / 8>(acc, kFirst / 8), weights[k], tile, plane, true);
-    });
-  warpgroup_commit();
-  warpgroup_wait<0>();
   if constexpr (kSplit<T>) {
-    warpgroup_keep(fresh);
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n)
+    for (int begin = 0; begin < D; begin += WIDTH) {
+      float fresh[WIDTH / 8][4];
+      warpgroup_keep(fresh);
+      warpgroup_begin();
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[n][i] = fmaf(fresh[n][i], factor[i / 2], acc[n][i]);
+      for (int k = 0; k < COUNT; ++k) group_multiply<T, D, WIDTH>(fresh, weights[k], z + Tile<D>::rows_at(k) + Tile<D>::columns_at(begin / 8), plane, k > 0);
+      warpgroup_commit();
+      warpgroup_wait<0>();
+      warpgroup_keep(fresh);
+#pragma unroll
+      for (int n = 0; n < WIDTH / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[begin / 8 + n][i] = fmaf(fresh[n][i], factor[i / 2], acc[begin / 8 + n][i]);
+    }
   } else {
+    warpgroup_keep(acc);
+    warpgroup_begin();
+#pragma unroll
+    for (int k = 0; k < COUNT; ++k)
+      each_range<D>([&](auto range) {
+        constexpr int kFirst = decltype(range)::kFirst, kCount = decltype(range)::kCount;
+        group_multiply<T, D, kCount>(part_of<kCount / 8>(acc, kFirst / 8), weights[k], z + Tile<D>::rows_at(k) + Tile<D>::columns_at(kFirst / 8), plane, true);
+      });
+    warpgroup_commit();
+    warpgroup_wait<0>();
     warpgroup_keep(acc);
   }
 }
@@ -188,10 +194,10 @@ template <int D> struct Row {
   }
 };
 
-// The rows of a tile that one warp goes through: some at a time (BATCH turns), whose loads and sums over lanes wait for each other's sake together.
-template <int D, int ROWS, int WARPS> struct WarpRows {
+// The rows of a tile that one warp goes through: some at a time (BATCH turns, MOST at most), whose loads and sums over lanes wait for each other's sake together.
+template <int D, int ROWS, int WARPS, int MOST = 8> struct WarpRows {
   using Lanes = RowLanes<D>;
-  static constexpr int TURNS = (ROWS + WARPS * Lanes::ROWS - 1) / (WARPS * Lanes::ROWS), BATCH = TURNS < 8 ? TURNS : 8;
+  static constexpr int TURNS = (ROWS + WARPS * Lanes::ROWS - 1) / (WARPS * Lanes::ROWS), BATCH = TURNS < MOST ? TURNS : MOST;
   static constexpr int APART = WARPS * Lanes::ROWS;  // rows from turn to turn
   static constexpr bool kEven = ROWS % APART == 0 && APART % 8 == 0;
   Lanes lanes;

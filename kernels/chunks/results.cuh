@@ -21,17 +21,17 @@ __device__ __forceinline__ float2 two_of(const __nv_bfloat16 *x) {
 __device__ __forceinline__ void put_two(float *to, float x, float y) { *reinterpret_cast<float2 *>(to) = make_float2(x, y); }
 __device__ __forceinline__ void put_two(__nv_bfloat16 *to, float x, float y) { *reinterpret_cast<uint32_t *>(to) = pack_bf16(x, y); }
 
-// Where a lane's two rows lie, row0 and row0 + 8 of the block's.
+// Where a lane's two rows lie, row0 and row0 + 8 of those from `begin` on.
 struct LaneRows {
-  int warp, lane_id, place, row0, rows, batch, head;
-  int64_t begin, first_number;  // of the block's first row: in its head, and among the masses and e
+  int place, row0, rows, batch, head;
+  int64_t begin, first_number;  // of the first row: in its head, and among the masses and e
 };
 
+// `sums` gets what the lane's rows of kQuery add to the coefficients' gradients: sums of dA, and of dA times products.
 template <typename T, int D, Role ROLE>
-__device__ __forceinline__ void put_results(const RowArguments &args, typename RowShape<T, D>::Small &small, const LaneRows &at, float b_tau, float (&acc)[D / 8][4],
-                                            float (&total)[2]) {
-  using S = RowShape<T, D>;
-  constexpr int BLOCKS = S::BLOCKS;
+__device__ __forceinline__ void put_results(const linattn_problem &problem, const Written &written, const LaneRows &at, float b_tau, float (&acc)[D / 8][4], float (&total)[2],
+                                            float (&sums)[2]) {
+  constexpr int BLOCKS = D / 16;
   if constexpr (kTotals<ROLE>) over_row(total);
   float finish[2] = {1.f, 1.f}, along[2] = {0.f, 0.f};
   const T *own[2] = {nullptr, nullptr};
@@ -39,12 +39,12 @@ __device__ __forceinline__ void put_results(const RowArguments &args, typename R
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = at.row0 + 8 * half;
-    to_rows[half] = head_of<T>(args.result, at.batch, at.head) + (at.begin + row) * args.result.token_stride;
+    to_rows[half] = head_of<T>(written.result, at.batch, at.head) + (at.begin + row) * written.result.token_stride;
     if constexpr (ROLE == Role::kOut) {
-      if (at.place == 0 && row < at.rows) args.mass_out[at.first_number + row] = total[half];
+      if (at.place == 0 && row < at.rows) written.mass[at.first_number + row] = total[half];
       finish[half] = total[half] == 0.f ? 1.f : 1.f / total[half];
     }
-    if constexpr (kAcross<ROLE>) own[half] = head_of<const T>(args.grad_of, at.batch, at.head) + (at.begin + row) * args.grad_of.token_stride;
+    if constexpr (kAcross<ROLE>) own[half] = head_of<const T>(written.grad_of, at.batch, at.head) + (at.begin + row) * written.grad_of.token_stride;
   }
   if constexpr (kAcross<ROLE>) {
     float square[2] = {0.f, 0.f};
@@ -62,29 +62,15 @@ __device__ __forceinline__ void put_results(const RowArguments &args, typename R
     float dot[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float inverse = args.problem.normalize_qk ? inverse_length(square[half]) : 1.f;
+      const float inverse = problem.normalize_qk ? inverse_length(square[half]) : 1.f;
       dot[half] = along[half] * inverse;
-      along[half] *= args.problem.normalize_qk ? inverse * inverse : 0.f;
+      along[half] *= problem.normalize_qk ? inverse * inverse : 0.f;
       finish[half] = b_tau * inverse;
     }
     if constexpr (ROLE == Role::kQuery) {
-      float sums[2] = {0.f, 0.f};
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         if (at.row0 + 8 * half < at.rows) sums[0] += total[half], sums[1] += dot[half];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], step);
-        if (at.lane_id == 0) small.totals[at.warp][i] = sums[i];
-      }
-      __syncthreads();
-      const int thread = threadIdx.x;
-      if (thread < 2) {
-        float sum = 0.f;
-        for (int w = 0; w < S::WARPS; ++w) sum += small.totals[w][thread];
-        args.partials[2 * static_cast<int64_t>(blockIdx.x) + thread] = sum;
-      }
     }
   }
 #pragma unroll
@@ -100,6 +86,22 @@ __device__ __forceinline__ void put_results(const RowArguments &args, typename R
         }
         put_two(to_rows[half] + column, left * finish[half], right * finish[half]);
       }
+}
+
+// A block's part of both sums, from what the four lanes of each row hold alike.
+template <int WARPS> __device__ __forceinline__ void put_sums(float (&sums)[2], float (&totals)[WARPS][2], float *partials, int warp, int lane_id) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], step);
+    if (lane_id == 0) totals[warp][i] = sums[i];
+  }
+  __syncthreads();
+  if (threadIdx.x < 2) {
+    float sum = 0.f;
+    for (int w = 0; w < WARPS; ++w) sum += totals[w][threadIdx.x];
+    partials[threadIdx.x] = sum;
+  }
 }
 
 }  // namespace linattn_chunks

@@ -79,12 +79,17 @@ __device__ __forceinline__ void gather(float (&acc)[D / 8][4], const Blocks<D> &
     }
   }
 }
+// What stands beside a tile's columns, a number each: what y and z are worth, and kKey's e.
+struct TileNumbers {
+  const float *y_worth, *z_worth, *shift;
+};
+
 // The weights of the rows with a tile's columns, as the factor that gathers: s holds the products, of which a lane has two columns of each block of
 // eight; steps of 16 columns outside of [first, last) are seen by no row of the warp.
 template <typename T, int D, Role ROLE>
 __device__ __forceinline__ void weigh_pairs(Fragment<T> (&weights)[RowShape<T, D>::KEYS / 16], float (&worth)[2], float (&total)[2], float (&s)[RowShape<T, D>::KEYS / 8][4],
-                                            const typename RowShape<T, D>::Small &small, float slope, const float (&enter)[2], const float (&own_shift)[2], int gap, int count,
-                                            int first, int last, int group, int place) {
+                                            const TileNumbers &numbers, float slope, const float (&enter)[2], const float (&own_shift)[2], int gap, int count, int first, int last,
+                                            int group, int place) {
   constexpr int STEPS = RowShape<T, D>::KEYS / 16;
   // The columns that a lane's rows see, counted from its own first one.
   int least[2], most[2];
@@ -100,9 +105,9 @@ __device__ __forceinline__ void weigh_pairs(Fragment<T> (&weights)[RowShape<T, D
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       const int at = 16 * step + 8 * t + 2 * place;
-      const float2 y_worth = two_of(small.y_worth + at), z_worth = two_of(small.z_worth + at);
+      const float2 y_worth = two_of(numbers.y_worth + at), z_worth = two_of(numbers.z_worth + at);
       float2 shift{0.f, 0.f};
-      if constexpr (ROLE == Role::kKey) shift = two_of(small.shift + at);
+      if constexpr (ROLE == Role::kKey) shift = two_of(numbers.shift + at);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int half = i >> 1, column = 16 * step + 8 * t + (i & 1);
@@ -204,7 +209,9 @@ template <typename T, int D, Role ROLE> struct Rows {
     if (state) enter(multiply_by_state());
     for (int iteration = 0; iteration < iterations; ++iteration) add_pairs(iteration);
     if (iterations == 0) copy_wait<0>();
-    put_results<T, D, ROLE>(args, small, {warp, lane_id, place, row0, rows, batch, row_head, begin, first_number}, b_tau, acc, total);
+    float sums[2] = {0.f, 0.f};
+    put_results<T, D, ROLE>(p, args.written, {place, row0, rows, batch, row_head, begin, first_number}, b_tau, acc, total, sums);
+    if constexpr (ROLE == Role::kQuery) put_sums<S::WARPS>(sums, small.totals, args.partials + 2 * static_cast<int64_t>(blockIdx.x), warp, lane_id);
   }
 
   __device__ __forceinline__ float coefficient(int which, int head) const { return p.coefficients[which * p.query_heads + head]; }
@@ -411,7 +418,7 @@ template <typename T, int D, Role ROLE> struct Rows {
     const float own_shift[2] = {ROLE == Role::kValue ? level : small.row_shift[row0], ROLE == Role::kValue ? level : small.row_shift[row0 + 8]};
     float worth[2];
     Fragment<T> weights[STEPS];
-    weigh_pairs<T, D, ROLE>(weights, worth, total, s, small, slope, enter, own_shift, gap, count, first, last, group, place);
+    weigh_pairs<T, D, ROLE>(weights, worth, total, s, {small.y_worth, small.z_worth, small.shift}, slope, enter, own_shift, gap, count, first, last, group, place);
     if constexpr (kGroups) gather_by_group<T, D, STEPS>(acc, tile + S::TILE, S::PLANE, worth, weights);
     else gather<T, D, STEPS>(acc, Blocks<D>(tile + S::TILE, down), S::PLANE, first, last, worth, [&](Fragment<T> &x, int k) { x = weights[k]; });
   }

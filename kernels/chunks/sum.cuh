@@ -28,13 +28,19 @@ struct Vectors {
   const float *mass;
 };
 
+// What a row's sum becomes.
+struct Written {
+  linattn_tensor result, grad_of;  // grad_of: kQuery and kKey, q or k, whose gradient the result is
+  float *mass;                     // kOut
+};
+
 struct RowArguments {
   linattn_problem problem;
   Vectors x, y, z;
-  linattn_tensor result;
-  linattn_tensor out, grad_of;  // kQuery: o, for e; kQuery and kKey: q or k, whose gradient this is
+  Written written;
+  linattn_tensor out;           // kQuery: o, for e
   const float *grad_mass;
-  float *mass_out, *error, *partials;
+  float *error, *partials;
   const float *states;          // before each chunk (behind it: kValue and kKey), or null
   int64_t chunk;                // tokens
   int32_t chunks, row_tiles;

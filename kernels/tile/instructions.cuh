@@ -31,6 +31,11 @@ __device__ __forceinline__ uint32_t multiply_two(uint32_t x, uint32_t y) {
   const __nv_bfloat162 product = __hmul2(*reinterpret_cast<__nv_bfloat162 *>(&x), *reinterpret_cast<__nv_bfloat162 *>(&y));
   return *reinterpret_cast<const uint32_t *>(&product);
 }
+// Two products of two float16.
+__device__ __forceinline__ uint32_t multiply_two_halves(uint32_t x, uint32_t y) {
+  const __half2 product = __hmul2(*reinterpret_cast<__half2 *>(&x), *reinterpret_cast<__half2 *>(&y));
+  return *reinterpret_cast<const uint32_t *>(&product);
+}
 
 // x * (high + low) of two elements: the second term carries what rounding took from the factor.
 template <typename Two> __device__ __forceinline__ uint32_t scale_pair(uint32_t x, uint32_t high, uint32_t low) {
@@ -84,6 +89,9 @@ __device__ __forceinline__ void copy_number_async(uint32_t shared, const float *
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
+
+// The 128 bytes around an address come into the second cache.
+__device__ __forceinline__ void prefetch_line(const void *global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // ---- barriers between some of a block's warps; the arriving ones go on at once. Number 0 is __syncthreads.
 

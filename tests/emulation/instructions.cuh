@@ -29,6 +29,7 @@ inline uint32_t pack_fp16(float low, float high) { return bits_of(__float2half_r
 inline uint32_t multiply_two(uint32_t x, uint32_t y) {
   return pack_bf16(number<__nv_bfloat16>(x) * number<__nv_bfloat16>(y), number<__nv_bfloat16>(x >> 16) * number<__nv_bfloat16>(y >> 16));
 }
+inline uint32_t multiply_two_halves(uint32_t x, uint32_t y) { return pack_fp16(number<__half>(x) * number<__half>(y), number<__half>(x >> 16) * number<__half>(y >> 16)); }
 
 template <typename Two> struct OneOf;
 template <> struct OneOf<__nv_bfloat162> {
@@ -109,6 +110,7 @@ inline void copy_later(uint32_t to, const void *from, int bytes, bool valid) {
 }
 inline void copy_async(uint32_t shared, const void *global, bool valid) { copy_later(shared, global, 16, valid); }
 inline void copy_number_async(uint32_t shared, const float *global, bool valid) { copy_later(shared, global, 4, valid); }
+inline void prefetch_line(const void *) {}
 inline void copy_commit() {
   emulation::self().groups.push_back(std::move(emulation::self().open));
   emulation::self().open.clear();
