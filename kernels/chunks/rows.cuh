@@ -1,4 +1,5 @@
-// Rows gather what the columns they see hold, and what the state of all columns outside of their chunk does.
+// Rows gather what the columns they see hold, and what the state of all columns outside of their chunk does: whole chunks side by side, the state before
+// each of them in memory.
 #pragma once
 #include "chunks/sum.cuh"
 #include "chunks/results.cuh"
@@ -453,7 +454,7 @@ template <typename T, int D, Role ROLE> struct Rows {
 };
 
 template <typename T, int D, Role ROLE>
-__global__ void __launch_bounds__(RowShape<T, D>::THREADS, RowShape<T, D>::MIN_BLOCKS) rows_kernel(const __grid_constant__ RowArguments args) {
+__global__ void __launch_bounds__(RowShape<T, D>::THREADS) rows_kernel(const __grid_constant__ RowArguments args) {
   extern __shared__ __align__(1024) unsigned char shared[];
   Rows<T, D, ROLE>(args, shared).run();
 }

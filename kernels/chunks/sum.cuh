@@ -1,4 +1,4 @@
-// The first degree for float32 up to head dim 128, and in bfloat16 for wide heads: whole chunks side by side, the state before each of them in memory.
+// The first degree for float32 up to head dim 128, and in bfloat16 for wide heads.
 //
 // All four results are one sum, over the columns n that a row i sees and over the state of the columns outside of its chunk:
 //
@@ -57,7 +57,7 @@ struct StateArguments {
 
 template <typename T, int D> struct RowShape {
   static constexpr int ROWS = 128, WARPS = ROWS / 16, THREADS = 32 * WARPS, KEYS = 64, BLOCKS = D / 16;
-  static constexpr int PARTS = Factor<T>::PARTS, STAGES = kSplit<T> ? 1 : 2, MIN_BLOCKS = kSplit<T> && D <= 64 ? 2 : 1;
+  static constexpr int PARTS = Factor<T>::PARTS, STAGES = kSplit<T> ? 1 : 2;
   static constexpr int X_PLANE = ROWS * D * 2, PLANE = KEYS * D * 2, TILE = PLANE * PARTS;
   static constexpr int X = 0, TILES = PARTS * X_PLANE, LANDING = TILES + STAGES * 2 * TILE, LANDING_BYTES = kSplit<T> ? 2 * KEYS * D * 4 : 0;
   struct Small {

@@ -471,6 +471,7 @@ template <int D, Pass PASS, bool UNIT> struct Walk {
     const int first = kGroups ? 0 : kLater<ROLE> ? max(gap, 0) / 16 : 0;
     const int last = kGroups ? S::STEPS : kLater<ROLE> ? (at.count + 15) / 16 : min((gap + 31) / 16, (at.count + 15) / 16);
     if (kGroups ? group_gap <= -S::KEYS : first >= last) return;
+    constexpr int kWidth = D <= 64 ? 32 : 64;  // columns at a time of a sum that is begun anew: as many as there are registers for
     constexpr int kY = ROLE == Role::kKey ? 1 : 0;
     const uint32_t y_tile = base + S::TILES + kY * S::TILE, z_tile = base + S::TILES + (1 - kY) * S::TILE;
     float s[2 * S::STEPS][4] = {};
@@ -478,7 +479,7 @@ template <int D, Pass PASS, bool UNIT> struct Walk {
     float worth[2];
     Fragment<T> weights[S::STEPS];
     weigh_pairs<ROLE>(weights, worth, s, head, gap, first, last);
-    if constexpr (kGroups) gather_by_group < T, D, S::STEPS, D == 64 ? 32 : D<64 ? D : 64>(acc, z_tile, S::PLANE, worth, weights);
+    if constexpr (kGroups) gather_by_group<T, D, S::STEPS, kWidth>(acc, z_tile, S::PLANE, worth, weights);
     else gather<T, D, S::STEPS>(acc, Blocks<D>(z_tile, down), S::PLANE, first, last, worth, [&](Fragment<T> &x, int k) { x = weights[k]; });
   }
   // The largest of a tile's worths, or e.

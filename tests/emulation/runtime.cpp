@@ -7,10 +7,11 @@
 #include "pairs/pairs.cuh"
 
 namespace {
-int shared_memory() {
-  const char *const asked = std::getenv("EMULATED_SHARED_KB");
-  return (asked ? std::atoi(asked) : 227) << 10;  // 227: more than such a card has, so that no head dim goes without
+int asked(const char *name, int otherwise) {
+  const char *const words = std::getenv(name);
+  return words ? std::atoi(words) : otherwise;
 }
+int shared_memory() { return asked("EMULATED_SHARED_KB", 227) << 10; }  // 227: more than such a card has, so that no head dim goes without
 }  // namespace
 
 extern "C" {
@@ -19,7 +20,7 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
   switch (what) {
     case cudaDevAttrComputeCapabilityMajor: return *value = 8, cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor: return *value = 0, cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: return *value = 108, cudaSuccess;
+    case cudaDevAttrMultiProcessorCount: return *value = asked("EMULATED_PROCESSORS", 108), cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: return *value = shared_memory(), cudaSuccess;
     default: return cudaErrorInvalidValue;
   }

@@ -256,6 +256,17 @@ def test_chunks(kernels, dtype, head_dim, length):
     check(dtype, ("chunks", "chunks"), head_dim=head_dim, value_dim=head_dim, length=length)
 
 
+@pytest.mark.parametrize("processors, kind", [
+    (1, {"length": 330}), (1, {"length": 450, "heads": 1, "stateful": True}), (1, {"length": 330, "heads": 2, "batch": 2, "stateful": True}),
+    (1, {"length": 200, "causal": False}), (2, {"length": 700, "heads": 4, "key_heads": 2}),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("head_dim", [32, *(pytest.param(d, marks=pytest.mark.slow) for d in (64, 128))])
+def test_chunks_one_after_the_other(kernels, monkeypatch, processors, kind, head_dim):
+    """On a card with as few processors as this, blocks walk over several chunks of a segment, and take the state with them."""
+    monkeypatch.setenv("EMULATED_PROCESSORS", str(processors))
+    check(torch.float32, ("chunks", "chunks"), head_dim=head_dim, value_dim=head_dim, **kind)
+
+
 @pytest.mark.parametrize("gradient, value", [(1e-24, 1.0), (1e-12, 1e-12), (1.0, 1e-20), (1e12, 1e12)], ids=str)
 def test_chunks_of_any_size(kernels, gradient, value):
     """As a mean over many tokens makes gradients: nothing falls below what a part of a factor can hold."""
