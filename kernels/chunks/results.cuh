@@ -34,7 +34,17 @@ __device__ __forceinline__ void put_results(const linattn_problem &problem, cons
   constexpr int BLOCKS = D / 16;
   if constexpr (kTotals<ROLE>) over_row(total);
   float finish[2] = {1.f, 1.f}, along[2] = {0.f, 0.f};
-  const T *own[2] = {nullptr, nullptr};
+  // A lane's part of q or k is read once, all of it before anything waits or is written.
+  float2 own[kAcross<ROLE> ? 2 * BLOCKS : 1][2];
+  if constexpr (kAcross<ROLE>) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = at.row0 + 8 * half;
+      const T *const from = head_of<const T>(written.grad_of, at.batch, at.head) + (at.begin + (row < at.rows ? row : 0)) * written.grad_of.token_stride + 2 * at.place;
+#pragma unroll
+      for (int n = 0; n < 2 * BLOCKS; ++n) own[n][half] = two_of(from + 8 * n);
+    }
+  }
   T *to_rows[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -44,19 +54,17 @@ __device__ __forceinline__ void put_results(const linattn_problem &problem, cons
       if (at.place == 0 && row < at.rows) written.mass[at.first_number + row] = total[half];
       finish[half] = total[half] == 0.f ? 1.f : 1.f / total[half];
     }
-    if constexpr (kAcross<ROLE>) own[half] = head_of<const T>(written.grad_of, at.batch, at.head) + (at.begin + row) * written.grad_of.token_stride;
   }
   if constexpr (kAcross<ROLE>) {
     float square[2] = {0.f, 0.f};
 #pragma unroll
     for (int n = 0; n < 2 * BLOCKS; ++n)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        if (at.row0 + 8 * half < at.rows) {
-          const float2 x = two_of(own[half] + 8 * n + 2 * at.place);
-          square[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, square[half]));
-          along[half] = fmaf(x.x, acc[n][2 * half], fmaf(x.y, acc[n][2 * half + 1], along[half]));
-        }
+      for (int half = 0; half < 2; ++half) {
+        const float2 x = own[n][half];
+        square[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, square[half]));
+        along[half] = fmaf(x.x, acc[n][2 * half], fmaf(x.y, acc[n][2 * half + 1], along[half]));
+      }
     over_row(square);
     over_row(along);
     float dot[2];
@@ -74,18 +82,15 @@ __device__ __forceinline__ void put_results(const linattn_problem &problem, cons
     }
   }
 #pragma unroll
-  for (int n = 0; n < 2 * BLOCKS; ++n)
+  for (int half = 0; half < 2; ++half) {
+    if (at.row0 + 8 * half >= at.rows) continue;
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      if (at.row0 + 8 * half < at.rows) {
-        float left = acc[n][2 * half], right = acc[n][2 * half + 1];
-        const int column = 8 * n + 2 * at.place;
-        if constexpr (kAcross<ROLE>) {
-          const float2 x = two_of(own[half] + column);
-          left = fmaf(-x.x, along[half], left), right = fmaf(-x.y, along[half], right);
-        }
-        put_two(to_rows[half] + column, left * finish[half], right * finish[half]);
-      }
+    for (int n = 0; n < 2 * BLOCKS; ++n) {
+      float left = acc[n][2 * half], right = acc[n][2 * half + 1];
+      if constexpr (kAcross<ROLE>) left = fmaf(-own[n][half].x, along[half], left), right = fmaf(-own[n][half].y, along[half], right);
+      put_two(to_rows[half] + 8 * n + 2 * at.place, left * finish[half], right * finish[half]);
+    }
+  }
 }
 
 // A block's part of both sums, from what the four lanes of each row hold alike.

@@ -248,16 +248,16 @@ template <int D, Pass PASS, bool UNIT> struct Walk {
     const int64_t number = first_number + begin + offset;
     mine.batches([&](int first) {
       Row<D> x[Mine::BATCH], out[Mine::BATCH];
-      mine.each(first, [&](int i, int row) { x[i].read(source + row * of.token_stride, mine.lanes, row < rows); });
       const int own_row = mine.row(first + Lanes::row_of(lane_id));  // of which this lane will have the numbers
       float mass = 0.f, error = 0.f;
       if constexpr (PASS == Pass::kQuery) {
+        const int64_t at = own_row < rows ? number + own_row : first_number;
+        mass = args.x[0].mass[at], error = args.grad_mass ? args.grad_mass[at] : 0.f;
+      }
+      mine.each(first, [&](int i, int row) { x[i].read(source + row * of.token_stride, mine.lanes, row < rows); });
+      if constexpr (PASS == Pass::kQuery) {
         const T *const outs = head_of<const T>(args.out, batch, row_head) + (begin + offset) * args.out.token_stride;
         mine.each(first, [&](int i, int row) { out[i].read(outs + row * args.out.token_stride, mine.lanes, row < rows); });
-        if (own_row < rows) {
-          mass = args.x[0].mass[number + own_row];
-          if (args.grad_mass) error = args.grad_mass[number + own_row];
-        }
       }
       const Scale scale = weigh<KIND>(x, mine, lane_id, mass);
       if constexpr (PASS == Pass::kQuery) {
@@ -266,7 +266,7 @@ template <int D, Pass PASS, bool UNIT> struct Walk {
         for (int i = 0; i < Mine::BATCH; ++i) along[i] = x[i].dot(out[i]);
         error -= Lanes::sum(along, lane_id) * scale.own;
         if (Lanes::first(lane_id)) {
-          small.x_shift[of_group * S::ROWS + own_row] = error;
+          small.x_shift[of_group * S::ROWS + own_row] = own_row < rows ? error : 0.f;
           if (own_row < rows) args.error[number + own_row] = error;
         }
       }
@@ -423,7 +423,11 @@ template <int D, Pass PASS, bool UNIT> struct Walk {
       const int rows = static_cast<int>(min(to - next, static_cast<int64_t>(kChunk)));
       prefetch(args.x[0].tensor, next, rows);
       if constexpr (kBack) prefetch(args.x[1].tensor, next, rows);
-      if constexpr (PASS == Pass::kQuery) prefetch(args.out, next, rows);
+      if constexpr (PASS == Pass::kQuery) {
+        prefetch(args.out, next, rows);
+        if (thread * 32 < rows) prefetch_line(args.x[0].mass + first_number + next + thread * 32);
+        if (args.grad_mass && thread * 32 < rows) prefetch_line(args.grad_mass + first_number + next + thread * 32);
+      }
     }
     if constexpr (PASS == Pass::kQuery) prefetch(args.written[0].grad_of, begin, static_cast<int>(min(to - begin, static_cast<int64_t>(kChunk))));
   }
