@@ -12,12 +12,12 @@ __device__ __forceinline__ void over_row(float (&x)[2]) {
     x[half] += __shfl_xor_sync(0xffffffffu, x[half], 2);
   }
 }
-__device__ __forceinline__ float2 two_of(const float *x) { return *reinterpret_cast<const float2 *>(x); }
-__device__ __forceinline__ float2 two_of(const __nv_bfloat16 *x) {
-  using E = Element<__nv_bfloat16>;
-  const uint32_t two = *reinterpret_cast<const uint32_t *>(x);
-  return make_float2(E::low(two), E::high(two));
-}
+// Two neighbours as memory has them, and as numbers.
+__device__ __forceinline__ float2 both_of(const float *x) { return *reinterpret_cast<const float2 *>(x); }
+__device__ __forceinline__ uint32_t both_of(const __nv_bfloat16 *x) { return *reinterpret_cast<const uint32_t *>(x); }
+__device__ __forceinline__ float2 apart(float2 both) { return both; }
+__device__ __forceinline__ float2 apart(uint32_t both) { return make_float2(Element<__nv_bfloat16>::low(both), Element<__nv_bfloat16>::high(both)); }
+template <typename T> __device__ __forceinline__ float2 two_of(const T *x) { return apart(both_of(x)); }
 __device__ __forceinline__ void put_two(float *to, float x, float y) { *reinterpret_cast<float2 *>(to) = make_float2(x, y); }
 __device__ __forceinline__ void put_two(__nv_bfloat16 *to, float x, float y) { *reinterpret_cast<uint32_t *>(to) = pack_bf16(x, y); }
 
@@ -35,14 +35,14 @@ __device__ __forceinline__ void put_results(const linattn_problem &problem, cons
   if constexpr (kTotals<ROLE>) over_row(total);
   float finish[2] = {1.f, 1.f}, along[2] = {0.f, 0.f};
   // A lane's part of q or k is read once, all of it before anything waits or is written.
-  float2 own[kAcross<ROLE> ? 2 * BLOCKS : 1][2];
+  decltype(both_of(static_cast<const T *>(nullptr))) own[kAcross<ROLE> ? 2 * BLOCKS : 1][2];
   if constexpr (kAcross<ROLE>) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = at.row0 + 8 * half;
       const T *const from = head_of<const T>(written.grad_of, at.batch, at.head) + (at.begin + (row < at.rows ? row : 0)) * written.grad_of.token_stride + 2 * at.place;
 #pragma unroll
-      for (int n = 0; n < 2 * BLOCKS; ++n) own[n][half] = two_of(from + 8 * n);
+      for (int n = 0; n < 2 * BLOCKS; ++n) own[n][half] = both_of(from + 8 * n);
     }
   }
   T *to_rows[2];
@@ -61,7 +61,7 @@ __device__ __forceinline__ void put_results(const linattn_problem &problem, cons
     for (int n = 0; n < 2 * BLOCKS; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 x = own[n][half];
+        const float2 x = apart(own[n][half]);
         square[half] = fmaf(x.x, x.x, fmaf(x.y, x.y, square[half]));
         along[half] = fmaf(x.x, acc[n][2 * half], fmaf(x.y, acc[n][2 * half + 1], along[half]));
       }
@@ -87,7 +87,10 @@ __device__ __forceinline__ void put_results(const linattn_problem &problem, cons
 #pragma unroll
     for (int n = 0; n < 2 * BLOCKS; ++n) {
       float left = acc[n][2 * half], right = acc[n][2 * half + 1];
-      if constexpr (kAcross<ROLE>) left = fmaf(-own[n][half].x, along[half], left), right = fmaf(-own[n][half].y, along[half], right);
+      if constexpr (kAcross<ROLE>) {
+        const float2 x = apart(own[n][half]);
+        left = fmaf(-x.x, along[half], left), right = fmaf(-x.y, along[half], right);
+      }
       put_two(to_rows[half] + 8 * n + 2 * at.place, left * finish[half], right * finish[half]);
     }
   }
