@@ -194,10 +194,10 @@ template <int D> struct Row {
   }
 };
 
-// The rows of a tile that one warp goes through: some at a time (BATCH turns, MOST at most), whose loads and sums over lanes wait for each other's sake together.
-template <int D, int ROWS, int WARPS, int MOST = 8> struct WarpRows {
+// The rows of a tile that one warp goes through: some at a time (BATCH turns), whose loads and sums over lanes wait for each other's sake together.
+template <int D, int ROWS, int WARPS> struct WarpRows {
   using Lanes = RowLanes<D>;
-  static constexpr int TURNS = (ROWS + WARPS * Lanes::ROWS - 1) / (WARPS * Lanes::ROWS), BATCH = TURNS < MOST ? TURNS : MOST;
+  static constexpr int TURNS = (ROWS + WARPS * Lanes::ROWS - 1) / (WARPS * Lanes::ROWS), BATCH = TURNS < 8 ? TURNS : 8;
   static constexpr int APART = WARPS * Lanes::ROWS;  // rows from turn to turn
   static constexpr bool kEven = ROWS % APART == 0 && APART % 8 == 0;
   Lanes lanes;

@@ -90,7 +90,7 @@ template <int D, Pass PASS, bool UNIT> struct Walk {
   using T = float;
   using S = WalkShape<D>;
   using Small = typename S::Small;
-  using RowsOfGroup = WarpRows<D, S::ROWS, S::GROUP_WARPS, PASS == Pass::kQuery ? 4 : 8>;
+  using RowsOfGroup = WarpRows<D, S::ROWS, S::GROUP_WARPS>;
   template <typename Mine> using Across = AcrossLanes<RowLanes<D>::LANES, Mine::BATCH>;
   using Columns = WarpRows<D, S::KEYS, S::WARPS>;
   static constexpr bool kBack = PASS == Pass::kColumns;

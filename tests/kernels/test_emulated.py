@@ -256,14 +256,19 @@ def test_chunks(kernels, dtype, head_dim, length):
     check(dtype, ("chunks", "chunks"), head_dim=head_dim, value_dim=head_dim, length=length)
 
 
-@pytest.mark.parametrize("processors, kind", [
-    (1, {"length": 330}), (1, {"length": 450, "heads": 1, "stateful": True}), (1, {"length": 330, "heads": 2, "batch": 2, "stateful": True}),
-    (1, {"length": 200, "causal": False}), (2, {"length": 700, "heads": 4, "key_heads": 2}),
+@pytest.mark.parametrize("segments, kind", [
+    (1, {"length": 330, "key_heads": 2}), (1, {"length": 330, "batch": 2, "stateful": True}),
+    (1, {"length": 200, "batch": 2, "causal": False}),
+    (4, {"length": 900, "heads": 1}), (4, {"length": 900, "stateful": True}),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("head_dim", [32, *(pytest.param(d, marks=pytest.mark.slow) for d in (64, 128))])
-def test_chunks_one_after_the_other(kernels, monkeypatch, processors, kind, head_dim):
-    """On a card with as few processors as this, blocks walk over several chunks of a segment, and take the state with them."""
-    monkeypatch.setenv("EMULATED_PROCESSORS", str(processors))
+def test_chunks_one_after_the_other(kernels, monkeypatch, segments, kind, head_dim):
+    """On a card of so few processors blocks walk over several chunks of a segment, and take the state with them."""
+    monkeypatch.setenv("EMULATED_PROCESSORS", str((1 if segments == 1 else 2) * (1 if head_dim <= 64 else 2)))
+    shape = {"batch": 1, "heads": 2, "key_heads": 1, "length": 330, "causal": True} | kind
+    query, key = (torch.empty(shape["batch"], shape[heads], shape["length"], head_dim) for heads in ("heads", "key_heads"))
+    plan = cuda.plans(query, key, key, causal=shape["causal"])[0]
+    assert plan.segments == segments and plan.chunk * segments < shape["length"]
     check(torch.float32, ("chunks", "chunks"), head_dim=head_dim, value_dim=head_dim, **kind)
 
 
