@@ -179,15 +179,15 @@ class Text:
 
     def __call__(self, **inputs: Any) -> Any:
         given = Inputs.of(inputs, self.model.training)
-        with self.turns.one(self.device), captured.given(None if self.model.training else given.tensors):
-            return self.call(**inputs) if self.watched is None else self._step(inputs, given, self.watched)
+        with self.turns.one(self.device):
+            return self._watch(inputs, given)[0] if self.watched is None else self._step(inputs, given, self.watched)
 
     def _step(self, inputs: dict[str, Any], given: Inputs, watched: Watched) -> Any:
         if self.direct is not None and given.are_like(self.direct.inputs):
             return self.direct.run(given)
         self.direct = None
         cache, compiled = _state(given.others), watched.compiled
-        out, calls = self._watch(inputs)
+        out, calls = self._watch(inputs, given)
         if len(calls) == 1 and watched.compiled == compiled and _state(given.others) == cache:
             now = (given, calls[0]._replace(results=()))
             self.direct = None if self.before is None else Direct.of(self.before, (given, calls[0]), out)
@@ -196,11 +196,12 @@ class Text:
             self.before = None
         return out
 
-    def _watch(self, inputs: dict[str, Any]) -> tuple[Any, list[Ran]]:
+    def _watch(self, inputs: dict[str, Any], given: Inputs) -> tuple[Any, list[Ran]]:
         around, calls = getattr(_running, "calls", None), list[Ran]()
         _running.calls = calls
         try:
-            return self.call(**inputs), calls
+            with captured.given(None if self.model.training else given.tensors):  # in training numbers are drawn
+                return self.call(**inputs), calls
         finally:
             _running.calls = around
 

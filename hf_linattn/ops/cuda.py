@@ -434,6 +434,7 @@ class _Step(NamedTuple):
 
     def move(self, call: Call, out: Tensor, state: Tensor) -> None:
         problem, results = self.launch.problem, self.results
+        self.launch.on_device = _current(call.query.device)
         problem.query.data, problem.key.data, problem.value.data = call.query.data_ptr(), call.key.data_ptr(), call.value.data_ptr()
         results.out.data, results.state = out.data_ptr(), state.data_ptr()
 

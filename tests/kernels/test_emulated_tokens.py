@@ -112,13 +112,15 @@ def test_a_step_that_is_launched_as_the_one_before(kernels, kind, monkeypatch):
     call, first = step_case(torch.bfloat16, length=1, **kind)
     made, launch = [], cuda._Launch
     monkeypatch.setattr(cuda, "_Launch", lambda call: made.append(launch(call)) or made[-1])
-    kept, states = {}, [first.clone(), first.clone()]
+    kept, states, asked = {}, [first.clone(), first.clone()], []
+    current = cuda._current
+    monkeypatch.setattr(cuda, "_current", lambda device: asked.append(device) or current(device))  # another may be the current one now
     for token in range(3):
         call = call._replace(**{name: torch.randn_like(getattr(call, name)) for name in ("query", "key", "value")})
         outs = [cuda.step(call, state, *given) for state, given in zip(states, ((), (kept,)), strict=True)]
         assert torch.equal(*outs) and torch.equal(*states)
-        assert len(made) == (2 if token == 0 else 1)
-        made.clear()
+        assert len(made) == (2 if token == 0 else 1) and len(asked) == 2
+        made.clear(), asked.clear()
         if token == 1:
             states[1] = states[1].clone()  # elsewhere in memory
     others = [call._replace(coefficients=call.coefficients * 0.5), call._replace(query=call.query.mT.contiguous().mT)]
