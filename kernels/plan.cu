@@ -91,7 +91,10 @@ int linattn_forward(const linattn_problem *problem, const linattn_forward_result
 int linattn_backward(const linattn_problem *problem, const linattn_backward_data *data, const linattn_plan *plan) { return run(BACKWARD, *problem, *data, *plan); }
 int linattn_step(const linattn_problem *problem, const linattn_forward_result *result, const linattn_plan *plan) { return run(STEP, *problem, *result, *plan); }
 
-const char *linattn_error_string(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
+const char *linattn_error_string(int code) {
+  cudaGetLastError();  // it has been told: the runtime would tell it again of the next call, whoever makes it
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
 
 const char *linattn_engine_name(linattn_engine engine) {
   constexpr const char *NAMES[] = {"none", "pairs", "stream", "chunks", "generic", "decode", "tokens"};

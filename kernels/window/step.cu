@@ -112,7 +112,7 @@ void linattn_plan_window_step(const linattn_window *window, const linattn_beside
     const int64_t bytes = static_cast<int64_t>(lay_out(0, *window, *beside, scratch));
     const linattn_problem problem = problem_of(*window, *beside, scratch);
     if (!linattn::decode_plan(problem, result_of(problem, *beside, scratch), *plan)) return;
-    if (plan->segments < FEWEST_SEGMENTS) *plan = {0, plan->chunk * plan->segments, 0, 1};
+    if (plan->segments < FEWEST_SEGMENTS) plan->chunk *= plan->segments, plan->segments = 1, plan->workspace_bytes = 0;
     plan->workspace_bytes += bytes;
   }
   plan->engine = LINATTN_DECODE;

@@ -191,7 +191,7 @@ def on_gpu():
 @pytest.mark.parametrize("options", STUDENTS, ids=str)
 def test_the_same_tokens_on_a_gpu(options, mode, on_gpu, monkeypatch):
     runs, run = [], captured.Capture.run
-    monkeypatch.setattr(captured.Capture, "run", lambda self, now: runs.append(1) or run(self, now))
+    monkeypatch.setattr(captured.Capture, "run", lambda self, *now: runs.append(1) or run(self, *now))
     model = converted(**options).to(on_gpu)
     for batch in (2, 1, 2):
         (ids, mask) = (x[:batch].to(on_gpu) for x in left_padded(tiny_tokens()))
