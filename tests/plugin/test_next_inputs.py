@@ -89,15 +89,18 @@ def test_a_padding_mask_that_is_written_into_is_read_anew():
 
 def test_another_option_within_a_text_is_asked_about(asked):
     model, ids = converted(decay="head"), tiny_tokens(1, 20)
-    cache = StaticCache(config=model.config, max_cache_len=40)
+    cache, kept = StaticCache(config=model.config, max_cache_len=40), {"attention_mask": torch.ones(1, 12, dtype=torch.long)}
     with torch.no_grad():
         model(ids[:, :12], past_key_values=cache)
         for number in range(13, 18):
+            kept = model._update_model_kwargs_for_generation({}, kept)
             asked.clear()
             if number == 17:
                 model.config.linattn["softmax_layers"] = [1]
-            inputs(model, ids[:, :number], cache, None)
+            made = inputs(model, ids[:, :number], cache, kept["attention_mask"])
             assert len(asked) == (number < 15 or number == 17)
+            if number < 17:
+                model(**made)
 
 
 def test_generating_from_embeddings_and_beams():
