@@ -175,6 +175,8 @@ cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backwar
   if (plan.states)
     if (const cudaError_t failed = launch_state_gradients(args, workspace + at.state, stream)) return failed;
   if (const cudaError_t failed = launch_pairs(args, plan.gated, stream)) return failed;
+  if (slopes && plan.states)
+    if (const cudaError_t failed = launch_flow_correction(args, workspace + at.state, stream)) return failed;
   if (slopes) {
     const DecaySums sums{args.row_sums, args.column_sums, nullptr, nullptr, nullptr, reinterpret_cast<double *>(workspace + at.parts)};
     if (const cudaError_t failed = launch_decay_gradient(problem, sums, data.grad_log_decay)) return failed;

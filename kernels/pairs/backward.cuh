@@ -43,6 +43,7 @@ cudaError_t gated_backward_launch(const Gradients &args, cudaStream_t stream);
 int gated_backward_shared_bytes(TileDims tiles);
 
 cudaError_t launch_state_gradients(const Gradients &args, void *workspace, cudaStream_t stream);
+cudaError_t launch_flow_correction(const Gradients &args, void *workspace, cudaStream_t stream);  // of the rows' sums, behind all kernels of pairs
 
 struct Coefficients {
   float a, beta, gamma;  // of unit vectors

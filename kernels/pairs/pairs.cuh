@@ -119,8 +119,8 @@ int gated_forward_shared_bytes(TileDims tiles);
 
 // Of a long sequence pairs are formed inside chunks only; what the tokens outside of a token's chunk add comes first, out of states, and lies in the results.
 struct StateMemory {
-  int64_t chunk, scaled, weights, rows, sums, columns, bytes;  // of the workspace
-  int32_t chunks, tiles, shared_bytes;                         // tiles: of the queries of a head that have a state, a part of the sums of dA each
+  int64_t chunk, scaled, weights, rows, sums, columns, edge_rows, edge_columns, flows, bytes;  // of the workspace
+  int32_t chunks, edges, tiles, shared_bytes;                  // tiles: of the queries of a head that have a state, a part of the sums of dA each
   StateMemory(const linattn_problem &problem, bool gradients);
 };
 bool states_take(const linattn_problem &problem, bool gradients);

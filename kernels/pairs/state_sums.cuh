@@ -28,8 +28,13 @@ struct StateArguments {
   float *weights;          // (batch, heads, padded): e, or 1, with the gate
   __nv_bfloat16 *rows;     // (batch, key heads, chunks, ROWS, V): of the chunk, then of all before it or behind it
   float *sums, *columns;   // (batch, key heads, chunks, FLOATS): of the chunk; of all before it or behind it
+  int32_t edges;                    // of a head's sequence, one behind every kEdgeChunks chunks: see state_flow.cuh
+  __nv_bfloat16 *edge_rows;         // (batch, key heads, edges, ROWS, V): S there
+  float *edge_columns;              // (batch, key heads, edges, FLOATS)
+  double *flows;                    // (batch, key heads, edges)
 };
 
+constexpr int kEdgeChunks = 4;
 constexpr int kSumsWarps = 6, kSumsThreads = 32 * kSumsWarps, kSumsStages = 3, kTaskItems = 4, kScanThreads = 256, kScanAhead = 4;
 
 template <int K, int V> struct SumsShape {

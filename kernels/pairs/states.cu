@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "pairs/state_flow.cuh"
 #include "pairs/state_gradients.cuh"
 #include "pairs/state_output.cuh"
 
@@ -46,7 +47,10 @@ StateMemory::StateMemory(const linattn_problem &problem, bool gradients) {
     const int64_t records = static_cast<int64_t>(problem.batch) * problem.key_heads * chunks;
     scaled = round_up(tokens * K * 2), weights = scaled + (gradients || is_gated(problem) ? round_up(tokens * V * 2) : 0);
     rows = weights + round_up(tokens * 4), sums = rows + round_up(records * S::ROWS * V * 2);
-    columns = sums + round_up(records * S::FLOATS * 4), bytes = columns + round_up(records * S::FLOATS * 4);
+    columns = sums + round_up(records * S::FLOATS * 4), edge_rows = columns + round_up(records * S::FLOATS * 4);
+    edges = gradients && problem.log_decay ? (chunks - 1) / kEdgeChunks : 0;
+    const int64_t all_edges = static_cast<int64_t>(problem.batch) * problem.key_heads * edges;
+    edge_columns = edge_rows + round_up(all_edges * S::ROWS * V * 2), flows = edge_columns + round_up(all_edges * S::FLOATS * 4), bytes = flows + round_up(all_edges * 8);
     shared_bytes = gradients ? std::max({SumsShape<K, V>::SHARED, Queries::SHARED, Keys::SHARED}) : std::max(SumsShape<K, V>::SHARED, OutputShape<K, V>::SHARED);
     return 0;
   });
@@ -61,6 +65,8 @@ StateArguments arguments_of(const Gradients &of, const StateMemory &at, void *me
   args.across = reinterpret_cast<__nv_bfloat16 *>(workspace), args.scaled = reinterpret_cast<__nv_bfloat16 *>(workspace + at.scaled);
   args.weights = reinterpret_cast<float *>(workspace + at.weights);
   args.rows = reinterpret_cast<__nv_bfloat16 *>(workspace + at.rows);
+  args.edges = at.edges, args.edge_rows = reinterpret_cast<__nv_bfloat16 *>(workspace + at.edge_rows);
+  args.edge_columns = reinterpret_cast<float *>(workspace + at.edge_columns), args.flows = reinterpret_cast<double *>(workspace + at.flows);
   args.sums = reinterpret_cast<float *>(workspace + at.sums), args.columns = reinterpret_cast<float *>(workspace + at.columns);
   return args;
 }
@@ -73,9 +79,20 @@ cudaError_t launch_state_gradients(const Gradients &of, void *workspace, cudaStr
     constexpr int K = key, V = value;
     if (const cudaError_t failed = launch_state<K, V, false>(args, stream)) return failed;
     if (const cudaError_t failed = launch_reader<K, V, false>(args, stream)) return failed;
+    const int edges = of.row_sums ? of.problem.batch * of.problem.key_heads * args.edges : 0;
+    if (edges) keep_edges_kernel<K, V><<<dim3(16, edges), kFlowThreads, 0, stream>>>(args);
     if (const cudaError_t failed = launch_state<K, V, true>(args, stream)) return failed;
-    return launch_reader<K, V, true>(args, stream);
+    if (edges) flow_kernel<K, V><<<edges, kFlowThreads, 0, stream>>>(args);
+    if (const cudaError_t failed = launch_reader<K, V, true>(args, stream)) return failed;
+    if (of.row_sums) flow_mean_kernel<<<of.problem.batch * of.problem.key_heads *(args.chunks - 1), kFlowThreads, 0, stream>>>(args);
+    return cudaPeekAtLastError();
   });
+}
+
+cudaError_t launch_flow_correction(const Gradients &of, void *workspace, cudaStream_t stream) {
+  const StateArguments args = arguments_of(of, StateMemory(of.problem, true), workspace);
+  flow_correction_kernel<<<of.problem.batch * of.problem.key_heads *(args.edges + 1), kFlowThreads, 0, stream>>>(args);
+  return cudaPeekAtLastError();
 }
 
 cudaError_t launch_state_output(const Arguments &forward, void *workspace, cudaStream_t stream) {

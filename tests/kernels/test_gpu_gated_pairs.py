@@ -3,10 +3,10 @@ sure that it is the kernels of pairs that it looks at."""
 
 import pytest
 import torch
-from accuracy_bar import compare, operator_case, run
+from accuracy_bar import compare, distance, operator_case, run
 
 from hf_linattn import linear_attention
-from hf_linattn.ops import cuda, reference
+from hf_linattn.ops import chunked, cuda, reference
 
 pytestmark = pytest.mark.gpu
 DIMS = [(32, 32), (64, 64), (128, 128), (8, 64), (16, 64), (24, 64), (32, 64), (16, 128), (32, 128)]
@@ -65,6 +65,16 @@ def test_gradients_of_long_sequences(head_dim, value_dim, length, kind):
     plan = cuda.plans(*inputs[:3], degree=2, log_decay=inputs[4], segments=inputs[5])[1]
     assert plan.engine == "pairs" and plan.chunk < length
     compare(torch.bfloat16, **kind)
+
+
+@pytest.mark.parametrize("strengths", [(), (0.1,), (0.003,)])
+@pytest.mark.parametrize("head_dim, length", [(16, 3600), (16, 30_000), (64, 9000)])
+def test_rates_of_long_sequences(head_dim, length, strengths):
+    """The gradient of a rate counts every token's small difference of sums, rounded each for itself, as often as tokens lie before."""
+    kind = {"head_dim": head_dim, "value_dim": 64, "length": length, "batch": 1, "heads": 16, "key_heads": 16, "strengths": strengths}
+    inputs, upstream = operator_case(torch.bfloat16, degree=2, decay="key_head", **kind)
+    exact = run(chunked, inputs, upstream, False, torch.float64)["gradient of log_decay"]
+    assert distance(run(cuda, inputs, upstream, False)["gradient of log_decay"], exact) < 0.02
 
 
 def rows(length=700, heads=4, key_heads=2, head_dim=16, value_dim=64):
