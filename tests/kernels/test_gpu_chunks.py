@@ -49,6 +49,16 @@ def test_kinds(dtype, head_dim, kind):
     check(dtype, head_dim, **kind)
 
 
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("kind", [{}, {"key_heads": 16, "stateful": True}], ids=str)
+def test_heads_that_fill_the_card(head_dim, kind):
+    """Each block walks over many chunks, and takes the state with it."""
+    shape = {"batch": 12, "heads": 32, "key_heads": 32, "length": 500} | kind
+    query, key = (torch.empty(12, shape[heads], 500, head_dim, device="cuda") for heads in ("heads", "key_heads"))
+    assert all(plan.chunk * plan.segments < 500 for plan in cuda.plans(query, key, key))
+    check(torch.float32, head_dim, **shape)
+
+
 @every_shape
 def test_without_unit_length(dtype, head_dim):
     assert path(dtype, head_dim, normalize_qk=False) == ("chunks", "chunks")
