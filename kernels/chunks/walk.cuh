@@ -153,7 +153,7 @@ template <int D, Pass PASS, bool UNIT> struct Walk {
       if (behind) by_role([&](auto role) { enter<role.kRole>(multiply_by_state<role.kRole>()); });
       const int of_chunk = kBack ? shares : (rows + S::KEYS - 1) / S::KEYS;
 #pragma unroll 1
-      for (int i = 0; p.causal && i < of_chunk; ++i, ++iteration) add_tile(iteration, tiles, iteration + 1 < iterations, i == 0, begin + offset);
+      for (int i = 0; p.causal && i < of_chunk; ++i, ++iteration) add_tile(iteration, tiles, iteration + 1 < iterations, begin + offset);
       by_role([&](auto role) {
         put_results<T, D, role.kRole>(p, args.written[kBack ? of_group : 0],
                                       {place, offset + 16 * (warp % S::GROUP_WARPS) + group, rows, batch, row_head, begin, first_number + begin}, b_tau, acc, total, sums);
@@ -402,7 +402,7 @@ template <int D, Pass PASS, bool UNIT> struct Walk {
   }
 
   // A tile of columns: its pairs with the rows, from `first_row` of the head on, and what it adds to the state.
-  __device__ __forceinline__ void add_tile(int iteration, int tiles, bool more, bool first_of_chunk, int64_t first_row) {
+  __device__ __forceinline__ void add_tile(int iteration, int tiles, bool more, int64_t first_row) {
     const Tokens at = tokens(iteration, tiles);
     const int head = head_of_tile(iteration);
     copy_wait<0>();
@@ -411,33 +411,8 @@ template <int D, Pass PASS, bool UNIT> struct Walk {
     warpgroup_publish();
     __syncthreads();
     if (more) start(iteration + 1, tiles);
-    if (first_of_chunk) prefetch_rows();
     by_role([&](auto role) { add_pairs<role.kRole>(at, head, static_cast<int>(first_row - at.first)); });
     if (keeps) add_to_state(kBack ? slope_of(head) : 1.f);
-  }
-
-  // What the next chunk will read as its rows, and what this one's results do, comes near.
-  __device__ __forceinline__ void prefetch_rows() const {
-    const int64_t next = begin + (kBack ? -kChunk : kChunk);
-    if (next >= from && next < to) {
-      const int rows = static_cast<int>(min(to - next, static_cast<int64_t>(kChunk)));
-      prefetch(args.x[0].tensor, next, rows);
-      if constexpr (kBack) prefetch(args.x[1].tensor, next, rows);
-      if constexpr (PASS == Pass::kQuery) {
-        prefetch(args.out, next, rows);
-        if (thread * 32 < rows) prefetch_line(args.x[0].mass + first_number + next + thread * 32);
-        if (args.grad_mass && thread * 32 < rows) prefetch_line(args.grad_mass + first_number + next + thread * 32);
-      }
-    }
-    if constexpr (PASS == Pass::kQuery) prefetch(args.written[0].grad_of, begin, static_cast<int>(min(to - begin, static_cast<int64_t>(kChunk))));
-  }
-  __device__ __forceinline__ void prefetch(const linattn_tensor &tensor, int64_t first, int rows) const {
-    constexpr int kLines = D / 32;  // of 128 bytes, to a row
-#pragma unroll
-    for (int i = 0; i < (kChunk * kLines + S::THREADS - 1) / S::THREADS; ++i) {
-      const int line = thread + i * S::THREADS, row = line / kLines;
-      if (row < rows) prefetch_line(head_of<const T>(tensor, batch, row_head) + (first + row) * tensor.token_stride + line % kLines * 32);
-    }
   }
 
   // What has landed is measured, split, and added to the margins.

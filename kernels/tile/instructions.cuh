@@ -90,9 +90,6 @@ __device__ __forceinline__ void copy_number_async(uint32_t shared, const float *
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
-// The 128 bytes around an address come into the second cache.
-__device__ __forceinline__ void prefetch_line(const void *global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
-
 // ---- barriers between some of a block's warps; the arriving ones go on at once. Number 0 is __syncthreads.
 
 enum Barrier { kScalesReady = 1, kScalesShared, kStateRead, kHalvesExchanged };

@@ -110,7 +110,6 @@ inline void copy_later(uint32_t to, const void *from, int bytes, bool valid) {
 }
 inline void copy_async(uint32_t shared, const void *global, bool valid) { copy_later(shared, global, 16, valid); }
 inline void copy_number_async(uint32_t shared, const float *global, bool valid) { copy_later(shared, global, 4, valid); }
-inline void prefetch_line(const void *) {}
 inline void copy_commit() {
   emulation::self().groups.push_back(std::move(emulation::self().open));
   emulation::self().open.clear();
