@@ -25,3 +25,9 @@ def kernels(emulated, monkeypatch):
     """`cuda` runs the emulated kernels, and the accuracy bar takes one seed."""
     library.use(emulated, monkeypatch)
     monkeypatch.setattr(accuracy_bar, "SEEDS", range(1))
+
+
+@pytest.fixture
+def compiled_only(monkeypatch):
+    """No test may pass by falling back."""
+    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")

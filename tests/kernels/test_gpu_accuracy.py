@@ -6,14 +6,8 @@ import pytest
 import torch
 from accuracy_bar import check, compare, paths_of
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_only")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def compiled_only(monkeypatch):
-    """No test here may pass by falling back."""
-    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

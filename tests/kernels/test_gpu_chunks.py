@@ -7,14 +7,9 @@ from accuracy_bar import assert_bar, compare, operator_case, run
 from hf_linattn import linear_attention
 from hf_linattn.ops import chunked, cuda, reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_only")]
 SHAPES = [*((torch.float32, head_dim) for head_dim in (32, 64, 80, 96, 128)), (torch.bfloat16, 192), (torch.bfloat16, 256)]
 every_shape = pytest.mark.parametrize("dtype, head_dim", SHAPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def compiled_only(monkeypatch):
-    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
 
 
 def path(dtype, head_dim, causal=True, value_dim=None, heads=4, key_heads=2, length=37, **kind):

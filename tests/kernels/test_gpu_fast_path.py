@@ -11,14 +11,9 @@ from operator_cases import make_inputs
 from hf_linattn.ops import chunked, cuda
 from hf_linattn.ops.call import Call
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_only")]
 DIMS = (32, 64, 80, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def compiled_only(monkeypatch):
-    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
 
 
 def assert_fast(dtype, head_dim, causal=True, **kind):

@@ -8,13 +8,8 @@ from accuracy_bar import compare, distance, operator_case, run
 from hf_linattn import linear_attention
 from hf_linattn.ops import chunked, cuda, reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_only")]
 DIMS = [(32, 32), (64, 64), (128, 128), (8, 64), (16, 64), (24, 64), (32, 64), (16, 128), (32, 128)]
-
-
-@pytest.fixture(autouse=True)
-def compiled_only(monkeypatch):
-    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
 
 
 def check(head_dim, value_dim, **kind):

@@ -9,12 +9,7 @@ from hf_linattn import linear_attention
 from hf_linattn.ops import cuda, operators
 from hf_linattn.ops.segments import canonical_segments
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def compiled_only(monkeypatch):
-    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_only")]
 
 
 def inputs(dtype=torch.bfloat16, **kind):

@@ -10,13 +10,8 @@ from accuracy_bar import compare, operator_case, paths_of, run
 from hf_linattn import linear_attention
 from hf_linattn.ops import cuda
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_only")]
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
-
-
-@pytest.fixture(autouse=True)
-def compiled_only(monkeypatch):
-    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
 
 
 def check(path, dtype, **kind):

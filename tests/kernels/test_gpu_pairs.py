@@ -8,14 +8,9 @@ from hf_linattn import linear_attention
 from hf_linattn.ops import chunked, cuda, reference
 from hf_linattn.ops.call import Call
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_only")]
 DIMS = (32, 64, 80, 96, 128)
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def compiled_only(monkeypatch):
-    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
 
 
 def paths(dtype, head_dim, causal=True, heads=4, key_heads=2, length=37, normalize_qk=True, **kind):

@@ -8,13 +8,8 @@ from step_cases import SEVERAL, check_step, step_case
 from hf_linattn import linear_attention
 from hf_linattn.ops import cuda
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_only")]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def compiled_only(monkeypatch):
-    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

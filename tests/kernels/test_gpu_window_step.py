@@ -13,13 +13,8 @@ from window_step_cases import SECOND, WINDOW_KINDS, changed, check_window_step, 
 from hf_linattn.models import config_class_for
 from hf_linattn.ops import window_cuda, window_step
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("compiled_only")]
 OF_TOKENS = {"decay": "token", "input_gate": True, "output": "norm gate", "gate": "token"}
-
-
-@pytest.fixture(autouse=True)
-def compiled_only(monkeypatch):
-    monkeypatch.setenv("HF_LINATTN_BACKEND", "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
