@@ -101,9 +101,8 @@ def test_nothing_at_padding_is_read_and_warps_take_any_turn(kernels, kind):
         padding = (call.key_segments <= 0)[:, None, :, None]
         query, key, value = (x.masked_fill(padding, float("nan")) for x in (call.query, call.key, call.value))
         call = call._replace(query=query, key=key, value=value)
-    for _ in range(3):
-        again = state.clone()
-        assert torch.equal(cuda.step(call, again), out) and torch.equal(again, first)
+    again = state.clone()
+    assert torch.equal(cuda.step(call, again), out) and torch.equal(again, first)
 
 
 @pytest.mark.parametrize("kind", [{"decay": "head"}, {"degree": 2, "heads": 4, "key_heads": 2, "batch": 2}, {"decay": "token"}], ids=str)
