@@ -80,7 +80,7 @@ class _Turns:
     """At one device: the thread that runs a compiled step, and the stream that the last one ran in."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a hook may generate by itself
         self.stream: torch.cuda.Stream | None = None
 
     @contextmanager

@@ -160,6 +160,16 @@ def test_training_mode_is_seen(direct):
     torch.testing.assert_close(torch.stack(plain.scores), torch.stack(expected.scores))
 
 
+@pytest.mark.timeout(600)  # the inner text would wait for the outer one, which waits for it
+def test_a_hook_may_generate_by_itself():
+    outer, inner, ids = converted(layers=1, decay="head"), converted(layers=1, scale=1.5, decay="head"), tiny_tokens(1, 9)
+    few, made = {"max_new_tokens": 3, "min_new_tokens": 3}, []
+    expected, of_inner = generate(outer, ids, **few), generate(inner, ids, **few)
+    outer.model.norm.register_forward_hook(torch.compiler.disable(lambda *_: made.append(generate_compiled(inner, ids, **few))))
+    assert torch.equal(generate_compiled(outer, ids, **few), expected)
+    assert len(made) == 3 and all(torch.equal(out, of_inner) for out in made)
+
+
 def test_a_hook_that_only_looks_on_is_called_at_every_token(direct):
     model, ids, seen = converted(decay="head"), tiny_tokens(), []
     model.model.norm.register_forward_hook(lambda module, args, out: seen.append(out))
