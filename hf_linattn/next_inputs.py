@@ -38,8 +38,11 @@ class Before(NamedTuple):
 
 @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
 def prepare_inputs_for_generation(model: Any, input_ids: Any, next_sequence_length: int | None = None, past_key_values: Any = None,
-                                  attention_mask: Any = None, **others: Any) -> dict[str, Any]:  # fmt: skip
+                                  attention_mask: Any = None, *more: Any, **others: Any) -> dict[str, Any]:  # fmt: skip
     """Transformers' inputs of the newest token, or those of the token before with what is new."""
+    if more:
+        first = next_sequence_length, past_key_values, attention_mask
+        return GenerationMixin.prepare_inputs_for_generation(model, input_ids, *first, *more, **others)  # type: ignore[no-any-return]
     given = {"next_sequence_length": next_sequence_length, "past_key_values": past_key_values, "attention_mask": attention_mask}
     make = functools.partial(GenerationMixin.prepare_inputs_for_generation, model, input_ids, **given)
     is_next = next_sequence_length == 1 and not others.get("is_first_iteration") and input_ids.dim() == 2

@@ -103,6 +103,14 @@ def test_another_option_within_a_text_is_asked_about(asked):
                 model(**made)
 
 
+def test_arguments_may_all_be_given_by_place():
+    model, ids = converted(layers=1, decay="head"), tiny_tokens()
+    embeds, own = model.get_input_embeddings()(ids), GenerationMixin.prepare_inputs_for_generation
+    for first in (True, False):
+        given = ids, None if first else 1, None, torch.ones_like(ids), embeds, first
+        same(model.prepare_inputs_for_generation(*given, use_cache=True), own(model, *given, use_cache=True))
+
+
 def test_generating_from_embeddings_and_beams():
     model, ids = converted(decay="head"), tiny_tokens()
     own, plain = (inspect.signature(owner.prepare_inputs_for_generation).parameters for owner in (type(model), GenerationMixin))
