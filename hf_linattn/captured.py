@@ -108,6 +108,11 @@ class Captured:
         self.recent, self.again = [seen, *self.recent[: KEPT - 1]], None
         return self.graph(*now)
 
+    def forget(self) -> None:
+        """Lets go of all captures."""
+        self.kept.clear()
+        self.again = None
+
     def _first(self, capture: Capture | None, now: Sequence[Any]) -> Any:
         if capture is None:
             self.refused, self.again = True, self.graph

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType
@@ -52,12 +53,15 @@ class Watched:
 
     def __init__(self, backend: Callable[..., Any]) -> None:
         self.backend, self.compiled = backend, 0
+        self.captured: list[captured.Captured] = []
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.compiled += 1
         if torch.is_grad_enabled():
             return self.backend(graph, inputs)  # type: ignore[no-any-return]
         made = captured.compile_graph(self.backend, graph, inputs)
+        if isinstance(made, captured.Captured):
+            self.captured.append(made)
 
         def run(*given: Any) -> Any:
             results = copies(made(*given))
@@ -66,6 +70,11 @@ class Watched:
             return results
 
         return run
+
+    def forget(self) -> None:
+        """Lets go of what was captured: PyTorch keeps what it compiled, and so what we gave it, after a model is gone."""
+        for one in self.captured:
+            one.forget()
 
     def reset(self) -> None:
         if hasattr(self.backend, "reset"):
@@ -113,6 +122,7 @@ class CompiledStep:
             given = options.pop("options", None) or {}
             filtered = {name: given[name] for name in ("guard_filter_fn",) if name in given}
             options |= {"backend": self.watched, "mode": None, "options": filtered or None}
+            weakref.finalize(self, self.watched.forget).atexit = False
         self.call = torch.compile(step, **options)
         self.hooks = list(_all_hooks(model))
 

@@ -1,6 +1,8 @@
 """Compiled steps as CUDA graphs of their own: what is where, what is copied, what is not captured. Without a GPU a stand-in is replayed."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -93,6 +95,24 @@ def test_what_is_kept_is_bounded_and_holds_no_cache(graphs, monkeypatch):
     assert len(graphs) == captured.KEPT + 2 and len(one.kept) == captured.KEPT
     held = {id(x) for capture in one.kept for x in (*capture.buffers, *capture.results)}
     assert not held & {id(tensor) for cache in caches for layer in cache.layers for tensor in layer.state.values()}
+
+
+def test_captures_go_with_their_model_or_its_hooks(graphs):
+    model, ids = converted(layers=1, decay="head"), tiny_tokens(1, 9)
+    generate_compiled(model, ids)
+    hook = model.model.norm.register_forward_hook(lambda module, args, out: out * 2)
+    generate_compiled(model, ids)
+    made = [weakref.ref(graph) for graph in graphs]
+    graphs.clear()
+    hook.remove()
+    assert torch.equal(generate_compiled(model, ids), generate(model, ids, **TOKENS))
+    made += [weakref.ref(graph) for graph in graphs]
+    graphs.clear()
+    gc.collect()
+    assert [graph() is None for graph in made] == [True, True, False]
+    del model
+    gc.collect()
+    assert made[-1]() is None
 
 
 @pytest.mark.parametrize("change", CHANGES)
