@@ -2,7 +2,8 @@
 
 It appends ones to the padding mask: the new token is real, and what the mask hides of those before is what it hid. To read that anew costs
 a dozen small kernels a token, and has the host wait for the device three times. Where there is no mask every token is real, and asking
-Transformers for one that says so takes longer than all else of ours that a compiled token has the host do.
+Transformers for one that says so takes longer than all else of ours that a compiled token has the host do. What is written into a mask
+between two tokens is seen where PyTorch counts it, which it does not of `mask.data` and numpy's view.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ def use(path: Path, monkeypatch) -> None:
 
     def run(self, name: str, results: Structure, plan: cuda._Plan) -> Tensor:
         workspace = torch.full((plan.workspace_bytes + 1024,), 0xFF, dtype=torch.uint8)  # NaN wherever it is read before it is written
-        workspace = workspace[-workspace.data_ptr() % 1024 :]
+        begin = -workspace.data_ptr() % 1024
+        workspace = workspace[begin : begin + plan.workspace_bytes]
         self.problem.workspace = workspace.data_ptr()
         self.problem.stream = None
         assert getattr(library, f"linattn_{name}")(byref(self.problem), byref(results), byref(plan)) == 0
