@@ -49,7 +49,7 @@ def measured() -> Table:
         "nats above teacher",
         "recall at 1,900",
         "cache after 1,024",
-        title="A real language model by the same commands (make quickstart MODEL=smollm2)",
+        title="A real language model by the same commands and many more tokens (make quickstart MODEL=smollm2 takes some)",
         title_justify="left",
     )
     for row in MEASURED:
