@@ -1,20 +1,28 @@
 """Generating, as a user types it: time and memory of a token against context and batch, beside softmax, all in one run.
 
     python benchmarks/generate.py --device cpu [--out benchmarks/results]
-    python benchmarks/generate.py --device cuda --shape tinyllama [--out benchmarks/results]
+    python benchmarks/generate.py --device cuda --shape tinyllama --contexts 1024,16384,131072,1048576 --batches 1,16,256 \
+        --most 1048576 --jobs 7 [--out benchmarks/results]
 
 Random weights of one shape, as converted models of several forms. A prompt of so many tokens is processed, then tokens are drawn by
 `model.generate(..., cache_implementation=...)`, and a streamer looks at the clock at each of them. Where the cache is static, `generate`
 compiles the step on accelerators, and does not on a CPU. There one thread works, and its own time is counted, so that other programs
-take none of it.
+take none of it. Cases may warm up and compile side by side, a process each; one at a time is timed, while no other one runs.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import multiprocessing
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +55,7 @@ CASES: dict[str, tuple[dict[str, Any] | None, str]] = {
     "window 64 + second degree, static": (WINDOW, "static"),
     "the same, one layer of softmax, static": (WINDOW | {"softmax_layers": [1]}, "static"),
 }
+SOFTMAX_LONGEST = 131_072  # tokens of a prompt beyond which softmax is left out: its prompts take minutes
 SETTLED = 4  # tokens of a call that are not timed: the first comes with the prompt, the next may still warm up
 
 
@@ -86,17 +95,28 @@ def call(model: PreTrainedModel, ids: torch.Tensor, cache: str, tokens: int) -> 
     return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)], cache_bytes(out.past_key_values)
 
 
-def measure(model: PreTrainedModel, cache: str, batch: int, context: int, tokens: int, rounds: int) -> dict[str, float | None]:
+@contextmanager
+def turn(lock: Path, alone: bool) -> Iterator[None]:
+    """While this lasts nobody else has a turn alone, and if this one is `alone`, nobody has any."""
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
+
+
+def measure(model: PreTrainedModel, cache: str, batch: int, context: int, tokens: int, rounds: int, lock: Path) -> dict[str, float | None]:
     """One case: after a call that warms up, and compiles, the medians of `rounds` calls."""
     torch._dynamo.reset()
     model.__dict__.pop("_previous_max_cache_length", None)  # else a static cache would be as long as the longest one before
     device, ids = model.device, torch.randint(3, 60, (batch, context), device=model.device)
     on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated() if on_gpu else 0
-    first, size = call(model, ids, cache, tokens)
-    calls = [call(model, ids, cache, tokens)[0] for _ in range(rounds)]
+    with turn(lock, alone=False):
+        first, size = call(model, ids, cache, tokens)
+    with turn(lock, alone=True):
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated() if on_gpu else 0
+        calls = [call(model, ids, cache, tokens)[0] for _ in range(rounds)]
     token = statistics.median(t for times in calls for t in times[SETTLED:])
     return {
         "prompt_s": statistics.median(times[0] for times in calls),
@@ -108,22 +128,34 @@ def measure(model: PreTrainedModel, cache: str, batch: int, context: int, tokens
     }
 
 
-def rows_of(shape: str, device: str, contexts: list[int], batches: list[int], most: int, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    """Every case at every batch and context of at most `most` tokens together; cases that are compared run one after another."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    models = {name: model_of(shape, options, max(contexts) + tokens, device, dtype) for name, (options, _) in CASES.items()}
+def rows_of(name: str, shape: str, device: str, sizes: list[tuple[int, int]], tokens: int, rounds: int, lock: Path) -> list[dict[str, Any]]:
+    """One case at every (batch, context)."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    options, cache = CASES[name]
+    sizes = [size for size in sizes if options or size[1] <= SOFTMAX_LONGEST]
+    longest = max(context for _, context in sizes) + tokens
+    model = model_of(shape, options, longest, device, torch.bfloat16 if device == "cuda" else torch.float32)
     rows = []
-    for batch in batches:
-        for context in (length for length in contexts if length * batch <= most):
-            for name, (_, cache) in CASES.items():
-                row: dict[str, Any] = {"case": name, "batch": batch, "context": context}
-                try:
-                    row |= measure(models[name], cache, batch, context, tokens, rounds)
-                except torch.OutOfMemoryError:
-                    row["out_of_memory"] = True
-                rows.append(row)
-                print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+    for batch, context in sizes:
+        row: dict[str, Any] = {"case": name, "batch": batch, "context": context}
+        try:
+            row |= measure(model, cache, batch, context, tokens, rounds, lock)
+        except torch.OutOfMemoryError:
+            row["out_of_memory"] = True
+        rows.append(row)
+        line = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+        print(line, flush=True)
     return rows
+
+
+def all_rows(shape: str, device: str, sizes: list[tuple[int, int]], tokens: int, rounds: int, jobs: int) -> list[dict[str, Any]]:
+    """Every case at every (batch, context), `jobs` cases at once, as they stand in CASES for each size."""
+    with tempfile.NamedTemporaryFile() as lock, ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        work = partial(rows_of, shape=shape, device=device, sizes=sizes, tokens=tokens, rounds=rounds, lock=Path(lock.name))
+        rows = [row for some in pool.map(work, CASES) for row in some]
+    names = list(CASES)
+    return sorted(rows, key=lambda row: (sizes.index((row["batch"], row["context"])), names.index(row["case"])))
 
 
 def table(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -198,6 +230,7 @@ def main(
     most: Annotated[int, typer.Option(help="Tokens of all prompts together, beyond which a context is left out of a batch.")] = 8192,
     tokens: Annotated[int, typer.Option(help="New tokens of each call, more than 4.")] = 24,
     rounds: Annotated[int, typer.Option(help="Calls of each case, after one that warms up.")] = 2,
+    jobs: Annotated[int, typer.Option(help="Cases that warm up and compile side by side.")] = 1,
     out: Annotated[Path | None, typer.Option(help="A folder for generate-DEVICE.json, .md and .png.")] = None,
 ) -> None:
     """Time generation beside softmax."""
@@ -205,11 +238,12 @@ def main(
         raise typer.BadParameter(f"the device is cpu or cuda, the shape one of {', '.join(SHAPES)}, and tokens more than {SETTLED}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("PyTorch finds no usable CUDA device: check the driver with nvidia-smi, or take --device cpu.")
-    if device == "cpu":
-        torch.set_num_threads(1)
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     facts = {"device": name, **machine(), "transformers": transformers.__version__, "shape": shape, "new tokens": tokens, "rounds": rounds}
-    rows = rows_of(shape, device, [int(x) for x in contexts.split(",")], [int(x) for x in batches.split(",")], most, tokens, rounds)
+    facts["cases compiled side by side"] = jobs
+    every = product(map(int, batches.split(",")), map(int, contexts.split(",")))
+    sizes = [(batch, context) for batch, context in every if batch * context <= most]
+    rows = all_rows(shape, device, sizes, tokens, rounds, jobs)
     if out is None:
         print(table(facts, rows))
         return
