@@ -13,6 +13,7 @@ take none of it. Cases may warm up and compile side by side, a process each; one
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import multiprocessing
 import statistics
@@ -105,27 +106,40 @@ def turn(lock: Path, alone: bool) -> Iterator[None]:
 
 def measure(model: PreTrainedModel, cache: str, batch: int, context: int, tokens: int, rounds: int, lock: Path) -> dict[str, float | None]:
     """One case: after a call that warms up, and compiles, the medians of `rounds` calls."""
-    torch._dynamo.reset()
-    model.__dict__.pop("_previous_max_cache_length", None)  # else a static cache would be as long as the longest one before
     device, ids = model.device, torch.randint(3, 60, (batch, context), device=model.device)
     on_gpu = device.type == "cuda"
-    with turn(lock, alone=False):
-        first, size = call(model, ids, cache, tokens)
+    try:
+        with turn(lock, alone=False):
+            first, size = call(model, ids, cache, tokens)
+    except torch.OutOfMemoryError:  # there may be room for one
+        forget(model)
+        with turn(lock, alone=True):
+            first, size = call(model, ids, cache, tokens)
     with turn(lock, alone=True):
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() if on_gpu else 0
         calls = [call(model, ids, cache, tokens)[0] for _ in range(rounds)]
+        peak = torch.cuda.max_memory_allocated() - held if on_gpu else None
     token = statistics.median(t for times in calls for t in times[SETTLED:])
     return {
         "prompt_s": statistics.median(times[0] for times in calls),
         "token_ms": 1e3 * token,
         "tokens_a_second": batch / token,
         "cache_bytes": size,
-        "peak_bytes": torch.cuda.max_memory_allocated() - held if on_gpu else None,
+        "peak_bytes": peak,
         "compile_s": sum(first) - statistics.median(sum(times) for times in calls) if on_gpu and cache == "static" else None,
     }
+
+
+def forget(model: PreTrainedModel) -> None:
+    """Leaves nothing of the case before: what was compiled, how long its static cache was, and its memory, which others need."""
+    torch._dynamo.reset()
+    model.__dict__.pop("_previous_max_cache_length", None)
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def rows_of(name: str, shape: str, device: str, sizes: list[tuple[int, int]], tokens: int, rounds: int, lock: Path) -> list[dict[str, Any]]:
@@ -143,6 +157,7 @@ def rows_of(name: str, shape: str, device: str, sizes: list[tuple[int, int]], to
             row |= measure(model, cache, batch, context, tokens, rounds, lock)
         except torch.OutOfMemoryError:
             row["out_of_memory"] = True
+        forget(model)
         rows.append(row)
         line = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
         print(line, flush=True)
