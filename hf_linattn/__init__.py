@@ -18,6 +18,8 @@ from .saved_prompts import load_cache, save_cache
 from .support import require_attention_interface
 from .training import parameter_groups
 
+__version__ = "0.2.0"
+
 AttentionInterface.register(NAME, linattn_attention)
 AttentionMaskInterface.register(NAME, linattn_mask)
 cache.install()

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from tiny_softmax import softmax_model
 
+import hf_linattn
 from linattn import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,6 +128,10 @@ def test_the_metadata_is_complete(installed: Path) -> None:
     assert (told.read_text("top_level.txt") or "").split() == ["hf_linattn", "linattn"]
     assert f"\n## {told.version}, " in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert told.metadata.get_all("Classifier") and told.metadata["License-Expression"] == "Apache-2.0"
+
+
+def test_the_package_knows_its_version(installed: Path) -> None:
+    assert metadata(installed).version == hf_linattn.__version__
 
 
 def test_every_import_of_the_projects_own_leads_into_the_wheel(installed: Path) -> None:
