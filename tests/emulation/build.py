@@ -1,5 +1,6 @@
-"""Builds the kernels as a library for the CPU: the sources of `kernels/` with launches made calls of the emulator, and with
-`instructions.cuh` in place of the PTX. It is the code of sm_80; what is for Hopper alone is left out."""
+"""Builds the kernels as libraries for the CPU: the sources of `kernels/` with launches made calls of the emulator, and with
+`instructions.cuh` and `warpgroup.cuh` in place of the PTX. One is the code of sm_80 throughout; the other has beside it what is for Hopper
+alone, and says that its card is one."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels"
-OURS = ("emulator.h", "tile/instructions.cuh", "runtime.cpp")  # where they stand in for what is in kernels/
+OURS = ("emulator.h", "tile/instructions.cuh", "tile/warpgroup.cuh", "runtime.cpp")  # where they stand in for what is in kernels/
 FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC", "-pthread"]  # -w: the pragmas are nvcc's
+HOPPER = "-D__CUDA_ARCH_FEAT_SM90_ALL"
 
 
 def compiler() -> str | None:
@@ -76,8 +78,9 @@ def with_headers(source: Path, root: Path, seen: frozenset[Path] = frozenset()) 
     return text + b"".join(with_headers(header, root, seen) for header in found if header not in seen)
 
 
-def compile_library(sources: list[Path], library: Path, root: Path, kept: Path | None = None) -> None:
+def compile_library(sources: list[Path], library: Path, root: Path, kept: Path | None = None, of_hopper: list[Path] | None = None) -> None:
     """Objects stay in the folder `kept`, under a name made of all that went into them. Raises RuntimeError with the compiler's words."""
+    of_hopper = of_hopper or []
 
     def run(*command: object) -> None:
         done = subprocess.run([compiler(), *command], capture_output=True, text=True, check=False)
@@ -85,43 +88,51 @@ def compile_library(sources: list[Path], library: Path, root: Path, kept: Path |
             raise RuntimeError(done.stderr[-4000:])
 
     def compiled(source: Path) -> Path:
-        made = (kept or root) / f"{source.stem}-{hashlib.sha256(with_headers(source, root)).hexdigest()[:16]}.o"
+        flags = [*FLAGS, *([HOPPER] if source in of_hopper else [])]
+        digest = hashlib.sha256(" ".join(flags).encode() + with_headers(source, root))
+        made = (kept or root) / f"{source.stem}-{digest.hexdigest()[:16]}.o"
         if not made.exists():
-            run(*FLAGS, f"-I{headers()}", f"-I{root}", "-c", source, "-o", aside := made.with_suffix(".partial"))
+            run(*flags, f"-I{headers()}", f"-I{root}", "-c", source, "-o", aside := made.with_suffix(".partial"))
             aside.replace(made)
         return made
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, sources))
+        objects = list(pool.map(compiled, [*sources, *of_hopper]))
     run("-shared", "-pthread", *objects, "-o", library)
 
 
-def build(folder: Path) -> Path:
-    """All kernels as `folder`/emulated.so, made where it is not there yet."""
-    library = folder / "emulated.so"
+def build(folder: Path, hopper: bool = False) -> Path:
+    """All kernels as `folder`/emulated.so, or with Hopper's own as emulated_hopper.so, made where it is not there yet."""
+    library = folder / ("emulated_hopper.so" if hopper else "emulated.so")
     if library.exists():
         return library
-    sources = []
+    sources, of_hopper = [], []
     for name, text in kernel_sources().items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".cu":
             target = target.with_suffix(".cpp")
-            sources.append(target)
+            (of_hopper if is_of_hopper(text) else sources).append(target)
         target.write_text(('#include "emulator.h"\n' if target.suffix == ".cpp" else "") + translated(text))
     for name in OURS:
         shutil.copy(HERE / name.rpartition("/")[2], folder / name)
     kept = folder.parent / "emulated-objects"
     kept.mkdir(exist_ok=True)
-    compile_library([*sources, folder / "runtime.cpp"], aside := folder / "aside.so", folder, kept)
+    (of_hopper if hopper else sources).append(folder / "runtime.cpp")
+    compile_library(sources, aside := library.with_suffix(".partial"), folder, kept, of_hopper if hopper else [])
     return aside.replace(library)
+
+
+def is_of_hopper(text: str) -> bool:
+    """A source for Hopper alone."""
+    return text.startswith("// architectures: sm_90a")
 
 
 def kernel_sources() -> dict[str, str]:
     """What is emulated, by its path below kernels/; the sources of the instances among them."""
     files = [path for path in sorted(KERNELS.rglob("*.*")) if path.suffix in (".cu", ".cuh", ".h")]
     found = {str(path.relative_to(KERNELS)): path.read_text() for path in files} | instances()
-    return {name: text for name, text in found.items() if name not in OURS and not text.startswith("// architectures: sm_90a")}
+    return {name: text for name, text in found.items() if name not in OURS}
 
 
 def instances() -> dict[str, str]:
@@ -135,7 +146,7 @@ def instances() -> dict[str, str]:
 
 
 def digest() -> str:
-    """Of all that the library is made of."""
+    """Of all that the libraries are made of."""
     texts = [f"{name}\n{text}".encode() for name, text in kernel_sources().items()]
     parts = [*texts, *((HERE / name.rpartition("/")[2]).read_bytes() for name in OURS), Path(__file__).read_bytes()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]

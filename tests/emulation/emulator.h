@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -34,7 +35,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // blocks run one after another
-#define __align__(bytes) alignas(bytes)
+#define __align__(bytes) __attribute__((aligned(bytes)))  // behind `static`, too
 #define __grid_constant__
 
 inline uint3 threadIdx, blockIdx;
@@ -53,6 +54,17 @@ struct Copy {  // asynchronous: from global to shared memory, or zeros
   int bytes;
 };
 
+struct Product {  // asynchronous: of a warpgroup, a lane's part
+  float *sums;
+  int columns;
+  bool accumulate, from_registers, along_rows;
+  uint32_t fragment[4];  // of the left factor, where it is in registers
+  uint64_t left, right;  // descriptors
+  float (*number)(uint32_t);
+  std::vector<uint16_t> issued;  // what lay in shared memory when it was issued
+};
+constexpr uint32_t kOnItsWay = 0xffffff0fu;  // NaN, in the place of sums
+
 struct Thread {
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack;
@@ -62,6 +74,10 @@ struct Thread {
   uint32_t fragment[6] = {};  // what a matrix instruction does
   std::vector<std::vector<Copy>> groups;  // of copies on their way
   std::vector<Copy> open;                 // the group that is not closed yet
+  std::vector<std::vector<Product>> products;  // groups as well
+  std::vector<Product> open_products;
+  std::map<float *, std::vector<float>> sums;  // of the products on their way
+  bool begun = false;
 };
 
 struct Block {

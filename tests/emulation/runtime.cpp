@@ -1,5 +1,5 @@
-// What the launchers ask of the CUDA runtime: a card of compute capability 8.0, on which every launch succeeds at once. And Hopper's kernels,
-// which such a card has not.
+// What the launchers ask of the CUDA runtime: a card of compute capability 8.0, or 9.0 for Hopper's library, on which every launch succeeds at once.
+// And Hopper's kernels, which the first has not.
 #include <cuda_runtime.h>
 
 #include <cstdlib>
@@ -7,6 +7,11 @@
 #include "pairs/pairs.cuh"
 
 namespace {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr int kMajor = 9, kProcessors = 132;
+#else
+constexpr int kMajor = 8, kProcessors = 108;
+#endif
 int asked(const char *name, int otherwise) {
   const char *const words = std::getenv(name);
   return words ? std::atoi(words) : otherwise;
@@ -18,9 +23,9 @@ extern "C" {
 cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
   switch (what) {
-    case cudaDevAttrComputeCapabilityMajor: return *value = 8, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor: return *value = kMajor, cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor: return *value = 0, cudaSuccess;
-    case cudaDevAttrMultiProcessorCount: return *value = asked("EMULATED_PROCESSORS", 108), cudaSuccess;
+    case cudaDevAttrMultiProcessorCount: return *value = asked("EMULATED_PROCESSORS", kProcessors), cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: return *value = shared_memory(), cudaSuccess;
     default: return cudaErrorInvalidValue;
   }
@@ -31,6 +36,7 @@ cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 const char *cudaGetErrorString(cudaError_t) { return "an error of the emulation"; }
 }
 
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 namespace linattn_pairs {
 bool hopper_takes(const linattn_problem &) { return false; }
 int hopper_shared_bytes(const linattn_problem &) { return 0; }
@@ -42,3 +48,4 @@ int64_t sums_bytes(const linattn_problem &) { return 0; }
 int64_t states_bytes(const linattn_problem &) { return 0; }
 cudaError_t state_launch(const Arguments &, cudaStream_t) { return cudaErrorNotSupported; }
 }  // namespace linattn_pairs
+#endif

@@ -1,0 +1,146 @@
+"""Hopper's own kernels of the second degree on the CPU, by the emulator in `tests/emulation`, at the accuracy bar. And what the emulator
+says of a warpgroup's products: that what is wrong in their order comes out."""
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy_bar import assert_bar, operator_case
+from emulation import build
+
+from hf_linattn.ops import chunked, cuda
+from hf_linattn.ops.call import Call
+
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is None or build.headers() is None, reason="needs g++ or clang++, and CUDA's headers"),
+    pytest.mark.timeout(1200),
+]
+
+
+def check(dtype, stateful=False, shift=0.0, segments=1, **kind):
+    """The output, the masses and the state, twice to the same bits; `segments`: those of the plan."""
+    kind = {"length": 130, "batch": 1, "heads": 2, "key_heads": 1, "head_dim": 32} | kind
+    inputs, _ = operator_case(dtype, degree=2, device="cpu", **{"value_dim": kind["head_dim"]} | kind)
+    inputs[2] = inputs[2] + shift
+    call = Call(*inputs)
+    asked = call.query.data_ptr() if stateful else None  # any pointer: nothing runs yet
+    plan = cuda._Launch(call).plan("forward", cuda._ForwardResult(cuda._describe(call.empty_out()), None, asked))
+    assert plan.warpgroups and plan.segments == segments
+    exact = chunked.forward(Call(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)), stateful)
+    plain, ours, again = chunked.forward(call, stateful), cuda.forward(call, stateful), cuda.forward(call, stateful)
+    for name, x, beside, truth, twice in zip(("out", "mass", "state"), ours, plain, exact, again, strict=True):
+        if x is not None:
+            assert_bar(name, x, beside, truth, 2, dtype)
+            assert torch.equal(x, twice), name
+
+
+@pytest.mark.parametrize("dtype, head_dim", [
+    *((torch.bfloat16, d) for d in (32, 64, 128)), (torch.float16, 64), *(pytest.param(torch.float16, d, marks=pytest.mark.slow) for d in (32, 128)),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("causal", [True, False])
+def test_head_dims(hopper_kernels, dtype, head_dim, causal):
+    check(dtype, head_dim=head_dim, causal=causal, length=201)
+
+
+@pytest.mark.parametrize(
+    "kind", [{"length": 32}, {"length": 64}, {"length": 333, "heads": 6, "key_heads": 2, "batch": 2}, {"length": 257}], ids=str
+)
+def test_lengths_and_grouped_queries(hopper_kernels, kind):
+    check(torch.bfloat16, head_dim=64, **kind)
+
+
+@pytest.mark.parametrize("kind", [
+    {"head_dim": 32, "length": 3600, "segments": 4, "stateful": True}, pytest.param({"head_dim": 64, "length": 7200, "segments": 4}, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
+def test_long_sequences(hopper_kernels, kind):
+    check(torch.bfloat16, heads=1, shift=0.5, **kind)
+
+
+# ---- the emulator
+
+KERNEL = """
+#include "tile/warpgroup.cuh"
+using namespace linattn_tile;
+using Product = WarpgroupProduct<__nv_bfloat16, 32, {along_rows}>;
+__global__ void kernel(const __nv_bfloat16 *from, float *to) {{
+  extern __shared__ unsigned char shared[];
+  const auto put = [&](int row, int column, __nv_bfloat16 x) {{
+    *reinterpret_cast<__nv_bfloat16 *>(shared + Tile<32>::at(row, column / 8) + column % 8 * 2) = x;
+  }};
+  const auto fill = [&](float factor) {{
+    for (int i = threadIdx.x; i < 64 * 32; i += 128) put(i / 32, i % 32, factor * static_cast<float>(from[i]));
+  }};
+  fill(1.f);
+  __syncthreads();
+  float d[4][4];
+  for (int i = 0; i < 16; ++i) d[i / 4][i % 4] = 1.f;
+  const uint64_t a = warpgroup_operand<32>(0), b = warpgroup_operand<32>(0);
+  {body}
+  for (int i = 0; i < 16; ++i)
+    to[(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + i % 4 / 2 * 8) * 32 + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2] = d[i / 4][i % 4];
+}}
+extern "C" void run(const __nv_bfloat16 *from, float *to) {{ kernel<<<1, 128, 4096, nullptr>>>(from, to); }}
+"""
+ISSUED = "warpgroup_begin(); Product::run(d, a, b, true); warpgroup_commit();"
+
+
+def made(folder: Path, body: str, along_rows: bool = False) -> Path:
+    (folder / "tile").mkdir(exist_ok=True)
+    (folder / "kernel.cpp").write_text(
+        '#include "emulator.h"\n' + build.translated(KERNEL.format(body=body, along_rows=str(along_rows).lower()))
+    )
+    for name in ("linattn.h", "tile/tile.cuh"):
+        (folder / name).write_bytes((build.KERNELS / name).read_bytes())
+    for name in ("emulator.h", "tile/instructions.cuh", "tile/warpgroup.cuh"):
+        (folder / name).write_bytes((build.HERE / name.rpartition("/")[2]).read_bytes())
+    build.compile_library([], folder / "kernel.so", folder, of_hopper=[folder / "kernel.cpp"])
+    return folder / "kernel.so"
+
+
+def result(folder: Path, body: str, along_rows: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The products (64, 32), and the tile (64, 32) that both factors are of."""
+    numbers, results = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16(), torch.zeros(64, 32)
+    ctypes.CDLL(str(made(folder, body, along_rows))).run(ctypes.c_void_p(numbers.data_ptr()), ctypes.c_void_p(results.data_ptr()))
+    return results, numbers.double()
+
+
+def test_a_product_of_two_tiles(tmp_path):
+    found, tile = result(tmp_path, f"{ISSUED} warpgroup_wait<0>();")
+    torch.testing.assert_close(found.double(), 1 + tile[:, :16] @ tile[:32, :16].mT, atol=1e-5, rtol=1e-5)
+
+
+def test_a_product_along_rows(tmp_path):
+    found, tile = result(tmp_path, f"{ISSUED} warpgroup_wait<0>();", along_rows=True)
+    torch.testing.assert_close(found.double(), 1 + tile[:, :16] @ tile[:16, :], atol=1e-5, rtol=1e-5)
+
+
+def test_products_one_after_the_other(tmp_path):
+    """Of the second only the first column of blocks of A, from registers, is there; the first is thrown away by `accumulate`."""
+    found, tile = result(
+        tmp_path,
+        f"""{ISSUED}
+        const uint32_t ones[4] = {{Element<__nv_bfloat16>::kOnes, Element<__nv_bfloat16>::kOnes, 0u, 0u}};
+        warpgroup_begin(); Product::run(d, ones, b, false); warpgroup_commit(); warpgroup_wait<1>(); warpgroup_wait<0>();""",
+    )
+    torch.testing.assert_close(found.double(), tile[:32, :8].sum(-1).expand(64, -1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("body", [
+    ISSUED, f"{ISSUED} warpgroup_wait<1>();", "warpgroup_begin(); Product::run(d, a, b, true); warpgroup_wait<0>();",
+    f"{ISSUED} __syncthreads(); fill(2.f); __syncthreads(); warpgroup_wait<0>();",
+], ids=["not waited for", "left on its way", "not committed", "overwritten"])  # fmt: skip
+def test_what_is_read_too_early_or_overwritten(tmp_path, body):
+    assert result(tmp_path, body)[0].isnan().any()
+
+
+@pytest.mark.parametrize("body, words", [
+    ("Product::run(d, a, b, true);", "without warpgroup_begin"), (f"{ISSUED} d[0][0] = 1.f; warpgroup_wait<0>();", "while a product is on its way"),
+    ("warpgroup_begin(); Product::run(d, a, warpgroup_operand<32>(128), true);", "does not begin in the first of eight rows"),
+])  # fmt: skip
+def test_what_ends_the_process(tmp_path, body, words):
+    call = f"import ctypes; x = ctypes.create_string_buffer(1 << 14); ctypes.CDLL({str(made(tmp_path, body))!r}).run(x, x)"
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and words in done.stderr
