@@ -38,7 +38,8 @@ def check(dtype, stateful=False, shift=0.0, segments=1, **kind):
 
 
 @pytest.mark.parametrize("dtype, head_dim", [
-    *((torch.bfloat16, d) for d in (32, 64, 128)), (torch.float16, 64), *(pytest.param(torch.float16, d, marks=pytest.mark.slow) for d in (32, 128)),
+    *((torch.bfloat16, d) for d in (32, 64, 128)), (torch.float16, 64),
+    *(pytest.param(torch.float16, d, marks=pytest.mark.slow) for d in (32, 128)),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("causal", [True, False])
 def test_head_dims(hopper_kernels, dtype, head_dim, causal):
@@ -53,7 +54,8 @@ def test_lengths_and_grouped_queries(hopper_kernels, kind):
 
 
 @pytest.mark.parametrize("kind", [
-    {"head_dim": 32, "length": 3600, "segments": 4, "stateful": True}, pytest.param({"head_dim": 64, "length": 7200, "segments": 4}, marks=pytest.mark.slow),
+    {"head_dim": 32, "length": 3600, "segments": 4, "stateful": True},
+    pytest.param({"head_dim": 64, "length": 7200, "segments": 4}, marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_long_sequences(hopper_kernels, kind):
     check(torch.bfloat16, heads=1, shift=0.5, **kind)
@@ -137,7 +139,8 @@ def test_what_is_read_too_early_or_overwritten(tmp_path, body):
 
 
 @pytest.mark.parametrize("body, words", [
-    ("Product::run(d, a, b, true);", "without warpgroup_begin"), (f"{ISSUED} d[0][0] = 1.f; warpgroup_wait<0>();", "while a product is on its way"),
+    ("Product::run(d, a, b, true);", "without warpgroup_begin"),
+    (f"{ISSUED} d[0][0] = 1.f; warpgroup_wait<0>();", "while a product is on its way"),
     ("warpgroup_begin(); Product::run(d, a, warpgroup_operand<32>(128), true);", "does not begin in the first of eight rows"),
 ])  # fmt: skip
 def test_what_ends_the_process(tmp_path, body, words):
