@@ -31,7 +31,7 @@ import torch
 import transformers
 import typer
 from attention import machine
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
 from hf_linattn import LinAttnConfig, cache_bytes
@@ -47,9 +47,11 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 SECOND = {"kernel": "quadratic", "decay": "key_head"}
 WINDOW = {"form": "window", "window": 64, "sinks": 4, "gate": "token", **SECOND}
+TUNED = "softmax, static, tuned"  # matrices that meet one row multiplied as in our compiled step
 CASES: dict[str, tuple[dict[str, Any] | None, str]] = {
     "softmax, dynamic": (None, "dynamic"),
     "softmax, static": (None, "static"),
+    TUNED: (None, "static"),
     "linear, decay, dynamic": ({"decay": "head"}, "dynamic"),
     "linear, decay, static": ({"decay": "head"}, "static"),
     "second degree, static": (SECOND, "static"),
@@ -86,10 +88,13 @@ def model_of(shape: str, options: dict[str, Any] | None, longest: int, device: s
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def call(model: PreTrainedModel, ids: torch.Tensor, cache: str, tokens: int) -> tuple[list[float], int]:
+def call(model: PreTrainedModel, ids: torch.Tensor, cache: str, tokens: int, tuned: bool) -> tuple[list[float], int]:
     """Seconds of the prompt and its first token, then of each token; bytes of the cache."""
     clock = Clock(time.process_time if model.device.type == "cpu" else time.perf_counter)
     options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    if tuned:
+        asked = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
+        options["compile_config"] = CompileConfig(mode=None, options=asked)  # type: ignore[arg-type]
     out = model.generate(  # type: ignore[operator]
         ids, attention_mask=torch.ones_like(ids), cache_implementation=cache, streamer=clock, return_dict_in_generate=True, **options
     )
@@ -104,23 +109,24 @@ def turn(lock: Path, alone: bool) -> Iterator[None]:
         yield
 
 
-def measure(model: PreTrainedModel, cache: str, batch: int, context: int, tokens: int, rounds: int, lock: Path) -> dict[str, float | None]:
+def measure(model: PreTrainedModel, name: str, batch: int, context: int, tokens: int, rounds: int, lock: Path) -> dict[str, float | None]:
     """One case: after a call that warms up, and compiles, the medians of `rounds` calls."""
+    cache, tuned = CASES[name][1], name == TUNED
     device, ids = model.device, torch.randint(3, 60, (batch, context), device=model.device)
     on_gpu = device.type == "cuda"
     try:
         with turn(lock, alone=False):
-            first, size = call(model, ids, cache, tokens)
+            first, size = call(model, ids, cache, tokens, tuned)
     except torch.OutOfMemoryError:  # there may be room for one
         forget(model)
         with turn(lock, alone=True):
-            first, size = call(model, ids, cache, tokens)
+            first, size = call(model, ids, cache, tokens, tuned)
     with turn(lock, alone=True):
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() if on_gpu else 0
-        calls = [call(model, ids, cache, tokens)[0] for _ in range(rounds)]
+        calls = [call(model, ids, cache, tokens, tuned)[0] for _ in range(rounds)]
         peak = torch.cuda.max_memory_allocated() - held if on_gpu else None
     token = statistics.median(t for times in calls for t in times[SETTLED:])
     return {
@@ -146,7 +152,7 @@ def rows_of(name: str, shape: str, device: str, sizes: list[tuple[int, int]], to
     """One case at every (batch, context)."""
     if device == "cpu":
         torch.set_num_threads(1)
-    options, cache = CASES[name]
+    options, _ = CASES[name]
     sizes = [size for size in sizes if options or size[1] <= SOFTMAX_LONGEST]
     longest = max(context for _, context in sizes) + tokens
     model = model_of(shape, options, longest, device, torch.bfloat16 if device == "cuda" else torch.float32)
@@ -154,7 +160,7 @@ def rows_of(name: str, shape: str, device: str, sizes: list[tuple[int, int]], to
     for batch, context in sizes:
         row: dict[str, Any] = {"case": name, "batch": batch, "context": context}
         try:
-            row |= measure(model, cache, batch, context, tokens, rounds, lock)
+            row |= measure(model, name, batch, context, tokens, rounds, lock)
         except torch.OutOfMemoryError:
             row["out_of_memory"] = True
         forget(model)

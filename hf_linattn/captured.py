@@ -56,13 +56,23 @@ def compile_graph(backend: Callable[..., Any], graph: Any, inputs: list[Any]) ->
 
         return run
 
+    patches = {"graph_partition": False}  # so that it is asked of the whole graph
+    if multiplies_one_row(graph):
+        patches["coordinate_descent_tuning"] = True
     theirs, compile_fx.cudagraphify = compile_fx.cudagraphify, cudagraphify
     try:
-        with config.patch(graph_partition=False):  # so that it is asked of the whole graph
+        with config.patch(patches):  # what the user says in options is said after, by the backend
             made: Callable[..., Any] = backend(graph, inputs)
     finally:
         compile_fx.cudagraphify = theirs
     return Captured(made) if fit else made
+
+
+def multiplies_one_row(graph: torch.fx.GraphModule) -> bool:
+    """Whether its matrices meet vectors: a token of one sequence. A library's product then takes twice the time that reading the matrix
+    does; Inductor's own, which it makes only where it may search for their best shape of blocks, comes near it."""
+    linear = [node.meta["example_value"] for node in graph.graph.nodes if node.target is torch._C._nn.linear]
+    return bool(linear) and all(x.numel() == x.shape[-1] for x in linear)
 
 
 class Capture(NamedTuple):

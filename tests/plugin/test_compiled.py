@@ -9,6 +9,7 @@ import torch
 from compiling import CHANGES, TOKENS, WINDOW, compile_config, converted, generate_compiled
 from generating import NEW, generate, left_padded
 from tiny_models import tiny_tokens
+from torch._inductor import compile_fx, config
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import CompileConfig, StaticCache, masking_utils
 from transformers.generation import BaseStreamer
@@ -206,6 +207,23 @@ def test_a_users_options_go_to_the_backend_that_pytorch_makes_of_them():
             given["mode"] or ("default" if given["options"] is None else None), given["options"], given["dynamic"]
         )
         assert compiled._watched(given).backend.config == theirs.config
+
+
+@pytest.mark.parametrize("rows, options, searched", [(1, {}, True), (2, {}, False), (1, {"coordinate_descent_tuning": False}, False)])
+def test_matrices_that_meet_one_row_are_multiplied_by_what_inductor_finds_best(rows, options, searched, monkeypatch):
+    found = []
+
+    def inductor(graph, inputs, config_patches, **_):
+        with config.patch(config_patches):
+            found.append(config.coordinate_descent_tuning)
+        return graph
+
+    monkeypatch.setattr(compile_fx, "compile_fx", inductor)
+    watched = compiled._watched(CompileConfig(mode=None, options={"triton.cudagraphs": True, **options}).to_dict())
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(torch.nn.Linear(4, 3), backend=watched)(torch.ones(rows, 1, 4))
+    assert found == [searched]
 
 
 def test_mode_beside_options_is_refused_as_pytorch_refuses_it():
