@@ -29,7 +29,7 @@ def remember(source: Tensor, name: str, beside: tuple[Any, ...], read: Callable[
 
     With `none_if_false`, a bool tensor without a True is None. Nothing is kept, and no value asked for, while a graph is traced.
     """
-    if is_tracing(source):
+    if is_traced(source):
         return read()
     written = None if source.is_inference() else source._version
     known = getattr(source, f"_linattn_{name}", None)

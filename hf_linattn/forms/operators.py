@@ -55,7 +55,7 @@ def attention_step(call: Call, numbers: Numbers, sums: Tensor) -> Tensor:
     given, rest = _given(call, numbers)
     own = per_token(rest).get("log_decay")
     weights = once(call.made, ("weights", call.scaling, call.query.dtype), lambda: _weights(given, rest, own is None))
-    out = step_by(weights, given.query, given.key, given.value, sums, own, call.segments, call.made)
+    out = step_by(weights, given.query, given.key, given.value, sums, own, call.segments)
     return output_map.mapped(quotient(out) if input_gate.NAME in numbers else out, numbers)
 
 

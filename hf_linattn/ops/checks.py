@@ -18,7 +18,29 @@ def values_are_readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+_known: set[tuple] = set()
+
+
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, lag: int, causal: bool, has_state: bool) -> None:
+    """What is asked of the three together; of ordinary ones once for each combination of shapes, dtypes and devices."""
+    known: tuple | None = None
+    if type(query) is type(key) is type(value) is Tensor and not torch.compiler.is_compiling():  # else sizes may be symbols
+        facts = query.shape, query.dtype, query.device, key.shape, key.dtype, key.device, value.shape, value.dtype, value.device
+        known = *facts, lag, causal, has_state
+        if known in _known:
+            return
+    _check_tensors(query, key, value, lag, causal, has_state)
+    if known is not None:
+        _remember(known)
+
+
+def _remember(known: tuple) -> None:
+    if len(_known) >= 256:
+        _known.clear()
+    _known.add(known)
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, lag: int, causal: bool, has_state: bool) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor of shape (batch, heads, length, head_dim), not {type(x).__name__}.")
@@ -114,8 +136,6 @@ def check_state(state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> No
 
 MOST_TOKENS = 16  # of a step, as kernels/tokens.cu has it
 
-_known_steps: set[tuple] = set()
-
 
 def check_step(call: Call, state: Tensor) -> None:
     """What a step asks of its tensors and its state; of ordinary ones once for each combination of shapes and dtypes."""
@@ -124,16 +144,14 @@ def check_step(call: Call, state: Tensor) -> None:
     if type(query) is type(key) is type(value) is type(state) is Tensor and not torch.compiler.is_compiling():  # else sizes may be symbols
         facts = query.shape, query.dtype, query.device, key.shape, key.dtype, key.device, value.shape, value.dtype, value.device
         known = *facts, state.shape, state.dtype, None if decay is None else decay.shape, call.degree
-        if known in _known_steps:
+        if known in _known:
             return
-    check_tensors(query, key, value, 0, True, True)
+    _check_tensors(query, key, value, 0, True, True)
     if query.shape[2] == 0 or query.shape[2] > MOST_TOKENS:
         raise ValueError(f"linear_attention_step takes 1 to {MOST_TOKENS} tokens a call, not {query.shape[2]}: use linear_attention.")
     check_state(state, call.state_shape, call.dtype)
     if known is not None:
-        if len(_known_steps) >= 256:
-            _known_steps.clear()
-        _known_steps.add(known)
+        _remember(known)
 
 
 def check_first_derivative() -> None:
@@ -148,6 +166,8 @@ def check_first_derivative() -> None:
 
 
 def check_dropout(dropout_p, kind: str) -> None:
+    if type(dropout_p) is float and dropout_p == 0 and kind == "paper":
+        return
     if kind not in ("paper", "moment"):
         raise ValueError(f'dropout_kind must be "paper" or "moment", not {kind!r}.')
     if isinstance(dropout_p, Tensor):

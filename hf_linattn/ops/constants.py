@@ -20,8 +20,8 @@ def constant(signature: Any, make: Callable[[], Tensor], kept: dict[Any, Tensor]
     """
     if _is_traced() or torch._C._are_functorch_transforms_active():
         return make()  # fake tensors take no others and are none that others take; those of torch.func have no memory
-    if signature in kept:
-        return _for_replays(kept[signature])
+    if (known := kept.get(signature)) is not None:
+        return _for_replays(known)
     with torch.inference_mode(False), torch.no_grad():
         made = make()
     is_fake = type(made) is not Tensor or made.device.type == "meta"
@@ -35,6 +35,8 @@ def constant(signature: Any, make: Callable[[], Tensor], kept: dict[Any, Tensor]
 
 def _is_traced() -> bool:
     """Whether tensors are fake, or stand for what a graph will compute."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
     modes = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.FAKE, modes.PROXY, modes.FUNCTIONAL))
 

@@ -10,18 +10,20 @@ import operator
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
+from struct import Struct
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import chunked, one_token
-from .call import Call, Forward, Gradients
+from . import chunked, device, one_token
+from .call import TENSORS, Call, Forward, Gradients
+from .known import BACKWARD, FORWARD, Known, Launches, Layout, at, layout
 from .padding import copy_rows, padded_call, padded_rows, padded_state, state_without_padding
+from .precision import in_full_precision
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_kernels.so"
 OLDEST_CARD = (8, 0)
@@ -118,8 +120,8 @@ def load_library(path: Path = LIBRARY) -> tuple[ctypes.CDLL | None, str]:
         for name, problem, results in (("forward", _Problem, _ForwardResult), ("backward", _Problem, _BackwardData),
                                        ("step", _Problem, _ForwardResult), ("window_step", _Window, _Beside)):  # fmt: skip
             plan, run = getattr(library, f"linattn_plan_{name}"), getattr(library, f"linattn_{name}")
-            plan.argtypes = run.argtypes = [POINTER(problem), POINTER(results), POINTER(_Plan)]
-            plan.restype = None
+            plan.argtypes, plan.restype = [POINTER(problem), POINTER(results), POINTER(_Plan)], None
+            run.argtypes = [c_void_p] * 3  # the same, or the same as bytes
         library.linattn_engine_name.argtypes, library.linattn_engine_name.restype = [c_int], c_char_p
         library.linattn_error_string.argtypes, library.linattn_error_string.restype = [c_int], c_char_p
         library.linattn_architectures.restype = c_char_p
@@ -242,25 +244,19 @@ def _pointer(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _current(device: torch.device) -> AbstractContextManager:
-    """The device as PyTorch's current one, which it mostly is."""
-    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
-
-
 class _Launch:
     """A call as the library sees it, and every tensor behind its pointers, kept alive until it is launched."""
 
     def __init__(self, call: Call) -> None:
         query, key, value = _rows(call.query), _rows(call.key), _rows(call.value)
-        self.device = device = query.device
-        self.on_device = _current(device)
-        coefficients, log_decay = _plain(call.coefficients, torch.float32, device), _plain(call.log_decay, torch.float32, device)
-        initial_state = _plain(call.initial_state, torch.float32, device)
+        self.device = on = query.device
+        coefficients, log_decay = _plain(call.coefficients, torch.float32, on), _plain(call.log_decay, torch.float32, on)
+        initial_state = _plain(call.initial_state, torch.float32, on)
         dropout_p = seed = None
         if call.dropout_p is not None and call.seed is not None:
-            dropout_p, seed = _plain(call.dropout_p, torch.float32, device), _plain(call.seed, torch.int64, device)
+            dropout_p, seed = _plain(call.dropout_p, torch.float32, on), _plain(call.seed, torch.int64, on)
         query_segments, key_segments = _rows_of_segments(call.query_segments), _rows_of_segments(call.key_segments)
-        self.kept = query, key, value, coefficients, log_decay, initial_state, dropout_p, seed, query_segments, key_segments
+        self.given = query, key, value, coefficients, log_decay, query_segments, key_segments, initial_state, dropout_p, seed
         batch, heads, length, head_dim = query.shape
         self.problem = _Problem(
             batch, heads, key.shape[1], call.state_heads, head_dim, value.shape[3], length,
@@ -273,14 +269,14 @@ class _Launch:
 
     def reads(self, call: Call) -> bool:
         """Whether the library is given the call's own tensors, and no copies."""
-        return all(map(operator.is_, self.kept[:5], call[:5]))
+        return all(map(operator.is_, self.given, call.tensors))
 
     def plan(self, name: str, results: Structure) -> _Plan:
         """How the library will do this call on its device."""
         library, _ = load_library()
         assert library is not None
         plan = _Plan()
-        with self.on_device:
+        with device.current(self.device):
             getattr(library, f"linattn_plan_{name}")(byref(self.problem), byref(results), byref(plan))
         return plan
 
@@ -288,16 +284,22 @@ class _Launch:
         """Returns the workspace, which the plan may have a use for."""
         library, _ = load_library()
         assert library is not None
-        workspace = None
-        with self.on_device:
-            if plan.workspace_bytes:
-                workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=self.device)
-                self.problem.workspace = workspace.data_ptr()
-            self.problem.stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        with device.current(self.device):
+            workspace = device.memory(plan.workspace_bytes, self.device)
+            self.problem.workspace, self.problem.stream = _pointer(workspace), device.stream(self.device)
             code = getattr(library, f"linattn_{name}")(byref(self.problem), byref(results), byref(plan))
-        if code:
-            raise RuntimeError(f"the {name} kernels of linear attention failed: {library.linattn_error_string(code).decode()}.")
+        _raise_if(code, name)
         return workspace
+
+    def known(self, name: str, form: Struct, results: Structure, plan: _Plan, out: Tensor) -> Known:
+        """What is kept of it for calls of the same layout, which make an output like this one."""
+        return Known.of(getattr(load_library()[0], f"linattn_{name}"), self.problem, form, results, plan, out)
+
+
+def _raise_if(code: int, name: str) -> None:
+    library, _ = load_library()
+    if code and library is not None:
+        raise RuntimeError(f"the {name} kernels of linear attention failed: {library.linattn_error_string(code).decode()}.")
 
 
 class Kept(NamedTuple):
@@ -367,6 +369,9 @@ def paths(*tensors: Tensor, **options) -> tuple[str, str]:
     return forward.path, backward.path
 
 
+_forwards, _backwards, _steps = Launches(), Launches(), Launches()
+
+
 def forward(call: Call, return_state: bool) -> Forward:
     """As `chunked.forward`, on a CUDA device."""
     return forward_keeping(call, return_state)[0]
@@ -374,6 +379,21 @@ def forward(call: Call, return_state: bool) -> Forward:
 
 def forward_keeping(call: Call, return_state: bool) -> tuple[Forward, Kept | None]:
     """`forward`, and what `backward` takes over of it, if anything."""
+    given = layout(call.tensors, call[TENSORS:], return_state)
+    known = None if backend() == "torch" else _forwards.get(given)
+    if known is None:
+        return _forward_anew(call, return_state, given)
+    query = call.query
+    out = query.new_empty_strided(*known.out)
+    mass = query.new_empty(query.shape[:3], dtype=torch.float32)
+    state = query.new_empty(call.state_shape, dtype=torch.float32) if return_state else None
+    code, workspace = known.launch(call, FORWARD.pack(out.data_ptr(), *known.results, mass.data_ptr(), at(state)))
+    _raise_if(code, "forward")
+    return (out, mass, state), Kept(workspace, known.segment_length) if workspace is not None and known.keeps else None
+
+
+@in_full_precision  # a known launch has no operator that autocast would change
+def _forward_anew(call: Call, return_state: bool, given: Layout) -> tuple[Forward, Kept | None]:
     if falls_back(call):
         return chunked.forward(call, return_state), None
     query, launch = call.query, _Launch(call)
@@ -386,20 +406,48 @@ def forward_keeping(call: Call, return_state: bool) -> tuple[Forward, Kept | Non
         (wide, mass, state), kept = forward_keeping(padded_call(call, plan.padded_dim), return_state)
         return (copy_rows(out, wide[..., : out.shape[-1]]), mass, state_without_padding(state, call.state_shape)), kept
     workspace = launch.run("forward", results, plan)
-    kept = Kept(workspace, plan.segment_length) if workspace is not None and plan.kept_bytes else None
-    return (out, mass, state), kept
+    if launch.reads(call):
+        _forwards.keep(given, launch.known("forward", FORWARD, results, plan, out))
+    return (out, mass, state), Kept(workspace, plan.segment_length) if workspace is not None and plan.kept_bytes else None
 
 
 def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | None,
              kept: Kept | None = None) -> Gradients:  # fmt: skip
     """As `chunked.backward`, on a CUDA device; `kept` is what `forward_keeping` gave beside the same call."""
+    states, segment_length = kept or (None, 0)
+    given = layout((*call.tensors, out, mass, grad_out, grad_mass, grad_state, states), call[TENSORS:], segment_length)
+    known = None if backend() == "torch" else _backwards.get(given)
+    if known is None:
+        return _backward_anew(call, out, mass, grad_out, grad_mass, grad_state, kept, given)
+    grads = grad_query, grad_key, grad_value, grad_coefficients, grad_log_decay, grad_initial = _empty_gradients(call)
+    of_out, of_grad_out, of_query, of_key, of_value = known.results
+    code, _ = known.launch(call, BACKWARD.pack(
+        out.data_ptr(), of_out, grad_out.data_ptr(), of_grad_out, mass.data_ptr(), at(grad_mass), at(grad_state),
+        grad_query.data_ptr(), of_query, grad_key.data_ptr(), of_key, grad_value.data_ptr(), of_value,
+        grad_coefficients.data_ptr(), at(grad_log_decay), at(grad_initial), at(states), segment_length,
+    ))  # fmt: skip
+    _raise_if(code, "backward")
+    return grads
+
+
+def _empty_gradients(call: Call) -> Gradients:
+    query, coefficients, log_decay, initial = call.query, call.coefficients, call.log_decay, call.initial_state
+    return (
+        torch.empty_like(query), torch.empty_like(call.key), torch.empty_like(call.value),
+        query.new_empty(coefficients.shape, dtype=torch.float32),
+        None if log_decay is None else query.new_empty(log_decay.shape, dtype=torch.float32),
+        None if initial is None else query.new_empty(initial.shape, dtype=torch.float32),
+    )  # fmt: skip
+
+
+@in_full_precision
+def _backward_anew(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass: Tensor | None, grad_state: Tensor | None,
+                   kept: Kept | None, given: Layout) -> Gradients:  # fmt: skip
     if falls_back(call):
         return chunked.backward(call, out, mass, grad_out, grad_mass, grad_state)
     query, coefficients, launch = call.query, call.coefficients, _Launch(call)
-    grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(call.key), torch.empty_like(call.value)
-    grad_coefficients = query.new_empty(coefficients.shape, dtype=torch.float32)
-    grad_log_decay = None if call.log_decay is None else query.new_empty(call.log_decay.shape, dtype=torch.float32)
-    grad_initial = None if call.initial_state is None else query.new_empty(call.initial_state.shape, dtype=torch.float32)
+    grad_query, grad_key, grad_value, grad_coefficients, grad_log_decay, grad_initial = _empty_gradients(call)
+    asked = out, mass, grad_out, grad_mass, grad_state
     out, grad_out = _rows(out), _aligned_rows(grad_out.to(query.dtype))
     mass, grad_mass, grad_state = (_plain(x, torch.float32, query.device) for x in (mass, grad_mass, grad_state))  # type: ignore[assignment]
     data = _BackwardData(
@@ -416,51 +464,33 @@ def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass:
             copy_rows(grad, padded[..., : grad.shape[-1]])
         return grad_query, grad_key, grad_value, *wide[3:5], state_without_padding(wide[5], call.state_shape)
     launch.run("backward", data, plan)
+    if launch.reads(call) and all(map(operator.is_, asked, (out, mass, grad_out, grad_mass, grad_state))):
+        _backwards.keep(given, launch.known("backward", BACKWARD, data, plan, out))
     return grad_query, grad_key, grad_value, grad_coefficients.to(coefficients.dtype), grad_log_decay, grad_initial
 
 
-class _Step(NamedTuple):
-    """A step as it was launched: one of the same layout, with the same coefficients and decay, differs from it by where its tensors lie."""
-
-    layout: tuple[Any, ...]
-    coefficients: Tensor
-    log_decay: Tensor | None
-    launch: _Launch
-    results: _ForwardResult
-    plan: _Plan
-
-    def serves(self, layout: tuple[Any, ...], call: Call) -> bool:
-        return self.layout == layout and self.coefficients is call.coefficients and self.log_decay is call.log_decay
-
-    def move(self, call: Call, out: Tensor, state: Tensor) -> None:
-        problem, results = self.launch.problem, self.results
-        self.launch.on_device = _current(call.query.device)
-        problem.query.data, problem.key.data, problem.value.data = call.query.data_ptr(), call.key.data_ptr(), call.value.data_ptr()
-        results.out.data, results.state = out.data_ptr(), state.data_ptr()
+def step(call: Call, state: Tensor) -> Tensor:
+    """As `one_token.step`, on a CUDA device."""
+    given = layout((*call.tensors, state), call[TENSORS:])
+    known = None if backend() == "torch" else _steps.get(given)
+    if known is None:
+        return _step_anew(call, state, given)
+    out = call.query.new_empty_strided(*known.out)
+    code, _ = known.launch(call, FORWARD.pack(out.data_ptr(), *known.results, 0, state.data_ptr()))
+    _raise_if(code, "step")
+    return out
 
 
-def _layout(call: Call, state: Tensor) -> tuple[Any, ...]:
-    of_rows = ((x.shape, x.stride(), x.dtype) for x in (call.query, call.key, call.value))
-    return *of_rows, call.query.device, state.shape, call.degree, call.normalize_qk
-
-
-def step(call: Call, state: Tensor, kept: dict[Any, Any] | None = None) -> Tensor:
-    """As `one_token.step`, on a CUDA device. `kept`, where it is given, holds from one token to the next how the step is launched."""
+@in_full_precision
+def _step_anew(call: Call, state: Tensor, given: Layout) -> Tensor:
     if falls_back(call):
         return one_token.step(call, state)
-    out = call.empty_out()
-    layout = _layout(call, state) if kept is not None and call.key_segments is None and state.is_contiguous() else None
-    before: _Step | None = None if layout is None or kept is None else kept.get(_Step)
-    if before is not None and layout is not None and before.serves(layout, call):
-        before.move(call, out, state)
-        before.launch.run("step", before.results, before.plan)
-        return out
-    dense = state.contiguous()
+    out, dense = call.empty_out(), state.contiguous()
     launch, results = _Launch(call), _ForwardResult(_describe(out), None, dense.data_ptr())
     plan = launch.plan("step", results)
     launch.run("step", results, plan)
     if dense is not state:
         state.copy_(dense)
-    if kept is not None and layout is not None and launch.reads(call):
-        kept[_Step] = _Step(layout, call.coefficients, call.log_decay, launch, results, plan)
+    elif launch.reads(call):
+        _steps.keep(given, launch.known("step", FORWARD, results, plan, out))
     return out

@@ -9,7 +9,8 @@ from . import checks
 def canonical_decay(log_decay: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """float32 (float64 beside float64); raises where it does not fit."""
     checks.check_decay(log_decay, query.shape[0], query.shape[1], key.shape[1], key.shape[2])
-    return log_decay.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return log_decay if log_decay.dtype == dtype else log_decay.to(dtype)
 
 
 def without_padding(rate: Tensor, segments: Tensor) -> Tensor:

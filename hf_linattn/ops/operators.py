@@ -7,7 +7,6 @@ decay and one run. What is absent is None on the way in and an empty tensor on t
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch.nn import Parameter
 
 from . import checks, chunked, cuda, noise, one_token
 from .call import TENSORS, Call, Forward
+from .precision import in_full_precision
 
 _CALL = (
     "Tensor query, Tensor key, Tensor value, Tensor coefficients, Tensor? log_decay, Tensor? query_segments, Tensor? key_segments, "
@@ -35,25 +35,11 @@ _library.define("noise(Tensor x, Tensor? dropout_p, Tensor seed) -> Tensor")
 noise_like = torch.ops.linattn.noise
 
 
-def in_full_precision(kernel: Callable) -> Callable:
-    """Autocast has brought the inputs to its dtype before; the sums inside stay float32."""
-
-    @wraps(kernel)
-    def run(call: Call, *rest):
-        device = call.query.device.type
-        if not torch.is_autocast_enabled(device):
-            return kernel(call, *rest)
-        with torch.autocast(device, enabled=False):
-            return kernel(call, *rest)
-
-    return run
-
-
 # ---- forward and backward
 
-_FORWARD = {"cpu": in_full_precision(chunked.forward), "cuda": in_full_precision(cuda.forward)}
-_BACKWARD = {"cpu": in_full_precision(chunked.backward), "cuda": in_full_precision(cuda.backward)}
-_KEEPING = {"cpu": lambda *x: (_FORWARD["cpu"](*x), None), "cuda": in_full_precision(cuda.forward_keeping)}  # for a backward pass to come
+_FORWARD = {"cpu": in_full_precision(chunked.forward), "cuda": cuda.forward}
+_BACKWARD = {"cpu": in_full_precision(chunked.backward), "cuda": cuda.backward}
+_KEEPING = {"cpu": lambda *x: (_FORWARD["cpu"](*x), None), "cuda": cuda.forward_keeping}  # for a backward pass to come
 _FIELDS = len(Call._fields)
 
 
@@ -94,6 +80,7 @@ def _backward_fake(*flat):
 
 
 _PLAIN = (Tensor, Parameter)  # not what derives from them: a subclass may have its own say
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # which some are that were taken out of a transform
 
 
 def _reaches_kernels(call: Call, *others: Tensor | None) -> bool:
@@ -108,7 +95,7 @@ def reach_kernels(device: str, tensors: tuple[Tensor | None, ...]) -> bool:
     if torch._C._are_functorch_transforms_active() or device not in _FORWARD:
         return False
     for x in tensors:  # noqa: SIM110 (all() over a generator takes twice as long)
-        if x is not None and (type(x) not in _PLAIN or x.is_neg()):
+        if x is not None and (type(x) not in _PLAIN or x.is_neg() or _is_wrapped(x)):
             return False
     return True
 
@@ -117,9 +104,9 @@ class _Forward(torch.autograd.Function):
     """The derivative of `linattn::forward`, by whichever way `kernel` takes there, is `linattn::backward`."""
 
     @staticmethod
-    def forward(ctx, kernel, *inputs):
-        (out, mass, state), kept = kernel(*inputs)
-        *tensors, ctx.degree, ctx.causal, ctx.normalize_qk, _ = inputs
+    def forward(ctx, kernel, options, *tensors):
+        *ctx.options, return_state = options
+        (out, mass, state), kept = kernel(Call(*tensors, *ctx.options), return_state)
         states, ctx.segment_length = kept or (None, 0)
         ctx.save_for_backward(*tensors, out, mass, states)
         ctx.set_materialize_grads(False)
@@ -129,7 +116,7 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, grad_out, grad_mass, grad_state):
         checks.check_first_derivative()
         *tensors, out, mass, states = ctx.saved_tensors
-        call = Call(*tensors, ctx.degree, ctx.causal, ctx.normalize_qk)
+        call = Call(*tensors, *ctx.options)
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if grad_state is not None and grad_state.numel() == 0:  # the state was not asked for
@@ -142,41 +129,49 @@ class _Forward(torch.autograd.Function):
             gradients = torch.ops.linattn.backward(*call, *given)
         query, key, value, coefficients, log_decay, initial_state = gradients
         return (
-            None, query, key, value, coefficients, log_decay if call.log_decay is not None else None, None, None,
-            initial_state.to(call.initial_state.dtype) if call.initial_state is not None else None, None, None, None, None, None, None,
+            None, None, query, key, value, coefficients, log_decay if call.log_decay is not None else None, None, None,
+            initial_state.to(call.initial_state.dtype) if call.initial_state is not None else None, None, None,
         )  # fmt: skip
 
 
-def _straight(*inputs) -> tuple[Forward, cuda.Kept | None]:
-    call = Call(*inputs[:_FIELDS])
-    return _KEEPING[call.query.device.type](call, inputs[_FIELDS])
+# What `Function.apply` does ahead of it is for tensors out of transforms, and none come straight.
+_apply_straight = super(torch.autograd.Function, _Forward).apply
 
 
-def _below_autograd(*inputs) -> tuple[Forward, None]:
+def _below_autograd(call: Call, return_state: bool) -> tuple[Forward, None]:
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.linattn.forward(*inputs), None
+        return torch.ops.linattn.forward(*call, return_state), None
 
 
-def _differentiable(kernel: Callable, *inputs) -> Forward:
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs[:TENSORS])
-    return _Forward.apply(kernel, *inputs) if wanted else kernel(*inputs)[0]
+def _wants_gradient(call: Call) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.tensors)
+
+
+def _autograd(*flat) -> Forward:
+    call, return_state = Call(*flat[:_FIELDS]), flat[_FIELDS]
+    if _wants_gradient(call):
+        return _Forward.apply(_below_autograd, (*call[TENSORS:], return_state), *call.tensors)
+    return _below_autograd(call, return_state)[0]
 
 
 # Not torch.library.register_autograd: it reads the schema anew at every call, which takes longer than all of the rest.
-_library.impl("forward", partial(_differentiable, _below_autograd), "Autograd")
+_library.impl("forward", _autograd, "Autograd")
 
 
 def forward(call: Call, return_state: bool = False) -> Forward:
     """out (B, Hq, N, Dv), mass (B, Hq, N) and, where it is asked for, the state behind the last key; differentiable."""
-    if _reaches_kernels(call):
-        return _differentiable(_straight, *call, return_state)
-    return torch.ops.linattn.forward(*call, return_state)
+    if not _reaches_kernels(call):
+        return torch.ops.linattn.forward(*call, return_state)
+    kernel = _KEEPING[call.query.device.type]
+    if _wants_gradient(call):
+        return _apply_straight(kernel, (*call[TENSORS:], return_state), *call.tensors)
+    return kernel(call, return_state)[0]
 
 
 # ---- a few new tokens
 
 
-_STEP = {"cpu": in_full_precision(lambda call, state, kept=None: one_token.step(call, state)), "cuda": in_full_precision(cuda.step)}
+_STEP = {"cpu": in_full_precision(one_token.step), "cuda": cuda.step}
 
 
 def _on_a_state(kernel: Callable) -> Callable:
@@ -193,11 +188,11 @@ _library.impl("step", _on_a_state(_STEP["cpu"]), "CompositeExplicitAutograd")
 _library.impl("step", _on_a_state(_STEP["cuda"]), "CUDA")
 
 
-def step(call: Call, state: Tensor, kept: dict | None = None) -> Tensor:
-    """out (B, Hq, N, Dv) of up to 16 tokens; `state` is moved on in place. `kept`, if given, holds what stays from token to token."""
+def step(call: Call, state: Tensor) -> Tensor:
+    """out (B, Hq, N, Dv) of up to 16 tokens; `state` is moved on in place."""
     if _reaches_kernels(call, state) and are_written_alike((*call.tensors, state), state):
         torch.autograd.graph.increment_version(state)
-        return _STEP[state.device.type](call, state, kept)
+        return _STEP[state.device.type](call, state)
     return torch.ops.linattn.step(
         call.query, call.key, call.value, state, call.coefficients, call.log_decay, call.key_segments, call.degree, call.normalize_qk
     )

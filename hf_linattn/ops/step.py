@@ -50,9 +50,8 @@ def linear_attention_step(
 
 
 def step_by(weights: Weights, query: Tensor, key: Tensor, value: Tensor, state: Tensor, log_decay: Tensor | None = None,
-            segment_ids: Tensor | None = None, kept: dict | None = None) -> Tensor:  # fmt: skip
-    """`linear_attention_step` by weights that were made before; `log_decay` (B, H, N) where each token has its own. `kept`, if there is
-    one, holds from one token to the next what `weights` and the layout of the tensors determine."""
+            segment_ids: Tensor | None = None) -> Tensor:  # fmt: skip
+    """`linear_attention_step` by weights that were made before; `log_decay` (B, H, N) where each token has its own."""
     query, key, value = cast_for_autocast(query, key, value)
     decay = weights.log_decay if log_decay is None else canonical_decay(log_decay, query, key)
     segments = None
@@ -64,4 +63,4 @@ def step_by(weights: Weights, query: Tensor, key: Tensor, value: Tensor, state: 
     f, degree, normalize_qk, _ = weights
     call = Call(query, key, value, f, decay, segments, segments, degree=degree, normalize_qk=normalize_qk)
     checks.check_step(call, state)
-    return operators.step(call, state, kept)
+    return operators.step(call, state)

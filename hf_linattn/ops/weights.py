@@ -40,15 +40,22 @@ def coefficients_of(query: Tensor, a: Coefficient, b: Coefficient, c: Coefficien
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     heads = query.shape[1]
     given = (a, b, c, temperature)
-    if any(isinstance(x, Tensor) for x in given):
-        return torch.stack([
-            (x.to(dtype) if isinstance(x, Tensor) else torch.full((), float(x), dtype=dtype, device=query.device)).expand(heads)
-            for x in given
-        ])  # fmt: skip
+    numbers_alone = type(a) is type(b) is type(c) is type(temperature) is float
+    if not numbers_alone and any(isinstance(x, Tensor) for x in given):
+        return torch.stack([_row(x, heads, dtype, query.device) for x in given])
     if torch.compiler.is_compiling():
         return torch.stack([torch.full((heads,), float(x), dtype=dtype, device=query.device) for x in given])
-    signature = (*map(float, given), heads, dtype, query.device)
+    signature = (*(given if numbers_alone else map(float, given)), heads, dtype, query.device)
     return constant(signature, lambda: torch.tensor([[float(x)] * heads for x in given], dtype=dtype, device=query.device))
+
+
+def _row(x: Coefficient, heads: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(heads,) of a number or of a tensor, which mostly is that already."""
+    if isinstance(x, Tensor):
+        x = x if x.dtype == dtype else x.to(dtype)
+        return x if x.dim() and x.shape[0] == heads else x.expand(heads)
+    make = lambda: torch.full((heads,), float(x), dtype=dtype, device=device)  # noqa: E731
+    return make() if torch.compiler.is_compiling() else constant(("row", float(x), heads, dtype, device), make)
 
 
 def degree_of(c: Coefficient) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from ctypes import byref
+
 import torch
 from torch import Tensor
 
-from . import cuda
+from . import cuda, device
 from .features import feature_count
 from .ring import Ring
 from .window_token import Beside, Token
@@ -82,11 +84,11 @@ def step(token: Token, ring: Ring, beside: Beside) -> Tensor:
     out = query.new_empty(*query.shape[:3], token.value.shape[-1])
     window, kept = _window(token, ring, out)
     far, kept_far = (None, None) if beside.state is None else _beside(token, ring, beside)
-    with cuda._current(query.device):
+    with device.current(query.device):
         library.linattn_plan_window_step(window, far, plan)
-        memory = _memory(plan.workspace_bytes, query) if plan.workspace_bytes else None
-        window.workspace, window.stream = cuda._pointer(memory), _stream(query.device)
-        code = library.linattn_window_step(window, far, plan)
+        memory = device.memory(plan.workspace_bytes, query.device)
+        window.workspace, window.stream = cuda._pointer(memory), device.stream(query.device)
+        code = library.linattn_window_step(byref(window), None if far is None else byref(far), byref(plan))
     if code:
         raise RuntimeError(f"the kernels of a window's token failed: {library.linattn_error_string(code).decode()}.")
     del kept, kept_far  # alive until here
@@ -110,12 +112,12 @@ def _window(token: Token, ring: Ring, out: Tensor) -> tuple[cuda._Window, tuple[
 
 def _beside(token: Token, ring: Ring, beside: Beside) -> tuple[cuda._Beside, list[Tensor | None]]:
     """The same of what lies beside."""
-    dtype, device, heads = token.query.dtype, token.query.device, token.query.shape[1]
+    dtype, on, heads = token.query.dtype, token.query.device, token.query.shape[1]
     state, gate, *numbers = beside.tensors
     assert state is not None and gate is not None
-    gate, coefficients, log_decay, log_input_gate = (cuda._plain(x, torch.float32, device) for x in (gate, *numbers[:3]))
-    query_matrix, key_matrix, key_center = (cuda._plain(x, dtype, device) for x in numbers[3:6])
-    power, log_scale, output_gate = (cuda._plain(x, torch.float32, device) for x in numbers[6:])
+    gate, coefficients, log_decay, log_input_gate = (cuda._plain(x, torch.float32, on) for x in (gate, *numbers[:3]))
+    query_matrix, key_matrix, key_center = (cuda._plain(x, dtype, on) for x in numbers[3:6])
+    power, log_scale, output_gate = (cuda._plain(x, torch.float32, on) for x in numbers[6:])
     at = cuda._pointer
     gate_stride = heads if beside.gate is not None and beside.gate.dim() == 3 else 0
     far = cuda._Beside(
@@ -124,12 +126,3 @@ def _beside(token: Token, ring: Ring, beside: Beside) -> tuple[cuda._Beside, lis
         at(gate), gate_stride, at(power), at(log_scale), at(output_gate),
     )  # fmt: skip
     return far, [gate, coefficients, log_decay, log_input_gate, query_matrix, key_matrix, key_center, power, log_scale, output_gate]
-
-
-def _memory(count: int, like: Tensor) -> Tensor:
-    """So many bytes for the kernels to work in."""
-    return like.new_empty(count, dtype=torch.uint8)
-
-
-def _stream(device: torch.device) -> int:
-    return torch._C._cuda_getCurrentRawStream(device.index)

@@ -13,7 +13,8 @@ from torch import Tensor
 from . import window, window_cuda
 from .beside import normed_and_gated, of_each_head, quotient, softmax_features, weighed
 from .mixing import mixed
-from .operators import are_written_alike, in_full_precision, reach_kernels
+from .operators import are_written_alike, reach_kernels
+from .precision import in_full_precision
 from .ring import Leaving, Ring
 from .step import step_by
 from .weights import Weights

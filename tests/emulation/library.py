@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from ctypes import Structure, byref
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hf_linattn.ops import cuda, window_cuda
+from hf_linattn.ops import cuda, device
+from hf_linattn.ops.known import Launches
 
 
 def use(path: Path, monkeypatch) -> None:
@@ -17,19 +17,16 @@ def use(path: Path, monkeypatch) -> None:
     library, cause = cuda.load_library.__wrapped__(path)
     assert library is not None, cause
 
-    def run(self, name: str, results: Structure, plan: cuda._Plan) -> Tensor:
-        workspace = torch.full((plan.workspace_bytes + 1024,), 0xFF, dtype=torch.uint8)  # NaN wherever it is read before it is written
-        begin = -workspace.data_ptr() % 1024
-        workspace = workspace[begin : begin + plan.workspace_bytes]
-        self.problem.workspace = workspace.data_ptr()
-        self.problem.stream = None
-        assert getattr(library, f"linattn_{name}")(byref(self.problem), byref(results), byref(plan)) == 0
-        return workspace
+    def memory(count: int, on: torch.device) -> Tensor:
+        made = torch.full((count + 1024,), 0xFF, dtype=torch.uint8)  # NaN wherever it is read before it is written
+        begin = -made.data_ptr() % 1024
+        return made[begin : begin + count]
 
     monkeypatch.setattr(cuda, "load_library", lambda: (library, ""))
     monkeypatch.setattr(cuda, "falls_back", lambda *call: False)
     monkeypatch.setattr(cuda, "cannot_run", lambda device: "")
-    monkeypatch.setattr(cuda._Launch, "run", run)
-    monkeypatch.setattr(window_cuda, "_memory", lambda count, like: torch.full((count,), 0xFF, dtype=torch.uint8))
-    monkeypatch.setattr(window_cuda, "_stream", lambda device: None)
-    monkeypatch.setattr(cuda, "_current", lambda device: nullcontext())
+    for name in ("_forwards", "_backwards", "_steps"):  # those of another library are not for this one
+        monkeypatch.setattr(cuda, name, Launches())
+    monkeypatch.setattr(device, "memory", memory)
+    monkeypatch.setattr(device, "stream", lambda on: 0)
+    monkeypatch.setattr(device, "current", lambda on: nullcontext())

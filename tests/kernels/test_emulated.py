@@ -15,6 +15,7 @@ from step_cases import KINDS, check_step
 
 from hf_linattn.forms import Call, feature_map
 from hf_linattn.ops import chunked, cuda, operators
+from hf_linattn.ops.known import Launches
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -99,6 +100,39 @@ def test_backward_takes_over_the_states_of_segments(kernels, kind):
     kept.states.zero_()
     assert not same(gradients(kept), remade)
     assert same(gradients(kept._replace(segment_length=kept.segment_length + 64)), remade)
+
+
+@pytest.mark.parametrize("kind", [
+    {}, {"decay": "key_token", "segments": "packed", "stateful": True}, {"degree": 2}, {"dtype": torch.float32},
+    {"head_dim": 24, "value_dim": 24},
+], ids=str)  # fmt: skip
+def test_a_known_launch_gives_what_the_first_one_gives(kernels, kind, monkeypatch):
+    """Of other tensors in the same layout, bit by bit; what is padded is known in its padded form."""
+    kind = {
+        "length": 130,
+        "batch": 1,
+        "heads": 2,
+        "key_heads": 1,
+        "head_dim": 32,
+        "value_dim": 32,
+        "device": "cpu",
+        "dtype": torch.bfloat16,
+    } | kind
+    cases = [operator_case(kind["dtype"], **{name: x for name, x in kind.items() if name != "dtype"}, seed=seed) for seed in range(2)]
+
+    def results(inputs, upstream):
+        call = operators.Call(*inputs)
+        (out, mass, state), kept = cuda.forward_keeping(call, kind.get("stateful", False))
+        return [x for x in (out, mass, state, *cuda.backward(call, out, mass, *upstream, kept)) if x is not None]
+
+    anew = []
+    for case in cases:
+        for name in ("_forwards", "_backwards"):
+            monkeypatch.setattr(cuda, name, Launches())
+        anew.append(results(*case))
+    known = [results(*case) for case in cases]
+    assert len(cuda._forwards) == len(cuda._backwards) == 1
+    assert all(torch.equal(x, y) for some, others in zip(anew, known, strict=True) for x, y in zip(some, others, strict=True))
 
 
 def test_autograd_keeps_the_states_of_segments(kernels, monkeypatch):

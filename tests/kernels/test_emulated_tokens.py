@@ -8,6 +8,7 @@ from step_cases import SEVERAL, check_step, step_case
 
 from hf_linattn.ops import chunked, cuda
 from hf_linattn.ops.call import Call
+from hf_linattn.ops.known import Launches
 
 pytestmark = [
     pytest.mark.skipif(build.compiler() is None or build.headers() is None, reason="needs g++ or clang++, and CUDA's headers"),
@@ -107,28 +108,21 @@ def test_nothing_at_padding_is_read_and_warps_take_any_turn(kernels, kind):
 
 @pytest.mark.parametrize("kind", [{"decay": "head"}, {"degree": 2, "heads": 4, "key_heads": 2, "batch": 2}, {"decay": "token"}], ids=str)
 def test_a_step_that_is_launched_as_the_one_before(kernels, kind, monkeypatch):
-    """Other tensors in the same layout; another layout, and other coefficients, are launched anew."""
+    """Other tensors in the same layout, and another layout, give what they give without one before."""
     call, first = step_case(torch.bfloat16, length=1, **kind)
-    made, launch = [], cuda._Launch
-    monkeypatch.setattr(cuda, "_Launch", lambda call: made.append(launch(call)) or made[-1])
-    kept, states, asked = {}, [first.clone(), first.clone()], []
-    current = cuda._current
-    monkeypatch.setattr(cuda, "_current", lambda device: asked.append(device) or current(device))  # another may be the current one now
-    for token in range(3):
-        call = call._replace(**{name: torch.randn_like(getattr(call, name)) for name in ("query", "key", "value")})
-        outs = [cuda.step(call, state, *given) for state, given in zip(states, ((), (kept,)), strict=True)]
-        assert torch.equal(*outs) and torch.equal(*states)
-        assert len(made) == (2 if token == 0 else 1) and len(asked) == 2
-        made.clear(), asked.clear()
-        if token == 1:
-            states[1] = states[1].clone()  # elsewhere in memory
-    others = [call._replace(coefficients=call.coefficients * 0.5), call._replace(query=call.query.mT.contiguous().mT)]
+    states, known = [first.clone(), first.clone()], cuda._steps
+    others = [{}, {}, {"coefficients": call.coefficients * 0.5}, {"query": call.query.repeat(1, 1, 1, 2)[..., : call.query.shape[-1]]}, {}]
     if call.log_decay is not None:
-        others.append(call._replace(log_decay=call.log_decay * 2))
+        others.append({"log_decay": call.log_decay * 2})
     for other in others:
-        outs = [cuda.step(other, state, *given) for state, given in zip(states, ((), (kept,)), strict=True)]
-        assert torch.equal(*outs) and torch.equal(*states) and len(made) == 2
-        made.clear()
+        new = {name: torch.randn_like(getattr(call, name)) for name in ("query", "key", "value")}
+        call = call._replace(**new | other)
+        anew = cuda.step(call, states[0])
+        monkeypatch.setattr(cuda, "_steps", known)
+        assert torch.equal(cuda.step(call, states[1]), anew) and torch.equal(*states)
+        monkeypatch.setattr(cuda, "_steps", Launches())
+        states[1] = states[1].clone()  # elsewhere in memory
+    assert len(known) == 2
 
 
 def test_a_strided_state_is_written_in_place(kernels):

@@ -170,7 +170,7 @@ def test_a_step_is_counted_as_a_write_to_its_state(monkeypatch):
     query, key, value = torch.randn(3, 2, 4, 1, 8)
     state = empty_state(2, 4, 8, 8)
     out = linear_attention(query.clone().requires_grad_(), key, value, initial_state=state)
-    monkeypatch.setitem(operators._STEP, "cpu", lambda call, state, kept: state.data.add_(1)[:, :, :1, 1:])
+    monkeypatch.setitem(operators._STEP, "cpu", lambda call, state: state.data.add_(1)[:, :, :1, 1:])
     with torch.no_grad():
         linear_attention_step(query, key, value, state)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -55,7 +55,7 @@ def test_a_few_tokens_go_on_in_place(cache_of: Any, monkeypatch: pytest.MonkeyPa
     """What is drafted, or the end of a prompt in chunks, on the way of a single token; more tokens at once by the whole operator."""
     taken: list[int] = []
     step = operators._STEP["cpu"]
-    monkeypatch.setitem(operators._STEP, "cpu", lambda call, state, kept: taken.append(call.query.shape[2]) or step(call, state))
+    monkeypatch.setitem(operators._STEP, "cpu", lambda call, state: taken.append(call.query.shape[2]) or step(call, state))
     model = model_of({"decay": "head"})
     cache, tokens = cache_of(model.config), tiny_tokens(1, 47)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_a_few_tokens_go_on_in_place(cache_of: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_few_tokens_ask_as_much_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(operators._STEP, "cpu", lambda call, state, kept: call.query.new_zeros(*call.query.shape[:3], call.value.shape[-1]))
+    monkeypatch.setitem(operators._STEP, "cpu", lambda call, state: call.query.new_zeros(*call.query.shape[:3], call.value.shape[-1]))
     model = model_of(SECOND)
     attention, cache = model.model.layers[0].self_attn, DynamicCache(config=model.config)
     called = []
