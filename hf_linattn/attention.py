@@ -174,7 +174,7 @@ def noise(module: nn.Module, options: LinAttnConfig, dropout: Number) -> dict[st
     """Noise dropout of this call: `linattn_dropout_p` of the module, else the config's, else the model's; none outside training."""
     if not module.training:
         return {}
-    p: Number | None = getattr(module, "linattn_dropout_p", options.dropout)
+    p: Number | None = attribute(module, "linattn_dropout_p", options.dropout)
     p = dropout if p is None else p
     if not isinstance(p, Tensor) and p == 0:
         return {}
@@ -183,7 +183,7 @@ def noise(module: nn.Module, options: LinAttnConfig, dropout: Number) -> dict[st
 
 def window_drop(module: nn.Module) -> Number:
     """`linattn_window_drop` of the module in training (`hf_linattn.dropout.set_window_drop`), else 0."""
-    return getattr(module, "linattn_window_drop", 0.0) if module.training else 0.0
+    return attribute(module, "linattn_window_drop", 0.0) if module.training else 0.0
 
 
 def softmax_attention(

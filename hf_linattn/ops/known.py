@@ -22,7 +22,7 @@ FORWARD = Struct("P24s PP")
 BACKWARD = Struct("P24s P24s PPP P24s P24s P24s PPPP q")
 
 Layout = tuple[Any, ...]
-MOST = 256
+MOST = 1024
 
 
 class Known(NamedTuple):

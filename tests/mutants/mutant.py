@@ -16,6 +16,8 @@ TESTS = {
     "hf_linattn/ops/checks.py": ["ops/test_bad_input.py", "ops/test_chunked.py", "ops/test_state.py", "ops/test_operators.py"],
     "hf_linattn/ops/bounds.py": ["ops/test_bounds.py", "ops/test_bad_input.py", "plugin/test_options.py", "forms/test_polynomial.py"],
     "hf_linattn/ops/reference.py": ["ops/test_chunked.py", "ops/test_window.py", "forms/test_float64.py", "forms/test_window.py"],
+    "hf_linattn/ops/known.py": ["kernels/test_known.py"],
+    "hf_linattn/ops/device.py": ["kernels/test_emulated.py"],
     "hf_linattn/ops/noise.py": ["ops/test_noise.py"],
     "hf_linattn/ops/one_token.py": ["ops/test_state.py", "ops/test_operators.py"],
     "hf_linattn/ops/operators.py": ["ops/test_operators.py", "ops/test_chunked.py", "ops/test_noise.py", "ops/test_state.py"],

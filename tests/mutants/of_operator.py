@@ -5,7 +5,7 @@ from .mutant import OPERATOR, named
 CHUNKED, CHECKS, BOUNDS, FUNCTIONAL = (f"hf_linattn/ops/{name}.py" for name in ("chunked", "checks", "bounds", "functional"))
 FOLDS, MIXING, CONSTANTS = (f"hf_linattn/ops/{name}.py" for name in ("folds", "mixing", "constants"))
 DECAY, NOISE, STEP, OPERATORS = (f"hf_linattn/ops/{name}.py" for name in ("decay_gradient", "noise", "one_token", "operators"))
-WEIGHTS = "hf_linattn/ops/weights.py"
+WEIGHTS, KNOWN = "hf_linattn/ops/weights.py", "hf_linattn/ops/known.py"
 
 MUTANTS = [
     *named(
@@ -66,19 +66,29 @@ MUTANTS = [
          "(torch.ops.linattn.noise(grad, *ctx.saved_tensors), None, None)", "(grad, None, None)",
          "ops/test_noise.py"),
         # the way to the kernels
-        ("tensors of a class of their own past the dispatcher", OPERATORS, "type(x) not in _PLAIN or x.is_neg()", "x.is_neg()",
+        ("tensors of a class of their own past the dispatcher", OPERATORS, "type(x) not in _PLAIN or x.is_neg() or", "x.is_neg() or",
          "ops/test_operators.py::test_the_dispatcher_is_passed_where_something_watches_and_only_there"),
         ("what watches passed by", OPERATORS, "or torch._C._len_torch_dispatch_stack() or", "or",
          "ops/test_operators.py::test_the_dispatcher_is_passed_where_something_watches_and_only_there"),
         ("transforms passed by", OPERATORS, "torch._C._are_functorch_transforms_active() or ", "",
          "ops/test_operators.py::test_the_dispatcher_is_passed_where_something_watches_and_only_there"),
-        ("every call through the dispatcher", OPERATORS, "    if _reaches_kernels(call):\n        return _differentiable",
-         "    if False:\n        return _differentiable",
+        ("every call through the dispatcher", OPERATORS, "    if not _reaches_kernels(call):\n        return",
+         "    if True:\n        return",
          "ops/test_operators.py::test_the_dispatcher_is_passed_where_something_watches_and_only_there"),
-        ("views of conjugates past the dispatcher", OPERATORS, "(type(x) not in _PLAIN or x.is_neg())", "type(x) not in _PLAIN",
+        ("views of conjugates past the dispatcher", OPERATORS, "type(x) not in _PLAIN or x.is_neg()", "type(x) not in _PLAIN",
          "ops/test_operators.py::test_views_of_conjugates"),
         ("a second derivative given", CHECKS, "if torch.is_grad_enabled():\n        raise", "if False:\n        raise",
          "ops/test_operators.py::test_a_second_derivative_is_refused"),
+        ("tensors out of a transform past the dispatcher", OPERATORS, " or _is_wrapped(x)", "",
+         "ops/test_operators.py::test_what_escaped_a_transform"),
+        ("a dtype known by its neighbours", CHECKS, "value.shape, value.dtype, value.device\n        known = *facts, lag",
+         "value.shape, value.device\n        known = *facts, lag", "kernels/test_known.py"),
+        # what a launch is known by
+        *((f"a launch for other {name}", KNOWN, part, "", "kernels/test_known.py") for name, part in (
+            ("shapes", "x.shape, "), ("strides", "x.stride(), "), ("dtypes", "x.dtype, "), ("devices", "x.device, "),
+            ("places of rows", ", x.data_ptr() % 16"))),
+        ("a launch for other results", KNOWN, "return *facts, others", "return tuple(facts)", "kernels/test_known.py"),
+        ("launches never forgotten", KNOWN, "if len(self) >= MOST:", "if False:", "kernels/test_known.py"),
         # rows padded for the kernels
         ("zeros behind a state's mass", "hf_linattn/ops/padding.py", "torch.cat([body, state.new_zeros(shape), last], axis)",
          "torch.cat([body, last, state.new_zeros(shape)], axis)"),

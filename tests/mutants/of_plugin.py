@@ -14,7 +14,8 @@ MUTANTS = [
     *named(
         PLUGIN,
         # whose dropout wins
-        ("the config's dropout above set_dropout's", ATTENTION, 'p: Number | None = getattr(module, "linattn_dropout_p", options.dropout)',
+        ("the config's dropout above set_dropout's", ATTENTION,
+         'p: Number | None = attribute(module, "linattn_dropout_p", options.dropout)',
          'p: Number | None = options.dropout if options.dropout is not None else getattr(module, "linattn_dropout_p", None)'),
         ("the model's dropout above the config's", ATTENTION, "p = dropout if p is None else p", "p = dropout or p"),
         ("a dropout of 0 in the config taken for none", ATTENTION, "p = dropout if p is None else p", "p = dropout if not p else p"),

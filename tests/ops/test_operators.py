@@ -166,6 +166,17 @@ def test_views_of_conjugates():
     torch.testing.assert_close(linear_attention(x, x, x), linear_attention(*[x.resolve_neg()] * 3))
 
 
+def test_what_escaped_a_transform():
+    """Its numbers are reached through the dispatcher, as it has no memory of its own."""
+    escaped, (query, key, value) = [], torch.randn(3, 1, 2, 5, 8)
+    torch.func.grad(lambda x: escaped.append(x) or x.sum())(query)
+    with torch.no_grad():
+        assert operators_recorded(lambda: linear_attention(escaped[0], key, value))
+    value.requires_grad_()
+    found = [torch.autograd.grad(linear_attention(x, key, value).square().sum(), value) for x in (escaped[0], query)]
+    torch.testing.assert_close(*found)
+
+
 def test_a_second_derivative_is_refused():
     tensors, _ = make_inputs(length=9, learned=False)
     with pytest.raises(RuntimeError, match="no second derivative.*create_graph"):
