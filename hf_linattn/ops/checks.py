@@ -35,6 +35,8 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, lag: int, causal: b
 
 
 def _remember(known: tuple) -> None:
+    if torch._C._get_tracing_state():  # to torch.jit.trace sizes are tensors
+        return
     if len(_known) >= 256:
         _known.clear()
     _known.add(known)

@@ -84,6 +84,8 @@ class Launches(dict[Layout, Known]):
     """So many of them, then all are forgotten."""
 
     def keep(self, layout: Layout, known: Known) -> None:
+        if torch._C._get_tracing_state():  # to torch.jit.trace sizes are tensors
+            return
         if len(self) >= MOST:
             self.clear()
         self[layout] = known

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import threading
 import time
 import weakref
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from hf_linattn import linear_attention
-from hf_linattn.ops import cuda, device, known, operators
+from hf_linattn.ops import checks, cuda, device, known, operators
 from hf_linattn.ops.call import Call
 
 RESULTS = {"forward": cuda._ForwardResult, "backward": cuda._BackwardData, "step": cuda._ForwardResult}
@@ -278,6 +279,15 @@ def test_so_many_layouts_are_kept(library, monkeypatch):
         (out, mass, _), kept = cuda.forward_keeping(call, False)
         cuda.backward(call, out, mass, out, None, None, kept)
         assert len(cuda._forwards) <= 4 and len(cuda._backwards) <= 4
+
+
+def test_sizes_of_a_trace_are_not_kept(library):
+    torch.jit.trace(lambda *x: linear_attention(*x), (rows(4, length=3), rows(length=3), rows(length=3)), check_trace=False)
+    found = [*itertools.chain(*cuda._forwards), *checks._known]
+    while found:
+        part = found.pop()
+        assert not isinstance(part, torch.Tensor)
+        found += part if isinstance(part, tuple) else ()
 
 
 def test_threads_share_what_is_kept_and_nothing_else(library):
