@@ -1,4 +1,4 @@
-// The second degree's gradients, every pair of tokens formed twice, by mma.sync: once by queries and once by keys.
+// The second degree's gradients, every pair of tokens formed twice: once by queries and once by keys. By mma.sync, or on Hopper by warpgroups.
 #include <algorithm>
 
 #include "pairs/backward_columns.cuh"
@@ -86,7 +86,8 @@ template <int D> cudaError_t launch_plain(const Gradients &args, cudaStream_t st
   return launch_columns<D, D, false>(args, stream);
 }
 
-cudaError_t launch_pairs(const Gradients &args, bool gated, cudaStream_t stream) {
+cudaError_t launch_pairs(const Gradients &args, bool gated, bool warpgroups, cudaStream_t stream) {
+  if (warpgroups) return group_gradients_launch(args, gated, stream);
   if (gated) return gated_backward_launch(args, stream);
   switch (args.problem.head_dim) {
     case 32: return launch_plain<32>(args, stream);
@@ -145,9 +146,9 @@ bool pairs_plan_backward(const linattn_problem &problem, const linattn_backward_
   if (problem.dtype != LINATTN_BFLOAT16 || !tiles.key || data.grad_state || !whole_rows) return false;
   plan.states = states_take(problem, true);
   if (!plan.states && !pairs_cost_less(problem)) return false;
-  plan.gated = needs_gated(problem), plan.row_tiles = static_cast<int32_t>(padded_length(problem) / kRows);
+  plan.gated = needs_gated(problem), plan.warpgroups = group_gradients_take(problem), plan.row_tiles = static_cast<int32_t>(padded_length(problem) / kRows);
   plan.chunk = plan.segment_length = problem.length, plan.segments = 1;
-  plan.shared_bytes = plan.gated ? gated_backward_shared_bytes(tiles) : shared_bytes(problem.head_dim);
+  plan.shared_bytes = plan.warpgroups ? group_gradients_shared_bytes(tiles) : plan.gated ? gated_backward_shared_bytes(tiles) : shared_bytes(problem.head_dim);
   if (plan.states) {
     const StateMemory memory(problem, true);
     plan.chunk = plan.segment_length = memory.chunk, plan.segments = memory.chunks, plan.shared_bytes = std::max(plan.shared_bytes, memory.shared_bytes);
@@ -174,7 +175,7 @@ cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backwar
   launch_numbers(args, stream);
   if (plan.states)
     if (const cudaError_t failed = launch_state_gradients(args, workspace + at.state, stream)) return failed;
-  if (const cudaError_t failed = launch_pairs(args, plan.gated, stream)) return failed;
+  if (const cudaError_t failed = launch_pairs(args, plan.gated, plan.warpgroups, stream)) return failed;
   if (slopes && plan.states)
     if (const cudaError_t failed = launch_flow_correction(args, workspace + at.state, stream)) return failed;
   if (slopes) {

@@ -42,6 +42,11 @@ template <int K, int V, bool GATED> constexpr int gradient_shared_bytes() {
 cudaError_t gated_backward_launch(const Gradients &args, cudaStream_t stream);
 int gated_backward_shared_bytes(TileDims tiles);
 
+// Hopper's warpgroups.
+bool group_gradients_take(const linattn_problem &problem);
+int group_gradients_shared_bytes(TileDims tiles);
+cudaError_t group_gradients_launch(const Gradients &args, bool gated, cudaStream_t stream);
+
 cudaError_t launch_state_gradients(const Gradients &args, void *workspace, cudaStream_t stream);
 cudaError_t launch_flow_correction(const Gradients &args, void *workspace, cudaStream_t stream);  // of the rows' sums, behind all kernels of pairs
 

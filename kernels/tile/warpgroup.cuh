@@ -39,7 +39,7 @@ template <int TILES> __device__ __forceinline__ void warpgroup_keep(float (&d)[T
 
 // A swizzled operand at `address`; `panel` is the distance of the next 64 columns, where a product spans two panels.
 template <int D> __device__ __forceinline__ uint64_t warpgroup_operand(uint32_t address, uint32_t panel = 0) {
-  constexpr uint64_t kEightRows = 8 * Tile<D>::kRowBytes, kSwizzle = D == 32 ? 2 : 1;
+  constexpr uint64_t kEightRows = 8 * Tile<D>::kRowBytes, kSwizzle = D == 16 ? 3 : D == 32 ? 2 : 1;
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(panel >> 4) << 16 | kEightRows >> 4 << 32 | kSwizzle << 62;
 }
 
@@ -48,6 +48,15 @@ template <typename T, int N, bool ALONG_ROWS> struct WarpgroupProduct;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define LINATTN_TYPE "bf16"
+template <bool ALONG_ROWS> struct WarpgroupProduct<__nv_bfloat16, 16, ALONG_ROWS> {
+  static __device__ __forceinline__ void run(float (&d)[2][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0; wgmma.mma_async.sync.aligned.m64n16k16.f32." LINATTN_TYPE "." LINATTN_TYPE
+                 " "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7}, {%8, %9, %10, %11}, %12, p, 1, 1, %14;}"
+                 : "+f"(d[0][0]), "+f"(d[0][1]), "+f"(d[0][2]), "+f"(d[0][3]), "+f"(d[1][0]), "+f"(d[1][1]), "+f"(d[1][2]), "+f"(d[1][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)), "n"(ALONG_ROWS ? 1 : 0));
+  }
+};
 template <bool ALONG_ROWS> struct WarpgroupProduct<__nv_bfloat16, 32, ALONG_ROWS> {
   static __device__ __forceinline__ void run(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." LINATTN_TYPE "." LINATTN_TYPE

@@ -4,7 +4,7 @@
 
 #include <cstdlib>
 
-#include "pairs/pairs.cuh"
+#include "pairs/backward.cuh"
 
 namespace {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -47,5 +47,8 @@ int64_t unit_key_bytes(const linattn_problem &) { return 0; }
 int64_t sums_bytes(const linattn_problem &) { return 0; }
 int64_t states_bytes(const linattn_problem &) { return 0; }
 cudaError_t state_launch(const Arguments &, cudaStream_t) { return cudaErrorNotSupported; }
+bool group_gradients_take(const linattn_problem &) { return false; }
+int group_gradients_shared_bytes(TileDims) { return 0; }
+cudaError_t group_gradients_launch(const Gradients &, bool, cudaStream_t) { return cudaErrorNotSupported; }
 }  // namespace linattn_pairs
 #endif

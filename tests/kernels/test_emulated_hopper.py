@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy_bar import assert_bar, operator_case
+from accuracy_bar import assert_bar, compare, operator_case, run
 from emulation import build
 
 from hf_linattn.ops import chunked, cuda
@@ -59,6 +59,58 @@ def test_lengths_and_grouped_queries(hopper_kernels, kind):
 ], ids=str)  # fmt: skip
 def test_long_sequences(hopper_kernels, kind):
     check(torch.bfloat16, heads=1, shift=0.5, **kind)
+
+
+def check_gradients(warpgroups=True, **kind):
+    kind = {"length": 150, "batch": 1, "heads": 2, "key_heads": 1, "degree": 2, "device": "cpu"} | kind
+    call = Call(*operator_case(torch.bfloat16, **kind)[0])
+    names = ("out", "grad_out", "grad_query", "grad_key", "grad_value")
+    rows = zip(names, (call.empty_out(), call.empty_out(), call.query, call.key, call.value), strict=True)
+    plan = cuda._Launch(call).plan("backward", cuda._BackwardData(**{name: cuda._describe(x) for name, x in rows}))
+    assert plan.warpgroups == warpgroups
+    compare(torch.bfloat16, **kind)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [33, 300])
+def test_gradients(hopper_kernels, head_dim, causal, length):
+    check_gradients(head_dim=head_dim, value_dim=head_dim, causal=causal, length=length)
+
+
+@pytest.mark.parametrize("head_dim, value_dim", [(32, 32), (64, 64), (16, 64), (24, 64), (128, 128)])
+@pytest.mark.parametrize("kind", [
+    {"decay": "key_head", "length": 300, "heads": 4, "key_heads": 2},
+    {"decay": "query_token", "segments": "packed", "length": 270, "key_heads": 2},
+    {"decay": "key_token", "segments": "left", "batch": 2, "length": 270}, {"segments": "mask", "causal": False, "length": 200},
+    {"segments": "packed", "length": 520}, {"length": 33, "decay": "key_head"},
+], ids=str)  # fmt: skip
+def test_gated_gradients(hopper_kernels, kind, head_dim, value_dim):
+    check_gradients(head_dim=head_dim, value_dim=value_dim, **kind)
+
+
+@pytest.mark.parametrize("kind", [
+    {"head_dim": 32}, {"decay": "key_token", "strengths": (0.01, 0.1), "segments": "mask", "head_dim": 24, "value_dim": 64, "length": 2700},
+], ids=str)  # fmt: skip
+def test_gradients_of_long_sequences(hopper_kernels, kind):
+    """Pairs inside chunks, beside what states have left in the results."""
+    check_gradients(**{"length": 3600, "heads": 1, "value_dim": 32} | kind)
+
+
+def test_gradients_read_no_padding(hopper_kernels):
+    kind = {"degree": 2, "decay": "key_token", "segments": "mask", "length": 150, "head_dim": 16, "value_dim": 64, "device": "cpu"}
+    inputs, upstream = operator_case(torch.bfloat16, **kind)
+    plain, padding = run(cuda, inputs, upstream, False), (inputs[5] <= 0)[:, None, :, None]
+    assert padding.any()
+    poisoned = [x.masked_fill(padding, float("nan")) for x in inputs[:3]]
+    upstream = [upstream[0].masked_fill(padding, float("nan")), upstream[1].masked_fill(padding[..., 0], float("nan")), None]
+    for name, x in run(cuda, [*poisoned, *inputs[3:]], upstream, False).items():
+        assert torch.equal(x, plain[name]), name
+
+
+def test_a_decay_of_each_query_head_beside_grouped_keys(hopper_kernels):
+    """A key has no one factor there."""
+    check_gradients(warpgroups=False, head_dim=32, value_dim=32, decay="query_head")
 
 
 # ---- the emulator
