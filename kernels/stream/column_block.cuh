@@ -84,6 +84,7 @@ template <typename T, int D, bool GATED> struct ColumnCopies {
   using Block = ColumnBlock<T, D, GATED>;
   using Copy = TileCopy<T, D, Block::C, Block::Shape::THREADS>;
   static constexpr int C = Block::C, STAGES = Block::STAGES, TILE = Block::TILE;
+  static constexpr bool kKeeps = !GATED && (D == 64 || D == 128);  // whether addresses are kept from tile to tile: beside gates no register is left for them
 
   const Block &job;
   const ColumnArguments &args;
@@ -91,9 +92,15 @@ template <typename T, int D, bool GATED> struct ColumnCopies {
   const int thread, heads;
   int64_t begin;
   int count, iteration = 0, head = 0, stage = 0, key_stage = 0;
+  const T *key, *value, *query, *grad_out;  // where the thread's next copies begin
 
   __device__ __forceinline__ explicit ColumnCopies(const Block &job)
-      : job(job), args(job.args), p(args.problem), thread(threadIdx.x), heads(job.heads), begin(job.last), count(static_cast<int>(job.end - job.last)) {}
+      : job(job), args(job.args), p(args.problem), thread(threadIdx.x), heads(job.heads), begin(job.last), count(static_cast<int>(job.end - job.last)) {
+    if constexpr (kKeeps) {
+      key = Copy::source_of(p.key, job.batch, job.memory_head, begin, thread), value = Copy::source_of(p.value, job.batch, job.memory_head, begin, thread);
+      query = Copy::source_of(p.query, job.batch, job.first_head, begin, thread), grad_out = Copy::source_of(args.grad_out, job.batch, job.first_head, begin, thread);
+    }
+  }
 
   // The next chunk and head, if there is one.
   __device__ __forceinline__ void prefetch() {
@@ -101,23 +108,39 @@ template <typename T, int D, bool GATED> struct ColumnCopies {
       if (head == 0) start_keys();
       if (p.causal) start_queries();
       stage = stage == STAGES - 1 ? 0 : stage + 1;
+      if constexpr (kKeeps) move_on();
       if (++head == heads) head = 0, begin -= C, count = C, key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
     }
     ++iteration;
     copy_commit();
   }
 
+  // The addresses, to the group's next head or the chunk before.
+  __device__ __forceinline__ void move_on() {
+    if (head < heads - 1) {
+      query += p.query.head_stride, grad_out += args.grad_out.head_stride;
+    } else {
+      key -= C * p.key.token_stride, value -= C * p.value.token_stride;
+      query -= C * p.query.token_stride + (heads - 1) * p.query.head_stride, grad_out -= C * args.grad_out.token_stride + (heads - 1) * args.grad_out.head_stride;
+    }
+  }
+
+  __device__ __forceinline__ void start(uint32_t tile, const linattn_tensor &tensor, const T *kept, int64_t row_head) const {
+    if constexpr (kKeeps) Copy::start_at(tile, kept, static_cast<const T *>(tensor.data), tensor.token_stride, count, thread);
+    else Copy::start(tile, tensor, job.batch, row_head, begin, count, thread);
+  }
+
   __device__ __forceinline__ void start_keys() const {
     const uint32_t keys = job.key_tiles + key_stage * 2 * TILE;
-    Copy::start(keys, p.key, job.batch, job.memory_head, begin, count, thread);
-    Copy::start(keys + TILE, p.value, job.batch, job.memory_head, begin, count, thread);
+    start(keys, p.key, key, job.memory_head);
+    start(keys + TILE, p.value, value, job.memory_head);
     if constexpr (GATED) job.small.gates.start(args.gates, job.batch, job.head_pair, p.length, begin, count, key_stage, thread);
   }
 
   __device__ __forceinline__ void start_queries() const {
     const uint32_t queries = job.query_tiles + stage * 2 * TILE;
-    Copy::start(queries, p.query, job.batch, job.first_head + head, begin, count, thread);
-    Copy::start(queries + TILE, args.grad_out, job.batch, job.first_head + head, begin, count, thread);
+    start(queries, p.query, query, job.first_head + head);
+    start(queries + TILE, args.grad_out, grad_out, job.first_head + head);
     const int64_t number = (static_cast<int64_t>(job.batch) * p.query_heads + job.first_head + head) * p.length + begin + thread;
     if (thread < C) {
       const uint32_t numbers = shared_address(job.small.numbers[stage][0] + thread);

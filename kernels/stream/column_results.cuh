@@ -77,10 +77,9 @@ template <typename T, int D, bool GATED> struct ColumnResults {
       warpgroup_publish();
       arrive();
       const Lift gradient = lift_tiles(acc, keeper);
-      const Gate gates = gates_of_chunk();
       copies.prefetch();
       if (GATED && head == 0 && args.column_sums) keeper.share_count();
-      if (causal && thread < C) keeper.weigh(gates, gradient, head, stage, factors);
+      if (causal && thread < C) keeper.weigh(gates_of_chunk(), gradient, head, stage, factors);
       if (head == 0) {
         read_keys(own, k_blocks, k_tile);
         if ((causal || iteration == 0) && keeper.holds) keeper.publish(state);
@@ -92,9 +91,9 @@ template <typename T, int D, bool GATED> struct ColumnResults {
       const uint32_t own_tile = role == 0 ? k_tile : k_tile + TILE;
       if (head == 0) {
         multiply_by_state(acc, own, own_tile);
-        enter(acc, own, keeper, by, gates, k_tile);
+        enter(acc, own, keeper, by, k_tile);
         if constexpr (GATED)
-          if (causal && keeper.holds) scale_state(state, gates.keep());
+          if (causal && keeper.holds) scale_state(state, gates_of_chunk().keep());
       }
       if (causal) add_pairs(acc, own, by, own_tile, q_tile);
       if (head == heads - 1) {
@@ -167,6 +166,7 @@ template <typename T, int D, bool GATED> struct ColumnResults {
     return gradient;
   }
 
+  // Made again wherever they are asked for: they would take registers that the products need.
   __device__ __forceinline__ Gate gates_of_chunk() const {
     if constexpr (GATED) return ChunkGates<C>(small.gates, key_stage, tokens);
     else return 0;
@@ -279,7 +279,7 @@ template <typename T, int D, bool GATED> struct ColumnResults {
   }
 
   // What is behind the chunk, as the keys weigh it.
-  __device__ __forceinline__ void enter(Sums &acc, const Own &own, const Keeper &keeper, const Scales &by, const Gate &gates, uint32_t k_tile) {
+  __device__ __forceinline__ void enter(Sums &acc, const Own &own, const Keeper &keeper, const Scales &by, uint32_t k_tile) {
     const float enter = E::kNarrow ? keeper.state_lift.lift.down * keeper.summed.up : 1.f;
     const float from_state0 = by.scale0 * enter * keeper.rounded.down, from_state1 = by.scale1 * enter * keeper.rounded.down;
     if constexpr (GATED)
@@ -296,6 +296,7 @@ template <typename T, int D, bool GATED> struct ColumnResults {
       }
     if constexpr (GATED)
       if (!factors) {
+        const Gate gates = gates_of_chunk();
         const float leave0 = gates.leave(16 * stripe + group), leave1 = gates.leave(16 * stripe + group + 8);
         slope_sum0 *= leave0, slope_sum1 *= leave1;
 #pragma unroll

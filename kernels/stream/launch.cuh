@@ -43,8 +43,11 @@ template <typename T, int D, bool GATED> cudaError_t forward_by(const linattn_pr
   rows.final_state = states ? nullptr : result.state;
   rows.segments = plan.segments, rows.segment_length = plan.segment_length, rows.gates = gates;
   using Shape = RowShape<D, false, GATED>;
-  return launch(rows_kernel<T, D, false, GATED>, blocks, Shape::THREADS, Shape::SHARED, stream, rows);
+  return launch(rows_kernel<T, D, false, GATED, false>, blocks, Shape::THREADS, Shape::SHARED, stream, rows);
 }
+
+// Whether the rows of the gradient sum queries and W beside: elsewhere registers lack, and in float16 W is brought into range chunk by chunk.
+template <typename T, int D, bool GATED> constexpr bool kSumsBesideRows = D == 64 && !GATED && !Element<T>::kNarrow;
 
 template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_problem &problem, const linattn_backward_data &data, const Plan &plan) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
@@ -69,6 +72,8 @@ template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_p
   const float *const kept = plan.kept_bytes ? data.segment_states : nullptr;
   rows.states = kept ? kept : states, rows.segments = plan.segments, rows.segment_length = plan.segment_length, rows.gates = gates;
   if (slopes) rows.row_sums = sums.rows, rows.final_sums = data.grad_state ? sums.final_state : nullptr;
+  const bool beside = kSumsBesideRows<T, D, GATED> && states && problem.causal;
+  if (beside) rows.query_states = states;  // where each block has read its own state
   const auto work_on_rows = [&]() -> cudaError_t {
     if (states && !kept) {
       const SegmentArguments keys{problem, {}, nullptr, nullptr, nullptr, states, plan.segments, problem.causal ? plan.segments - 1 : -1, plan.segment_length, gates, keeps};
@@ -76,14 +81,16 @@ template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_p
       LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kPrefix : Scan::kTotal, problem.initial_state, nullptr));
     }
     using Row = RowShape<D, true, GATED>;
-    return launch(rows_kernel<T, D, true, GATED>, blocks, Row::THREADS, Row::SHARED, stream, rows);
+    if constexpr (kSumsBesideRows<T, D, GATED>)
+      if (rows.query_states) return launch(rows_kernel<T, D, true, GATED, true>, blocks, Row::THREADS, Row::SHARED, stream, rows);
+    return launch(rows_kernel<T, D, true, GATED, false>, blocks, Row::THREADS, Row::SHARED, stream, rows);
   };
   LINATTN_TRY(noised ? launch_noised_gradient<T>(problem, data, error, query_scale) : work_on_rows());
 
   if (states) {
     const SegmentArguments queries{
         problem, grad_out, data.mass, error, query_scale, states, plan.segments, problem.causal && !data.grad_initial_state ? 0 : -1, plan.segment_length, gates, keeps};
-    LINATTN_TRY(launch(segments_kernel<T, D, true, GATED>, blocks, Segment::THREADS, Segment::template SHARED<GATED>, stream, queries));
+    if (!beside) LINATTN_TRY(launch(segments_kernel<T, D, true, GATED>, blocks, Segment::THREADS, Segment::template SHARED<GATED>, stream, queries));
     LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kSuffix : Scan::kTotal, data.grad_state, data.grad_initial_state));
   }
   ColumnArguments columns{problem,         grad_out,

@@ -25,6 +25,7 @@ struct RowArguments {
   Gates gates;
   bool noised;                            // gradient: grad_out holds W times the noise, and error what W itself gave
   float *row_sums;                        // gradient: (batch, query_heads, length): sum of A dA over the row's keys, or null
+  float *query_states;                    // gradient: each segment's sum of queries and W, as the workspace holds states, or null
   float *final_sums;                      // gradient: the state behind the last token, transposed, as the workspace holds states, or null
 };
 
@@ -35,25 +36,34 @@ template <int D, bool GRAD, bool GATED> struct RowShape {
   static constexpr int RESULT_WARPS = STRIPES * HALVES, STATE_WARPS = BLOCKS, WARPS = RESULT_WARPS + STATE_WARPS;
   static constexpr int STATE_THREADS = 32 * STATE_WARPS, THREADS = 32 * WARPS;
   static constexpr int OUT_PAIRS = BLOCKS / HALVES;
-  static constexpr int STAGES = 2;
+  static constexpr int STAGES = !GRAD && D == 64 ? 3 : 2;
   static constexpr int ROW_TILES = GRAD ? 3 : 1;           // x; and o, q for the gradient
   static constexpr int TILE = C * D * 2;
   static constexpr int STATE_TILE = D * D * 2;
   static constexpr int MIN_BLOCKS = D == 32 ? 4 : D == 64 ? 2 : 1;
+  static constexpr bool AHEAD = STAGES > 2;  // whether keys are measured a chunk ahead
+  static constexpr int BUFFERS = AHEAD ? 2 : 1;
   struct Small {
-    alignas(16) float key_scale[C], line[D], numbers[STAGES][2][C], exchange[2][C];
-    alignas(16) uint16_t key_high[C], key_low[C], column_high[D], column_low[D], zeros[C > D ? C : D];
+    alignas(16) float key_scale[BUFFERS][C], line[D], numbers[STAGES][2][C], exchange[2][C];
+    alignas(16) uint16_t key_high[BUFFERS][C], key_low[BUFFERS][C], column_high[D], column_low[D], zeros[C > D ? C : D];
     float totals[STRIPES][kMaxGroup][2], coefficients[kMaxGroup][2];
     float peaks[STATE_WARPS], state_worth;  // of the state's rounded elements
+    alignas(16) uint16_t row_high[3][C], row_low[3][C];  // gradient: as columns weigh the rows
+    float counts[STRIPES];
   };
   struct GatedSmall : Small {
     GateTiles<C, STAGES> gates;
-    alignas(16) uint16_t leave_high[C], leave_low[C];
-    alignas(16) float leave[C], factor[C];  // factor: of the keys, where a pair's gate is a product
+    alignas(16) uint16_t leave_high[BUFFERS][C], leave_low[BUFFERS][C];
+    alignas(16) float leave[BUFFERS][C], factor[BUFFERS][C], scale_by_factor[BUFFERS][C];  // factor: of the keys, where a pair's gate is a product
     float count;
   };
   using AllSmall = std::conditional_t<GATED, GatedSmall, Small>;
   static constexpr int SHARED = STAGES * (ROW_TILES + 2) * TILE + STATE_TILE + static_cast<int>(sizeof(AllSmall));
+};
+
+// In place of a part that a kernel has not.
+struct RowNothing {
+  template <typename... Any> __device__ __forceinline__ explicit RowNothing(const Any &...) {}
 };
 
 // What all threads of a block know of it: where its head and segment lie, and its tiles in shared memory.
@@ -61,6 +71,8 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowBlock {
   using Shape = RowShape<D, GRAD, GATED>;
   using Small = typename Shape::AllSmall;
   static constexpr int C = Shape::C, STAGES = Shape::STAGES, TILE = Shape::TILE, ROW_TILES = Shape::ROW_TILES;
+  static constexpr bool kAhead = Shape::AHEAD && !Element<T>::kNarrow;
+  static constexpr int kWaiting = STAGES - (kAhead ? 3 : 2);  // copies that may be on their way when a chunk begins
 
   const RowArguments &args;
   unsigned char *const shared;
@@ -82,12 +94,19 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowBlock {
                            : StateView<D>::of_caller(args.problem.initial_state, head_pair)) {}
 
   __device__ __forceinline__ const T *zeros() const { return reinterpret_cast<const T *>(small.zeros); }
-  __device__ __forceinline__ SplitWeights<T> key_weights() const { return {reinterpret_cast<T *>(small.key_high), reinterpret_cast<T *>(small.key_low)}; }
-  __device__ __forceinline__ SplitWeights<T> column_parts() const { return {reinterpret_cast<T *>(small.column_high), reinterpret_cast<T *>(small.column_low)}; }
-  __device__ __forceinline__ SplitWeights<T> leave_weights() const {
-    if constexpr (GATED) return {reinterpret_cast<T *>(small.leave_high), reinterpret_cast<T *>(small.leave_low)};
-    else return key_weights();
+  __device__ __forceinline__ SplitWeights<T> key_weights(int buffer = 0) const {
+    return {reinterpret_cast<T *>(small.key_high[buffer]), reinterpret_cast<T *>(small.key_low[buffer])};
   }
+  __device__ __forceinline__ SplitWeights<T> column_parts() const { return {reinterpret_cast<T *>(small.column_high), reinterpret_cast<T *>(small.column_low)}; }
+  __device__ __forceinline__ SplitWeights<T> leave_weights(int buffer = 0) const {
+    if constexpr (GATED) return {reinterpret_cast<T *>(small.leave_high[buffer]), reinterpret_cast<T *>(small.leave_low[buffer])};
+    else return key_weights(buffer);
+  }
+
+  // As columns weigh the rows: in the products, W, and the queries.
+  __device__ __forceinline__ SplitWeights<T> row_weights(int i) const { return {reinterpret_cast<T *>(small.row_high[i]), reinterpret_cast<T *>(small.row_low[i])}; }
+  // Where the sums of the segment's queries and W go.
+  __device__ __forceinline__ StateView<D> sums() const { return StateView<D>::of_segment(args.query_states, head_pair, args.segments, segment); }
 
   // Before anything else.
   __device__ __forceinline__ void clear() const {
@@ -133,6 +152,43 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowBlock {
         __syncthreads();
       }
     return factors;
+  }
+
+  // 1 / |k| of 16 keys of a chunk, and what each of them leaves in the state behind the chunk.
+  __device__ __forceinline__ void measure_keys(const Blocks<D> &k_rows, const Blocks<D> &k_across, int stripe, int key_stage, int tokens, bool factors, int buffer = 0) const {
+    const int lane = threadIdx.x & 31, place = lane & 3, local = 16 * stripe + (lane >> 2) + 8 * (place & 1);  // a lane's key
+    float scale = 1.f, leave = 1.f, factor = 1.f;
+    if constexpr (GATED) {
+      const ChunkGates<C> gates(small.gates, key_stage, tokens);
+      leave = gates.leave(local);
+      if (factors || kAhead) factor = gates.inverse_carry(local);
+    }
+    if (args.problem.normalize_qk) {
+      uint32_t k[Shape::BLOCKS][4];
+#pragma unroll
+      for (int block = 0; block < Shape::BLOCKS; ++block) ldmatrix(k[block], k_rows.at(0, block) + stripe * Tile<D>::kBlockBytes);
+      float square0, square1;
+      row_products<T>(square0, square1, k, k_across, stripe * Tile<D>::kBlockBytes, lane);
+      scale = inverse_norm(place & 1 ? square1 : square0);
+    }
+    if (place > 1) return;
+    small.key_scale[buffer][local] = kAhead ? scale : scale * factor;
+    key_weights(buffer).set(local, scale * leave);
+    if constexpr (GATED) {
+      small.factor[buffer][local] = factor, small.leave[buffer][local] = leave, leave_weights(buffer).set(local, leave);
+      if constexpr (kAhead) small.scale_by_factor[buffer][local] = scale * factor;
+    }
+  }
+
+  // What the chunk's keys count, for all lanes of a warp.
+  __device__ __forceinline__ float left_by_keys(int buffer = 0) const {
+    float left = 0.f;
+    if constexpr (GATED) {
+      for (int token = threadIdx.x & 31; token < C; token += 32) left += small.leave[buffer][token];
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) left += __shfl_xor_sync(0xffffffffu, left, step);
+    }
+    return left;
   }
 };
 

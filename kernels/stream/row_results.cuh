@@ -13,7 +13,7 @@ struct RowScales {
 };
 
 // One of these warps, from chunk to chunk and head to head. Every step is made part of `run`, and every member is a register.
-template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
+template <typename T, int D, bool GRAD, bool GATED, bool SUMS> struct RowResults {
   using Block = RowBlock<T, D, GRAD, GATED>;
   using Shape = typename Block::Shape;
   using E = Element<T>;
@@ -35,10 +35,11 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
   T *result_rows;
   int64_t first_number, left;
   float before;
+  float pull = 0.f;  // with sums: a e of the lane's rows
   const int half, first_block;
   const uint32_t half_bytes;
   const T *const column_vector;
-  int head = 0, stage = 0, key_stage = 0, stripe;
+  int head = 0, stage = 0, key_stage = 0, buffer = 0, stripe;
 
   // Of the chunk and head at hand.
   int tokens, local0, local1;
@@ -84,7 +85,8 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
       }
       measure(scales, x_blocks, x_across);
       multiply_by_state();
-      if (causal && head == 0) barrier_sync<kScalesReady, Shape::THREADS>();
+      if constexpr (SUMS) weigh_rows(scales);
+      if (!Block::kAhead && causal && head == 0) barrier_sync<kScalesReady, Shape::THREADS>();
       if constexpr (kBeside) weigh_scores(scales);
       enter(scales, margin);
       if (causal && head == heads - 1) barrier_arrive<kStateRead, Shape::THREADS>();
@@ -94,6 +96,7 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
       store();
       advance();
     }
+    if constexpr (SUMS) share_pull();
   }
 
   __device__ __forceinline__ void measure(RowScales &of, const Blocks<D> &x_blocks, const Blocks<D> &x_across) {
@@ -143,6 +146,24 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
     }
   }
 
+  // As the columns of earlier segments weigh the rows.
+  __device__ __forceinline__ void weigh_rows(const RowScales &of) {
+    if (place == 0) {
+      const float error0 = of.shift0 * of.slope0, error1 = of.shift1 * of.slope1, factor0 = of.b_tau * of.query_scale0, factor1 = of.b_tau * of.query_scale1;
+      job.row_weights(0).set(local0, factor0 * of.slope0), job.row_weights(0).set(local1, factor1 * of.slope1);
+      job.row_weights(1).set(local0, of.a * of.slope0), job.row_weights(1).set(local1, of.a * of.slope1);
+      job.row_weights(2).set(local0, factor0 * error0), job.row_weights(2).set(local1, factor1 * error1);
+      pull += of.a * (error0 + error1);
+    }
+    barrier_arrive<kRowsWeighed, Shape::THREADS>();
+  }
+
+  __device__ __forceinline__ void share_pull() {
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) pull += __shfl_xor_sync(0xffffffffu, pull, step);
+    if (lane_id == 0) small.counts[warp] = pull;
+  }
+
   // acc = x S, and by warpgroups the scores beside it.
   __device__ __forceinline__ void multiply_by_state() {
 #pragma unroll
@@ -188,10 +209,17 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
   }
 
   // Of two keys, side by side.
-  __device__ __forceinline__ float2 scale_at(int key) const { return *reinterpret_cast<const float2 *>(small.key_scale + key); }
+  __device__ __forceinline__ float2 scale_at(int key) const {
+    const float *scales = small.key_scale[buffer];
+    if constexpr (GATED && Block::kAhead) scales = factors ? small.scale_by_factor[buffer] : scales;
+    return *reinterpret_cast<const float2 *>(scales + key);
+  }
   __device__ __forceinline__ float2 factor_at(int key) const {
-    if constexpr (GATED) return *reinterpret_cast<const float2 *>(small.factor + key);
-    else return make_float2(1.f, 1.f);
+    if constexpr (GATED) {
+      const float2 factor = *reinterpret_cast<const float2 *>(small.factor[buffer] + key);
+      return Block::kAhead && !factors ? make_float2(1.f, 1.f) : factor;
+    }
+    return make_float2(1.f, 1.f);
   }
 
   // Raw products of 16 keys, the j-th of the chunk, into their rounded weights.
@@ -452,15 +480,15 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
     if (lane_id == 0) small.totals[warp][head][0] += pairs, small.totals[warp][head][1] += products;
   }
 
-  // The results are staged over x, which the warp of the other half must have read.
+  // The results are staged over x, which the warp of the other half must have read; with sums, which x goes into, over the outputs.
   __device__ __forceinline__ void store() {
     if (Shape::HALVES == 2 && !GRAD && (kGroups || !causal || head != 0)) barrier_sync<kHalvesExchanged, 32 * Shape::RESULT_WARPS>();
     __syncwarp();
-    const Blocks<D> staged(rows + stripe * kStripeBytes + half_bytes, down);
+    const Blocks<D> staged(rows + (SUMS ? TILE : 0) + stripe * kStripeBytes + half_bytes, down);
 #pragma unroll
     for (int q = 0; q < OUT_PAIRS; ++q) store_block<T, D>(staged.at(0, q), acc[2 * q], acc[2 * q + 1], finish0, finish1, lane_id);
     __syncwarp();
-    store_stripe<T, D, 2 * OUT_PAIRS>(result_rows, args.result.token_stride, job.shared + stage * ROW_TILES * TILE, 16 * stripe, tokens, lane_id,
+    store_stripe<T, D, 2 * OUT_PAIRS>(result_rows, args.result.token_stride, job.shared + (stage * ROW_TILES + (SUMS ? 1 : 0)) * TILE, 16 * stripe, tokens, lane_id,
                                       [&](int i) { return 2 * first_block + i; });
   }
 
@@ -470,6 +498,7 @@ template <typename T, int D, bool GRAD, bool GATED> struct RowResults {
     if (head == heads - 1) {
       head = 0;
       key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
+      if constexpr (Block::kAhead) buffer ^= 1;
       if (!kGroups) stripe = Shape::STRIPES - 1 - stripe;
       left -= C;
       first_number += C - (heads - 1) * p.length;

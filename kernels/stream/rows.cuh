@@ -11,14 +11,14 @@
 namespace linattn_stream {
 
 // Two kinds of warps: some compute a stripe of 16 rows of results each, the others copy, scale and keep the state, 16 rows of it each.
-template <typename T, int D, bool GRAD, bool GATED>
+template <typename T, int D, bool GRAD, bool GATED, bool SUMS>
 __global__ void __launch_bounds__(RowShape<D, GRAD, GATED>::THREADS, RowShape<D, GRAD, GATED>::MIN_BLOCKS) rows_kernel(const __grid_constant__ RowArguments args) {
   using Shape = RowShape<D, GRAD, GATED>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const RowBlock<T, D, GRAD, GATED> job(args, shared);
   job.clear();
-  if (warp_number() < Shape::RESULT_WARPS) RowResults<T, D, GRAD, GATED>(job).run();
-  else RowState<T, D, GRAD, GATED>(job).run();
+  if (warp_number() < Shape::RESULT_WARPS) RowResults<T, D, GRAD, GATED, SUMS>(job).run();
+  else RowState<T, D, GRAD, GATED, SUMS>(job).run();
   if constexpr (GRAD) {
     __syncthreads();
     const int thread = threadIdx.x;
@@ -28,6 +28,12 @@ __global__ void __launch_bounds__(RowShape<D, GRAD, GATED>::THREADS, RowShape<D,
       const int64_t head = static_cast<int64_t>(job.batch) * args.problem.query_heads + job.key_head * job.heads + thread / 2;
       args.partials[(head * args.segments + job.segment) * 2 + thread % 2] = total;
     }
+    if constexpr (SUMS)
+      if (thread == 0) {
+        float count = 0.f;
+        for (int stripe = 0; stripe < Shape::STRIPES; ++stripe) count += job.small.counts[stripe];
+        job.sums().count() = count;
+      }
   }
 }
 

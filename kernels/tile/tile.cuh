@@ -129,10 +129,16 @@ template <typename T, int D, int C, int THREADS> struct TileCopy {
   // Tokens from `count` on read as zero.
   static __device__ __forceinline__ void start(uint32_t tile, const linattn_tensor &tensor, int64_t batch, int64_t head, int64_t first, int count, int number) {
     const int thread = D == 128 ? remade(number) : number;
-    const int64_t stride = tensor.token_stride;
-    const T *const tokens = head_of<const T>(tensor, batch, head) + first * stride;
+    const T *const tokens = head_of<const T>(tensor, batch, head) + first * tensor.token_stride;
+    start_at(tile, tokens + thread / kPieces * tensor.token_stride + thread % kPieces * 8, tokens, tensor.token_stride, count, thread);
+  }
+  // The first piece that a thread copies.
+  static __device__ __forceinline__ const T *source_of(const linattn_tensor &tensor, int64_t batch, int64_t head, int64_t first, int thread) {
+    return head_of<const T>(tensor, batch, head) + (first + thread / kPieces) * tensor.token_stride + thread % kPieces * 8;
+  }
+  // From `source` on, which is the thread's own; `tokens` may be read by all.
+  static __device__ __forceinline__ void start_at(uint32_t tile, const T *source, const T *tokens, int64_t stride, int count, int thread) {
     const int first_row = thread / kPieces, piece = thread % kPieces;
-    const T *source = tokens + first_row * stride + piece * 8;
     const uint32_t place = tile + Tile<D>::at(first_row, piece);
     if (count == C && C % kStep == 0 && kStep % 16 == 0) {
       const int64_t step = kStep * stride;

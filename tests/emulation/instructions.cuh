@@ -122,7 +122,7 @@ template <int PENDING> void copy_wait() {
       else std::memset(emulation::shared_memory + copy.to, 0, copy.bytes);
 }
 
-enum Barrier { kScalesReady = 1, kScalesShared, kStateRead, kHalvesExchanged };
+enum Barrier { kScalesReady = 1, kScalesShared, kStateRead, kHalvesExchanged, kRowsWeighed };
 template <Barrier NUMBER, int THREADS> void barrier_sync() { emulation::sync_block(NUMBER, THREADS); }
 template <Barrier NUMBER, int THREADS> void barrier_arrive() { emulation::arrive(NUMBER, THREADS); }
 
