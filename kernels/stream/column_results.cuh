@@ -87,15 +87,14 @@ template <typename T, int D, bool GATED> struct ColumnResults {
       warpgroup_publish();
       __syncthreads();  // the rounded state and the weights are written
 
-      const Scales by = scales();
       const uint32_t own_tile = role == 0 ? k_tile : k_tile + TILE;
       if (head == 0) {
         multiply_by_state(acc, own, own_tile);
-        enter(acc, own, keeper, by, k_tile);
+        enter(acc, own, keeper, k_tile);
         if constexpr (GATED)
           if (causal && keeper.holds) scale_state(state, gates_of_chunk().keep());
       }
-      if (causal) add_pairs(acc, own, by, own_tile, q_tile);
+      if (causal) add_pairs(acc, own, own_tile, q_tile);
       if (head == heads - 1) {
         const Worth worth = worth_of_sums(keeper);
         if (role == 1) finish_keys(acc, k_blocks, worth);
@@ -279,7 +278,8 @@ template <typename T, int D, bool GATED> struct ColumnResults {
   }
 
   // What is behind the chunk, as the keys weigh it.
-  __device__ __forceinline__ void enter(Sums &acc, const Own &own, const Keeper &keeper, const Scales &by, uint32_t k_tile) {
+  __device__ __forceinline__ void enter(Sums &acc, const Own &own, const Keeper &keeper, uint32_t k_tile) {
+    const Scales by = scales();
     const float enter = E::kNarrow ? keeper.state_lift.lift.down * keeper.summed.up : 1.f;
     const float from_state0 = by.scale0 * enter * keeper.rounded.down, from_state1 = by.scale1 * enter * keeper.rounded.down;
     if constexpr (GATED)
@@ -385,7 +385,8 @@ template <typename T, int D, bool GATED> struct ColumnResults {
   }
 
   // The pairs inside the chunk.
-  __device__ __forceinline__ void add_pairs(Sums &acc, const Own &own, const Scales &by, uint32_t own_tile, uint32_t q_tile) {
+  __device__ __forceinline__ void add_pairs(Sums &acc, const Own &own, uint32_t own_tile, uint32_t q_tile) {
+    const Scales by = scales();
     const uint32_t pair_tile = role == 0 ? q_tile : q_tile + TILE, sum_tile = role == 0 ? q_tile + TILE : q_tile;
     if constexpr (kGroups) add_pairs_by_group(acc, by, own_tile, pair_tile, sum_tile);
     else add_pairs_by_warp(acc, own, by, pair_tile, sum_tile);

@@ -13,6 +13,8 @@ template <typename T, int D, bool GRAD, bool GATED, bool SUMS> struct RowState {
   using State = StateTile<T, Shape::BLOCKS>;
   static constexpr int C = Block::C, BLOCKS = Shape::BLOCKS, STAGES = Block::STAGES, TILE = Block::TILE;
 
+  static constexpr bool kMakesReader = Block::kAhead || D == 64;  // of the keys' weights, chunk by chunk: where registers lack
+
   const Block &job;
   const RowArguments &args;
   typename Block::Small &small;
@@ -24,13 +26,14 @@ template <typename T, int D, bool GRAD, bool GATED, bool SUMS> struct RowState {
   RowCopies<T, D, GRAD, GATED> copies;
   const StatePlace<D, false> at;
   std::conditional_t<SUMS, RowSums<T, D>, RowNothing> sums;
+  const WeightReader<T> keys;
   float count = 0.f;
   int tokens_left, head = 0, stage = 0, key_stage = 0, buffer = 0;
 
   __device__ __forceinline__ explicit RowState(const Block &job)
       : job(job), args(job.args), small(job.small), lane_id(threadIdx.x & 31), down(lane_down<D>(lane_id)), across(lane_across<D>(lane_id)), heads(job.heads),
         causal(args.problem.causal), helper(threadIdx.x - 32 * Shape::RESULT_WARPS), copies(job, helper), at(warp_number() - Shape::RESULT_WARPS, true, 0, BLOCKS, lane_id),
-        sums(job, warp_number() - Shape::RESULT_WARPS), tokens_left(static_cast<int>(job.end - job.begin)) {}
+        sums(job, warp_number() - Shape::RESULT_WARPS), keys(job.key_weights(), job.zeros(), lane_id), tokens_left(static_cast<int>(job.end - job.begin)) {}
 
   __device__ __forceinline__ void run() {
     State state;
@@ -111,7 +114,8 @@ template <typename T, int D, bool GRAD, bool GATED, bool SUMS> struct RowState {
     if constexpr (!Block::kAhead) barrier_sync<kScalesShared, Shape::STATE_THREADS>();
     const uint32_t y_block = Blocks<D>(y_tile, across).at_column(0, at.row), z_block = z_blocks.at_column(0, at.row);
     if constexpr (GATED) decay(state);
-    const WeightReader<T> key_reader(job.key_weights(buffer), job.zeros(), lane_id), leave_reader(job.leave_weights(buffer), job.zeros(), lane_id);
+    const WeightReader<T> key_reader = kMakesReader ? WeightReader<T>(job.key_weights(buffer), job.zeros(), lane_id) : keys,
+                          leave_reader(job.leave_weights(buffer), job.zeros(), lane_id);
     const WeightReader<T> &column_reader = GRAD ? leave_reader : key_reader, &line_reader = GRAD ? key_reader : leave_reader;
     if constexpr (kStateByGroups<D>) {
       update_state_by_groups<T, D, D, GRAD && !GATED, !GRAD && !GATED>(state, at, true, y_block, z_block, z_tile, key_reader, column_reader, line_reader);
