@@ -1,7 +1,9 @@
 // How the kernels of one dtype and head dim are put together; instantiated once a translation unit, so that they compile in parallel.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
+#include "card.h"
 #include "stream/columns.cuh"
 #include "stream/cut.h"
 #include "stream/rows.cuh"
@@ -23,6 +25,10 @@ inline Gates gates_of(const linattn_problem &problem, const float *decay) {
   return {each ? nullptr : problem.log_decay, each ? decay : nullptr, problem.query_segments, problem.key_segments, problem.query_segments_stride, problem.key_segments_stride};
 }
 
+// Whether the rows of the output have a third stage of tiles: where it does not cost the second block on a multiprocessor, and by measurement at
+// D = 64 alone.
+template <int D, bool GATED> bool rows_are_deep() { return D == 64 && 2 * RowShape<D, false, GATED, true>::SHARED <= linattn::shared_memory(); }
+
 template <typename T, int D, bool GATED> cudaError_t forward_by(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
   const int blocks = problem.batch * problem.state_heads * plan.segments;
@@ -42,8 +48,13 @@ template <typename T, int D, bool GATED> cudaError_t forward_by(const linattn_pr
   rows.problem = problem, rows.result = result.out, rows.mass_out = result.mass, rows.states = states;
   rows.final_state = states ? nullptr : result.state;
   rows.segments = plan.segments, rows.segment_length = plan.segment_length, rows.gates = gates;
-  using Shape = RowShape<D, false, GATED>;
-  return launch(rows_kernel<T, D, false, GATED, false>, blocks, Shape::THREADS, Shape::SHARED, stream, rows);
+  const auto work_on_rows = [&](auto deep) {
+    using Shape = RowShape<D, false, GATED, deep.value>;
+    return launch(rows_kernel<T, D, false, GATED, deep.value, false>, blocks, Shape::THREADS, Shape::SHARED, stream, rows);
+  };
+  if constexpr (D == 64)
+    if (rows_are_deep<D, GATED>()) return work_on_rows(std::true_type{});
+  return work_on_rows(std::false_type{});
 }
 
 // Whether the rows of the gradient sum queries and W beside: elsewhere registers lack, and in float16 W is brought into range chunk by chunk.
@@ -80,10 +91,10 @@ template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_p
       LINATTN_TRY(launch(segments_kernel<T, D, false, GATED>, blocks, Segment::THREADS, Segment::template SHARED<GATED>, stream, keys));
       LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kPrefix : Scan::kTotal, problem.initial_state, nullptr));
     }
-    using Row = RowShape<D, true, GATED>;
+    using Row = RowShape<D, true, GATED, false>;
     if constexpr (kSumsBesideRows<T, D, GATED>)
-      if (rows.query_states) return launch(rows_kernel<T, D, true, GATED, true>, blocks, Row::THREADS, Row::SHARED, stream, rows);
-    return launch(rows_kernel<T, D, true, GATED, false>, blocks, Row::THREADS, Row::SHARED, stream, rows);
+      if (rows.query_states) return launch(rows_kernel<T, D, true, GATED, false, true>, blocks, Row::THREADS, Row::SHARED, stream, rows);
+    return launch(rows_kernel<T, D, true, GATED, false, false>, blocks, Row::THREADS, Row::SHARED, stream, rows);
   };
   LINATTN_TRY(noised ? launch_noised_gradient<T>(problem, data, error, query_scale) : work_on_rows());
 
@@ -129,11 +140,12 @@ template <typename T, int D> cudaError_t backward(const linattn_problem &problem
   return plan.gated ? backward_by<T, D, true>(problem, data, plan) : backward_by<T, D, false>(problem, data, plan);
 }
 
-template <int D, bool GATED> constexpr int forward_shared_by(bool states) {
-  return std::max(RowShape<D, false, GATED>::SHARED, states ? SegmentShape<D>::template SHARED<GATED> : 0);
+template <int D, bool GATED> int forward_shared_by(bool states) {
+  return std::max(rows_are_deep<D, GATED>() ? RowShape<D, false, GATED, true>::SHARED : RowShape<D, false, GATED, false>::SHARED,
+                  states ? SegmentShape<D>::template SHARED<GATED> : 0);
 }
 template <int D, bool GATED> constexpr int backward_shared_by(bool states) {
-  return std::max({RowShape<D, true, GATED>::SHARED, ColumnShape<D>::template SHARED<GATED>, states ? SegmentShape<D>::template SHARED<GATED> : 0});
+  return std::max({RowShape<D, true, GATED, false>::SHARED, ColumnShape<D>::template SHARED<GATED>, states ? SegmentShape<D>::template SHARED<GATED> : 0});
 }
 template <typename T, int D> int forward_shared(const Plan &plan) { return plan.gated ? forward_shared_by<D, true>(plan.states) : forward_shared_by<D, false>(plan.states); }
 template <typename T, int D> int backward_shared(const Plan &plan) { return plan.gated ? backward_shared_by<D, true>(plan.states) : backward_shared_by<D, false>(plan.states); }

@@ -29,20 +29,20 @@ struct RowArguments {
   float *final_sums;                      // gradient: the state behind the last token, transposed, as the workspace holds states, or null
 };
 
-template <int D, bool GRAD, bool GATED> struct RowShape {
+// DEEP: a third stage of tiles, where the card has room for two blocks of it on a multiprocessor.
+template <int D, bool GRAD, bool GATED, bool DEEP> struct RowShape {
   static constexpr int C = D == 32 || D == 128 ? 64 : D;
   static constexpr int STRIPES = C / 16, BLOCKS = D / 16;  // 16-wide blocks along the tokens and along D
   static constexpr int HALVES = D == 128 ? 2 : 1;          // warps that share out the columns of a stripe's results
   static constexpr int RESULT_WARPS = STRIPES * HALVES, STATE_WARPS = BLOCKS, WARPS = RESULT_WARPS + STATE_WARPS;
   static constexpr int STATE_THREADS = 32 * STATE_WARPS, THREADS = 32 * WARPS;
   static constexpr int OUT_PAIRS = BLOCKS / HALVES;
-  static constexpr int STAGES = !GRAD && D == 64 ? 3 : 2;
+  static constexpr int STAGES = DEEP ? 3 : 2;
   static constexpr int ROW_TILES = GRAD ? 3 : 1;           // x; and o, q for the gradient
   static constexpr int TILE = C * D * 2;
   static constexpr int STATE_TILE = D * D * 2;
   static constexpr int MIN_BLOCKS = D == 32 ? 4 : D == 64 ? 2 : 1;
-  static constexpr bool AHEAD = STAGES > 2;  // whether keys are measured a chunk ahead
-  static constexpr int BUFFERS = AHEAD ? 2 : 1;
+  static constexpr int BUFFERS = DEEP ? 2 : 1;  // of what keys count, measured a chunk ahead
   struct Small {
     alignas(16) float key_scale[BUFFERS][C], line[D], numbers[STAGES][2][C], exchange[2][C];
     alignas(16) uint16_t key_high[BUFFERS][C], key_low[BUFFERS][C], column_high[D], column_low[D], zeros[C > D ? C : D];
@@ -67,11 +67,11 @@ struct RowNothing {
 };
 
 // What all threads of a block know of it: where its head and segment lie, and its tiles in shared memory.
-template <typename T, int D, bool GRAD, bool GATED> struct RowBlock {
-  using Shape = RowShape<D, GRAD, GATED>;
+template <typename T, int D, bool GRAD, bool GATED, bool DEEP> struct RowBlock {
+  using Shape = RowShape<D, GRAD, GATED, DEEP>;
   using Small = typename Shape::AllSmall;
   static constexpr int C = Shape::C, STAGES = Shape::STAGES, TILE = Shape::TILE, ROW_TILES = Shape::ROW_TILES;
-  static constexpr bool kAhead = Shape::AHEAD && !Element<T>::kNarrow;
+  static constexpr bool kAhead = DEEP && !Element<T>::kNarrow;  // whether keys are measured a chunk ahead: in float16 they are lifted first
   static constexpr int kWaiting = STAGES - (kAhead ? 3 : 2);  // copies that may be on their way when a chunk begins
 
   const RowArguments &args;

@@ -5,8 +5,8 @@
 namespace linattn_stream {
 
 // What a block fetches, ahead of the products: rows for each chunk and head, keys and values for each chunk.
-template <typename T, int D, bool GRAD, bool GATED> struct RowCopies {
-  using Block = RowBlock<T, D, GRAD, GATED>;
+template <typename T, int D, bool GRAD, bool GATED, bool DEEP> struct RowCopies {
+  using Block = RowBlock<T, D, GRAD, GATED, DEEP>;
   using Shape = typename Block::Shape;
   using Copy = TileCopy<T, D, Block::C, Shape::STATE_THREADS>;
   static constexpr int C = Block::C, STAGES = Block::STAGES, TILE = Block::TILE, ROW_TILES = Block::ROW_TILES;

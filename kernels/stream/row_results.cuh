@@ -13,8 +13,8 @@ struct RowScales {
 };
 
 // One of these warps, from chunk to chunk and head to head. Every step is made part of `run`, and every member is a register.
-template <typename T, int D, bool GRAD, bool GATED, bool SUMS> struct RowResults {
-  using Block = RowBlock<T, D, GRAD, GATED>;
+template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct RowResults {
+  using Block = RowBlock<T, D, GRAD, GATED, DEEP>;
   using Shape = typename Block::Shape;
   using E = Element<T>;
   static constexpr int C = Block::C, BLOCKS = Shape::BLOCKS, STAGES = Block::STAGES, TILE = Block::TILE, ROW_TILES = Block::ROW_TILES;

@@ -6,8 +6,8 @@
 namespace linattn_stream {
 
 // One of these warps, from chunk to chunk. Every step is made part of `run`, and every member is a register.
-template <typename T, int D, bool GRAD, bool GATED, bool SUMS> struct RowState {
-  using Block = RowBlock<T, D, GRAD, GATED>;
+template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct RowState {
+  using Block = RowBlock<T, D, GRAD, GATED, DEEP>;
   using Shape = typename Block::Shape;
   using E = Element<T>;
   using State = StateTile<T, Shape::BLOCKS>;
@@ -23,7 +23,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool SUMS> struct RowState {
   const int heads;
   const bool causal;
   const int helper;
-  RowCopies<T, D, GRAD, GATED> copies;
+  RowCopies<T, D, GRAD, GATED, DEEP> copies;
   const StatePlace<D, false> at;
   std::conditional_t<SUMS, RowSums<T, D>, RowNothing> sums;
   const WeightReader<T> keys;

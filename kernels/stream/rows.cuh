@@ -11,14 +11,14 @@
 namespace linattn_stream {
 
 // Two kinds of warps: some compute a stripe of 16 rows of results each, the others copy, scale and keep the state, 16 rows of it each.
-template <typename T, int D, bool GRAD, bool GATED, bool SUMS>
-__global__ void __launch_bounds__(RowShape<D, GRAD, GATED>::THREADS, RowShape<D, GRAD, GATED>::MIN_BLOCKS) rows_kernel(const __grid_constant__ RowArguments args) {
-  using Shape = RowShape<D, GRAD, GATED>;
+template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS>
+__global__ void __launch_bounds__(RowShape<D, GRAD, GATED, DEEP>::THREADS, RowShape<D, GRAD, GATED, DEEP>::MIN_BLOCKS) rows_kernel(const __grid_constant__ RowArguments args) {
+  using Shape = RowShape<D, GRAD, GATED, DEEP>;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const RowBlock<T, D, GRAD, GATED> job(args, shared);
+  const RowBlock<T, D, GRAD, GATED, DEEP> job(args, shared);
   job.clear();
-  if (warp_number() < Shape::RESULT_WARPS) RowResults<T, D, GRAD, GATED, SUMS>(job).run();
-  else RowState<T, D, GRAD, GATED, SUMS>(job).run();
+  if (warp_number() < Shape::RESULT_WARPS) RowResults<T, D, GRAD, GATED, DEEP, SUMS>(job).run();
+  else RowState<T, D, GRAD, GATED, DEEP, SUMS>(job).run();
   if constexpr (GRAD) {
     __syncthreads();
     const int thread = threadIdx.x;

@@ -73,6 +73,12 @@ def test_features_of_a_map(kernels, dtype, scale):
     assert_bars(*({name: results[name] for name in names} for results in (ours, plain, exact)), dtype)
 
 
+@pytest.mark.parametrize("kind", [{}, {"decay": "key_token", "segments": "packed", "stateful": True}], ids=str)
+def test_rows_where_shared_memory_is_small(kernels, monkeypatch, kind):
+    monkeypatch.setenv("EMULATED_SHARED_KB", "99")
+    check(torch.bfloat16, ("stream", "stream") if kind == {} else None, head_dim=64, value_dim=64, length=200, **kind)
+
+
 @pytest.mark.parametrize("head_dim", [32, 64, pytest.param(80, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [
     {}, {"heads": 2, "stateful": True}, {"decay": "key_token", "segments": "packed", "stateful": True},
