@@ -154,7 +154,8 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP> struct RowBlock {
     return factors;
   }
 
-  // 1 / |k| of 16 keys of a chunk, and what each of them leaves in the state behind the chunk.
+  // 1 / |k| of 16 keys of a chunk, and what each of them leaves in the state behind the chunk. A chunk ahead nobody knows yet whether its gates are
+  // products, nor is its padding zero: then both scales are made, and a row without direction, as one of NaN, gets scale 0.
   __device__ __forceinline__ void measure_keys(const Blocks<D> &k_rows, const Blocks<D> &k_across, int stripe, int key_stage, int tokens, bool factors, int buffer = 0) const {
     const int lane = threadIdx.x & 31, place = lane & 3, local = 16 * stripe + (lane >> 2) + 8 * (place & 1);  // a lane's key
     float scale = 1.f, leave = 1.f, factor = 1.f;

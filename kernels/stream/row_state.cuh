@@ -40,7 +40,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
     count = load_state<D>(state, at, job.source, GRAD);
     publish(state);
     if constexpr (Block::kAhead)
-      if (causal) {
+      if (causal) {  // the first chunk's keys
         copy_wait<STAGES - 2>();
         barrier_sync<kScalesShared, Shape::STATE_THREADS>();
         share_scales(job.key_tiles, 0, tokens_left, 0, true);
@@ -73,7 +73,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
         tokens_left -= C;
         key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
         if constexpr (Block::kAhead) {
-          buffer ^= 1;
+          buffer ^= 1;  // the next chunk's keys, which are here: no warp of results will wait for them
           if (tokens_left > 0) share_scales(job.key_tiles + key_stage * 2 * TILE, key_stage, tokens_left, buffer, true);
         }
         barrier_sync<kStateRead, Shape::THREADS>();
