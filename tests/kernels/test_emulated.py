@@ -82,7 +82,8 @@ def test_rows_where_shared_memory_is_small(kernels, monkeypatch, kind):
 @pytest.mark.parametrize("head_dim", [32, 64, pytest.param(80, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", [
     {}, {"heads": 2, "stateful": True}, {"decay": "key_token", "segments": "packed", "stateful": True},
-    {"decay": "query_head", "strengths": (0.02,), "heads": 2}, {"decay": "key_token", "strengths": (0.02, 1.0), "segments": "left", "heads": 2},
+    {"decay": "query_head", "strengths": (0.02,), "heads": 2},
+    {"decay": "key_token", "strengths": (0.02, 1.0), "segments": "left", "heads": 2},
 ], ids=str)  # fmt: skip
 def test_sequences_cut_into_segments(kernels, kind, head_dim):
     """The rows of the gradient sum queries and upstream gradients beside, for the columns of earlier segments."""
