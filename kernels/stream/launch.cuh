@@ -58,7 +58,7 @@ template <typename T, int D, bool GATED> cudaError_t forward_by(const linattn_pr
 }
 
 // Whether the rows of the gradient sum queries and W beside: elsewhere registers lack, and in float16 W is brought into range chunk by chunk.
-template <typename T, int D, bool GATED> constexpr bool kSumsBesideRows = D == 64 && !GATED && !Element<T>::kNarrow;
+template <typename T, int D, bool GATED> constexpr bool kSumsBesideRows = D <= 64 && !GATED && !Element<T>::kNarrow;
 
 template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_problem &problem, const linattn_backward_data &data, const Plan &plan) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
