@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import peers
 import torch
 
 from hf_linattn.ops import cuda, one_token, window_cuda, window_step
@@ -115,6 +116,36 @@ def measure(layer: tuple[int, int, int, int, int], batch: int, bandwidth: float)
     }
 
 
+def peer_figures(library: str, heads: int, dim: int, batch: int) -> dict[str, float]:
+    """A library's step on states (B, H, D, D), in a process of its own."""
+    size = 4 * batch * heads * dim * dim
+    states = [torch.rand(batch, heads, dim, dim, device="cuda") for _ in range(max(4, min(64, int(2e8 // size))))]
+    step = peers.LIBRARIES[library].step
+    assert step is not None
+    made = step(batch, heads, dim)
+
+    def run() -> None:
+        for state in states:
+            made(state)
+
+    return {"ms": replayed(run, len(states)), "eager_ms": eager(run, len(states))}
+
+
+def peer_rows(library: str) -> list[dict[str, Any]]:
+    """One token by a library, where every head has keys and a state of its own; what it raises ends it."""
+    rows: list[dict[str, Any]] = []
+    plain = {name: layer for name, layer in LAYERS.items() if len(set(layer[:3])) == 1}
+    try:
+        with peers.apart() as call:
+            for name, (heads, _, _, dim, _) in plain.items():
+                for batch in BATCHES:
+                    figures = call(peer_figures, library, heads, dim, batch)
+                    rows.append({"layer": name, "batch": batch, "library": library, **figures})
+    except Exception as problem:
+        rows.append({"library": library, "refused": peers.refusal(problem)})
+    return rows
+
+
 def window_token(layer: tuple[int, int, int, int, int | None], batch: int) -> tuple[Token, Beside]:
     """A token, and all of what lies beside its window but the state."""
     heads, key_heads, dim, _, features = layer
@@ -167,7 +198,7 @@ def table(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "| layer | sequences | state, MB | kernel | PyTorch form | kernel, called from Python |",
         "|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in (row for row in rows if "kernel_ms" in row):
         kernel, plain = (f"{1e3 * row[name]:.1f} ({row[name] / row['floor_ms']:.1f})" for name in ("kernel_ms", "torch_ms"))
         size, eager_us = row["state_bytes"] / 1e6, 1e3 * row["eager_ms"]
         lines.append(f"| {row['layer']} | {row['batch']} | {size:.1f} | {kernel} | {plain} | {eager_us:.1f} |")
@@ -181,7 +212,23 @@ def table(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     for row in (row for row in rows if f"{SEVERAL[0]}_tokens_ms" in row):
         multiples = " | ".join(f"{row[f'{length}_tokens_ms'] / row['kernel_ms']:.2f}" for length in SEVERAL)
         lines.append(f"| {row['layer']} | {row['batch']} | {1e3 * row['kernel_ms']:.1f} | {multiples} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *peer_table(rows)]) + "\n"
+
+
+def peer_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Others' steps beside the kernel's."""
+    found = {(row["layer"], row["batch"], row["library"]): row for row in rows if "ms" in row}
+    libraries = list(dict.fromkeys(row["library"] for row in rows if "library" in row))
+    lines = ["", "Others' steps with a decay a head, which do not normalise, microseconds (called from Python):", ""]
+    lines += [f"{row['library']} refused: {row['refused']}\n" for row in rows if "refused" in row]
+    lines += ["| layer | sequences | kernel | " + " | ".join(libraries) + " |", "|" + "---|" * (3 + len(libraries))]
+    places = dict.fromkeys((layer, batch) for layer, batch, _ in found)
+    ours = {(row["layer"], row["batch"]): {"ms": row["kernel_ms"], **row} for row in rows if "kernel_ms" in row}
+    for place in places:
+        beside = [ours.get(place), *(found.get((*place, library)) for library in libraries)]
+        cells = (f"{1e3 * row['ms']:.1f} ({1e3 * row['eager_ms']:.1f})" if row else "-" for row in beside)
+        lines.append(f"| {place[0]} | {place[1]} | " + " | ".join(cells) + " |")
+    return lines if libraries else []
 
 
 def main() -> None:
@@ -195,6 +242,7 @@ def main() -> None:
     rows += [
         {"layer": name, "batch": batch, **measure_window(layer, batch, bandwidth)} for name, layer in WINDOWS.items() for batch in BATCHES
     ]
+    rows += [row for name, library in peers.LIBRARIES.items() if library.step for row in peer_rows(name)]
     print(table(facts, rows))
     if out:
         (out / "decode.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")

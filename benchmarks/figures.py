@@ -6,6 +6,7 @@ FLA stands linear attention as plain products, the "kernel separation" that keep
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import peers
 import torch
-from gpu import Shape, both, forms, input_sets, median_ms
+from gpu import ours, softmaxes
+from gpu_timing import Case, Form, Shape, both, median_ms
 from torch import Tensor
 
 LENGTHS = (1000, 3000, 10_000, 30_000, 100_000, 300_000)
@@ -32,9 +35,18 @@ def kernel_separation(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((v.cumsum(2) + (q[..., None, :] @ sums)[..., 0, :]) / mass).to(q.dtype)
 
 
-def point(form: Callable[..., Tensor], shape: Shape, layout: str) -> dict[str, float]:
+def forms() -> dict[str, Callable[[Shape], Form]]:
+    """Name -> shape -> q, k, v -> o; FLA's only where it is installed."""
+    here: dict[str, Form] = {"linattn": ours, "flash": softmaxes()["flash softmax"], "naive": kernel_separation}
+    found = {name: partial(lambda form, shape: form, form) for name, form in here.items()}
+    with contextlib.suppress(ImportError):
+        found |= {f"fla {peer.name}": peer.form for peer in peers.fla()}
+    return {name: found[name] for name in NAMES if name in found}
+
+
+def point(form: Form, shape: Shape, layout: str) -> dict[str, float]:
     """Milliseconds of forward and backward, and MiB that they add at their peak."""
-    sets = input_sets(shape, layout)[:2]
+    sets = Case(shape).sets(layout)[:2]
     both(form, *sets[0])
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -47,12 +59,11 @@ def point(form: Callable[..., Tensor], shape: Shape, layout: str) -> dict[str, f
 
 def sweep(shapes: list[Shape], patience: float = 1.5) -> list[dict]:
     """Every form at every shape, until it is out of memory or its next call, of nine times the work, would take over `patience` seconds."""
-    found = {name: form for name, form in (forms() | {"naive": kernel_separation}).items() if name in NAMES}
     rows: list[dict] = []
-    for name, form in found.items():
+    for name, form in forms().items():
         for shape in shapes:
             try:
-                row = point(form, shape, "bnhd" if name.startswith("fla") else "bhnd")
+                row = point(form(shape), shape, "bnhd" if name.startswith("fla") else "bhnd")
             except Exception as problem:  # out of memory, or a shape that a peer refuses
                 print(f"{name} {shape}: {str(problem).splitlines()[0][:100]}", file=sys.stderr)
                 torch.cuda.empty_cache()

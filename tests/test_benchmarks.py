@@ -1,4 +1,4 @@
-"""The benchmarks of generation run, and leave what they say they leave."""
+"""The benchmark of generation runs, and leaves what it says it leaves; tables of a GPU's times are made from rows as one gives them."""
 
 from __future__ import annotations
 
@@ -28,3 +28,50 @@ def test_generation_is_measured_beside_softmax(tmp_path: Path, monkeypatch: pyte
         sizes[row["case"]].append(row["cache_bytes"] / row["batch"])
     softmax, ours = (sizes[name] for name in cases)
     assert len(set(ours)) == 1 and softmax[1] > softmax[0]
+
+
+def test_a_gpus_rows_stand_beside_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    gpu, timing = importlib.import_module("gpu"), importlib.import_module("gpu_timing")
+    times = {"forward_ms": 0.1, "forward_floors": 1.5, "forward_eager_ms": 0.2}
+    times |= {"both_ms": 0.4, "both_floors": 2.0, "both_eager_ms": 0.5, "peak_tensors": 4.1}
+    case = timing.Case((8, 32, 2048, 64), key_heads=4)
+    rows = [
+        gpu.row_of("linattn", case, times) | {"targets": (1.3, 2.0)},
+        gpu.row_of(gpu.CUDNN, case, times | {"forward_ms": 0.4, "both_ms": 1.6}),
+        gpu.row_of("FLA: chunk", case, times | {"both_not_captured": True}),
+        gpu.row_of("Helion: chunk", case, {"forward_refused": "RuntimeError: no"}),
+    ]
+    page = gpu.page({"gpu": "a card"}, {"plain": rows}, {"FLA": "0.6.0", "Helion": "ImportError: no module"})
+    assert (
+        "| FLA | 0.6.0 |" in page and "| Helion | ImportError: no module |" in page and "- Helion: chunk, forward: RuntimeError: no" in page
+    )
+    ours = "| 8, 32:4, 2048, 64 | linattn | 0.1 | 1.50 (target 1.3) | 0.25 | 0.4 | 2.00 (target 2.0) | 0.25 | 0.2 · 0.5 | 4.1 |"
+    assert ours in page and "| 0.4 (eager) | 2.00 |" in page and "| Helion: chunk | refused | - | - | refused |" not in page
+
+
+def test_floors_count_what_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    timing = importlib.import_module("gpu_timing")
+    forward, both = timing.Case((1, 4, 1000, 64), key_heads=2, features=16).floors_ms(1.0)
+    assert forward == pytest.approx(2 * 1000 * (4 * 16 + 2 * 16 + 2 * 64 + 4 * 64) / 1e6) and both == pytest.approx(3 * forward)
+
+
+def test_a_library_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    peers = importlib.import_module("peers")
+    said, rows = peers.library_rows("Helion", [(1, 1, 64, 64)], 1000.0)
+    assert rows == [] and ("PackageNotFoundError" in said or "HELION_EXAMPLES" in said)
+
+
+def test_others_steps_stand_beside_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    decode = importlib.import_module("decode")
+    rows = [
+        {"layer": "32, D 64", "batch": 16, "kernel_ms": 0.02, "eager_ms": 0.03},
+        {"layer": "32, D 64", "batch": 16, "library": "FLA", "ms": 0.04, "eager_ms": 0.09},
+        {"library": "FlashInfer", "refused": "ImportError: none"},
+    ]
+    lines = decode.peer_table(rows)
+    assert lines[-1] == "| 32, D 64 | 16 | 20.0 (30.0) | 40.0 (90.0) | - |" and "FlashInfer refused: ImportError: none\n" in lines
+    assert decode.peer_table(rows[:1]) == []

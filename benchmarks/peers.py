@@ -1,0 +1,227 @@
+"""Other people's kernels beside ours, where their packages are installed: one function a library, which names what it offers.
+
+A library runs in a process of its own, so that what it sets, tunes or breaks there is not ours. None computes just what ours does: they do
+not normalise where that is not said, and FlashInfer's is the gated delta rule.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+from gpu_timing import Case, Form, Shape, guarded, refusal
+from torch import Tensor
+
+Step = Callable[[Tensor], object]
+SHORT: tuple[Shape, ...] = ((8, 32, 2048, 64), (8, 16, 2048, 128))  # for what compiles anew for each shape
+WIDE: tuple[Shape, ...] = ((8, 16, 2048, 128), (1, 16, 65536, 128))  # for what takes D = 128 alone
+
+
+class Peer(NamedTuple):
+    """What one function computes, and how it is called at a shape."""
+
+    name: str
+    form: Callable[[Shape], Form]
+    decays: bool = False
+    backward: bool = True
+    shapes: tuple[Shape, ...] | None = None  # that it is asked for, where they are not all
+    layout: str = "bnhd"
+
+
+def log_decay(shape: Shape, kind: str) -> Tensor:
+    """Of a head, (H,), or of a token, (B, N, H)."""
+    batch, heads, length, _ = shape
+    return -0.1 * torch.rand((heads,) if kind == "head" else (batch, length, heads), device="cuda")
+
+
+def fla() -> list[Peer]:
+    """flash-linear-attention; its layout is (B, N, H, D)."""
+    with suppress(ImportError):  # Triton before 3.5
+        tune_sooner()
+    linear, gla = (importlib.import_module(f"fla.ops.{name}") for name in ("linear_attn", "simple_gla"))
+
+    def form(run: Callable[..., Any], gate: str, options: dict[str, Any], shape: Shape) -> Form:
+        given = options | ({gate: log_decay(shape, "head" if gate == "g_gamma" else "token")} if gate else {})
+
+        def called(*leaves: Tensor) -> Tensor:
+            return run(*(x.transpose(1, 2).contiguous() for x in leaves), **given)[0].transpose(1, 2)
+
+        return called
+
+    def peer(name: str, run: Callable[..., Any], gate: str = "", shapes: tuple[Shape, ...] | None = None, **options: Any) -> Peer:
+        return Peer(name, partial(form, run, gate, options), bool(gate), shapes=shapes)
+
+    return [
+        peer("chunk", linear.chunk_linear_attn, normalize=False),
+        peer("fused", linear.fused_chunk_linear_attn, normalize=False),
+        peer("normalised", linear.chunk_linear_attn, normalize=True),
+        peer("chunk, a decay a head", gla.chunk_simple_gla, "g_gamma"),
+        peer("chunk, a decay a token", gla.chunk_simple_gla, "g"),
+        peer("fused, a decay a head", gla.fused_chunk_simple_gla, "g_gamma"),
+        peer("fused, a decay a token", gla.fused_chunk_simple_gla, "g"),
+        peer("recurrent, a decay a token", gla.fused_recurrent_simple_gla, "g", shapes=SHORT[:1]),
+    ]
+
+
+@cache
+def tune_sooner(threads: int = 16, ms: int = 20) -> None:
+    """Has many threads compile what a Triton autotuner is to choose among, not one after the other, and each timed for `ms`."""
+    testing: Any = importlib.import_module("triton.testing")
+    tuner = importlib.import_module("triton.runtime.autotuner").Autotuner
+    together = importlib.import_module("triton.runtime._async_compile").AsyncCompileMode
+    every, pool = tuner.prune_configs, ThreadPoolExecutor(threads)
+
+    def prune_configs(self: Any, kwargs: dict[str, Any]) -> list[Any]:
+        configs, given = every(self, kwargs), {name: value for name, value in kwargs.items() if name != "warmup"}
+        with together(pool, ignore_errors=True):
+            for config in configs:
+                self.fn.warmup(*self.nargs.values(), **given, **config.all_kwargs())
+        return configs
+
+    tuner.prune_configs = prune_configs
+    testing.do_bench = partial(testing.do_bench, warmup=ms // 4, rep=ms)
+
+
+def helion() -> list[Peer]:
+    """Helion's examples/linear, in the folder that HELION_EXAMPLES names, by the configurations for H100 that stand there; no tuning.
+
+    Where a call has none, it takes that of the nearest which has.
+    """
+    os.environ.update(HELION_AUTOTUNE_CACHE="AOTAutotuneCache", HELION_AUTOTUNE_EFFORT="none")
+    return helion_examples()
+
+
+def helion_untuned() -> list[Peer]:
+    """The same as Helion configures them where nothing was tuned."""
+    os.environ.update(HELION_AUTOTUNE_EFFORT="none")
+    return helion_examples()
+
+
+def helion_examples() -> list[Peer]:
+    sys.path.append(os.environ["HELION_EXAMPLES"])
+    engine = importlib.import_module("linear_attention_engine")
+
+    def plain(shape: Shape) -> Form:
+        return partial(engine.helion_chunk_linear_attn, scale=shape[-1] ** -0.5)
+
+    def decayed(shape: Shape) -> Form:
+        gate = log_decay(shape, "token").transpose(1, 2).contiguous()
+        return partial(engine.helion_chunk_simple_gla, g=gate, scale=shape[-1] ** -0.5)
+
+    return [
+        Peer("chunk", plain, shapes=SHORT, layout="bhnd"),
+        Peer("chunk, a decay a token", decayed, decays=True, shapes=SHORT, layout="bhnd"),
+    ]
+
+
+def flashinfer() -> list[Peer]:
+    """FlashInfer's prefill of the gated delta rule, forward only: it has nothing nearer. Sequences lie in a row, (B N, H, D)."""
+    prefill = importlib.import_module("flashinfer").chunk_gated_delta_rule
+
+    def form(shape: Shape) -> Form:
+        batch, heads, length, dim = shape
+        ends = length * torch.arange(batch + 1, device="cuda")
+        gates = {"g": log_decay(shape, "token").exp().view(-1, heads), "beta": torch.rand(batch * length, heads, device="cuda") / dim}
+
+        def called(*leaves: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2).reshape(batch * length, heads, dim) for x in leaves)
+            return prefill(q, k, v, **gates, cu_seqlens=ends).view(batch, length, heads, dim).transpose(1, 2)
+
+        return called
+
+    return [Peer("gated delta rule, a decay a token", form, decays=True, backward=False, shapes=WIDE)]
+
+
+def fla_step(batch: int, heads: int, dim: int) -> Step:
+    run = importlib.import_module("fla.ops.simple_gla").fused_recurrent_simple_gla
+    q, k, v = (torch.randn(batch, 1, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    rate = -torch.rand(heads, device="cuda")
+    return lambda state: run(q, k, v, g_gamma=rate, initial_state=state, output_final_state=True)
+
+
+def helion_step(batch: int, heads: int, dim: int) -> Step:
+    helion()
+    run = importlib.import_module("linear_attention_engine").recurrent_step
+    q, k, v = (torch.randn(batch, heads, 1, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    return partial(run, q, k, v, alpha=torch.rand(batch, heads, 1, device="cuda"))
+
+
+def flashinfer_step(batch: int, heads: int, dim: int) -> Step:
+    """Mamba's selective state update at a time step of one: state = exp(A) state + v k', o = state q."""
+    run = importlib.import_module("flashinfer.mamba").selective_state_update
+    q, k, v = (torch.randn(batch, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    rate = -torch.rand(heads, device="cuda")[:, None, None].expand(-1, dim, dim)
+    time_step = torch.ones(batch, heads, 1, device="cuda").expand(-1, -1, dim)
+    skip = torch.zeros(heads, 1, device="cuda").expand(-1, dim)
+    return lambda state: run(state, v, time_step, rate, k, q, skip)
+
+
+class Library(NamedTuple):
+    distribution: str  # which tells the version
+    offers: Callable[[], list[Peer]]
+    step: Callable[[int, int, int], Step] | None = None  # of (sequences, heads, head dim): one token, on a state (B, H, D, D)
+
+
+LIBRARIES = {
+    "FLA": Library("fla-core", fla, fla_step),
+    "Helion": Library("helion", helion, helion_step),
+    "Helion untuned": Library("helion", helion_untuned),
+    "FlashInfer": Library("flashinfer-python", flashinfer, flashinfer_step),
+}
+
+
+@contextmanager
+def apart(patience: float = 100.0) -> Iterator[Callable[..., Any]]:
+    """Calls functions in a process that is ended afterwards, whatever became of it; one that takes over `patience` seconds raises."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    try:
+        yield lambda function, *given: pool.submit(function, *given).result(patience)
+    finally:
+        for process in list((pool._processes or {}).values()):
+            process.kill()
+
+
+@cache
+def offered(library: str) -> list[Peer]:
+    return LIBRARIES[library].offers()
+
+
+def names_of(library: str) -> tuple[str, list[tuple[str, bool, tuple[Shape, ...] | None]]]:
+    """The version, and of each function its name, whether it decays and the shapes that it is asked for."""
+    return version(LIBRARIES[library].distribution), [(peer.name, peer.decays, peer.shapes) for peer in offered(library)]
+
+
+def row_of(library: str, place: int, shape: Shape, bandwidth: float) -> dict[str, float | str]:
+    """The times of one function at one shape, in the library's process."""
+    peer = offered(library)[place]
+    try:
+        form = peer.form(shape)
+    except Exception as problem:
+        return {"forward_refused": refusal(problem)}
+    return guarded(form, Case(shape), bandwidth, peer.layout, peer.backward)
+
+
+def library_rows(library: str, shapes: list[Shape], bandwidth: float) -> tuple[str, list[dict[str, Any]]]:
+    """The library's version, or why it did not run, and the rows of its functions."""
+    rows: list[dict[str, Any]] = []
+    try:
+        with apart() as call:
+            number, names = call(names_of, library)
+            for place, (name, decays, asked) in enumerate(names):
+                for shape in asked or shapes:
+                    row = call(row_of, library, place, shape, bandwidth)
+                    rows.append({"form": f"{library}: {name}", "shape": shape, "decays": decays, **row})
+                    print(f"{time.strftime('%T')} {library}: {name} {shape} {row}", file=sys.stderr, flush=True)
+    except Exception as problem:  # it is not installed, it took its process with it, or it took too long
+        return f"stopped after {len(rows)} rows: {refusal(problem)}" if rows else refusal(problem), rows
+    return number, rows
