@@ -1,9 +1,9 @@
 """Time and memory of linear attention on a GPU beside its peers, as multiples of the memory-traffic floor and of cuDNN's softmax.
 
-    python benchmarks/gpu.py [--part own | peers | all] [--library FLA ...] [--out benchmarks/results]
+    python benchmarks/gpu.py [--sections plain,decays] [--libraries FLA,Helion] [--out benchmarks/results]
 
 The floor is what any kernel must move (gpu_timing.py) at the card's copy bandwidth, measured in the same run. Times are medians of CUDA
-graph replays, and of eager calls beside them; decays are without their own gradient.
+graph replays, and of eager calls beside them. A decay has no gradient here. The peers are optional (peers.py).
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """Other people's kernels beside ours, where their packages are installed: one function a library, which names what it offers.
 
+    pip install fla-core einops helion flashinfer-python
+    export HELION_EXAMPLES=<a checkout of pytorch/helion>/examples/linear
+
 A library runs in a process of its own, so that what it sets, tunes or breaks there is not ours. None computes just what ours does: they do
 not normalise where that is not said, and FlashInfer's is the gated delta rule.
 """
@@ -10,6 +13,7 @@ import importlib
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -97,7 +101,7 @@ def helion() -> list[Peer]:
 
     Where a call has none, it takes that of the nearest which has.
     """
-    os.environ.update(HELION_AUTOTUNE_CACHE="AOTAutotuneCache", HELION_AUTOTUNE_EFFORT="none")
+    os.environ.update(HELION_AUTOTUNE_CACHE="AOTAutotuneCache", HELION_AOT_DATA_DIR=tempfile.mkdtemp())
     return helion_examples()
 
 
