@@ -254,6 +254,14 @@ def page(about: dict, sections: dict[str, list[Row]], libraries: dict[str, str])
     return "\n\n".join([*parts, "Notes on these figures: [notes.md](notes.md)."]) + "\n"
 
 
+def save(out: Path | None, about: dict, sections: dict[str, list[Row]], libraries: dict[str, str]) -> None:
+    """Written more than once, as a peer may end the run."""
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "gpu.json").write_text(json.dumps({"machine": about, "peers": libraries, **sections}, indent=1))
+        (out / "gpu.md").write_text(page(about, sections, libraries))
+
+
 def main(
     out: Annotated[Path | None, typer.Option(help="A folder for gpu.json and gpu.md; printed only without it.")] = None,
     sections: Annotated[str, typer.Option(help="What of ours to time.")] = ",".join(SECTIONS),
@@ -264,16 +272,14 @@ def main(
     torch.cuda.empty_cache()
     about = machine(**{"copy GB/s": round(bandwidth)})
     found = {name: list(SECTIONS[name][1](bandwidth)) for name in filter(None, sections.split(","))}
-    told = {}
+    told: dict[str, str] = {}
+    save(out, about, found, told)
     for library in filter(None, libraries.split(",")):
         told[library], rows = peers.library_rows(library, list(TARGETS), bandwidth)
         for row in rows:
             found.setdefault("decays" if row["decays"] else "plain", []).append(row)
+        save(out, about, found, told)
     print(page(about, found, told))
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "gpu.json").write_text(json.dumps({"machine": about, "peers": told, **found}, indent=1))
-        (out / "gpu.md").write_text(page(about, found, told))
     return about
 
 

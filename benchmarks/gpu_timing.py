@@ -150,10 +150,7 @@ def guarded(form: Form, case: Case, bandwidth: float, layout: str = "bhnd", back
     """The same of a peer: what it raises is its answer too, and stands where its times would."""
     row: dict[str, float | str] = {}
     sets = case.sets(layout)
-    for name, figures in {"forward": forward_figures, "both": both_figures}.items():
-        if name == "both" and not backward:
-            row["both_refused"] = "has no backward pass"
-            break
+    for name, figures in ({"forward": forward_figures} | ({"both": both_figures} if backward else {})).items():
         try:
             row |= figures(form, case, sets, bandwidth)
         except Exception as problem:

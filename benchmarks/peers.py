@@ -9,6 +9,7 @@ not normalise where that is not said, and FlashInfer's is the gated delta rule.
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache, partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor
 Step = Callable[[Tensor], object]
 SHORT: tuple[Shape, ...] = ((8, 32, 2048, 64), (8, 16, 2048, 128))  # for what compiles anew for each shape
 WIDE: tuple[Shape, ...] = ((8, 16, 2048, 128), (1, 16, 65536, 128))  # for what takes D = 128 alone
+TUNED = (*SHORT, (1, 32, 32768, 64), (1, 32, 131072, 64), (1, 16, 65536, 128))  # for what is tuned long for each head dim
 
 
 class Peer(NamedTuple):
@@ -37,8 +40,8 @@ class Peer(NamedTuple):
     name: str
     form: Callable[[Shape], Form]
     decays: bool = False
-    backward: bool = True
     shapes: tuple[Shape, ...] | None = None  # that it is asked for, where they are not all
+    backward: tuple[Shape, ...] | None = None  # and where it is asked to differentiate
     layout: str = "bnhd"
 
 
@@ -62,38 +65,52 @@ def fla() -> list[Peer]:
 
         return called
 
-    def peer(name: str, run: Callable[..., Any], gate: str = "", shapes: tuple[Shape, ...] | None = None, **options: Any) -> Peer:
-        return Peer(name, partial(form, run, gate, options), bool(gate), shapes=shapes)
+    def peer(name: str, run: Callable[..., Any], gate: str = "", **options: Any) -> Peer:
+        return Peer(name, partial(form, run, gate, options), bool(gate), TUNED)
 
     return [
-        peer("chunk", linear.chunk_linear_attn, normalize=False),
-        peer("fused", linear.fused_chunk_linear_attn, normalize=False),
-        peer("normalised", linear.chunk_linear_attn, normalize=True),
+        # its backward pass refuses to run under some versions of Triton, the same everywhere
+        peer("chunk, a decay a token", gla.chunk_simple_gla, "g")._replace(backward=SHORT[:1]),
         peer("chunk, a decay a head", gla.chunk_simple_gla, "g_gamma"),
-        peer("chunk, a decay a token", gla.chunk_simple_gla, "g"),
+        peer("chunk", linear.chunk_linear_attn, normalize=False),
+        peer("fused", linear.fused_chunk_linear_attn, normalize=False)._replace(shapes=None),
         peer("fused, a decay a head", gla.fused_chunk_simple_gla, "g_gamma"),
         peer("fused, a decay a token", gla.fused_chunk_simple_gla, "g"),
-        peer("recurrent, a decay a token", gla.fused_recurrent_simple_gla, "g", shapes=SHORT[:1]),
+        peer("recurrent, a decay a token", gla.fused_recurrent_simple_gla, "g")._replace(shapes=SHORT[:1]),
+        peer("normalised", linear.chunk_linear_attn, normalize=True),
     ]
 
 
+def alone(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, by one process at a time."""
+
+    def locked(*args: Any, **kwargs: Any) -> Any:
+        with (Path(tempfile.gettempdir()) / "alone.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            return run(*args, **kwargs)
+
+    return locked
+
+
 @cache
-def tune_sooner(threads: int = 16, ms: int = 20) -> None:
-    """Has many threads compile what a Triton autotuner is to choose among, not one after the other, and each timed for `ms`."""
+def tune_sooner(threads: int = 4, ms: int = 12) -> None:
+    """Has Triton's autotuners compile by several threads, where they take one kernel after the other, and time each for `ms`, alone."""
     testing: Any = importlib.import_module("triton.testing")
     tuner = importlib.import_module("triton.runtime.autotuner").Autotuner
     together = importlib.import_module("triton.runtime._async_compile").AsyncCompileMode
-    every, pool = tuner.prune_configs, ThreadPoolExecutor(threads)
+    bench, pool = tuner._bench, ThreadPoolExecutor(threads)
 
-    def prune_configs(self: Any, kwargs: dict[str, Any]) -> list[Any]:
-        configs, given = every(self, kwargs), {name: value for name, value in kwargs.items() if name != "warmup"}
-        with together(pool, ignore_errors=True):
-            for config in configs:
-                self.fn.warmup(*self.nargs.values(), **given, **config.all_kwargs())
-        return configs
+    def compile_then_bench(self: Any, *args: Any, config: Any, **kwargs: Any) -> Any:
+        given = {name: value for name, value in kwargs.items() if name != "warmup"}
+        configs = self.prune_configs(kwargs)
+        if config is configs[0]:
+            with together(pool, ignore_errors=True):
+                for each in configs:
+                    self.fn.warmup(*args, **given, **each.all_kwargs())
+        return bench(self, *args, config=config, **kwargs)
 
-    tuner.prune_configs = prune_configs
-    testing.do_bench = partial(testing.do_bench, warmup=ms // 4, rep=ms)
+    tuner._bench = compile_then_bench
+    testing.do_bench = alone(partial(testing.do_bench, warmup=ms // 4, rep=ms))
 
 
 def helion() -> list[Peer]:
@@ -143,7 +160,7 @@ def flashinfer() -> list[Peer]:
 
         return called
 
-    return [Peer("gated delta rule, a decay a token", form, decays=True, backward=False, shapes=WIDE)]
+    return [Peer("gated delta rule, a decay a token", form, decays=True, shapes=WIDE, backward=())]
 
 
 def fla_step(batch: int, heads: int, dim: int) -> Step:
@@ -164,7 +181,7 @@ def flashinfer_step(batch: int, heads: int, dim: int) -> Step:
     """Mamba's selective state update at a time step of one: state = exp(A) state + v k', o = state q."""
     run = importlib.import_module("flashinfer.mamba").selective_state_update
     q, k, v = (torch.randn(batch, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    rate = -torch.rand(heads, device="cuda")[:, None, None].expand(-1, dim, dim)
+    rate = (-torch.rand(heads, device="cuda"))[:, None, None].expand(-1, dim, dim)
     time_step = torch.ones(batch, heads, 1, device="cuda").expand(-1, -1, dim)
     skip = torch.zeros(heads, 1, device="cuda").expand(-1, dim)
     return lambda state: run(state, v, time_step, rate, k, q, skip)
@@ -212,7 +229,25 @@ def row_of(library: str, place: int, shape: Shape, bandwidth: float) -> dict[str
         form = peer.form(shape)
     except Exception as problem:
         return {"forward_refused": refusal(problem)}
-    return guarded(form, Case(shape), bandwidth, peer.layout, peer.backward)
+    return guarded(form, Case(shape), bandwidth, peer.layout, peer.backward is None or shape in peer.backward)
+
+
+def warm(library: str, place: int, shape: Shape) -> None:
+    """One call, which compiles and tunes, and leaves both on the disk."""
+    peer = offered(library)[place]
+    leaves, grad = Case(shape).sets(peer.layout)[0]
+    with suppress(Exception):  # it will be told where it is timed
+        out = peer.form(shape)(*leaves)
+        if peer.backward is None or shape in peer.backward:
+            torch.autograd.grad(out, leaves, grad)
+
+
+def warm_side_by_side(library: str, places: list[tuple[int, Shape]], jobs: int = 10) -> None:
+    """Every function once for each number of heads and head dim."""
+    kinds = {(place, *shape[1::2]): (place, shape) for place, shape in reversed(places)}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for place, shape in reversed(kinds.values()):
+            pool.submit(warm, library, place, shape)
 
 
 def library_rows(library: str, shapes: list[Shape], bandwidth: float) -> tuple[str, list[dict[str, Any]]]:
@@ -221,11 +256,14 @@ def library_rows(library: str, shapes: list[Shape], bandwidth: float) -> tuple[s
     try:
         with apart() as call:
             number, names = call(names_of, library)
-            for place, (name, decays, asked) in enumerate(names):
-                for shape in asked or shapes:
-                    row = call(row_of, library, place, shape, bandwidth)
-                    rows.append({"form": f"{library}: {name}", "shape": shape, "decays": decays, **row})
-                    print(f"{time.strftime('%T')} {library}: {name} {shape} {row}", file=sys.stderr, flush=True)
+            places = [(place, shape) for place, (_, _, asked) in enumerate(names) for shape in asked or shapes]
+            if library == "FLA":
+                warm_side_by_side(library, places)
+            for place, shape in places:
+                name, decays, _ = names[place]
+                row = call(row_of, library, place, shape, bandwidth)
+                rows.append({"form": f"{library}: {name}", "shape": shape, "decays": decays, **row})
+                print(f"{time.strftime('%T')} {library}: {name} {shape} {row}", file=sys.stderr, flush=True)
     except Exception as problem:  # it is not installed, it took its process with it, or it took too long
         return f"stopped after {len(rows)} rows: {refusal(problem)}" if rows else refusal(problem), rows
     return number, rows
