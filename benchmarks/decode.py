@@ -21,8 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peers
 import torch
+from gpu_timing import refusal
+from peer_rows import apart
+from peers import LIBRARIES
 
 from hf_linattn.ops import cuda, one_token, window_cuda, window_step
 from hf_linattn.ops.call import Call
@@ -120,7 +122,7 @@ def peer_figures(library: str, heads: int, dim: int, batch: int) -> dict[str, fl
     """A library's step on states (B, H, D, D), in a process of its own."""
     size = 4 * batch * heads * dim * dim
     states = [torch.rand(batch, heads, dim, dim, device="cuda") for _ in range(max(4, min(64, int(2e8 // size))))]
-    step = peers.LIBRARIES[library].step
+    step = LIBRARIES[library].step
     assert step is not None
     made = step(batch, heads, dim)
 
@@ -136,13 +138,13 @@ def peer_rows(library: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     plain = {name: layer for name, layer in LAYERS.items() if len(set(layer[:3])) == 1}
     try:
-        with peers.apart() as call:
+        with apart() as call:
             for name, (heads, _, _, dim, _) in plain.items():
                 for batch in BATCHES:
                     figures = call(peer_figures, library, heads, dim, batch)
                     rows.append({"layer": name, "batch": batch, "library": library, **figures})
     except Exception as problem:
-        rows.append({"library": library, "refused": peers.refusal(problem)})
+        rows.append({"library": library, "refused": refusal(problem)})
     return rows
 
 
@@ -242,7 +244,7 @@ def main() -> None:
     rows += [
         {"layer": name, "batch": batch, **measure_window(layer, batch, bandwidth)} for name, layer in WINDOWS.items() for batch in BATCHES
     ]
-    rows += [row for name, library in peers.LIBRARIES.items() if library.step for row in peer_rows(name)]
+    rows += [row for name, library in LIBRARIES.items() if library.step for row in peer_rows(name)]
     print(table(facts, rows))
     if out:
         (out / "decode.json").write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")

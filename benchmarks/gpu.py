@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import peers
 import torch
 import torch.nn.functional as F
 import typer
 from gpu_timing import Case, Form, Shape, copy_gigabytes_per_second, guarded, measure
+from peer_rows import library_rows
+from peers import LIBRARIES
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -265,7 +266,7 @@ def save(out: Path | None, about: dict, sections: dict[str, list[Row]], librarie
 def main(
     out: Annotated[Path | None, typer.Option(help="A folder for gpu.json and gpu.md; printed only without it.")] = None,
     sections: Annotated[str, typer.Option(help="What of ours to time.")] = ",".join(SECTIONS),
-    libraries: Annotated[str, typer.Option(help="Peers to time.")] = ",".join(peers.LIBRARIES),
+    libraries: Annotated[str, typer.Option(help="Peers to time.")] = ",".join(LIBRARIES),
 ) -> dict:
     """Time linear attention on a GPU beside its peers; returns what a figure must stand beside."""
     bandwidth = copy_gigabytes_per_second()
@@ -275,7 +276,7 @@ def main(
     told: dict[str, str] = {}
     save(out, about, found, told)
     for library in filter(None, libraries.split(",")):
-        told[library], rows = peers.library_rows(library, list(TARGETS), bandwidth)
+        told[library], rows = library_rows(library, list(TARGETS), bandwidth)
         for row in rows:
             found.setdefault("decays" if row["decays"] else "plain", []).append(row)
         save(out, about, found, told)

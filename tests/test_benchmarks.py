@@ -59,8 +59,7 @@ def test_floors_count_what_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_library_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    peers = importlib.import_module("peers")
-    said, rows = peers.library_rows("Helion", [(1, 1, 64, 64)], 1000.0)
+    said, rows = importlib.import_module("peer_rows").library_rows("Helion", [(1, 1, 64, 64)], 1000.0)
     assert rows == [] and ("PackageNotFoundError" in said or "HELION_EXAMPLES" in said)
 
 
