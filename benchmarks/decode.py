@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from gpu_timing import refusal
-from peer_rows import apart
+from peer_rows import processes
 from peers import LIBRARIES
 
 from hf_linattn.ops import cuda, one_token, window_cuda, window_step
@@ -138,10 +138,10 @@ def peer_rows(library: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     plain = {name: layer for name, layer in LAYERS.items() if len(set(layer[:3])) == 1}
     try:
-        with apart() as call:
+        with processes() as pool:
             for name, (heads, _, _, dim, _) in plain.items():
                 for batch in BATCHES:
-                    figures = call(peer_figures, library, heads, dim, batch)
+                    figures = pool.submit(peer_figures, library, heads, dim, batch).result(60)
                     rows.append({"layer": name, "batch": batch, "library": library, **figures})
     except Exception as problem:
         rows.append({"library": library, "refused": refusal(problem)})

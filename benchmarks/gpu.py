@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from gpu_timing import Case, Form, Shape, copy_gigabytes_per_second, guarded, measure
-from peer_rows import library_rows
+from peer_rows import compiling_meanwhile, library_rows
 from peers import LIBRARIES
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -61,11 +61,6 @@ def softmaxes() -> dict[str, Form]:
 
 
 def row_of(form: str, case: Case, figures: dict[str, Any]) -> Row:
-    print(
-        f"{time.strftime('%T')} {form} {case.shape} {figures.get('forward_ms', 0):.3f} {figures.get('both_ms', 0):.3f}",
-        file=sys.stderr,
-        flush=True,
-    )
     torch.cuda.empty_cache()
     return {"form": form, "shape": case.shape, "key_heads": case.key_heads, "features": case.features, **figures}
 
@@ -256,7 +251,7 @@ def page(about: dict, sections: dict[str, list[Row]], libraries: dict[str, str])
 
 
 def save(out: Path | None, about: dict, sections: dict[str, list[Row]], libraries: dict[str, str]) -> None:
-    """Written more than once, as a peer may end the run."""
+    """Written after every row: what ends the run leaves what was measured."""
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "gpu.json").write_text(json.dumps({"machine": about, "peers": libraries, **sections}, indent=1))
@@ -267,19 +262,37 @@ def main(
     out: Annotated[Path | None, typer.Option(help="A folder for gpu.json and gpu.md; printed only without it.")] = None,
     sections: Annotated[str, typer.Option(help="What of ours to time.")] = ",".join(SECTIONS),
     libraries: Annotated[str, typer.Option(help="Peers to time.")] = ",".join(LIBRARIES),
+    seconds: Annotated[float, typer.Option(help="For ours; what comes later is left out.")] = 600.0,
+    library_seconds: Annotated[float, typer.Option(help="For each library.")] = 300.0,
 ) -> dict:
     """Time linear attention on a GPU beside its peers; returns what a figure must stand beside."""
-    bandwidth = copy_gigabytes_per_second()
+    start, bandwidth = time.monotonic(), copy_gigabytes_per_second()
     torch.cuda.empty_cache()
     about = machine(**{"copy GB/s": round(bandwidth)})
-    found = {name: list(SECTIONS[name][1](bandwidth)) for name in filter(None, sections.split(","))}
+    found: dict[str, list[Row]] = {}
     told: dict[str, str] = {}
-    save(out, about, found, told)
-    for library in filter(None, libraries.split(",")):
-        told[library], rows = library_rows(library, list(TARGETS), bandwidth)
-        for row in rows:
-            found.setdefault("decays" if row["decays"] else "plain", []).append(row)
+
+    def report(section: str, row: Row) -> None:
+        found.setdefault(section, []).append(row)
+        times = " ".join(f"{row.get(name, 0):.4g}" for name in ("forward_ms", "both_ms", "forward_eager_ms", "both_eager_ms"))
+        refused = " ".join(str(row[name]) for name in ("forward_refused", "both_refused") if name in row)
+        print(f"{time.monotonic() - start:.0f} s {row['form']} {row['shape']} {times} {refused}", file=sys.stderr, flush=True)
         save(out, about, found, told)
+
+    def report_peer(row: Row) -> None:
+        report("decays" if row["decays"] else "plain", row)
+
+    with compiling_meanwhile(list(TARGETS)) if "FLA" in libraries.split(",") else contextlib.nullcontext():
+        rows = ((name, row) for name in filter(None, sections.split(",")) for row in SECTIONS[name][1](bandwidth))
+        for section, row in rows:
+            report(section, row)
+            if time.monotonic() - start > seconds:
+                told["linattn"] = f"stopped after {seconds:.0f} s, in: {SECTIONS[section][0]}"
+                break
+    for library in filter(None, libraries.split(",")):
+        told[library] = library_rows(library, list(TARGETS), bandwidth, library_seconds, report_peer)
+        print(f"{time.monotonic() - start:.0f} s {library}: {told[library]}", file=sys.stderr, flush=True)
+    save(out, about, found, told)
     print(page(about, found, told))
     return about
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-import sys
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,11 +18,11 @@ from peers import LIBRARIES, Peer
 
 
 @contextmanager
-def apart(patience: float = 100.0) -> Iterator[Callable[..., Any]]:
-    """Calls functions in a process that is ended afterwards, whatever became of it; one that takes over `patience` seconds raises."""
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+def processes(jobs: int = 1) -> Iterator[ProcessPoolExecutor]:
+    """That are ended afterwards, whatever became of them."""
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
     try:
-        yield lambda function, *given: pool.submit(function, *given).result(patience)
+        yield pool
     finally:
         for process in list((pool._processes or {}).values()):
             process.kill()
@@ -45,41 +45,45 @@ def row_of(library: str, place: int, shape: Shape, bandwidth: float) -> dict[str
         form = peer.form(shape)
     except Exception as problem:
         return {"forward_refused": refusal(problem)}
-    return guarded(form, Case(shape), bandwidth, peer.layout, peer.backward is None or shape in peer.backward)
+    return guarded(form, Case(shape), bandwidth, peer.layout, peer.differentiates(shape))
 
 
-def warm(library: str, place: int, shape: Shape) -> None:
-    """One call, which compiles and tunes, and leaves both on the disk."""
-    peer = offered(library)[place]
-    leaves, grad = Case(shape).sets(peer.layout)[0]
-    with suppress(Exception):  # it will be told where it is timed
-        out = peer.form(shape)(*leaves)
-        if peer.backward is None or shape in peer.backward:
-            torch.autograd.grad(out, leaves, grad)
+def library_rows(library: str, shapes: list[Shape], bandwidth: float, seconds: float, report: Callable[[dict[str, Any]], None]) -> str:
+    """Reports each function's row at each shape, for so many seconds; returns the version, or why it did not run, or not on."""
+    end, count = time.monotonic() + seconds, 0
+    with processes() as pool:
+
+        def call(function: Callable[..., Any], *given: Any) -> Any:
+            return pool.submit(function, library, *given).result(end - time.monotonic())
+
+        try:
+            told, names = call(names_of)
+            for place, (name, decays, asked) in enumerate(names):
+                for shape in asked or shapes:
+                    report({"form": f"{library}: {name}", "shape": shape, "decays": decays, **call(row_of, place, shape, bandwidth)})
+                    count += 1
+        except Exception as problem:  # it is not installed, it took its process with it, or its time is over
+            return f"{f'{told}, ' if count else ''}{count} rows, then {refusal(problem)}"
+    return told
 
 
-def warm_side_by_side(library: str, places: list[tuple[int, Shape]], jobs: int = 10) -> None:
-    """Every function once for each number of heads and head dim."""
-    kinds = {(place, *shape[1::2]): (place, shape) for place, shape in reversed(places)}
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for place, shape in reversed(kinds.values()):
-            pool.submit(warm, library, place, shape)
+def compile_alone(shapes: list[Shape], first: int, step: int) -> None:
+    """Of FLA's functions each `step`-th, once for each number of heads and head dim: its kernels compiled and on the disk, not tuned."""
+    os.nice(5)
+    os.environ["FLA_CACHE_RESULTS"] = "0"
+    kinds = {(place, *s[1::2]): (peer, s) for place, peer in enumerate(offered("FLA")) for s in reversed(peer.shapes or shapes)}
+    for peer, shape in list(kinds.values())[first::step]:
+        leaves, grad = Case(shape).sets(peer.layout)[0]
+        with suppress(Exception):  # it will be told where it is timed
+            out = peer.form(shape)(*leaves)
+            if peer.differentiates(shape):
+                torch.autograd.grad(out, leaves, grad)
 
 
-def library_rows(library: str, shapes: list[Shape], bandwidth: float) -> tuple[str, list[dict[str, Any]]]:
-    """The library's version, or why it did not run, and the rows of its functions."""
-    rows: list[dict[str, Any]] = []
-    try:
-        with apart() as call:
-            number, names = call(names_of, library)
-            places = [(place, shape) for place, (_, _, asked) in enumerate(names) for shape in asked or shapes]
-            if library == "FLA":
-                warm_side_by_side(library, places)
-            for place, shape in places:
-                name, decays, _ = names[place]
-                row = call(row_of, library, place, shape, bandwidth)
-                rows.append({"form": f"{library}: {name}", "shape": shape, "decays": decays, **row})
-                print(f"{time.strftime('%T')} {library}: {name} {shape} {row}", file=sys.stderr, flush=True)
-    except Exception as problem:  # it is not installed, it took its process with it, or it took too long
-        return f"stopped after {len(rows)} rows: {refusal(problem)}" if rows else refusal(problem), rows
-    return number, rows
+@contextmanager
+def compiling_meanwhile(shapes: list[Shape], jobs: int = 10) -> Iterator[None]:
+    """FLA compiles hundreds of kernels to choose among: with this, while others are timed."""
+    with processes(jobs) as pool:
+        for first in range(jobs):
+            pool.submit(compile_alone, shapes, first, jobs)
+        yield
