@@ -107,12 +107,12 @@ bool pairs_plan_forward(const linattn_problem &problem, const linattn_forward_re
   const TileDims tiles = tiles_of(problem);
   if (!tiles.key || !aligned(result.out)) return false;
   plan.gated = needs_gated(problem);
-  plan.warpgroups = !plan.gated && hopper_takes(problem), plan.row_tiles = static_cast<int32_t>(row_tiles_of(problem));
-  const bool by_state = plan.warpgroups && state_takes(problem), by_mma = !plan.warpgroups && !result.state && states_take(problem, false);
+  plan.warpgroups = hopper_takes(problem), plan.row_tiles = static_cast<int32_t>(row_tiles_of(problem));
+  const bool plain = plan.warpgroups && !plan.gated, by_state = plain && state_takes(problem), by_mma = !plain && !result.state && states_take(problem, false);
   plan.states = by_state || by_mma;
   if (!plan.states && (!pairs_cost_less(problem) || result.state)) return false;
   plan.segments = by_state ? static_cast<int32_t>(state_chunks(problem)) : 1, plan.segment_length = plan.chunk = by_state ? kChunk * problem.head_dim : problem.length;
-  plan.shared_bytes = plan.gated ? gated_forward_shared_bytes(tiles) : plan.warpgroups ? hopper_shared_bytes(problem) : shared_bytes(problem.head_dim);
+  plan.shared_bytes = plan.warpgroups ? hopper_shared_bytes(problem) : plan.gated ? gated_forward_shared_bytes(tiles) : shared_bytes(problem.head_dim);
   plan.workspace_bytes = scale_bytes(problem) + decay_bytes(problem) + (by_state ? states_bytes(problem) + sums_bytes(problem) + unit_key_bytes(problem) : 0);
   if (by_mma) {
     const StateMemory memory(problem, false);
@@ -126,13 +126,14 @@ cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_
   const int64_t bytes = problem.length * (problem.head_dim + problem.value_dim) * 2, heads = static_cast<int64_t>(problem.batch) * problem.query_heads;
   const int64_t together = std::min(heads, std::max<int64_t>(1, kCachedBytes / bytes) * (problem.query_heads / problem.key_heads));
   unsigned char *const workspace = static_cast<unsigned char *>(problem.workspace), *const behind = workspace + scale_bytes(problem);
+  const bool by_state = plan.states && plan.warpgroups && !plan.gated;
   Arguments args{};
   args.problem = problem, args.out = result.out, args.mass = result.mass, args.final_state = result.state;
   args.key_scale = reinterpret_cast<float *>(workspace), args.padded = padded_length(problem);
-  args.row_tiles = plan.row_tiles, args.heads_together = static_cast<int32_t>(together), args.chunks = plan.warpgroups ? plan.segments : 1;
+  args.row_tiles = plan.row_tiles, args.heads_together = static_cast<int32_t>(together), args.chunks = by_state ? plan.segments : 1;
   args.warpgroups = plan.warpgroups, args.gated = plan.gated;
-  args.chunk = plan.warpgroups ? problem.length : plan.chunk, args.states = behind + decay_bytes(problem);
-  if (plan.states && plan.warpgroups) {
+  args.chunk = by_state ? problem.length : plan.chunk, args.states = behind + decay_bytes(problem);
+  if (by_state) {
     args.unit_keys = args.states + states_bytes(problem);
     args.sums = reinterpret_cast<float *>(args.unit_keys + unit_key_bytes(problem));
   }

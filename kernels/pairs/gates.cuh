@@ -11,13 +11,14 @@
 
 namespace linattn_pairs {
 
-// The others of two tiles, one in work and one on its way.
-struct OtherGates {
-  alignas(16) float exponent[kStages][kKeys], factor[kStages][kKeys];
-  alignas(16) int32_t run[kStages][kKeys];  // 0: padding, or behind the last token
-  int32_t told[kStages][kKeys / 32];        // by each of the warps that fetch: what there is to know of its tokens
-  int32_t lowest[8], highest[8];            // runs of the block's own tokens, by each of its warps
+// The others of some tiles, one in work and one on its way.
+template <int STAGES> struct StagedGates {
+  alignas(16) float exponent[STAGES][kKeys], factor[STAGES][kKeys];
+  alignas(16) int32_t run[STAGES][kKeys];  // 0: padding, or behind the last token
+  int32_t told[STAGES][kKeys / 32];        // by each of the warps that fetch: what there is to know of its tokens
+  int32_t lowest[8], highest[8];           // runs of the block's own tokens, by each of its warps
 };
+using OtherGates = StagedGates<kStages>;
 
 enum Told : int32_t { PADDED = 1, SEEN = 2, MIXED = 4 };  // some are padding; some are of the block's runs; not all are of the one run that all of the block's are of
 
@@ -51,7 +52,7 @@ struct GateCopy {
   __device__ __forceinline__ float exponent(bool queries) const { return static_cast<float>(queries ? sum - edge : edge - sum); }
   __device__ __forceinline__ float factor(bool queries) const { return exp2_fast(fminf(exponent(queries), 0.f)); }
   // low, high: the runs that the block's own tokens are of.
-  __device__ __forceinline__ void store(OtherGates &gates, bool queries, int stage, int32_t low, int32_t high, int thread) const {
+  template <int STAGES> __device__ __forceinline__ void store(StagedGates<STAGES> &gates, bool queries, int stage, int32_t low, int32_t high, int thread) const {
     if (thread >= kKeys) return;
     gates.exponent[stage][thread] = exponent(queries), gates.factor[stage][thread] = factor(queries), gates.run[stage][thread] = run;
     const bool padded = __any_sync(0xffffffffu, real && run == 0), seen = __any_sync(0xffffffffu, run > 0 && run >= low && run <= high);
@@ -60,7 +61,7 @@ struct GateCopy {
   }
 };
 
-__device__ __forceinline__ bool told(const OtherGates *gates, int stage, Told what) {
+template <int STAGES> __device__ __forceinline__ bool told(const StagedGates<STAGES> *gates, int stage, Told what) {
   int32_t all = 0;
 #pragma unroll
   for (int warp = 0; warp < kKeys / 32; ++warp) all |= gates->told[stage][warp];
@@ -105,8 +106,8 @@ template <int M> struct OwnGates {
 };
 
 // The runs that a block's own tokens are of, from the lowest to the highest; runs do not fall along a sequence but for padding.
-template <int THREADS>
-__device__ __forceinline__ void range_of_runs(OtherGates &gates, const GateReader &own, int64_t begin, int rows, int32_t &low, int32_t &high, int thread) {
+template <int THREADS, int STAGES>
+__device__ __forceinline__ void range_of_runs(StagedGates<STAGES> &gates, const GateReader &own, int64_t begin, int rows, int32_t &low, int32_t &high, int thread) {
   static_assert(THREADS >= kRows && THREADS / 32 <= 8, "a thread a token, and room for all warps");
   high = thread < rows ? own.run_of(begin + thread) : 0, low = high > 0 ? high : INT32_MAX;
 #pragma unroll

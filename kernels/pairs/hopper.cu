@@ -1,20 +1,12 @@
 // architectures: sm_90a
 // Pairs of tokens by wgmma: two warpgroups a block, 64 queries each. Every pair; or those of a chunk, what lies before it being in a state,
 // against which a query's features q_a q_b, made in registers, are multiplied.
-#include "tile/warpgroup.cuh"
-#include "pairs/pairs.cuh"
+#include "pairs/hopper.cuh"
 
 namespace linattn_pairs {
 namespace {
 
 constexpr int kThreads = 256;
-
-template <int D> struct Shape {
-  static constexpr int BLOCKS = D / 16;
-  static constexpr int ROW_TILE = kRows * D * 2;
-  template <typename T> static constexpr int SHARED = ROW_TILE + KeyCopy<T, D, D, kThreads>::BYTES;
-  static constexpr int MIN_BLOCKS = D <= 64 ? 2 : 1;
-};
 
 // What the state before the chunk adds to a warp's 16 rows: a sum v + beta q^ . (sum k v) + gamma sum q^_a q^_b (sum k_a k_b v), and the masses.
 // q: their rounded unit vectors; scales: what made them such. The state passes through the tiles of keys, two stages of rows.
@@ -23,7 +15,7 @@ template <typename T, int D> struct StateReader {
   using E = Element<T>;
   static constexpr int BLOCKS = S::BLOCKS, ITEMS = 8;  // of a stage
   static constexpr int STAGE = 16 * ITEMS * D * 2;
-  static_assert(kStages * STAGE <= KeyCopy<T, D, D, kThreads>::BYTES && 2 * D <= 16 * ITEMS, "the stages fit where the keys will be");
+  static_assert(kStages * STAGE <= kKeyStages * GroupsShape<D, D, false>::STAGE && 2 * D <= 16 * ITEMS, "the stages fit where the keys will be");
   const T *rows;         // rounded
   const float *columns;  // sum k, sum v
   uint32_t stages;
@@ -127,183 +119,168 @@ template <typename T, int D> struct StateReader {
   }
 };
 
-template <typename T, int D, bool STATE> __global__ void __launch_bounds__(kThreads, Shape<D>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using S = Shape<D>;
+// Into the sums, in the unit that the rows' weights are in.
+template <typename T, int D, typename Rows> __device__ __forceinline__ void add_state(Rows &rows, StateReader<T, D> state, const float (&scale)[2], float count, int head) {
   using E = Element<T>;
-  using Copy = KeyCopy<T, D, D, kThreads>;
-  constexpr int BLOCKS = S::BLOCKS, KEY_BLOCKS = kKeys / 16;
-  extern __shared__ __align__(1024) unsigned char shared[];
-  const linattn_problem &p = args.problem;
-  const int thread = threadIdx.x, lane_id = thread & 31, warp = warp_number(), group = lane_id >> 2, place = lane_id & 3;
-  const uint32_t row_tile = shared_address(shared), key_tiles = row_tile + S::ROW_TILE;
-  const float *const scales = reinterpret_cast<const float *>(shared + S::ROW_TILE + kStages * Copy::STAGE);
-
-  const Place own(args);
-  const Copy copy(args, own, key_tiles);
-  copy_tile<D, kRows, kThreads>(row_tile, head_of<const T>(p.query, own.batch, own.head) + own.begin * p.query.token_stride, p.query.token_stride, own.rows, thread);
-  const int64_t chunk = STATE ? own.begin / State<D>::CHUNK : 0;
-  const int first_tile = STATE ? static_cast<int>(chunk * State<D>::CHUNK / kKeys) : 0;
-  if (chunk == 0) copy.start(0, thread);
-  copy_commit();
-  copy_wait<0>();
-  warpgroup_publish();
-  __syncthreads();
-
-  const float temperature = p.coefficients[3 * p.query_heads + own.head], b = p.coefficients[p.query_heads + own.head], c = p.coefficients[2 * p.query_heads + own.head];
-  const float shrink = weight_scale<T>(p.coefficients[own.head], b, c, temperature), a = p.coefficients[own.head] * shrink;
-  const Blocks<D> q_blocks(row_tile, lane_down<D>(lane_id)), q_across(row_tile, lane_across<D>(lane_id));
-  const uint32_t stripe = Tile<D>::rows_at(warp);
-  uint32_t q[BLOCKS][4];
-  float beta[2], gamma[2], mass[2] = {0.f, 0.f}, acc[2 * BLOCKS][4];
+  const float *const of_head = rows.p.coefficients + head;
+  const int heads = rows.p.query_heads;
+  const float temperature = of_head[3 * heads];
 #pragma unroll
-  for (int block = 0; block < BLOCKS; ++block) ldmatrix(q[block], q_blocks.at(0, block) + stripe);
-  float scale[2] = {1.f, 1.f};
-  if (p.normalize_qk) {
-    row_products<T>(scale[0], scale[1], q, q_across, stripe, lane_id);
-    scale[0] = inverse_norm(scale[0]), scale[1] = inverse_norm(scale[1]);
-  }
+  for (int block = 0; block < D / 16; ++block)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rows.q[block][i] = E::pack(E::low(rows.q[block][i]) * scale[i % 2], E::high(rows.q[block][i]) * scale[i % 2]);
+  state.add(rows.acc, rows.mass, rows.q, rows.shared, 16 * rows.warp + rows.group, scale, of_head[0] * rows.shrink, of_head[heads] * temperature * rows.shrink,
+            of_head[2 * heads] * temperature * temperature * rows.shrink, count, rows.place);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float factor = temperature * scale[half];
-    beta[half] = b * factor * shrink, gamma[half] = c * factor * factor * shrink;
+    const float unit = 1.f / rows.weight.size[half];
+    rows.mass[half] *= unit;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) rows.acc[n][2 * half] *= unit, rows.acc[n][2 * half + 1] *= unit;
   }
-#pragma unroll
-  for (int block = 0; block < 2 * BLOCKS; ++block)
-#pragma unroll
-    for (int i = 0; i < 4; ++i) acc[block][i] = 0.f;
-  if constexpr (STATE)
-    if (chunk > 0) {
-#pragma unroll
-      for (int block = 0; block < BLOCKS; ++block)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) q[block][i] = E::pack(E::low(q[block][i]) * scale[i % 2], E::high(q[block][i]) * scale[i % 2]);
-      const int64_t record = (static_cast<int64_t>(own.batch) * p.key_heads + own.key_head) * args.chunks + chunk;
-      StateReader<T, D> state(args.states + record * State<D>::BYTES, key_tiles, thread);
-      state.add(acc, mass, q, shared, 16 * warp + group, scale, a, b * temperature * shrink, c * temperature * temperature * shrink, static_cast<float>(chunk * State<D>::CHUNK),
-                place);
-      copy.start(first_tile, thread);
-      copy_commit();
-      copy_wait<0>();
+  rows.load_queries();
+}
+
+template <typename T, int K, int V, bool GATED, bool STATE>
+__global__ void __launch_bounds__(kThreads, GroupsShape<K, V, GATED>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using S = GroupsShape<K, V, GATED>;
+  using Rows = GroupRows<T, K, V, GATED>;
+  using Others = typename Rows::Others;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const linattn_problem &p = args.problem;
+  const int thread = threadIdx.x;
+  const uint32_t row_tile = shared_address(shared);
+  Others *const others = GATED ? reinterpret_cast<Others *>(shared + S::GATES_AT) : nullptr;
+
+  const Place own(args);
+  const KeyStream<T, K, V, GATED> stream(args, own, row_tile, thread);
+  copy_tile<K, kRows, kThreads>(row_tile, head_of<const T>(p.query, own.batch, own.head) + own.begin * p.query.token_stride, p.query.token_stride, own.rows, thread,
+                                pieces_of<K, V>(p));
+  copy_commit();
+  const int64_t chunk = STATE ? own.begin / State<K>::CHUNK : 0;
+  int first_tile = static_cast<int>((STATE ? chunk * State<K>::CHUNK : own.begin / args.chunk * args.chunk) / kKeys), end = own.tiles;
+  const GateReader queries(args.gates, p, true, own.batch, own.head, own.begin - 1), keys(args.gates, p, false, own.batch, own.head, own.begin - 1);
+  GateCopy on_way;
+  int32_t low = 0, high = 0;
+  if constexpr (GATED) {
+    range_of_runs<kThreads>(*others, queries, own.begin, own.rows, low, high, thread);
+    if (queries.runs) seen_tiles<kThreads>(*others, keys, low, high, first_tile, end, thread);
+  }
+  const auto start = [&](int tile) {
+    if (tile < end) {
+      stream.fetch(tile);
+      if constexpr (GATED) on_way.load(keys, static_cast<int64_t>(tile) * kKeys, thread);
+    }
+    copy_commit();
+  };
+  const auto write_gates = [&](int tile) {
+    if constexpr (GATED)
+      if (tile < end) on_way.store(*others, false, tile % kKeyStages, low, high, thread);
+  };
+  const auto arrive = [&](int tile) {  // behind the wait for its copies: everybody's are here, and what lies in the next stage has been read
+    warpgroup_publish();
+    __syncthreads();
+    if constexpr (GATED) {
+      if (!told(others, tile % kKeyStages, PADDED)) return;
+      zero_padding<V, kThreads>(shared + (stream.stage_at(tile) - row_tile) + S::KEYS, others->run[tile % kKeyStages], thread);
       warpgroup_publish();
       __syncthreads();
     }
+  };
+  const bool by_state = STATE && chunk > 0;
+  if (!by_state) start(first_tile), write_gates(first_tile);
+  if (by_state) copy_wait<0>();
+  else copy_wait<1>();
+  warpgroup_publish();
+  __syncthreads();
+  if (GATED && queries.runs) {
+    zero_own_padding<K, kThreads>(shared, queries, own.begin, thread);
+    __syncthreads();
+  }
 
-  const int64_t group_begin = own.begin + 64 * (warp / 4), seen = p.causal ? min(p.length, group_begin + 64) : p.length;
-  const int64_t row = own.begin + 16 * warp + group;
-  for (int tile = first_tile; tile < own.tiles; ++tile) {
-    if (tile > first_tile) {
-      copy_wait<0>();
-      warpgroup_publish();
-      __syncthreads();  // the tile is here, and nobody reads the one that the next copies overwrite
+  Rows rows(p, own, shared);
+  float scale[2];
+  rows.load_queries();
+  rows.set_weights(own, scale);
+  if constexpr (GATED) rows.gates.load(queries, rows.group_begin + 16 * (rows.warp % 4) + rows.group);
+  if constexpr (STATE)
+    if (by_state) {
+      const int64_t record = (static_cast<int64_t>(own.batch) * p.key_heads + own.key_head) * args.chunks + chunk;
+      add_state<T, K>(rows, StateReader<T, K>(args.states + record * State<K>::BYTES, row_tile + S::ROW_TILE, thread), scale, static_cast<float>(chunk * State<K>::CHUNK),
+                      own.head);
+      start(first_tile);
     }
-    if (tile + 1 < own.tiles) {
-      copy.start(tile + 1, thread);
-      copy_commit();
+  start(first_tile + 1), write_gates(first_tile + 1);
+  if (first_tile < end) copy_wait<1>(), arrive(first_tile);
+
+  const int mine = rows.group_begin >= p.length ? first_tile : p.causal ? min(end, static_cast<int>(rows.group_begin / kKeys) + 1) : end;
+  const int own_tile = GATED && p.causal ? static_cast<int>(own.begin / kKeys) : -1;
+  const auto walk = [&](auto squares) {
+    constexpr bool SQUARES = decltype(squares)::value;
+    uint32_t weights[Rows::TOKEN_BLOCKS][4];
+    if (first_tile < mine) {
+      if (rows.is_near(first_tile, others)) rows.template begin_with<SQUARES, true>(first_tile, stream.stage_at(first_tile), weights, others);
+      else rows.template begin_with<SQUARES, false>(first_tile, stream.stage_at(first_tile), weights, others);
     }
-    const int stage = tile % kStages;
-    const uint32_t key_tile = key_tiles + stage * Copy::STAGE;
-    const int64_t key = static_cast<int64_t>(tile) * kKeys;
-    if (key >= seen) continue;
-
-    float s[2 * KEY_BLOCKS][4];
-    warpgroup_keep(s);
-    warpgroup_begin();
-#pragma unroll
-    for (int block = 0; block < BLOCKS; ++block)
-      WarpgroupProduct<T, kKeys, false>::run(s, warpgroup_operand<D>(row_tile + Tile<D>::rows_at(4 * (warp / 4)) + Tile<D>::columns_at(2 * block)),
-                                             warpgroup_operand<D>(key_tile + Tile<D>::columns_at(2 * block)), block > 0);
-    warpgroup_commit();
-    warpgroup_wait<0>();
-    warpgroup_keep(s);
-
-    const bool whole = key + kKeys <= p.length && (!p.causal || key + kKeys - 1 <= group_begin);
-    uint32_t weights[KEY_BLOCKS][4];
-#pragma unroll
-    for (int n = 0; n < 2 * KEY_BLOCKS; ++n) {
-      const int column = 8 * n + 2 * place;
-      const float2 factor = *reinterpret_cast<const float2 *>(scales + stage * kKeys + column);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float t = s[n][i] * (i & 1 ? factor.y : factor.x);
-        s[n][i] = fmaf(fmaf(gamma[i >> 1], t, beta[i >> 1]), t, a);
+    for (int tile = first_tile; tile < end; ++tile) {
+      const int next = tile + 1;
+      if (next < end) {
+        copy_wait<0>();
+        arrive(next);
+        start(next + 1);
       }
-      if (!whole) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int64_t number = key + column + (i & 1);
-          if (number >= p.length || (p.causal && number > row + (i >> 1) * 8)) s[n][i] = 0.f;
-        }
+      const uint32_t stage = stream.stage_at(tile), next_stage = stream.stage_at(next);
+      if (next < mine) {
+        if (rows.is_near(next, others)) rows.template go_on<SQUARES, true>(next, stage, next_stage, weights, others, next == own_tile);
+        else rows.template go_on<SQUARES, false>(next, stage, next_stage, weights, others, false);
+      } else if (tile < mine) {
+        rows.end_with(stage, weights);
       }
-      mass[0] += s[n][0] + s[n][1], mass[1] += s[n][2] + s[n][3];
-      weights[n / 2][n % 2 * 2] = E::pack(s[n][0], s[n][1]), weights[n / 2][n % 2 * 2 + 1] = E::pack(s[n][2], s[n][3]);
+      if (next < end) write_gates(next + 1);
     }
-
-    warpgroup_keep(acc);
-    warpgroup_begin();
-#pragma unroll
-    for (int block = 0; block < KEY_BLOCKS; ++block)
-      WarpgroupProduct<T, D, true>::run(acc, weights[block], warpgroup_operand<D>(key_tile + Copy::TILE + Tile<D>::rows_at(block), Tile<D>::kPanelBytes), true);
-    warpgroup_commit();
-    warpgroup_wait<0>();
-    warpgroup_keep(acc);
-  }
-
-  // A warp stages its results over its own queries, which its whole warpgroup has read.
-  if (own.tiles > 0) __syncthreads();
-  float *const mass_rows = args.mass + (static_cast<int64_t>(own.batch) * p.query_heads + own.head) * p.length + own.begin;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    mass[half] += __shfl_xor_sync(0xffffffffu, mass[half], 1);
-    mass[half] += __shfl_xor_sync(0xffffffffu, mass[half], 2);
-    const int local = 16 * warp + 8 * half + group;
-    if (place == 0 && local < own.rows) mass_rows[local] = mass[half] / shrink;
-  }
-#pragma unroll
-  for (int block = 0; block < BLOCKS; ++block) store_block<T, D>(q_blocks.at(0, block) + stripe, acc[2 * block], acc[2 * block + 1], 1.f / mass[0], 1.f / mass[1], lane_id);
-  __syncwarp();
-  T *const results = head_of<T>(args.out, own.batch, own.head) + own.begin * args.out.token_stride;
-  for (int index = lane_id; index < 16 * (D / 8); index += 32) {
-    const int local = 16 * warp + index / (D / 8), piece = index % (D / 8);
-    if (local < own.rows) *reinterpret_cast<uint4 *>(results + local * args.out.token_stride + piece * 8) = *reinterpret_cast<const uint4 *>(shared + Tile<D>::at(local, piece));
-  }
+  };
+  if (rows.weight.squares) walk(std::true_type());
+  else walk(std::false_type());
+  __syncthreads();  // where rows of results are wider than queries, they lie over those of others
+  rows.store(args, own);
 #endif
 }
 
-template <typename T, int D, bool STATE = false> cudaError_t launch(const Arguments &args, cudaStream_t stream) {
-  constexpr int kShared = Shape<D>::template SHARED<T>;
-  if (const cudaError_t failed = cudaFuncSetAttribute(groups_kernel<T, D, STATE>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;
-  groups_kernel<T, D, STATE><<<args.problem.batch * args.problem.query_heads * args.row_tiles, kThreads, kShared, stream>>>(args);
+template <typename T, int K, int V, bool GATED, bool STATE = false> cudaError_t launch(const Arguments &args, cudaStream_t stream) {
+  constexpr int kShared = GroupsShape<K, V, GATED>::SHARED;
+  if (const cudaError_t failed = cudaFuncSetAttribute(groups_kernel<T, K, V, GATED, STATE>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;
+  groups_kernel<T, K, V, GATED, STATE><<<args.problem.batch * args.problem.query_heads * args.row_tiles, kThreads, kShared, stream>>>(args);
   return cudaPeekAtLastError();
 }
 
-template <typename T> cudaError_t launch_by_dim(const Arguments &args, cudaStream_t stream) {
-  switch (args.problem.head_dim) {
-    case 32: return launch<T, 32>(args, stream);
-    case 64: return launch<T, 64>(args, stream);
-    case 128: return launch<T, 128>(args, stream);
-    default: return cudaErrorInvalidValue;
-  }
+// `call` with the widths of the tiles and whether there are gates, as constants.
+template <typename Call> auto with_tiles(const linattn_problem &problem, Call call) {
+  return with_gated_tiles(tiles_of(problem), [&](auto key, auto value) { return is_gated(problem) ? call(key, value, std::true_type()) : call(key, value, std::false_type()); });
 }
 
 }  // namespace
 
 bool hopper_takes(const linattn_problem &problem) {
-  const int d = problem.head_dim;
-  return linattn::card(cudaDevAttrComputeCapabilityMajor) == 9 && (d == 32 || d == 64 || d == 128);
+  const TileDims tiles = tiles_of(problem);
+  return linattn::card(cudaDevAttrComputeCapabilityMajor) == 9 && (tiles.key == 16 || tiles.key == 32 || tiles.key == 64 || tiles.key == 128);
 }
 
 int hopper_shared_bytes(const linattn_problem &problem) {
-  switch (problem.head_dim) {
-    case 32: return Shape<32>::template SHARED<__nv_bfloat16>;
-    case 64: return Shape<64>::template SHARED<__nv_bfloat16>;
-    default: return Shape<128>::template SHARED<__nv_bfloat16>;
-  }
+  return with_tiles(problem, [](auto key, auto value, auto gated) -> int { return GroupsShape<key(), value(), gated()>::SHARED; });
 }
 
 cudaError_t hopper_launch(const Arguments &args, cudaStream_t stream) {
-  if (args.chunks > 1) return args.problem.head_dim == 32 ? launch<__nv_bfloat16, 32, true>(args, stream) : launch<__nv_bfloat16, 64, true>(args, stream);
-  return args.problem.dtype == LINATTN_BFLOAT16 ? launch_by_dim<__nv_bfloat16>(args, stream) : launch_by_dim<__half>(args, stream);
+  const int dim = args.problem.head_dim;
+  if (args.chunks > 1) return dim == 32 ? launch<__nv_bfloat16, 32, 32, false, true>(args, stream) : launch<__nv_bfloat16, 64, 64, false, true>(args, stream);
+  if (args.problem.dtype == LINATTN_BFLOAT16)
+    return with_tiles(args.problem, [&](auto key, auto value, auto gated) { return launch<__nv_bfloat16, key(), value(), gated()>(args, stream); });
+  switch (dim) {
+    case 32: return launch<__half, 32, 32, false>(args, stream);
+    case 64: return launch<__half, 64, 64, false>(args, stream);
+    case 128: return launch<__half, 128, 128, false>(args, stream);
+    default: return cudaErrorInvalidValue;
+  }
 }
 
 }  // namespace linattn_pairs

@@ -42,6 +42,8 @@ template <int D> __device__ __forceinline__ uint64_t warpgroup_operand(uint32_t 
   constexpr uint64_t kEightRows = 8 * Tile<D>::kRowBytes, kSwizzle = D == 16 ? 3 : D == 32 ? 2 : 1;
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(panel >> 4) << 16 | kEightRows >> 4 << 32 | kSwizzle << 62;
 }
+// The operand that begins `bytes` behind it.
+__device__ __forceinline__ uint64_t warpgroup_moved(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
 
 // d += A B, N columns. ALONG_ROWS: the contraction runs along the tile's rows (B is the block itself), else along its columns.
 template <typename T, int N, bool ALONG_ROWS> struct WarpgroupProduct;

@@ -18,6 +18,7 @@ template <int D> uint64_t warpgroup_operand(uint32_t address, uint32_t panel = 0
   constexpr uint64_t kEightRows = 8 * Tile<D>::kRowBytes, kSwizzle = Tile<D>::kRowBytes == 32 ? 3 : Tile<D>::kRowBytes == 64 ? 2 : 1;
   return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(panel >> 4) << 16 | kEightRows >> 4 << 32 | kSwizzle << 62;
 }
+inline uint64_t warpgroup_moved(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 inline namespace hopper {  // not the functions of sm_80's code, which are in the same library

@@ -20,15 +20,15 @@ pytestmark = [
 ]
 
 
-def check(dtype, stateful=False, shift=0.0, segments=1, **kind):
-    """The output, the masses and the state, twice to the same bits; `segments`: those of the plan."""
+def check(dtype, stateful=False, shift=0.0, chunks=1, **kind):
+    """The output, the masses and the state, twice to the same bits; `chunks`: those of the plan."""
     kind = {"length": 130, "batch": 1, "heads": 2, "key_heads": 1, "head_dim": 32} | kind
     inputs, _ = operator_case(dtype, degree=2, device="cpu", **{"value_dim": kind["head_dim"]} | kind)
     inputs[2] = inputs[2] + shift
     call = Call(*inputs)
     asked = call.query.data_ptr() if stateful else None  # any pointer: nothing runs yet
     plan = cuda._Launch(call).plan("forward", cuda._ForwardResult(cuda._describe(call.empty_out()), None, asked))
-    assert plan.warpgroups and plan.segments == segments
+    assert plan.warpgroups and plan.segments == chunks
     exact = chunked.forward(Call(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)), stateful)
     plain, ours, again = chunked.forward(call, stateful), cuda.forward(call, stateful), cuda.forward(call, stateful)
     for name, x, beside, truth, twice in zip(("out", "mass", "state"), ours, plain, exact, again, strict=True):
@@ -53,9 +53,54 @@ def test_lengths_and_grouped_queries(hopper_kernels, kind):
     check(torch.bfloat16, head_dim=64, **kind)
 
 
+@pytest.mark.parametrize("head_dim, value_dim", [
+    (32, 32), (64, 64), (16, 64), (24, 128), (32, 64), *(pytest.param(*dims, marks=pytest.mark.slow) for dims in ((128, 128), (8, 128), (32, 128))),
+])  # fmt: skip
 @pytest.mark.parametrize("kind", [
-    {"head_dim": 32, "length": 3600, "segments": 4, "stateful": True},
-    pytest.param({"head_dim": 64, "length": 7200, "segments": 4}, marks=pytest.mark.slow),
+    {"decay": "key_head", "length": 300, "heads": 4, "key_heads": 2},
+    {"decay": "query_token", "segments": "packed", "heads": 4, "key_heads": 2, "length": 290},
+    {"decay": "key_token", "segments": "left", "batch": 2}, {"segments": "mask", "causal": False, "length": 200}, {"length": 333},
+    {"decay": "key_token", "strengths": (0.01, 50.0, 0.0), "segments": "middle", "length": 400},
+], ids=str)  # fmt: skip
+def test_gates(hopper_kernels, kind, head_dim, value_dim):
+    check(torch.bfloat16, head_dim=head_dim, value_dim=value_dim, **kind)
+
+
+@pytest.mark.parametrize("kind", [{"decay": "key_token", "segments": "mask"}, {"segments": "packed"}], ids=str)
+def test_no_padding_is_read(hopper_kernels, kind):
+    """NaN there reaches nothing, and what comes out there is 0."""
+    inputs, _ = operator_case(torch.bfloat16, degree=2, length=290, head_dim=64, value_dim=64, device="cpu", **kind)
+    padding = (inputs[5] <= 0)[:, None, :, None]
+    out = cuda.forward(Call(*inputs), False)[0]
+    poisoned = [x.masked_fill(padding, float("nan")) for x in inputs[:3]]
+    assert torch.equal(cuda.forward(Call(*poisoned, *inputs[3:]), False)[0], out) and not out.masked_select(padding).any()
+
+
+@pytest.mark.parametrize("numbers", [
+    (1.0, 1.0, 0.5, 2.0), (1.0, 1.0, 0.0, 1.0), (2.0, 3.0, 0.01, 1.0), (1.0, 0.5, -0.25, 1.0), (1.0, -1.0, 0.5, 1e-3), (0.1, 0.0, 30.0, 1.0),
+], ids=str)  # fmt: skip
+def test_functions_of_every_kind(hopper_kernels, numbers):
+    """With a square to complete and without."""
+    inputs, _ = operator_case(torch.bfloat16, degree=2, batch=1, heads=2, key_heads=1, length=140, head_dim=64, value_dim=64, device="cpu")
+    inputs[3] = torch.tensor(numbers)[:, None].expand(4, 2).contiguous()
+    inputs[0][:, :, 7] = 0  # a query without a direction
+    exact = chunked.forward(Call(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)), False)
+    plain, ours = chunked.forward(Call(*inputs), False), cuda.forward(Call(*inputs), False)
+    assert_bar("out", ours[0], plain[0], exact[0], 2, torch.bfloat16)
+    assert ((ours[1] - exact[1]).norm() / exact[1].norm()).item() < 1e-5
+
+
+@pytest.mark.parametrize("kind", [
+    {"head_dim": 16, "value_dim": 64, "decay": "key_token", "strengths": (0.01, 0.1), "segments": "mask"}, {"head_dim": 32, "decay": "key_head"},
+], ids=str)  # fmt: skip
+def test_long_sequences_with_gates(hopper_kernels, kind):
+    """What lies outside of a chunk is added to what the kernels of states have left in the results."""
+    check(torch.bfloat16, heads=1, length=3600, chunks=8, **kind)
+
+
+@pytest.mark.parametrize("kind", [
+    {"head_dim": 32, "length": 3600, "chunks": 4, "stateful": True},
+    pytest.param({"head_dim": 64, "length": 7200, "chunks": 4}, marks=pytest.mark.slow),
 ], ids=str)  # fmt: skip
 def test_long_sequences(hopper_kernels, kind):
     check(torch.bfloat16, heads=1, shift=0.5, **kind)
