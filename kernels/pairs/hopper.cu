@@ -6,12 +6,11 @@
 namespace linattn_pairs {
 namespace {
 
-constexpr int kThreads = 256;
-
 // What the state before the chunk adds to a warp's 16 rows: a sum v + beta q^ . (sum k v) + gamma sum q^_a q^_b (sum k_a k_b v), and the masses.
 // q: their rounded unit vectors; scales: what made them such. The state passes through the tiles of keys, two stages of rows.
 template <typename T, int D> struct StateReader {
   using S = State<D>;
+  static constexpr int kThreads = GroupsShape<D, D, false>::THREADS;
   using E = Element<T>;
   static constexpr int BLOCKS = S::BLOCKS, ITEMS = 8;  // of a stage
   static constexpr int STAGE = 16 * ITEMS * D * 2;
@@ -142,10 +141,11 @@ template <typename T, int D, typename Rows> __device__ __forceinline__ void add_
 }
 
 template <typename T, int K, int V, bool GATED, bool STATE>
-__global__ void __launch_bounds__(kThreads, GroupsShape<K, V, GATED>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(GroupsShape<K, V, GATED>::THREADS, GroupsShape<K, V, GATED>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = GroupsShape<K, V, GATED>;
   using Rows = GroupRows<T, K, V, GATED>;
+  constexpr int kThreads = S::THREADS;
   using Others = typename Rows::Others;
   extern __shared__ __align__(1024) unsigned char shared[];
   const linattn_problem &p = args.problem;
@@ -153,9 +153,9 @@ __global__ void __launch_bounds__(kThreads, GroupsShape<K, V, GATED>::MIN_BLOCKS
   const uint32_t row_tile = shared_address(shared);
   Others *const others = GATED ? reinterpret_cast<Others *>(shared + S::GATES_AT) : nullptr;
 
-  const Place own(args);
+  const typename S::Own own(args);
   const KeyStream<T, K, V, GATED> stream(args, own, row_tile, thread);
-  copy_tile<K, kRows, kThreads>(row_tile, head_of<const T>(p.query, own.batch, own.head) + own.begin * p.query.token_stride, p.query.token_stride, own.rows, thread,
+  copy_tile<K, S::ROWS, kThreads>(row_tile, head_of<const T>(p.query, own.batch, own.head) + own.begin * p.query.token_stride, p.query.token_stride, own.rows, thread,
                                 pieces_of<K, V>(p));
   copy_commit();
   const int64_t chunk = STATE ? own.begin / State<K>::CHUNK : 0;
@@ -167,23 +167,34 @@ __global__ void __launch_bounds__(kThreads, GroupsShape<K, V, GATED>::MIN_BLOCKS
     range_of_runs<kThreads>(*others, queries, own.begin, own.rows, low, high, thread);
     if (queries.runs) seen_tiles<kThreads>(*others, keys, low, high, first_tile, end, thread);
   }
+  // Two tiles, from `tile` on; a thread of the first 128 has the gates of one of their tokens.
   const auto start = [&](int tile) {
-    if (tile < end) {
-      stream.fetch(tile);
-      if constexpr (GATED) on_way.load(keys, static_cast<int64_t>(tile) * kKeys, thread);
-    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (tile + i < end) stream.fetch(tile + i);
     copy_commit();
+    if constexpr (GATED) {
+      const int own_tile = tile + thread / kKeys;
+      if (thread < 2 * kKeys && own_tile < end) on_way.load(keys, static_cast<int64_t>(own_tile) * kKeys, thread % kKeys);
+    }
   };
   const auto write_gates = [&](int tile) {
-    if constexpr (GATED)
-      if (tile < end) on_way.store(*others, false, tile % kKeyStages, low, high, thread);
+    if constexpr (GATED) {
+      const int own_tile = tile + thread / kKeys;
+      if (thread < 2 * kKeys && own_tile < end) on_way.store(*others, false, own_tile % kKeyStages, low, high, thread % kKeys);
+    }
   };
-  const auto arrive = [&](int tile) {  // behind the wait for its copies: everybody's are here, and what lies in the next stage has been read
+  // Behind the wait for the copies of two tiles: everybody's are here, and what lies where the next go has been read.
+  const auto arrive = [&](int tile) {
     warpgroup_publish();
     __syncthreads();
     if constexpr (GATED) {
-      if (!told(others, tile % kKeyStages, PADDED)) return;
-      zero_padding<V, kThreads>(shared + (stream.stage_at(tile) - row_tile) + S::KEYS, others->run[tile % kKeyStages], thread);
+      bool padded = told(others, tile % kKeyStages, PADDED);
+      if (tile + 1 < end) padded |= told(others, (tile + 1) % kKeyStages, PADDED);
+      if (!__shfl_sync(0xffffffffu, padded, 0)) return;
+      for (int each = tile; each < min(tile + 2, end); ++each)
+        if (told(others, each % kKeyStages, PADDED))
+          zero_padding<V, kThreads>(shared + (stream.stage_at(each) - row_tile) + S::KEYS, others->run[each % kKeyStages], thread);
       warpgroup_publish();
       __syncthreads();
     }
@@ -195,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, GroupsShape<K, V, GATED>::MIN_BLOCKS
   warpgroup_publish();
   __syncthreads();
   if (GATED && queries.runs) {
-    zero_own_padding<K, kThreads>(shared, queries, own.begin, thread);
+    zero_own_padding<K, kThreads, S::ROWS>(shared, queries, own.begin, thread);
     __syncthreads();
   }
 
@@ -211,7 +222,7 @@ __global__ void __launch_bounds__(kThreads, GroupsShape<K, V, GATED>::MIN_BLOCKS
                       own.head);
       start(first_tile);
     }
-  start(first_tile + 1), write_gates(first_tile + 1);
+  start(first_tile + 2), write_gates(first_tile + 2);
   if (first_tile < end) copy_wait<1>(), arrive(first_tile);
 
   const int mine = rows.group_begin >= p.length ? first_tile : p.causal ? min(end, static_cast<int>(rows.group_begin / kKeys) + 1) : end;
@@ -225,19 +236,23 @@ __global__ void __launch_bounds__(kThreads, GroupsShape<K, V, GATED>::MIN_BLOCKS
     }
     for (int tile = first_tile; tile < end; ++tile) {
       const int next = tile + 1;
-      if (next < end) {
+      const bool turn = (next - first_tile) % 2 == 0;  // to the next two
+      if (turn && next < end) {
         copy_wait<0>();
         arrive(next);
-        start(next + 1);
+        start(next + 2);
       }
       const uint32_t stage = stream.stage_at(tile), next_stage = stream.stage_at(next);
+      const auto beside = [&] {
+        if (turn) write_gates(next + 2);
+      };
       if (next < mine) {
-        if (rows.is_near(next, others)) rows.template go_on<SQUARES, true>(next, stage, next_stage, weights, others, next == own_tile);
-        else rows.template go_on<SQUARES, false>(next, stage, next_stage, weights, others, false);
-      } else if (tile < mine) {
-        rows.end_with(stage, weights);
+        if (rows.is_near(next, others)) rows.template go_on<SQUARES, true>(next, stage, next_stage, weights, others, next == own_tile, beside);
+        else rows.template go_on<SQUARES, false>(next, stage, next_stage, weights, others, false, beside);
+      } else {
+        beside();
+        if (tile < mine) rows.end_with(stage, weights);
       }
-      if (next < end) write_gates(next + 1);
     }
   };
   if (rows.weight.squares) walk(std::true_type());
@@ -247,10 +262,11 @@ __global__ void __launch_bounds__(kThreads, GroupsShape<K, V, GATED>::MIN_BLOCKS
 #endif
 }
 
-template <typename T, int K, int V, bool GATED, bool STATE = false> cudaError_t launch(const Arguments &args, cudaStream_t stream) {
-  constexpr int kShared = GroupsShape<K, V, GATED>::SHARED;
-  if (const cudaError_t failed = cudaFuncSetAttribute(groups_kernel<T, K, V, GATED, STATE>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;
-  groups_kernel<T, K, V, GATED, STATE><<<args.problem.batch * args.problem.query_heads * args.row_tiles, kThreads, kShared, stream>>>(args);
+template <typename T, int K, int V, bool GATED, bool STATE = false> cudaError_t launch(Arguments args, cudaStream_t stream) {
+  using S = GroupsShape<K, V, GATED>;
+  args.row_tiles = static_cast<int32_t>((args.problem.length + S::ROWS - 1) / S::ROWS);
+  if (const cudaError_t failed = cudaFuncSetAttribute(groups_kernel<T, K, V, GATED, STATE>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED)) return failed;
+  groups_kernel<T, K, V, GATED, STATE><<<args.problem.batch * args.problem.query_heads * args.row_tiles, S::THREADS, S::SHARED, stream>>>(args);
   return cudaPeekAtLastError();
 }
 

@@ -8,16 +8,24 @@
 
 namespace linattn_pairs {
 
-constexpr int kKeyStages = 3;
+constexpr int kKeyStages = 5;  // a tile whose values are still read, two in work, two on their way
 constexpr float kSquares = 64.f;  // b^2 over a c up to which h^2 and e together lose no more than 4 of float32's bits
 
+#ifndef G64
+#define G64 2
+#endif
+#ifndef G128
+#define G128 2
+#endif
+
 template <int K, int V, bool GATED> struct GroupsShape {
-  static constexpr int GROUPS = 2, THREADS = 128 * GROUPS, MIN_BLOCKS = V <= 64 ? 2 : 1;
-  static constexpr int ROW_TILE = kRows * (K > V ? K : V) * 2;  // queries, and then results
+  static constexpr int GROUPS = V <= 64 ? G64 : G128, THREADS = 128 * GROUPS, ROWS = 64 * GROUPS, MIN_BLOCKS = V <= 64 && GROUPS == 2 ? 2 : 1;
+  using Own = PlaceOf<ROWS>;
+  static constexpr bool KEEPS_QUERIES = K < 128 || GROUPS < 3;  // in registers
+  static constexpr int ROW_TILE = ROWS * (K > V ? K : V) * 2;  // queries, and then results
   static constexpr int KEYS = kKeys * K * 2, STAGE = KEYS + kKeys * V * 2;
   static constexpr int SCALES_AT = ROW_TILE + kKeyStages * STAGE, GATES_AT = SCALES_AT + kKeyStages * kKeys * 4;
   static constexpr int SHARED = GATES_AT + (GATED ? sizeof(StagedGates<kKeyStages>) : 0);
-  static_assert(GROUPS * 64 == kRows, "a warpgroup 64 rows");
 };
 
 // Tiles of keys, values and keys' scales on their way to a stage. A thread keeps where its pieces of the next tile begin.
@@ -29,12 +37,14 @@ template <typename T, int K, int V, bool GATED> struct KeyStream {
   const uint32_t shared;
   const int thread;
 
-  __device__ __forceinline__ KeyStream(const Arguments &args, const Place &own, uint32_t shared, int thread)
+  __device__ __forceinline__ KeyStream(const Arguments &args, const typename S::Own &own, uint32_t shared, int thread)
       : p(args.problem), keys(head_of<const T>(p.key, own.batch, own.key_head)), values(head_of<const T>(p.value, own.batch, own.key_head)),
         scales(args.key_scale + (static_cast<int64_t>(own.batch) * p.key_heads + own.key_head) * args.padded), shared(shared), thread(thread) {}
   __device__ __forceinline__ uint32_t stage_at(int tile) const { return shared + S::ROW_TILE + tile % kKeyStages * S::STAGE; }
 
+  // No address is kept from tile to tile: registers are short, and what a thread's part is, is soon made again.
   template <int D> __device__ __forceinline__ void fetch(uint32_t tile, const T *rows, int64_t stride, int count, int pieces) const {
+    const int thread = remade(this->thread);
     constexpr int kPieces = D / 8, kStep = S::THREADS / kPieces;
     if constexpr (kKeys % kStep == 0 && kStep % 16 == 0) {
       if (count >= kKeys && pieces == kPieces) {
@@ -45,7 +55,7 @@ template <typename T, int K, int V, bool GATED> struct KeyStream {
         return;
       }
     }
-    copy_tile<D, kKeys, S::THREADS>(tile, rows, stride, count, remade(thread), pieces);  // nothing of the last tile's is kept ready
+    copy_tile<D, kKeys, S::THREADS>(tile, rows, stride, count, thread, pieces);
   }
   __device__ __forceinline__ void fetch(int tile) const {
     const int64_t first = static_cast<int64_t>(tile) * kKeys;
@@ -100,7 +110,7 @@ template <typename T, int K, int V, bool GATED> struct GroupRows {
   RowWeights weight;
   OwnGates<1> gates;
 
-  __device__ __forceinline__ GroupRows(const linattn_problem &p, const Place &own, unsigned char *shared)
+  __device__ __forceinline__ GroupRows(const linattn_problem &p, const typename S::Own &own, unsigned char *shared)
       : p(p), shared(shared), row_tile(shared_address(shared)), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), begin(own.begin),
         group_begin(own.begin + 64 * (warp / 4)) {
     mass[0] = mass[1] = 0.f;
@@ -117,7 +127,7 @@ template <typename T, int K, int V, bool GATED> struct GroupRows {
   }
 
   // scale: 1 / |q| of the lane's rows.
-  __device__ __forceinline__ void set_weights(const Place &own, float (&scale)[2]) {
+  __device__ __forceinline__ void set_weights(const typename S::Own &own, float (&scale)[2]) {
     const float *const of_head = p.coefficients + own.head;
     const float temperature = of_head[3 * p.query_heads], a = of_head[0], b = of_head[p.query_heads], c = of_head[2 * p.query_heads];
     shrink = weight_scale<T>(a, b, c, temperature);
@@ -130,11 +140,15 @@ template <typename T, int K, int V, bool GATED> struct GroupRows {
   }
 
   __device__ __forceinline__ void multiply_keys(float (&s)[2 * TOKEN_BLOCKS][4], uint32_t stage) {
-    const uint64_t keys = warpgroup_operand<K>(stage);
+    const uint64_t keys = warpgroup_operand<K>(stage), queries = warpgroup_operand<K>(row_tile + Tile<K>::rows_at(warp / 4 * 4));
     warpgroup_keep(s);
     warpgroup_begin();
 #pragma unroll
-    for (int block = 0; block < KEY_BLOCKS; ++block) WarpgroupProduct<T, kKeys, false>::run(s, q[block], warpgroup_moved(keys, Tile<K>::columns_at(2 * block)), block > 0);
+    for (int block = 0; block < KEY_BLOCKS; ++block) {
+      const uint64_t key = warpgroup_moved(keys, Tile<K>::columns_at(2 * block));
+      if constexpr (S::KEEPS_QUERIES) WarpgroupProduct<T, kKeys, false>::run(s, q[block], key, block > 0);
+      else WarpgroupProduct<T, kKeys, false>::run(s, warpgroup_moved(queries, Tile<K>::columns_at(2 * block)), key, block > 0);
+    }
     warpgroup_commit();
   }
   __device__ __forceinline__ void multiply_values(const uint32_t (&weights)[TOKEN_BLOCKS][4], uint32_t stage) {
@@ -149,7 +163,7 @@ template <typename T, int K, int V, bool GATED> struct GroupRows {
   // Whether not all pairs of a tile are seen, or gated alike.
   __device__ __forceinline__ bool is_near(int tile, const Others *others) const {
     const int64_t first = static_cast<int64_t>(tile) * kKeys;
-    if constexpr (GATED) return is_diagonal(tile) || told(others, tile % kKeyStages, MIXED);
+    if constexpr (GATED) return is_diagonal(tile) || __shfl_sync(0xffffffffu, told(others, tile % kKeyStages, MIXED), 0);
     return first + kKeys > p.length || (p.causal && first + kKeys - 1 > group_begin);
   }
   __device__ __forceinline__ bool is_diagonal(int tile) const { return p.causal && static_cast<int64_t>(tile) * kKeys >= begin; }
@@ -203,11 +217,12 @@ template <typename T, int K, int V, bool GATED> struct GroupRows {
   }
   // A tile's weights times its values, beside the next one's products and weights. own: whether the block's own tokens begin with the next; what lies before
   // takes its own factor all at once then, and pairs among the block's own one by one.
-  template <bool SQUARES, bool NEAR>
-  __device__ __forceinline__ void go_on(int next, uint32_t stage, uint32_t next_stage, uint32_t (&weights)[TOKEN_BLOCKS][4], const Others *others, bool own) {
+  template <bool SQUARES, bool NEAR, typename Beside>
+  __device__ __forceinline__ void go_on(int next, uint32_t stage, uint32_t next_stage, uint32_t (&weights)[TOKEN_BLOCKS][4], const Others *others, bool own, Beside beside) {
     float s[2 * TOKEN_BLOCKS][4];
     multiply_keys(s, next_stage);
     multiply_values(weights, stage);
+    beside();
     warpgroup_wait<1>();
     warpgroup_keep(s);
     if (GATED && NEAR && own) mass[0] *= gates.factor[0][0], mass[1] *= gates.factor[0][1];
@@ -230,7 +245,7 @@ template <typename T, int K, int V, bool GATED> struct GroupRows {
   }
 
   // The means and masses. A warp stages its results over queries, which everybody has in registers.
-  __device__ __forceinline__ void store(const Arguments &args, const Place &own) {
+  __device__ __forceinline__ void store(const Arguments &args, const typename S::Own &own) {
     float *const mass_rows = args.mass + (static_cast<int64_t>(own.batch) * p.query_heads + own.head) * p.length + own.begin;
     T *const results = head_of<T>(args.out, own.batch, own.head) + own.begin * args.out.token_stride;
     const bool stored = own.begin >= args.chunk;  // what states have added lies there
@@ -280,7 +295,7 @@ __device__ __forceinline__ void seen_tiles(Others &others, const GateReader &key
   __syncthreads();
 #pragma unroll
   for (int warp = 0; warp < THREADS / 32; ++warp) begin = min(begin, others.lowest[warp]), behind = max(behind, others.highest[warp]);
-  first = begin, end = behind;
+  first = __shfl_sync(0xffffffffu, begin, 0), end = __shfl_sync(0xffffffffu, behind, 0);
 }
 
 }  // namespace linattn_pairs
