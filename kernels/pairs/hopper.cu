@@ -10,11 +10,11 @@ namespace {
 // q: their rounded unit vectors; scales: what made them such. The state passes through the tiles of keys, two stages of rows.
 template <typename T, int D> struct StateReader {
   using S = State<D>;
-  static constexpr int kThreads = GroupsShape<D, D, false>::THREADS;
+  static constexpr int kThreads = GroupsShape<D, D, NO_GATES>::THREADS;
   using E = Element<T>;
   static constexpr int BLOCKS = S::BLOCKS, ITEMS = 8;  // of a stage
   static constexpr int STAGE = 16 * ITEMS * D * 2;
-  static_assert(kStages * STAGE <= kKeyStages * GroupsShape<D, D, false>::STAGE && 2 * D <= 16 * ITEMS, "the stages fit where the keys will be");
+  static_assert(kStages * STAGE <= kKeyStages * GroupsShape<D, D, NO_GATES>::STAGE && 2 * D <= 16 * ITEMS, "the stages fit where the keys will be");
   const T *rows;         // rounded
   const float *columns;  // sum k, sum v
   uint32_t stages;
@@ -140,12 +140,13 @@ template <typename T, int D, typename Rows> __device__ __forceinline__ void add_
   rows.load_queries();
 }
 
-template <typename T, int K, int V, bool GATED, bool STATE>
-__global__ void __launch_bounds__(GroupsShape<K, V, GATED>::THREADS, GroupsShape<K, V, GATED>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args) {
+template <typename T, int K, int V, Gates GATES, bool STATE>
+__global__ void __launch_bounds__(GroupsShape<K, V, GATES>::THREADS, GroupsShape<K, V, GATES>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using S = GroupsShape<K, V, GATED>;
-  using Rows = GroupRows<T, K, V, GATED>;
+  using S = GroupsShape<K, V, GATES>;
+  using Rows = GroupRows<T, K, V, GATES>;
   constexpr int kThreads = S::THREADS;
+  constexpr bool GATED = GATES != NO_GATES;
   using Others = typename Rows::Others;
   extern __shared__ __align__(1024) unsigned char shared[];
   const linattn_problem &p = args.problem;
@@ -154,18 +155,18 @@ __global__ void __launch_bounds__(GroupsShape<K, V, GATED>::THREADS, GroupsShape
   Others *const others = GATED ? reinterpret_cast<Others *>(shared + S::GATES_AT) : nullptr;
 
   const typename S::Own own(args);
-  const KeyStream<T, K, V, GATED> stream(args, own, row_tile, thread);
+  const KeyStream<T, K, V, GATES> stream(args, own, row_tile, thread);
   copy_tile<K, S::ROWS, kThreads>(row_tile, head_of<const T>(p.query, own.batch, own.head) + own.begin * p.query.token_stride, p.query.token_stride, own.rows, thread,
-                                pieces_of<K, V>(p));
+                                  pieces_of<K, V>(p));
   copy_commit();
   const int64_t chunk = STATE ? own.begin / State<K>::CHUNK : 0;
   int first_tile = static_cast<int>((STATE ? chunk * State<K>::CHUNK : own.begin / args.chunk * args.chunk) / kKeys), end = own.tiles;
   const GateReader queries(args.gates, p, true, own.batch, own.head, own.begin - 1), keys(args.gates, p, false, own.batch, own.head, own.begin - 1);
   GateCopy on_way;
   int32_t low = 0, high = 0;
-  if constexpr (GATED) {
+  if constexpr (GATES == RUNS) {
     range_of_runs<kThreads>(*others, queries, own.begin, own.rows, low, high, thread);
-    if (queries.runs) seen_tiles<kThreads>(*others, keys, low, high, first_tile, end, thread);
+    seen_tiles<kThreads>(*others, keys, low, high, first_tile, end, thread);
   }
   // Two tiles, from `tile` on; a thread of the first 128 has the gates of one of their tokens.
   const auto start = [&](int tile) {
@@ -181,20 +182,22 @@ __global__ void __launch_bounds__(GroupsShape<K, V, GATED>::THREADS, GroupsShape
   const auto write_gates = [&](int tile) {
     if constexpr (GATED) {
       const int own_tile = tile + thread / kKeys;
-      if (thread < 2 * kKeys && own_tile < end) on_way.store(*others, false, own_tile % kKeyStages, low, high, thread % kKeys);
+      if (thread >= 2 * kKeys || own_tile >= end) return;
+      const int stage = own_tile % kKeyStages;
+      if constexpr (GATES == RUNS) on_way.store(*others, false, stage, low, high, thread % kKeys);
+      else others->exponent[stage][thread % kKeys] = on_way.exponent(false), others->factor[stage][thread % kKeys] = on_way.factor(false);
     }
   };
   // Behind the wait for the copies of two tiles: everybody's are here, and what lies where the next go has been read.
   const auto arrive = [&](int tile) {
     warpgroup_publish();
     __syncthreads();
-    if constexpr (GATED) {
+    if constexpr (GATES == RUNS) {
       bool padded = told(others, tile % kKeyStages, PADDED);
       if (tile + 1 < end) padded |= told(others, (tile + 1) % kKeyStages, PADDED);
       if (!__shfl_sync(0xffffffffu, padded, 0)) return;
       for (int each = tile; each < min(tile + 2, end); ++each)
-        if (told(others, each % kKeyStages, PADDED))
-          zero_padding<V, kThreads>(shared + (stream.stage_at(each) - row_tile) + S::KEYS, others->run[each % kKeyStages], thread);
+        if (told(others, each % kKeyStages, PADDED)) zero_padding<V, kThreads>(shared + (stream.stage_at(each) - row_tile) + S::KEYS, others->run[each % kKeyStages], thread);
       warpgroup_publish();
       __syncthreads();
     }
@@ -205,7 +208,7 @@ __global__ void __launch_bounds__(GroupsShape<K, V, GATED>::THREADS, GroupsShape
   else copy_wait<1>();
   warpgroup_publish();
   __syncthreads();
-  if (GATED && queries.runs) {
+  if constexpr (GATES == RUNS) {
     zero_own_padding<K, kThreads, S::ROWS>(shared, queries, own.begin, thread);
     __syncthreads();
   }
@@ -262,17 +265,22 @@ __global__ void __launch_bounds__(GroupsShape<K, V, GATED>::THREADS, GroupsShape
 #endif
 }
 
-template <typename T, int K, int V, bool GATED, bool STATE = false> cudaError_t launch(Arguments args, cudaStream_t stream) {
-  using S = GroupsShape<K, V, GATED>;
+template <typename T, int K, int V, Gates GATES, bool STATE = false> cudaError_t launch(Arguments args, cudaStream_t stream) {
+  using S = GroupsShape<K, V, GATES>;
   args.row_tiles = static_cast<int32_t>((args.problem.length + S::ROWS - 1) / S::ROWS);
-  if (const cudaError_t failed = cudaFuncSetAttribute(groups_kernel<T, K, V, GATED, STATE>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED)) return failed;
-  groups_kernel<T, K, V, GATED, STATE><<<args.problem.batch * args.problem.query_heads * args.row_tiles, S::THREADS, S::SHARED, stream>>>(args);
+  if (const cudaError_t failed = cudaFuncSetAttribute(groups_kernel<T, K, V, GATES, STATE>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED)) return failed;
+  groups_kernel<T, K, V, GATES, STATE><<<args.problem.batch * args.problem.query_heads * args.row_tiles, S::THREADS, S::SHARED, stream>>>(args);
   return cudaPeekAtLastError();
 }
 
-// `call` with the widths of the tiles and whether there are gates, as constants.
+// `call` with the widths of the tiles and what multiplies weights, as constants.
 template <typename Call> auto with_tiles(const linattn_problem &problem, Call call) {
-  return with_gated_tiles(tiles_of(problem), [&](auto key, auto value) { return is_gated(problem) ? call(key, value, std::true_type()) : call(key, value, std::false_type()); });
+  using std::integral_constant;
+  return with_gated_tiles(tiles_of(problem), [&](auto key, auto value) {
+    if (problem.key_segments) return call(key, value, integral_constant<Gates, RUNS>());
+    if (problem.log_decay) return call(key, value, integral_constant<Gates, DECAY>());
+    return call(key, value, integral_constant<Gates, NO_GATES>());
+  });
 }
 
 }  // namespace
@@ -283,18 +291,18 @@ bool hopper_takes(const linattn_problem &problem) {
 }
 
 int hopper_shared_bytes(const linattn_problem &problem) {
-  return with_tiles(problem, [](auto key, auto value, auto gated) -> int { return GroupsShape<key(), value(), gated()>::SHARED; });
+  return with_tiles(problem, [](auto key, auto value, auto gates) -> int { return GroupsShape<key(), value(), gates()>::SHARED; });
 }
 
 cudaError_t hopper_launch(const Arguments &args, cudaStream_t stream) {
   const int dim = args.problem.head_dim;
-  if (args.chunks > 1) return dim == 32 ? launch<__nv_bfloat16, 32, 32, false, true>(args, stream) : launch<__nv_bfloat16, 64, 64, false, true>(args, stream);
+  if (args.chunks > 1) return dim == 32 ? launch<__nv_bfloat16, 32, 32, NO_GATES, true>(args, stream) : launch<__nv_bfloat16, 64, 64, NO_GATES, true>(args, stream);
   if (args.problem.dtype == LINATTN_BFLOAT16)
-    return with_tiles(args.problem, [&](auto key, auto value, auto gated) { return launch<__nv_bfloat16, key(), value(), gated()>(args, stream); });
+    return with_tiles(args.problem, [&](auto key, auto value, auto gates) { return launch<__nv_bfloat16, key(), value(), gates()>(args, stream); });
   switch (dim) {
-    case 32: return launch<__half, 32, 32, false>(args, stream);
-    case 64: return launch<__half, 64, 64, false>(args, stream);
-    case 128: return launch<__half, 128, 128, false>(args, stream);
+    case 32: return launch<__half, 32, 32, NO_GATES>(args, stream);
+    case 64: return launch<__half, 64, 64, NO_GATES>(args, stream);
+    case 128: return launch<__half, 128, 128, NO_GATES>(args, stream);
     default: return cudaErrorInvalidValue;
   }
 }

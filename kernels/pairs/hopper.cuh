@@ -18,19 +18,21 @@ constexpr float kSquares = 64.f;  // b^2 over a c up to which h^2 and e together
 #define G128 2
 #endif
 
-template <int K, int V, bool GATED> struct GroupsShape {
+enum Gates { NO_GATES, DECAY, RUNS };  // what multiplies weights: nothing; a decay alone; runs of tokens, with a decay or without
+
+template <int K, int V, Gates GATES> struct GroupsShape {
   static constexpr int GROUPS = V <= 64 ? G64 : G128, THREADS = 128 * GROUPS, ROWS = 64 * GROUPS, MIN_BLOCKS = V <= 64 && GROUPS == 2 ? 2 : 1;
   using Own = PlaceOf<ROWS>;
   static constexpr bool KEEPS_QUERIES = K < 128 || GROUPS < 3;  // in registers
   static constexpr int ROW_TILE = ROWS * (K > V ? K : V) * 2;  // queries, and then results
   static constexpr int KEYS = kKeys * K * 2, STAGE = KEYS + kKeys * V * 2;
   static constexpr int SCALES_AT = ROW_TILE + kKeyStages * STAGE, GATES_AT = SCALES_AT + kKeyStages * kKeys * 4;
-  static constexpr int SHARED = GATES_AT + (GATED ? sizeof(StagedGates<kKeyStages>) : 0);
+  static constexpr int SHARED = GATES_AT + (GATES ? sizeof(StagedGates<kKeyStages>) : 0);
 };
 
 // Tiles of keys, values and keys' scales on their way to a stage. A thread keeps where its pieces of the next tile begin.
-template <typename T, int K, int V, bool GATED> struct KeyStream {
-  using S = GroupsShape<K, V, GATED>;
+template <typename T, int K, int V, Gates GATES> struct KeyStream {
+  using S = GroupsShape<K, V, GATES>;
   const linattn_problem &p;
   const T *keys, *values;  // of the head
   const float *scales;
@@ -94,8 +96,9 @@ struct RowWeights {
 };
 
 // A warp's 16 rows.
-template <typename T, int K, int V, bool GATED> struct GroupRows {
-  using S = GroupsShape<K, V, GATED>;
+template <typename T, int K, int V, Gates GATES> struct GroupRows {
+  static constexpr bool GATED = GATES != NO_GATES;
+  using S = GroupsShape<K, V, GATES>;
   using E = Element<T>;
   using Others = StagedGates<kKeyStages>;
   static constexpr int KEY_BLOCKS = K / 16, VALUE_BLOCKS = V / 16, TOKEN_BLOCKS = kKeys / 16;
@@ -163,7 +166,8 @@ template <typename T, int K, int V, bool GATED> struct GroupRows {
   // Whether not all pairs of a tile are seen, or gated alike.
   __device__ __forceinline__ bool is_near(int tile, const Others *others) const {
     const int64_t first = static_cast<int64_t>(tile) * kKeys;
-    if constexpr (GATED) return is_diagonal(tile) || __shfl_sync(0xffffffffu, told(others, tile % kKeyStages, MIXED), 0);
+    if constexpr (GATES == RUNS) return is_diagonal(tile) || __shfl_sync(0xffffffffu, told(others, tile % kKeyStages, MIXED), 0);
+    if constexpr (GATES == DECAY) return is_diagonal(tile);
     return first + kKeys > p.length || (p.causal && first + kKeys - 1 > group_begin);
   }
   __device__ __forceinline__ bool is_diagonal(int tile) const { return p.causal && static_cast<int64_t>(tile) * kKeys >= begin; }
@@ -184,7 +188,8 @@ template <typename T, int K, int V, bool GATED> struct GroupRows {
       for (int i = 0; i < 4; ++i) s[n][i] = weight.template of<SQUARES>(s[n][i], i & 1 ? scale.y : scale.x, i >> 1);
       if constexpr (GATED && NEAR) {
         const float2 exponent = *reinterpret_cast<const float2 *>(others->exponent[stage] + column);
-        const int2 run = *reinterpret_cast<const int2 *>(others->run[stage] + column);
+        int2 run = make_int2(1, 1);
+        if constexpr (GATES == RUNS) run = *reinterpret_cast<const int2 *>(others->run[stage] + column);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           s[n][i] = gates.times(s[n][i], 0, i >> 1, i & 1 ? exponent.y : exponent.x, i & 1 ? run.y : run.x, column + (i & 1) <= last + 8 * (i >> 1), diagonal);
@@ -255,7 +260,7 @@ template <typename T, int K, int V, bool GATED> struct GroupRows {
       mass[half] += __shfl_xor_sync(0xffffffffu, mass[half], 1);
       mass[half] += __shfl_xor_sync(0xffffffffu, mass[half], 2);
       mass[half] *= weight.size[half];
-      if (GATED && gates.is_padding(0, half)) mass[half] = 0.f;
+      if (GATES == RUNS && gates.is_padding(0, half)) mass[half] = 0.f;
       const int row = 16 * warp + 8 * half + group;
       if (stored) {
         if (row < own.rows) mass[half] += mass_rows[row];
@@ -264,7 +269,7 @@ template <typename T, int K, int V, bool GATED> struct GroupRows {
         for (int n = 0; n < 2 * VALUE_BLOCKS; ++n) acc[n][2 * half] *= weight.size[half], acc[n][2 * half + 1] *= weight.size[half];
       }
       if (place == 0 && row < own.rows) mass_rows[row] = mass[half] / shrink;
-      finish[half] = GATED && mass[half] == 0.f ? 0.f : (stored ? 1.f : weight.size[half]) / mass[half];
+      finish[half] = GATES == RUNS && mass[half] == 0.f ? 0.f : (stored ? 1.f : weight.size[half]) / mass[half];
     }
     if (stored) add_stored<T, V>(acc, results, args.out.token_stride, 16 * warp + group, own.rows, place);
     const Blocks<V> blocks(row_tile, lane_down<V>(lane));
