@@ -54,7 +54,8 @@ def test_lengths_and_grouped_queries(hopper_kernels, kind):
 
 
 @pytest.mark.parametrize("head_dim, value_dim", [
-    (32, 32), (64, 64), (16, 64), (24, 128), (32, 64), *(pytest.param(*dims, marks=pytest.mark.slow) for dims in ((128, 128), (8, 128), (32, 128))),
+    (32, 32), (64, 64), (16, 64), (24, 128), (32, 64),
+    *(pytest.param(*dims, marks=pytest.mark.slow) for dims in ((128, 128), (8, 128), (32, 128))),
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", [
     {"decay": "key_head", "length": 300, "heads": 4, "key_heads": 2},
@@ -77,7 +78,8 @@ def test_no_padding_is_read(hopper_kernels, kind):
 
 
 @pytest.mark.parametrize("numbers", [
-    (1.0, 1.0, 0.5, 2.0), (1.0, 1.0, 0.0, 1.0), (2.0, 3.0, 0.01, 1.0), (1.0, 0.5, -0.25, 1.0), (1.0, -1.0, 0.5, 1e-3), (0.1, 0.0, 30.0, 1.0),
+    (1.0, 1.0, 0.5, 2.0), (1.0, 1.0, 0.0, 1.0), (2.0, 3.0, 0.01, 1.0), (1.0, 0.5, -0.25, 1.0), (1.0, -1.0, 0.5, 1e-3),
+    (0.1, 0.0, 30.0, 1.0),
 ], ids=str)  # fmt: skip
 def test_functions_of_every_kind(hopper_kernels, numbers):
     """With a square to complete and without."""
@@ -91,7 +93,8 @@ def test_functions_of_every_kind(hopper_kernels, numbers):
 
 
 @pytest.mark.parametrize("kind", [
-    {"head_dim": 16, "value_dim": 64, "decay": "key_token", "strengths": (0.01, 0.1), "segments": "mask"}, {"head_dim": 32, "decay": "key_head"},
+    {"head_dim": 16, "value_dim": 64, "decay": "key_token", "strengths": (0.01, 0.1), "segments": "mask"},
+    {"head_dim": 32, "decay": "key_head"},
 ], ids=str)  # fmt: skip
 def test_long_sequences_with_gates(hopper_kernels, kind):
     """What lies outside of a chunk is added to what the kernels of states have left in the results."""
