@@ -69,18 +69,25 @@ template <typename T, int K, int V, Gates GATES> struct KeyStream {
   }
 };
 
-// What makes a weight of a product, for a lane's two rows.
+// What makes a weight of a product, for a lane's two rows: a number of each, and the unit that weights are in.
 struct RowWeights {
-  bool squares;
-  float a, shift[2], rest[2], size[2];  // size: of the unit that weights are in
+  bool squares;  // of all rows of the block
+  float a, shift[2], rest[2], size[2];
 
-  // f's numbers times what float16 needs; scale: 1 / |q|.
-  __device__ __forceinline__ void set(float a_of_head, float b, float c, float temperature, const float (&scale)[2], bool narrow) {
-    a = a_of_head, squares = !narrow && c > 0.f && b * b <= kSquares * a * c && temperature != 0.f;
+  // f's numbers, times what float16 needs; factor: what makes s of q . k^, for a query without a direction anything but 0.
+  __device__ __forceinline__ void set(float a_of_head, float b, float c, const float (&factor)[2], bool narrow) {
+    a = a_of_head;
+    bool fits = !narrow && c > 0.f && b * b <= kSquares * a * c;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float factor = temperature * (squares && scale[half] == 0.f ? 1.f : scale[half]), beta = b * factor, gamma = c * factor * factor;
-      if (squares) shift[half] = 0.5f * b / (c * factor), rest[half] = a / gamma - shift[half] * shift[half], size[half] = gamma;
+      const float gamma = c * factor[half] * factor[half];
+      fits = fits && gamma >= 0x1p-40f && gamma <= 0x1p40f;  // float32 holds sums of weights over gamma
+    }
+    squares = !__syncthreads_or(!fits);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float beta = b * factor[half], gamma = c * factor[half] * factor[half];
+      if (squares) shift[half] = 0.5f * b / (c * factor[half]), rest[half] = a / gamma - shift[half] * shift[half], size[half] = gamma;
       else shift[half] = beta, rest[half] = gamma, size[half] = 1.f;
     }
   }
@@ -139,7 +146,8 @@ template <typename T, int K, int V, Gates GATES> struct GroupRows {
       row_products<T>(scale[0], scale[1], q, Blocks<K>(row_tile, lane_across<K>(lane)), Tile<K>::rows_at(warp), lane);
       scale[0] = inverse_norm(scale[0]), scale[1] = inverse_norm(scale[1]);
     }
-    weight.set(a * shrink, b * shrink, c * shrink, temperature, scale, E::kNarrow);
+    const float factor[2] = {temperature * (scale[0] == 0.f ? 1.f : scale[0]), temperature * (scale[1] == 0.f ? 1.f : scale[1])};
+    weight.set(a * shrink, b * shrink, c * shrink, factor, E::kNarrow);
   }
 
   __device__ __forceinline__ void multiply_keys(float (&s)[2 * TOKEN_BLOCKS][4], uint32_t stage) {

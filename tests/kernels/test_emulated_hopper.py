@@ -77,6 +77,16 @@ def test_no_padding_is_read(hopper_kernels, kind):
     assert torch.equal(cuda.forward(Call(*poisoned, *inputs[3:]), False)[0], out) and not out.masked_select(padding).any()
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e9])
+def test_queries_of_any_length(hopper_kernels, scale):
+    """Whose weights in units of their own would leave float32's range in their sums."""
+    inputs, _ = operator_case(torch.bfloat16, degree=2, batch=1, heads=2, key_heads=1, length=140, head_dim=64, value_dim=64, device="cpu")
+    plain = cuda.forward(Call(*inputs), False)[0]
+    inputs[0] = inputs[0] * torch.where(torch.arange(140) < 5, scale, 1.0)[:, None].bfloat16()
+    scaled = cuda.forward(Call(*inputs), False)[0]
+    torch.testing.assert_close(scaled, plain, atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("numbers", [
     (1.0, 1.0, 0.5, 2.0), (1.0, 1.0, 0.0, 1.0), (2.0, 3.0, 0.01, 1.0), (1.0, 0.5, -0.25, 1.0), (1.0, -1.0, 0.5, 1e-3),
     (0.1, 0.0, 30.0, 1.0),
