@@ -16,7 +16,7 @@ template <int STAGES> struct StagedGates {
   alignas(16) float exponent[STAGES][kKeys], factor[STAGES][kKeys];
   alignas(16) int32_t run[STAGES][kKeys];  // 0: padding, or behind the last token
   int32_t told[STAGES][kKeys / 32];        // by each of the warps that fetch: what there is to know of its tokens
-  int32_t lowest[16], highest[16];         // runs of the block's own tokens, by each of its warps
+  int32_t lowest[8], highest[8];           // runs of the block's own tokens, by each of its warps
 };
 using OtherGates = StagedGates<kStages>;
 
@@ -108,7 +108,7 @@ template <int M> struct OwnGates {
 // The runs that a block's own tokens are of, from the lowest to the highest; runs do not fall along a sequence but for padding.
 template <int THREADS, int STAGES>
 __device__ __forceinline__ void range_of_runs(StagedGates<STAGES> &gates, const GateReader &own, int64_t begin, int rows, int32_t &low, int32_t &high, int thread) {
-  static_assert(THREADS >= kRows && THREADS / 32 <= 16, "a thread a token, and room for all warps");
+  static_assert(THREADS >= kRows && THREADS / 32 <= 8, "a thread a token, and room for all warps");
   high = thread < rows ? own.run_of(begin + thread) : 0, low = high > 0 ? high : INT32_MAX;
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) low = min(low, __shfl_xor_sync(0xffffffffu, low, step)), high = max(high, __shfl_xor_sync(0xffffffffu, high, step));

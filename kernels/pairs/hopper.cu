@@ -10,7 +10,6 @@ namespace {
 // q: their rounded unit vectors; scales: what made them such. The state passes through the tiles of keys, two stages of rows.
 template <typename T, int D> struct StateReader {
   using S = State<D>;
-  static constexpr int kThreads = GroupsShape<D, D, NO_GATES>::THREADS;
   using E = Element<T>;
   static constexpr int BLOCKS = S::BLOCKS, ITEMS = 8;  // of a stage
   static constexpr int STAGE = 16 * ITEMS * D * 2;
@@ -24,7 +23,7 @@ template <typename T, int D> struct StateReader {
       : rows(reinterpret_cast<const T *>(state)), columns(reinterpret_cast<const float *>(state + S::ROUNDED_ROWS * D * 2)), stages(stages), thread(thread) {}
 
   __device__ __forceinline__ void fetch(int count) {
-    copy_tile<D, 16 * ITEMS, kThreads>(stages + next_stage * STAGE, rows + static_cast<int64_t>(next_row) * D, D, count, thread);
+    copy_tile<D, 16 * ITEMS, kGroupThreads>(stages + next_stage * STAGE, rows + static_cast<int64_t>(next_row) * D, D, count, thread);
     copy_commit();
     next_row += count, next_stage ^= 1;
   }
@@ -141,135 +140,68 @@ template <typename T, int D, typename Rows> __device__ __forceinline__ void add_
 }
 
 template <typename T, int K, int V, Gates GATES, bool STATE>
-__global__ void __launch_bounds__(GroupsShape<K, V, GATES>::THREADS, GroupsShape<K, V, GATES>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kGroupThreads, GroupsShape<K, V, GATES>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = GroupsShape<K, V, GATES>;
-  using Rows = GroupRows<T, K, V, GATES>;
-  constexpr int kThreads = S::THREADS;
-  constexpr bool GATED = GATES != NO_GATES;
-  using Others = typename Rows::Others;
+  using Others = StagedGates<kKeyStages>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const linattn_problem &p = args.problem;
   const int thread = threadIdx.x;
   const uint32_t row_tile = shared_address(shared);
-  Others *const others = GATED ? reinterpret_cast<Others *>(shared + S::GATES_AT) : nullptr;
 
-  const typename S::Own own(args);
-  const KeyStream<T, K, V, GATES> stream(args, own, row_tile, thread);
-  copy_tile<K, S::ROWS, kThreads>(row_tile, head_of<const T>(p.query, own.batch, own.head) + own.begin * p.query.token_stride, p.query.token_stride, own.rows, thread,
-                                  pieces_of<K, V>(p));
+  const Place own(args);
+  copy_tile<K, kRows, kGroupThreads>(row_tile, head_of<const T>(p.query, own.batch, own.head) + own.begin * p.query.token_stride, p.query.token_stride, own.rows, thread,
+                                     pieces_of<K, V>(p));
   copy_commit();
   const int64_t chunk = STATE ? own.begin / State<K>::CHUNK : 0;
-  int first_tile = static_cast<int>((STATE ? chunk * State<K>::CHUNK : own.begin / args.chunk * args.chunk) / kKeys), end = own.tiles;
-  const GateReader queries(args.gates, p, true, own.batch, own.head, own.begin - 1), keys(args.gates, p, false, own.batch, own.head, own.begin - 1);
-  GateCopy on_way;
-  int32_t low = 0, high = 0;
-  if constexpr (GATES == RUNS) {
-    range_of_runs<kThreads>(*others, queries, own.begin, own.rows, low, high, thread);
-    seen_tiles<kThreads>(*others, keys, low, high, first_tile, end, thread);
-  }
-  // Two tiles, from `tile` on; a thread of the first 128 has the gates of one of their tokens.
-  const auto start = [&](int tile) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (tile + i < end) stream.fetch(tile + i);
-    copy_commit();
-    if constexpr (GATED) {
-      const int own_tile = tile + thread / kKeys;
-      if (thread < 2 * kKeys && own_tile < end) on_way.load(keys, static_cast<int64_t>(own_tile) * kKeys, thread % kKeys);
-    }
-  };
-  const auto write_gates = [&](int tile) {
-    if constexpr (GATED) {
-      const int own_tile = tile + thread / kKeys;
-      if (thread >= 2 * kKeys || own_tile >= end) return;
-      const int stage = own_tile % kKeyStages;
-      if constexpr (GATES == RUNS) on_way.store(*others, false, stage, low, high, thread % kKeys);
-      else others->exponent[stage][thread % kKeys] = on_way.exponent(false), others->factor[stage][thread % kKeys] = on_way.factor(false);
-    }
-  };
-  // Behind the wait for the copies of two tiles: everybody's are here, and what lies where the next go has been read.
-  const auto arrive = [&](int tile) {
-    warpgroup_publish();
-    __syncthreads();
-    if constexpr (GATES == RUNS) {
-      bool padded = told(others, tile % kKeyStages, PADDED);
-      if (tile + 1 < end) padded |= told(others, (tile + 1) % kKeyStages, PADDED);
-      if (!__shfl_sync(0xffffffffu, padded, 0)) return;
-      for (int each = tile; each < min(tile + 2, end); ++each)
-        if (told(others, each % kKeyStages, PADDED)) zero_padding<V, kThreads>(shared + (stream.stage_at(each) - row_tile) + S::KEYS, others->run[each % kKeyStages], thread);
-      warpgroup_publish();
-      __syncthreads();
-    }
-  };
+  int first = static_cast<int>((STATE ? chunk * State<K>::CHUNK : own.begin / args.chunk * args.chunk) / kKeys), end = own.tiles;
+  const KeyStream<T, K, V, GATES> keys(args, own, row_tile, thread);
+  GateStream<GATES> gates(args, own, GATES ? reinterpret_cast<Others *>(shared + S::GATES_AT) : nullptr, thread);
+  if constexpr (GATES == RUNS) gates.look(own, first, end);
+  const Walk<T, K, V, GATES> walk{keys, gates, shared, first, end};
   const bool by_state = STATE && chunk > 0;
-  if (!by_state) start(first_tile), write_gates(first_tile);
+  if (!by_state) walk.start(first), walk.write_gates(first);
   if (by_state) copy_wait<0>();
   else copy_wait<1>();
   warpgroup_publish();
   __syncthreads();
   if constexpr (GATES == RUNS) {
-    zero_own_padding<K, kThreads, S::ROWS>(shared, queries, own.begin, thread);
+    zero_own_padding<K, kGroupThreads>(shared, gates.queries, own.begin, thread);
     __syncthreads();
   }
 
-  Rows rows(p, own, shared);
+  GroupRows<T, K, V, GATES> rows(p, own, shared);
   float scale[2];
   rows.load_queries();
   rows.set_weights(own, scale);
-  if constexpr (GATED) rows.gates.load(queries, rows.group_begin + 16 * (rows.warp % 4) + rows.group);
+  if constexpr (GATES != NO_GATES) rows.gates.load(gates.queries, rows.group_begin + 16 * (rows.warp % 4) + rows.group);
   if constexpr (STATE)
     if (by_state) {
       const int64_t record = (static_cast<int64_t>(own.batch) * p.key_heads + own.key_head) * args.chunks + chunk;
       add_state<T, K>(rows, StateReader<T, K>(args.states + record * State<K>::BYTES, row_tile + S::ROW_TILE, thread), scale, static_cast<float>(chunk * State<K>::CHUNK),
                       own.head);
-      start(first_tile);
+      walk.start(first);
     }
-  start(first_tile + 2), write_gates(first_tile + 2);
-  if (first_tile < end) copy_wait<1>(), arrive(first_tile);
+  walk.start(first + 2), walk.write_gates(first + 2);
+  if (first < end) copy_wait<1>(), walk.arrive(first);
 
-  const int mine = rows.group_begin >= p.length ? first_tile : p.causal ? min(end, static_cast<int>(rows.group_begin / kKeys) + 1) : end;
-  const int own_tile = GATED && p.causal ? static_cast<int>(own.begin / kKeys) : -1;
-  const auto walk = [&](auto squares) {
-    constexpr bool SQUARES = decltype(squares)::value;
-    uint32_t weights[Rows::TOKEN_BLOCKS][4];
-    if (first_tile < mine) {
-      if (rows.is_near(first_tile, others)) rows.template begin_with<SQUARES, true>(first_tile, stream.stage_at(first_tile), weights, others);
-      else rows.template begin_with<SQUARES, false>(first_tile, stream.stage_at(first_tile), weights, others);
-    }
-    for (int tile = first_tile; tile < end; ++tile) {
-      const int next = tile + 1;
-      const bool turn = (next - first_tile) % 2 == 0;  // to the next two
-      if (turn && next < end) {
-        copy_wait<0>();
-        arrive(next);
-        start(next + 2);
-      }
-      const uint32_t stage = stream.stage_at(tile), next_stage = stream.stage_at(next);
-      const auto beside = [&] {
-        if (turn) write_gates(next + 2);
-      };
-      if (next < mine) {
-        if (rows.is_near(next, others)) rows.template go_on<SQUARES, true>(next, stage, next_stage, weights, others, next == own_tile, beside);
-        else rows.template go_on<SQUARES, false>(next, stage, next_stage, weights, others, false, beside);
-      } else {
-        beside();
-        if (tile < mine) rows.end_with(stage, weights);
-      }
-    }
-  };
-  if (rows.weight.squares) walk(std::true_type());
-  else walk(std::false_type());
+  const int mine = rows.group_begin >= p.length ? first : p.causal ? min(end, static_cast<int>(rows.group_begin / kKeys) + 1) : end;
+  const int own_tile = GATES != NO_GATES && p.causal ? static_cast<int>(own.begin / kKeys) : -1;
+  if constexpr (Element<T>::kNarrow) {
+    walk.template go<false>(rows, mine, own_tile);
+  } else {
+    if (rows.weight.squares) walk.template go<true>(rows, mine, own_tile);
+    else walk.template go<false>(rows, mine, own_tile);
+  }
   __syncthreads();  // where rows of results are wider than queries, they lie over those of others
   rows.store(args, own);
 #endif
 }
 
-template <typename T, int K, int V, Gates GATES, bool STATE = false> cudaError_t launch(Arguments args, cudaStream_t stream) {
-  using S = GroupsShape<K, V, GATES>;
-  args.row_tiles = static_cast<int32_t>((args.problem.length + S::ROWS - 1) / S::ROWS);
-  if (const cudaError_t failed = cudaFuncSetAttribute(groups_kernel<T, K, V, GATES, STATE>, cudaFuncAttributeMaxDynamicSharedMemorySize, S::SHARED)) return failed;
-  groups_kernel<T, K, V, GATES, STATE><<<args.problem.batch * args.problem.query_heads * args.row_tiles, S::THREADS, S::SHARED, stream>>>(args);
+template <typename T, int K, int V, Gates GATES, bool STATE = false> cudaError_t launch(const Arguments &args, cudaStream_t stream) {
+  constexpr int kShared = GroupsShape<K, V, GATES>::SHARED;
+  if (const cudaError_t failed = cudaFuncSetAttribute(groups_kernel<T, K, V, GATES, STATE>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;
+  groups_kernel<T, K, V, GATES, STATE><<<args.problem.batch * args.problem.query_heads * args.row_tiles, kGroupThreads, kShared, stream>>>(args);
   return cudaPeekAtLastError();
 }
 

@@ -11,26 +11,19 @@ namespace linattn_pairs {
 constexpr int kKeyStages = 5;  // a tile whose values are still read, two in work, two on their way
 constexpr float kSquares = 64.f;  // b^2 over a c up to which h^2 and e together lose no more than 4 of float32's bits
 
-#ifndef G64
-#define G64 2
-#endif
-#ifndef G128
-#define G128 2
-#endif
+constexpr int kGroupThreads = 256;  // two warpgroups
 
 enum Gates { NO_GATES, DECAY, RUNS };  // what multiplies weights: nothing; a decay alone; runs of tokens, with a decay or without
 
 template <int K, int V, Gates GATES> struct GroupsShape {
-  static constexpr int GROUPS = V <= 64 ? G64 : G128, THREADS = 128 * GROUPS, ROWS = 64 * GROUPS, MIN_BLOCKS = V <= 64 && GROUPS == 2 ? 2 : 1;
-  using Own = PlaceOf<ROWS>;
-  static constexpr bool KEEPS_QUERIES = K < 128 || GROUPS < 3;  // in registers
-  static constexpr int ROW_TILE = ROWS * (K > V ? K : V) * 2;  // queries, and then results
+  static constexpr int MIN_BLOCKS = V <= 64 ? 2 : 1;
+  static constexpr int ROW_TILE = kRows * (K > V ? K : V) * 2;  // queries, and then results
   static constexpr int KEYS = kKeys * K * 2, STAGE = KEYS + kKeys * V * 2;
   static constexpr int SCALES_AT = ROW_TILE + kKeyStages * STAGE, GATES_AT = SCALES_AT + kKeyStages * kKeys * 4;
   static constexpr int SHARED = GATES_AT + (GATES ? sizeof(StagedGates<kKeyStages>) : 0);
 };
 
-// Tiles of keys, values and keys' scales on their way to a stage. A thread keeps where its pieces of the next tile begin.
+// Tiles of keys, values and keys' scales on their way to a stage.
 template <typename T, int K, int V, Gates GATES> struct KeyStream {
   using S = GroupsShape<K, V, GATES>;
   const linattn_problem &p;
@@ -39,7 +32,7 @@ template <typename T, int K, int V, Gates GATES> struct KeyStream {
   const uint32_t shared;
   const int thread;
 
-  __device__ __forceinline__ KeyStream(const Arguments &args, const typename S::Own &own, uint32_t shared, int thread)
+  __device__ __forceinline__ KeyStream(const Arguments &args, const Place &own, uint32_t shared, int thread)
       : p(args.problem), keys(head_of<const T>(p.key, own.batch, own.key_head)), values(head_of<const T>(p.value, own.batch, own.key_head)),
         scales(args.key_scale + (static_cast<int64_t>(own.batch) * p.key_heads + own.key_head) * args.padded), shared(shared), thread(thread) {}
   __device__ __forceinline__ uint32_t stage_at(int tile) const { return shared + S::ROW_TILE + tile % kKeyStages * S::STAGE; }
@@ -47,7 +40,7 @@ template <typename T, int K, int V, Gates GATES> struct KeyStream {
   // No address is kept from tile to tile: registers are short, and what a thread's part is, is soon made again.
   template <int D> __device__ __forceinline__ void fetch(uint32_t tile, const T *rows, int64_t stride, int count, int pieces) const {
     const int thread = remade(this->thread);
-    constexpr int kPieces = D / 8, kStep = S::THREADS / kPieces;
+    constexpr int kPieces = D / 8, kStep = kGroupThreads / kPieces;
     if constexpr (kKeys % kStep == 0 && kStep % 16 == 0) {
       if (count >= kKeys && pieces == kPieces) {
         const T *source = rows + thread / kPieces * stride + thread % kPieces * 8;
@@ -57,7 +50,7 @@ template <typename T, int K, int V, Gates GATES> struct KeyStream {
         return;
       }
     }
-    copy_tile<D, kKeys, S::THREADS>(tile, rows, stride, count, thread, pieces);
+    copy_tile<D, kKeys, kGroupThreads>(tile, rows, stride, count, thread, pieces);
   }
   __device__ __forceinline__ void fetch(int tile) const {
     const int64_t first = static_cast<int64_t>(tile) * kKeys;
@@ -83,7 +76,7 @@ struct RowWeights {
       const float gamma = c * factor[half] * factor[half];
       fits = fits && gamma >= 0x1p-40f && gamma <= 0x1p40f;  // float32 holds sums of weights over gamma
     }
-    squares = !__syncthreads_or(!fits);
+    squares = __shfl_sync(0xffffffffu, !__syncthreads_or(!fits), 0);  // so that the compiler knows, too, that all lanes agree
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float beta = b * factor[half], gamma = c * factor[half] * factor[half];
@@ -120,7 +113,7 @@ template <typename T, int K, int V, Gates GATES> struct GroupRows {
   RowWeights weight;
   OwnGates<1> gates;
 
-  __device__ __forceinline__ GroupRows(const linattn_problem &p, const typename S::Own &own, unsigned char *shared)
+  __device__ __forceinline__ GroupRows(const linattn_problem &p, const Place &own, unsigned char *shared)
       : p(p), shared(shared), row_tile(shared_address(shared)), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), begin(own.begin),
         group_begin(own.begin + 64 * (warp / 4)) {
     mass[0] = mass[1] = 0.f;
@@ -137,7 +130,7 @@ template <typename T, int K, int V, Gates GATES> struct GroupRows {
   }
 
   // scale: 1 / |q| of the lane's rows.
-  __device__ __forceinline__ void set_weights(const typename S::Own &own, float (&scale)[2]) {
+  __device__ __forceinline__ void set_weights(const Place &own, float (&scale)[2]) {
     const float *const of_head = p.coefficients + own.head;
     const float temperature = of_head[3 * p.query_heads], a = of_head[0], b = of_head[p.query_heads], c = of_head[2 * p.query_heads];
     shrink = weight_scale<T>(a, b, c, temperature);
@@ -151,15 +144,11 @@ template <typename T, int K, int V, Gates GATES> struct GroupRows {
   }
 
   __device__ __forceinline__ void multiply_keys(float (&s)[2 * TOKEN_BLOCKS][4], uint32_t stage) {
-    const uint64_t keys = warpgroup_operand<K>(stage), queries = warpgroup_operand<K>(row_tile + Tile<K>::rows_at(warp / 4 * 4));
+    const uint64_t keys = warpgroup_operand<K>(stage);
     warpgroup_keep(s);
     warpgroup_begin();
 #pragma unroll
-    for (int block = 0; block < KEY_BLOCKS; ++block) {
-      const uint64_t key = warpgroup_moved(keys, Tile<K>::columns_at(2 * block));
-      if constexpr (S::KEEPS_QUERIES) WarpgroupProduct<T, kKeys, false>::run(s, q[block], key, block > 0);
-      else WarpgroupProduct<T, kKeys, false>::run(s, warpgroup_moved(queries, Tile<K>::columns_at(2 * block)), key, block > 0);
-    }
+    for (int block = 0; block < KEY_BLOCKS; ++block) WarpgroupProduct<T, kKeys, false>::run(s, q[block], warpgroup_moved(keys, Tile<K>::columns_at(2 * block)), block > 0);
     warpgroup_commit();
   }
   __device__ __forceinline__ void multiply_values(const uint32_t (&weights)[TOKEN_BLOCKS][4], uint32_t stage) {
@@ -258,7 +247,7 @@ template <typename T, int K, int V, Gates GATES> struct GroupRows {
   }
 
   // The means and masses. A warp stages its results over queries, which everybody has in registers.
-  __device__ __forceinline__ void store(const Arguments &args, const typename S::Own &own) {
+  __device__ __forceinline__ void store(const Arguments &args, const Place &own) {
     float *const mass_rows = args.mass + (static_cast<int64_t>(own.batch) * p.query_heads + own.head) * p.length + own.begin;
     T *const results = head_of<T>(args.out, own.batch, own.head) + own.begin * args.out.token_stride;
     const bool stored = own.begin >= args.chunk;  // what states have added lies there
@@ -292,23 +281,113 @@ template <typename T, int K, int V, Gates GATES> struct GroupRows {
   }
 };
 
-// Which tiles hold keys of the block's runs: of those from `first` to `end`, the first and behind the last.
-template <int THREADS, typename Others>
-__device__ __forceinline__ void seen_tiles(Others &others, const GateReader &keys, int32_t low, int32_t high, int &first, int &end, int thread) {
-  int begin = end, behind = first;
-  for (int64_t token = static_cast<int64_t>(first) * kKeys + thread; token < static_cast<int64_t>(end) * kKeys; token += THREADS) {
-    const int32_t run = keys.run_of(token);
-    if (run <= 0 || run < low || run > high) continue;
-    begin = min(begin, static_cast<int>(token / kKeys)), behind = max(behind, static_cast<int>(token / kKeys) + 1);
+// Gates of two tiles on their way, a thread a token; and which tiles a block looks at.
+template <Gates GATES> struct GateStream {
+  using Others = StagedGates<kKeyStages>;
+  Others *const others;
+  const GateReader queries, keys;
+  const int thread;
+  GateCopy on_way;
+  int32_t low = 0, high = 0;  // the runs of the block's own tokens
+
+  __device__ __forceinline__ GateStream(const Arguments &args, const Place &own, Others *others, int thread)
+      : others(others), queries(args.gates, args.problem, true, own.batch, own.head, own.begin - 1), keys(args.gates, args.problem, false, own.batch, own.head, own.begin - 1),
+        thread(thread) {}
+
+  // Of the tiles from `first` to `end`, the first that holds a key of the block's runs, and behind the last.
+  __device__ __forceinline__ void look(const Place &own, int &first, int &end) {
+    range_of_runs<kGroupThreads>(*others, queries, own.begin, own.rows, low, high, thread);
+    int begin = end, behind = first;
+    for (int64_t token = static_cast<int64_t>(first) * kKeys + thread; token < static_cast<int64_t>(end) * kKeys; token += kGroupThreads) {
+      const int32_t run = keys.run_of(token);
+      if (run <= 0 || run < low || run > high) continue;
+      begin = min(begin, static_cast<int>(token / kKeys)), behind = max(behind, static_cast<int>(token / kKeys) + 1);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) begin = min(begin, __shfl_xor_sync(0xffffffffu, begin, step)), behind = max(behind, __shfl_xor_sync(0xffffffffu, behind, step));
+    __syncthreads();  // everybody has read the block's runs
+    if (thread % 32 == 0) others->lowest[thread / 32] = begin, others->highest[thread / 32] = behind;
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < kGroupThreads / 32; ++warp) begin = min(begin, others->lowest[warp]), behind = max(behind, others->highest[warp]);
+    first = __shfl_sync(0xffffffffu, begin, 0), end = __shfl_sync(0xffffffffu, behind, 0);
   }
+
+  __device__ __forceinline__ void start(int tile, int end) {
+    tile += thread / kKeys;
+    if (thread < 2 * kKeys && tile < end) on_way.load(keys, static_cast<int64_t>(tile) * kKeys, thread % kKeys);
+  }
+  __device__ __forceinline__ void write(int tile, int end) const {
+    tile += thread / kKeys;
+    if (thread >= 2 * kKeys || tile >= end) return;
+    const int stage = tile % kKeyStages, place = thread % kKeys;
+    if constexpr (GATES == RUNS) on_way.store(*others, false, stage, low, high, place);
+    else others->exponent[stage][place] = on_way.exponent(false), others->factor[stage][place] = on_way.factor(false);
+  }
+  __device__ __forceinline__ bool is_padded(int tile) const { return told(others, tile % kKeyStages, PADDED); }
+};
+
+// What a block walks over: its tiles from `first` to `end`, two at a time on their way, and their gates.
+template <typename T, int K, int V, Gates GATES> struct Walk {
+  using S = GroupsShape<K, V, GATES>;
+  using Rows = GroupRows<T, K, V, GATES>;
+  const KeyStream<T, K, V, GATES> &keys;
+  GateStream<GATES> &gates;
+  unsigned char *const shared;
+  const int first, end;
+
+  __device__ __forceinline__ void start(int tile) const {
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) begin = min(begin, __shfl_xor_sync(0xffffffffu, begin, step)), behind = max(behind, __shfl_xor_sync(0xffffffffu, behind, step));
-  __syncthreads();  // everybody has read the block's runs
-  if (thread % 32 == 0) others.lowest[thread / 32] = begin, others.highest[thread / 32] = behind;
-  __syncthreads();
-#pragma unroll
-  for (int warp = 0; warp < THREADS / 32; ++warp) begin = min(begin, others.lowest[warp]), behind = max(behind, others.highest[warp]);
-  first = __shfl_sync(0xffffffffu, begin, 0), end = __shfl_sync(0xffffffffu, behind, 0);
-}
+    for (int i = 0; i < 2; ++i)
+      if (tile + i < end) keys.fetch(tile + i);
+    copy_commit();
+    if constexpr (GATES != NO_GATES) gates.start(tile, end);
+  }
+  __device__ __forceinline__ void write_gates(int tile) const {
+    if constexpr (GATES != NO_GATES) gates.write(tile, end);
+  }
+  // Behind the wait for the copies of two tiles: everybody's are here, and what lies where the next go has been read.
+  __device__ __forceinline__ void arrive(int tile) const {
+    warpgroup_publish();
+    __syncthreads();
+    if constexpr (GATES == RUNS) {
+      const bool padded = gates.is_padded(tile) || (tile + 1 < end && gates.is_padded(tile + 1));
+      if (!__shfl_sync(0xffffffffu, padded, 0)) return;
+      for (int each = tile; each < min(tile + 2, end); ++each)
+        if (gates.is_padded(each)) zero_padding<V, kGroupThreads>(shared + S::ROW_TILE + each % kKeyStages * S::STAGE + S::KEYS, gates.others->run[each % kKeyStages], keys.thread);
+      warpgroup_publish();
+      __syncthreads();
+    }
+  }
+
+  // Rows see the tiles before `mine`; own: that with which the block's own tokens begin, beside a decay.
+  template <bool SQUARES> __device__ __forceinline__ void go(Rows &rows, int mine, int own) const {
+    uint32_t weights[Rows::TOKEN_BLOCKS][4];
+    if (first < mine) {
+      if (rows.is_near(first, gates.others)) rows.template begin_with<SQUARES, true>(first, keys.stage_at(first), weights, gates.others);
+      else rows.template begin_with<SQUARES, false>(first, keys.stage_at(first), weights, gates.others);
+    }
+    for (int tile = first; tile < end; ++tile) {
+      const int next = tile + 1;
+      const bool turn = (next - first) % 2 == 0;  // to the next two
+      if (turn && next < end) {
+        copy_wait<0>();
+        arrive(next);
+        start(next + 2);
+      }
+      const uint32_t stage = keys.stage_at(tile), next_stage = keys.stage_at(next);
+      const auto beside = [&] {
+        if (turn) write_gates(next + 2);
+      };
+      if (next < mine) {
+        if (rows.is_near(next, gates.others)) rows.template go_on<SQUARES, true>(next, stage, next_stage, weights, gates.others, next == own, beside);
+        else rows.template go_on<SQUARES, false>(next, stage, next_stage, weights, gates.others, false, beside);
+      } else {
+        beside();
+        if (tile < mine) rows.end_with(stage, weights);
+      }
+    }
+  }
+};
 
 }  // namespace linattn_pairs

@@ -48,21 +48,20 @@ template <typename T> __device__ __forceinline__ float weight_scale(float a, flo
 }
 
 // Which queries a block owns. Long rows come first, and heads in groups whose keys and values stay in the cache.
-template <int ROWS> struct PlaceOf {
+struct Place {
   int batch, head, key_head, rows, tiles;  // rows: real ones; tiles: of keys
   int64_t begin;
-  __device__ __forceinline__ explicit PlaceOf(const Arguments &args) {
+  __device__ __forceinline__ explicit Place(const Arguments &args) {
     const linattn_problem &p = args.problem;
     const int all_heads = p.batch * p.query_heads, blocks = args.heads_together * args.row_tiles;
     const int first = blockIdx.x / blocks * args.heads_together, together = min(args.heads_together, all_heads - first), inside = blockIdx.x % blocks;
     const int number = first + inside % together;
     batch = number / p.query_heads, head = number % p.query_heads, key_head = head / (p.query_heads / p.key_heads);
-    begin = static_cast<int64_t>(args.row_tiles - 1 - inside / together) * ROWS;
-    rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(ROWS)));
+    begin = static_cast<int64_t>(args.row_tiles - 1 - inside / together) * kRows;
+    rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(kRows)));
     tiles = static_cast<int>(((p.causal ? begin + rows : p.length) + kKeys - 1) / kKeys);
   }
 };
-using Place = PlaceOf<kRows>;
 
 // Where keys are narrower than values they may be narrower than their tiles, too: pieces of 16 bytes that hold something.
 template <int K, int V> __device__ __forceinline__ int pieces_of(const linattn_problem &p) { return K < V ? p.head_dim / 8 : K / 8; }
