@@ -48,16 +48,18 @@ template <int D, bool GRAD, bool GATED, bool DEEP> struct RowShape {
     alignas(16) uint16_t key_high[BUFFERS][C], key_low[BUFFERS][C], column_high[D], column_low[D], zeros[C > D ? C : D];
     float totals[STRIPES][kMaxGroup][2], coefficients[kMaxGroup][2];
     float peaks[STATE_WARPS], state_worth;  // of the state's rounded elements
-    alignas(16) uint16_t row_high[3][C], row_low[3][C];  // gradient: as columns weigh the rows
+  };
+  struct SumsSmall : Small {
+    alignas(16) uint16_t row_high[3][C], row_low[3][C];  // as columns weigh the rows
     float counts[STRIPES];
   };
   struct GatedSmall : Small {
     GateTiles<C, STAGES> gates;
     alignas(16) uint16_t leave_high[BUFFERS][C], leave_low[BUFFERS][C];
-    alignas(16) float leave[BUFFERS][C], factor[BUFFERS][C], scale_by_factor[BUFFERS][C];  // factor: of the keys, where a pair's gate is a product
+    alignas(16) float leave[BUFFERS][C], factor[BUFFERS][C], scale_by_factor[BUFFERS][DEEP ? C : 1];  // factor: of the keys, where a pair's gate is a product
     float count;
   };
-  using AllSmall = std::conditional_t<GATED, GatedSmall, Small>;
+  using AllSmall = std::conditional_t<GATED, GatedSmall, std::conditional_t<GRAD, SumsSmall, Small>>;
   static constexpr int SHARED = STAGES * (ROW_TILES + 2) * TILE + STATE_TILE + static_cast<int>(sizeof(AllSmall));
 };
 
