@@ -13,11 +13,14 @@ constexpr int kFlowThreads = 256;
 // S of an edge, since R takes its place.
 template <int K, int V> __global__ void __launch_bounds__(kFlowThreads) keep_edges_kernel(const __grid_constant__ StateArguments args) {
   using S = FeatureState<K, V>;
-  constexpr int kRowPieces = S::ROWS * V / 8, kPieces = kRowPieces + S::FLOATS / 4;
+  constexpr int kRowPieces = S::ROWS * V / 8, kPieces = kRowPieces + S::COUNT / 4 + 1;  // the last is the count alone: behind it nothing is written
   const int64_t edge = blockIdx.y, record = edge / args.edges * args.chunks + (edge % args.edges + 1) * kEdgeChunks;
+  const float *const columns = args.columns + record * S::FLOATS;
+  float *const kept = args.edge_columns + edge * S::FLOATS;
   for (int i = blockIdx.x * kFlowThreads + threadIdx.x; i < kPieces; i += gridDim.x * kFlowThreads) {
     if (i < kRowPieces) reinterpret_cast<uint4 *>(args.edge_rows + edge * S::ROWS * V)[i] = reinterpret_cast<const uint4 *>(args.rows + record * S::ROWS * V)[i];
-    else reinterpret_cast<float4 *>(args.edge_columns + edge * S::FLOATS)[i - kRowPieces] = reinterpret_cast<const float4 *>(args.columns + record * S::FLOATS)[i - kRowPieces];
+    else if (i + 1 < kPieces) reinterpret_cast<float4 *>(kept)[i - kRowPieces] = reinterpret_cast<const float4 *>(columns)[i - kRowPieces];
+    else kept[S::COUNT] = columns[S::COUNT];
   }
 }
 

@@ -236,5 +236,5 @@ def test_backward_takes_over_the_states_that_forward_made(monkeypatch, kind):
     found, launched = run()
     monkeypatch.setitem(operators._KEEPING, "cuda", lambda *call: (cuda.forward(*call), None))
     remade, more = run()
-    assert (launched, more) == (2, 3)
+    assert launched + 1 == more
     assert all(torch.equal(x, y) for x, y in zip(found, remade, strict=True))
