@@ -3,10 +3,10 @@
 // Everything is a product of small tiles. A sequence is cut into chunks; inside a chunk the weights are formed pair by pair, and what came
 // before a chunk is one running sum, the state S = sum psi(k) [v, 1]^T with psi(k) = [k, 1, k_i k_j for i <= j]:
 //
-//   states    the sum of every chunk alone                                       generic_states.cu
-//   scan      the state ahead of every chunk, in place                           generic_scan.cu
-//   apply     rows = queries: out, from the state and the pairs of the chunk     generic_apply.cu
-//   slope     rows = queries: their gradient                                     generic_slope.cu
+//   states    the sum of every chunk alone                                       states.cu
+//   scan      the state ahead of every chunk, in place                           scan.cu
+//   apply     rows = queries: out, from the state and the pairs of the chunk     apply.cu
+//   slope     rows = queries: their gradient                                     slope.cu
 //
 // Backward is the same with the roles turned round: rows are keys, columns are the queries behind them, and R, the gradient of the
 // state, runs from the end of the sequence to its start. With w_i = dL/do_i / g_i and e_i = -(dL/do_i . o_i) / g_i + dL/dg_i:

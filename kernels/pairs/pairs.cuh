@@ -30,7 +30,7 @@ struct Arguments {
   int64_t padded;          // tokens, a multiple of kKeys
   int32_t row_tiles, heads_together;
   int64_t chunk;           // tokens whose pairs are formed where they are not all: see states.cu
-  int64_t chunks;          // what lies before a query's own chunk is in a state: see pairs_state.cu; 1: no state
+  int64_t chunks;          // what lies before a query's own chunk is in a state: see state.cu; 1: no state
   float *sums;             // of every chunk alone
   unsigned char *states;   // before every chunk
   unsigned char *unit_keys;

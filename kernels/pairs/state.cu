@@ -1,6 +1,6 @@
 // architectures: sm_90a
 // The second degree beyond some thousands of tokens: the sums of each chunk by wgmma, and from them the state before every chunk. Pairs are
-// then formed inside chunks only (pairs_hopper.cu), and time grows with N, not with its square.
+// then formed inside chunks only (hopper.cu), and time grows with N, not with its square.
 //
 // sum_n k_a k_b v_n is a product over the tokens: its rows are the features k_a k_b, made in registers from a block of K^T and one row of it,
 // its columns those of V in shared memory.

@@ -1,4 +1,4 @@
-// What the kernels say in PTX, or by intrinsics that have no meaning on a host: nothing else does, but for Hopper's warpgroups (mma_warpgroup.cuh).
+// What the kernels say in PTX, or by intrinsics that have no meaning on a host: nothing else does, but for Hopper's warpgroups (warpgroup.cuh).
 // tests/emulation has a second form of this file, so that every kernel can run on a CPU.
 //
 // In a fragment, lane = 4 * group + place: a lane holds rows `group` and `group + 8`, columns 2 * place and 2 * place + 1.

@@ -21,7 +21,7 @@ template <> struct Element<__nv_bfloat16> {
 
 template <> struct Element<__half> {
   using Two = __half2;
-  static constexpr bool kNarrow = true;  // a narrower range than float32's: see mma_range.cuh
+  static constexpr bool kNarrow = true;  // a narrower range than float32's: see range.cuh
   static constexpr uint32_t kOnes = 0x3C003C00u;
   static __device__ __forceinline__ uint32_t pack(float low, float high) { return pack_fp16(low, high); }
   static __device__ __forceinline__ float low(uint32_t both) { return __half2float(__ushort_as_half(both & 0xffffu)); }
