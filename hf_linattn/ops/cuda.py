@@ -240,10 +240,6 @@ def _describe(x: Tensor) -> _Tensor:
     return _Tensor(x.data_ptr(), *x.stride()[:3])
 
 
-def _pointer(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 class _Launch:
     """A call as the library sees it, and every tensor behind its pointers, kept alive until it is launched."""
 
@@ -261,10 +257,10 @@ class _Launch:
         self.problem = _Problem(
             batch, heads, key.shape[1], call.state_heads, head_dim, value.shape[3], length,
             _DTYPES[query.dtype], call.degree, call.causal, call.normalize_qk, _describe(query), _describe(key), _describe(value),
-            _pointer(coefficients), _pointer(log_decay), log_decay is not None and log_decay.dim() == 3,
-            _pointer(query_segments), _pointer(key_segments),
+            at(coefficients), at(log_decay), log_decay is not None and log_decay.dim() == 3,
+            at(query_segments), at(key_segments),
             0 if query_segments is None else query_segments.stride(0), 0 if key_segments is None else key_segments.stride(0),
-            _pointer(initial_state), _pointer(dropout_p), _pointer(seed),
+            at(initial_state), at(dropout_p), at(seed),
         )  # fmt: skip
 
     def reads(self, call: Call) -> bool:
@@ -286,7 +282,7 @@ class _Launch:
         assert library is not None
         with device.current(self.device):
             workspace = device.memory(plan.workspace_bytes, self.device)
-            self.problem.workspace, self.problem.stream = _pointer(workspace), device.stream(self.device)
+            self.problem.workspace, self.problem.stream = at(workspace), device.stream(self.device)
             code = getattr(library, f"linattn_{name}")(byref(self.problem), byref(results), byref(plan))
         _raise_if(code, name)
         return workspace
@@ -400,7 +396,7 @@ def _forward_anew(call: Call, return_state: bool, given: Layout) -> tuple[Forwar
     out = call.empty_out()
     mass = query.new_empty(query.shape[:3], dtype=torch.float32)
     state = query.new_empty(call.state_shape, dtype=torch.float32) if return_state else None
-    results = _ForwardResult(_describe(out), mass.data_ptr(), _pointer(state))
+    results = _ForwardResult(_describe(out), mass.data_ptr(), at(state))
     plan = launch.plan("forward", results)
     if plan.padded_dim:
         (wide, mass, state), kept = forward_keeping(padded_call(call, plan.padded_dim), return_state)
@@ -451,9 +447,9 @@ def _backward_anew(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad
     out, grad_out = _rows(out), _aligned_rows(grad_out.to(query.dtype))
     mass, grad_mass, grad_state = (_plain(x, torch.float32, query.device) for x in (mass, grad_mass, grad_state))  # type: ignore[assignment]
     data = _BackwardData(
-        _describe(out), _describe(grad_out), mass.data_ptr(), _pointer(grad_mass), _pointer(grad_state),
+        _describe(out), _describe(grad_out), mass.data_ptr(), at(grad_mass), at(grad_state),
         _describe(grad_query), _describe(grad_key), _describe(grad_value),
-        grad_coefficients.data_ptr(), _pointer(grad_log_decay), _pointer(grad_initial),
+        grad_coefficients.data_ptr(), at(grad_log_decay), at(grad_initial),
         *((kept.states.data_ptr(), kept.segment_length) if kept else ()),
     )  # fmt: skip
     plan = launch.plan("backward", data)

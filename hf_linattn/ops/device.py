@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-_IT_IS: AbstractContextManager = nullcontext()
+_NOTHING_TO_DO: AbstractContextManager = nullcontext()
 
 
 def current(device: torch.device) -> AbstractContextManager:
     """The device as PyTorch's current one, which it mostly is."""
-    return _IT_IS if device.index == torch._C._cuda_getDevice() else torch.cuda.device(device)
+    return _NOTHING_TO_DO if device.index == torch._C._cuda_getDevice() else torch.cuda.device(device)
 
 
 def stream(device: torch.device) -> int:

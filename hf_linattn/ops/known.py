@@ -61,12 +61,13 @@ class Known(NamedTuple):
             problem = PROBLEM.pack(
                 sizes, query.data_ptr(), of_query, key.data_ptr(), of_key, value.data_ptr(), of_value, coefficients.data_ptr(),
                 at(log_decay), of_decay, at(query_segments), at(key_segments), of_segments, at(initial_state), at(dropout_p), at(seed),
-                at(workspace), device.stream(on) or 0,
+                at(workspace), device.stream(on),
             )  # fmt: skip
             return self.run(problem, results, self.plan), workspace
 
 
 def at(x: Tensor | None) -> int:
+    """Its address, 0 for none."""
     return 0 if x is None else x.data_ptr()
 
 

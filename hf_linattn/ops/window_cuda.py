@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import cuda, device
 from .features import feature_count
+from .known import at
 from .ring import Ring
 from .window_token import Beside, Token
 
@@ -87,7 +88,7 @@ def step(token: Token, ring: Ring, beside: Beside) -> Tensor:
     with device.current(query.device):
         library.linattn_plan_window_step(window, far, plan)
         memory = device.memory(plan.workspace_bytes, query.device)
-        window.workspace, window.stream = cuda._pointer(memory), device.stream(query.device)
+        window.workspace, window.stream = at(memory), device.stream(query.device)
         code = library.linattn_window_step(byref(window), None if far is None else byref(far), byref(plan))
     if code:
         raise RuntimeError(f"the kernels of a window's token failed: {library.linattn_error_string(code).decode()}.")
@@ -105,7 +106,7 @@ def _window(token: Token, ring: Ring, out: Tensor) -> tuple[cuda._Window, tuple[
         batch, heads, key.shape[1], head_dim, value.shape[3], ring.window, ring.sinks, cuda._DTYPES[query.dtype],
         head_dim**-0.5 if scaling is None else scaling,
         describe(query), describe(key), describe(value), describe(out), describe(ring.key), describe(ring.value),
-        ring.seen.data_ptr(), cuda._pointer(real), 0 if real is None else real.stride(0),
+        ring.seen.data_ptr(), at(real), 0 if real is None else real.stride(0),
     )  # fmt: skip
     return window, rows
 
@@ -118,7 +119,6 @@ def _beside(token: Token, ring: Ring, beside: Beside) -> tuple[cuda._Beside, lis
     gate, coefficients, log_decay, log_input_gate = (cuda._plain(x, torch.float32, on) for x in (gate, *numbers[:3]))
     query_matrix, key_matrix, key_center = (cuda._plain(x, dtype, on) for x in numbers[3:6])
     power, log_scale, output_gate = (cuda._plain(x, torch.float32, on) for x in numbers[6:])
-    at = cuda._pointer
     gate_stride = heads if beside.gate is not None and beside.gate.dim() == 3 else 0
     far = cuda._Beside(
         state.shape[1], _features(token, beside), beside.degree, beside.normalize_qk, at(state), at(coefficients), at(log_decay),
