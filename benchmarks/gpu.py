@@ -231,6 +231,12 @@ def refusals(sections: dict[str, list[Row]]) -> list[str]:
     return list(dict.fromkeys(f"- {row['form']}, {name}: {row[field]}" for field, name in names.items() for row in rows if field in row))
 
 
+BESIDE_FLA = (
+    "Ours and softmax were timed while FLA's kernels were compiled by other cores, which eager times may show. "
+    "A decay is given without a gradient of its own in ours, where\nFLA's forms with a gate compute it."
+)
+
+
 def page(about: dict, sections: dict[str, list[Row]], libraries: dict[str, str]) -> str:
     """The results as Markdown."""
     conditions = ", ".join(f"{name} {value}" for name, value in about.items())
@@ -240,6 +246,7 @@ def page(about: dict, sections: dict[str, list[Row]], libraries: dict[str, str])
         "bfloat16 where nothing else is said, causal. Medians of CUDA graph replays, as multiples of the memory-traffic floor and of "
         "cuDNN's softmax (bfloat16, no decay) in the same run, and of eager calls, forward · forward+backward; the peak of what these "
         f"add, in tensors. {conditions}.",
+        *([BESIDE_FLA] if "FLA" in libraries else []),
         "Peers, each in a process of its own ([what they are](../peers.py)):",
         markdown([["library", "version, or why it did not run"], *([name, said] for name, said in libraries.items())]),
     ]
