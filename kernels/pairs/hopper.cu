@@ -13,7 +13,7 @@ template <typename T, int D> struct StateReader {
   using E = Element<T>;
   static constexpr int BLOCKS = S::BLOCKS, ITEMS = 8;  // of a stage
   static constexpr int STAGE = 16 * ITEMS * D * 2;
-  static_assert(kStages * STAGE <= kKeyStages * GroupsShape<D, D, NO_GATES>::STAGE && 2 * D <= 16 * ITEMS, "the stages fit where the keys will be");
+  static_assert(kStages * STAGE <= kKeyStages * OutputShape<D, D, NO_GATES>::STAGE && 2 * D <= 16 * ITEMS, "the stages fit where the keys will be");
   const T *rows;         // rounded
   const float *columns;  // sum k, sum v
   uint32_t stages;
@@ -140,9 +140,9 @@ template <typename T, int D, typename Rows> __device__ __forceinline__ void add_
 }
 
 template <typename T, int K, int V, Gates GATES, bool STATE>
-__global__ void __launch_bounds__(kGroupThreads, GroupsShape<K, V, GATES>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using S = GroupsShape<K, V, GATES>;
+  using S = OutputShape<K, V, GATES>;
   using Others = StagedGates<kKeyStages>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const linattn_problem &p = args.problem;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kGroupThreads, GroupsShape<K, V, GATES>::MIN_B
   const KeyStream<T, K, V, GATES> keys(args, own, row_tile, thread);
   GateStream<GATES> gates(args, own, GATES ? reinterpret_cast<Others *>(shared + S::GATES_AT) : nullptr, thread);
   if constexpr (GATES == RUNS) gates.look(own, first, end);
-  const Walk<T, K, V, GATES> walk{keys, gates, shared, first, end};
+  const OutputWalk<T, K, V, GATES> walk{keys, gates, shared, first, end};
   const bool by_state = STATE && chunk > 0;
   if (!by_state) walk.start(first), walk.write_gates(first);
   if (by_state) copy_wait<0>();
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kGroupThreads, GroupsShape<K, V, GATES>::MIN_B
     __syncthreads();
   }
 
-  GroupRows<T, K, V, GATES> rows(p, own, shared);
+  OutputRows<T, K, V, GATES> rows(p, own, shared);
   float scale[2];
   rows.load_queries();
   rows.set_weights(own, scale);
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kGroupThreads, GroupsShape<K, V, GATES>::MIN_B
 }
 
 template <typename T, int K, int V, Gates GATES, bool STATE = false> cudaError_t launch(const Arguments &args, cudaStream_t stream) {
-  constexpr int kShared = GroupsShape<K, V, GATES>::SHARED;
+  constexpr int kShared = OutputShape<K, V, GATES>::SHARED;
   if (const cudaError_t failed = cudaFuncSetAttribute(groups_kernel<T, K, V, GATES, STATE>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;
   groups_kernel<T, K, V, GATES, STATE><<<args.problem.batch * args.problem.query_heads * args.row_tiles, kGroupThreads, kShared, stream>>>(args);
   return cudaPeekAtLastError();
@@ -223,7 +223,7 @@ bool hopper_takes(const linattn_problem &problem) {
 }
 
 int hopper_shared_bytes(const linattn_problem &problem) {
-  return with_tiles(problem, [](auto key, auto value, auto gates) -> int { return GroupsShape<key(), value(), gates()>::SHARED; });
+  return with_tiles(problem, [](auto key, auto value, auto gates) -> int { return OutputShape<key(), value(), gates()>::SHARED; });
 }
 
 cudaError_t hopper_launch(const Arguments &args, cudaStream_t stream) {

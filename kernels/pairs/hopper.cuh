@@ -15,7 +15,7 @@ constexpr int kGroupThreads = 256;  // two warpgroups
 
 enum Gates { NO_GATES, DECAY, RUNS };  // what multiplies weights: nothing; a decay alone; runs of tokens, with a decay or without
 
-template <int K, int V, Gates GATES> struct GroupsShape {
+template <int K, int V, Gates GATES> struct OutputShape {
   static constexpr int MIN_BLOCKS = V <= 64 ? 2 : 1;
   static constexpr int ROW_TILE = kRows * (K > V ? K : V) * 2;  // queries, and then results
   static constexpr int KEYS = kKeys * K * 2, STAGE = KEYS + kKeys * V * 2;
@@ -25,7 +25,7 @@ template <int K, int V, Gates GATES> struct GroupsShape {
 
 // Tiles of keys, values and keys' scales on their way to a stage.
 template <typename T, int K, int V, Gates GATES> struct KeyStream {
-  using S = GroupsShape<K, V, GATES>;
+  using S = OutputShape<K, V, GATES>;
   const linattn_problem &p;
   const T *keys, *values;  // of the head
   const float *scales;
@@ -96,9 +96,9 @@ struct RowWeights {
 };
 
 // A warp's 16 rows.
-template <typename T, int K, int V, Gates GATES> struct GroupRows {
+template <typename T, int K, int V, Gates GATES> struct OutputRows {
   static constexpr bool GATED = GATES != NO_GATES;
-  using S = GroupsShape<K, V, GATES>;
+  using S = OutputShape<K, V, GATES>;
   using E = Element<T>;
   using Others = StagedGates<kKeyStages>;
   static constexpr int KEY_BLOCKS = K / 16, VALUE_BLOCKS = V / 16, TOKEN_BLOCKS = kKeys / 16;
@@ -113,7 +113,7 @@ template <typename T, int K, int V, Gates GATES> struct GroupRows {
   RowWeights weight;
   OwnGates<1> gates;
 
-  __device__ __forceinline__ GroupRows(const linattn_problem &p, const Place &own, unsigned char *shared)
+  __device__ __forceinline__ OutputRows(const linattn_problem &p, const Place &own, unsigned char *shared)
       : p(p), shared(shared), row_tile(shared_address(shared)), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), begin(own.begin),
         group_begin(own.begin + 64 * (warp / 4)) {
     mass[0] = mass[1] = 0.f;
@@ -328,9 +328,9 @@ template <Gates GATES> struct GateStream {
 };
 
 // What a block walks over: its tiles from `first` to `end`, two at a time on their way, and their gates.
-template <typename T, int K, int V, Gates GATES> struct Walk {
-  using S = GroupsShape<K, V, GATES>;
-  using Rows = GroupRows<T, K, V, GATES>;
+template <typename T, int K, int V, Gates GATES> struct OutputWalk {
+  using S = OutputShape<K, V, GATES>;
+  using Rows = OutputRows<T, K, V, GATES>;
   const KeyStream<T, K, V, GATES> &keys;
   GateStream<GATES> &gates;
   unsigned char *const shared;
