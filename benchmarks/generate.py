@@ -1,8 +1,8 @@
 """Generating, as a user types it: time and memory of a token against context and batch, beside softmax, all in one run.
 
     python benchmarks/generate.py --device cpu [--out benchmarks/results]
-    python benchmarks/generate.py --device cuda --shape tinyllama --contexts 1024,16384,131072,1048576 --batches 1,16,256 \
-        --most 1048576 --jobs 7 [--out benchmarks/results]
+    python benchmarks/generate.py --device cuda --shape tinyllama --contexts 1024,32768,262144 --batches 1,16,256 \
+        --most 262144 --tokens 28 --jobs 8 [--out benchmarks/results]
 
 Random weights of one shape, as converted models of several forms. A prompt of so many tokens is processed, then tokens are drawn by
 `model.generate(..., cache_implementation=...)`, and a streamer looks at the clock at each of them. Where the cache is static, `generate`
