@@ -136,22 +136,29 @@ def check_state(state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> No
         )
 
 
+def check_device(name: str, x: Tensor, query: Tensor) -> None:
+    """Kernels get no more of these tensors than an address, which means nothing on another device."""
+    if x.device != query.device:
+        raise ValueError(f"{name} must be on the device of query, {query.device}, but is on {x.device}.")
+
+
 MOST_TOKENS = 16  # of a step, as kernels/tokens.cu has it
 
 
 def check_step(call: Call, state: Tensor) -> None:
-    """What a step asks of its tensors and its state; of ordinary ones once for each combination of shapes and dtypes."""
+    """What a step asks of its tensors and its state; of ordinary ones once for each combination of shapes, dtypes and devices."""
     query, key, value, _, decay, *_ = call
     known: tuple | None = None
     if type(query) is type(key) is type(value) is type(state) is Tensor and not torch.compiler.is_compiling():  # else sizes may be symbols
         facts = query.shape, query.dtype, query.device, key.shape, key.dtype, key.device, value.shape, value.dtype, value.device
-        known = *facts, state.shape, state.dtype, None if decay is None else decay.shape, call.degree
+        known = *facts, state.shape, state.dtype, state.device, None if decay is None else decay.shape, call.degree
         if known in _known:
             return
     _check_tensors(query, key, value, 0, True, True)
     if query.shape[2] == 0 or query.shape[2] > MOST_TOKENS:
         raise ValueError(f"linear_attention_step takes 1 to {MOST_TOKENS} tokens a call, not {query.shape[2]}: use linear_attention.")
     check_state(state, call.state_shape, call.dtype)
+    check_device("the state", state, query)
     if known is not None:
         _remember(known)
 

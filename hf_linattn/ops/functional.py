@@ -145,6 +145,8 @@ def _canonical(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, 
                initial_state: Tensor | None, degree: int, causal: bool, normalize_qk: bool) -> Call:  # fmt: skip
     """The operators' form of what a user gives, without noise; raises where the decay, the segments or the state do not fit."""
     segments = None if segment_ids is None else canonical_segments(segment_ids, query.shape[0], key.shape[2])
+    if segments is not None:
+        checks.check_device("segment_ids", segments, query)
     decay = None if log_decay is None else canonical_decay(log_decay, query, key)
     if decay is not None and segments is not None:
         decay = without_padding(decay, segments)

@@ -58,6 +58,7 @@ def step_by(weights: Weights, query: Tensor, key: Tensor, value: Tensor, state: 
     if segment_ids is not None:
         is_mask = isinstance(segment_ids, Tensor) and segment_ids.dtype == torch.bool and segment_ids.shape == (query.shape[0], 1)
         segments = segment_ids.to(torch.int32) if is_mask else canonical_segments(segment_ids, query.shape[0], key.shape[2])
+        checks.check_device("segment_ids", segments, query)
         if decay is not None and query.shape[2] > 1:
             decay = without_padding(decay, segments)
     f, degree, normalize_qk, _ = weights

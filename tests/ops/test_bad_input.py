@@ -55,6 +55,7 @@ def test_tensors(tensors, error, words):
     ({"segment_ids": torch.ones(2, 9)}, TypeError, "integers"),
     ({"segment_ids": torch.tensor([[2] * 4 + [1] * 5] * 2)}, ValueError, "never fall"),
     ({"segment_ids": torch.tensor([[1] * 4 + [-1] * 5] * 2)}, ValueError, "never fall"),
+    ({"segment_ids": torch.ones(2, 9, dtype=torch.bool, device="meta")}, ValueError, "segment_ids must be on the device of query"),
     ({"dropout_p": 1.0}, ValueError, "below 1"),
     ({"dropout_p": -0.00001}, ValueError, "at least 0"),
     ({"dropout_p": torch.tensor(-0.00001)}, ValueError, "at least 0"),
@@ -80,6 +81,17 @@ def test_step():
         linear_attention_step(*(x[:, :, :0] for x in (Q, K, V)), empty_state(2, 2, 8, 6))
     with pytest.raises(ValueError, match="the state must be"):
         linear_attention_step(Q[:, :, :1], K[:, :, :1], V[:, :, :1], empty_state(2, 4, 8, 6))
+
+
+def test_a_step_of_tensors_on_another_device():
+    """Of shapes and dtypes that were right before."""
+    tensors, state = (Q[:, :, :1], K[:, :, :1], V[:, :, :1]), empty_state(2, 2, 8, 6)
+    for ids in (torch.ones(2, 1, dtype=torch.bool), torch.ones(2, 1, dtype=torch.long)):
+        linear_attention_step(*tensors, state, segment_ids=ids)
+        with pytest.raises(ValueError, match="segment_ids must be on the device of query"):
+            linear_attention_step(*tensors, state, segment_ids=ids.to("meta"))
+    with pytest.raises(ValueError, match="the state must be on the device of query"):
+        linear_attention_step(*tensors, state.to("meta"))
 
 
 @pytest.mark.parametrize("options", [
