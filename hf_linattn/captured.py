@@ -70,9 +70,12 @@ def compile_graph(backend: Callable[..., Any], graph: Any, inputs: list[Any]) ->
 
 def multiplies_one_row(graph: torch.fx.GraphModule) -> bool:
     """Whether its matrices meet vectors: a token of one sequence. A library's product then takes twice the time that reading the matrix
-    does; Inductor's own, which it makes only where it may search for their best shape of blocks, comes near it."""
+    does; Inductor's own, which it makes only where it may search for their best shape of blocks, comes near it. Sizes that no one knows
+    yet, as of the tokens that an expert is given, are not asked for."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
     linear = [node.meta["example_value"] for node in graph.graph.nodes if node.target is torch._C._nn.linear]
-    return bool(linear) and all(x.numel() == x.shape[-1] for x in linear)
+    return bool(linear) and all(statically_known_true(x.numel() == x.shape[-1]) for x in linear)
 
 
 class Capture(NamedTuple):

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import CompileConfig, StaticCache, masking_utils
 from transformers.generation import BaseStreamer
 
-from hf_linattn import compiled
+from hf_linattn import captured, compiled
 
 STUDENTS = [
     ("llama", {"decay": "head"}),
@@ -224,6 +224,21 @@ def test_matrices_that_meet_one_row_are_multiplied_by_what_inductor_finds_best(r
     with torch.no_grad():
         torch.compile(torch.nn.Linear(4, 3), backend=watched)(torch.ones(rows, 1, 4))
     assert found == [searched]
+
+
+@pytest.mark.parametrize("select, known", [(lambda x: x[x[:, 0] > 0], False), (lambda x: x[:1], True)])
+def test_rows_of_a_number_that_data_decides(select, known):
+    """As of the tokens that an expert is given: no graph may ask whether there is one."""
+    found, linear = [], torch.nn.Linear(4, 3)
+
+    def backend(graph, _):
+        found.append(captured.multiplies_one_row(graph))
+        return graph
+
+    torch._dynamo.reset()
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch.compile(lambda x: linear(select(x)), backend=backend, fullgraph=True)(torch.ones(3, 4))
+    assert found == [known]
 
 
 def test_mode_beside_options_is_refused_as_pytorch_refuses_it():
