@@ -154,6 +154,8 @@ def rows_of(name: str, shape: str, device: str, sizes: list[tuple[int, int]], to
         torch.set_num_threads(1)
     options, _ = CASES[name]
     sizes = [size for size in sizes if options or size[1] <= SOFTMAX_LONGEST]
+    if not sizes:
+        return []
     longest = max(context for _, context in sizes) + tokens
     model = model_of(shape, options, longest, device, torch.bfloat16 if device == "cuda" else torch.float32)
     rows = []
@@ -243,6 +245,15 @@ def draw(rows: list[dict[str, Any]], title: str, target: Path) -> None:
     plt.close(figure)
 
 
+def sizes_of(batches: str, contexts: str, most: int) -> list[tuple[int, int]]:
+    """Every (batch, context) of no more than so many tokens; nothing where these are no numbers."""
+    try:
+        every = product(map(int, batches.split(",")), map(int, contexts.split(",")))
+        return [(batch, context) for batch, context in every if min(batch, context) > 0 and batch * context <= most]
+    except ValueError:
+        return []
+
+
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "small",
@@ -262,8 +273,9 @@ def main(
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     facts = {"device": name, **machine(), "transformers": transformers.__version__, "shape": shape, "new tokens": tokens, "rounds": rounds}
     facts["cases compiled side by side"] = jobs
-    every = product(map(int, batches.split(",")), map(int, contexts.split(",")))
-    sizes = [(batch, context) for batch, context in every if batch * context <= most]
+    sizes = sizes_of(batches, contexts, most)
+    if not sizes or min(rounds, jobs) < 1:
+        raise typer.BadParameter(f"batches and contexts are whole numbers of which some multiply to 1 to {most:,}, rounds and jobs 1 or more.")
     rows = all_rows(shape, device, sizes, tokens, rounds, jobs)
     if out is None:
         print(table(facts, rows))

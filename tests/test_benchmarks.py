@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 
 def test_generation_is_measured_beside_softmax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +29,13 @@ def test_generation_is_measured_beside_softmax(tmp_path: Path, monkeypatch: pyte
         sizes[row["case"]].append(row["cache_bytes"] / row["batch"])
     softmax, ours = (sizes[name] for name in cases)
     assert len(set(ours)) == 1 and softmax[1] > softmax[0]
+
+
+@pytest.mark.parametrize("wrong", [{"contexts": "8,"}, {"batches": "0"}, {"most": 1}, {"rounds": 0}, {"jobs": 0}], ids=str)
+def test_generation_of_no_size_is_refused_in_a_sentence(wrong: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    with pytest.raises(typer.BadParameter, match="rounds and jobs 1 or more"):
+        importlib.import_module("generate").main(shape="tiny", **{"contexts": "8", "batches": "1", **wrong})
 
 
 def test_a_gpus_rows_stand_beside_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
