@@ -275,7 +275,9 @@ def main(
     facts["cases compiled side by side"] = jobs
     sizes = sizes_of(batches, contexts, most)
     if not sizes or min(rounds, jobs) < 1:
-        raise typer.BadParameter(f"batches and contexts are whole numbers of which some multiply to 1 to {most:,}, rounds and jobs 1 or more.")
+        raise typer.BadParameter(
+            f"batches and contexts are whole numbers of which some multiply to 1 to {most:,}, rounds and jobs 1 or more."
+        )
     rows = all_rows(shape, device, sizes, tokens, rounds, jobs)
     if out is None:
         print(table(facts, rows))
