@@ -175,6 +175,8 @@ def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
         if seed.dim() or seed.dtype != torch.int64:
             raise ValueError(f"seed must be an int or an int64 tensor without dimensions, not {seed.dtype} of shape {tuple(seed.shape)}.")
         return seed.to(device)
+    if isinstance(seed, float):  # which would be cut off to an integer
+        raise TypeError(f"seed must be an int or an int64 tensor without dimensions, not {seed!r}.")
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 

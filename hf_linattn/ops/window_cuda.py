@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cuda, device
+from .checks import check_device
 from .features import feature_count
 from .known import at
 from .ring import Ring
@@ -44,13 +45,22 @@ _known: set[tuple] = set()
 
 
 def _check(token: Token, ring: Ring, beside: Beside) -> None:
-    """What the kernels ask of shapes, for they see no more than pointers; once for each combination.
+    """What the kernels ask of shapes and devices, for they see no more than pointers; once for each combination.
 
     Raises:
         ValueError: one does not fit the others.
     """
     tensors = (*token[:4], ring.key, ring.value, ring.seen, ring.per_token, *beside.tensors)
-    facts = (*(None if x is None else x.shape for x in tensors), ring.window, ring.sinks, beside.degree, beside.is_map)
+    in_place = tensors[1:9]  # numbers of what lies beside are moved to the token's device
+    facts = (
+        *(None if x is None else x.shape for x in tensors),
+        *(None if x is None else x.device for x in in_place),
+        token.query.device,
+        ring.window,
+        ring.sinks,
+        beside.degree,
+        beside.is_map,
+    )
     if facts in _known:
         return
     batch, heads, _, head_dim = token.query.shape
@@ -69,6 +79,9 @@ def _check(token: Token, ring: Ring, beside: Beside) -> None:
     for x, shapes in zip(tensors, allowed, strict=True):
         if x is not None and tuple(x.shape) not in shapes:
             raise ValueError(f"a tensor of a window's token must be of shape {' or '.join(map(str, shapes))}, not {tuple(x.shape)}.")
+    for x in in_place:
+        if x is not None:
+            check_device("a tensor of a window's token", x, token.query)
     if heads % key_heads or state_heads not in (0, key_heads, heads):
         raise ValueError(f"{heads} query heads, {key_heads} key heads and a state of {state_heads} heads do not belong together.")
     if len(_known) >= 256:

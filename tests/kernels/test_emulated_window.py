@@ -67,3 +67,8 @@ def test_what_does_not_fit_is_refused(kernels) -> None:
         window_cuda.step(token, ring, beside._replace(gate=torch.ones(3)))
     with pytest.raises(ValueError, match="a tensor of a window's token must be of shape"):
         window_cuda.step(token._replace(key=token.key[:2]), ring, beside)
+    window_cuda.step(token, ring, beside)
+    with pytest.raises(ValueError, match="a tensor of a window's token must be on the device of query, cpu, but is on meta"):
+        window_cuda.step(token, ring, beside._replace(state=beside.state.to("meta")))
+    with pytest.raises(ValueError, match="on the device of query"):
+        window_cuda.step(token._replace(value=token.value.to("meta")), ring, beside)

@@ -64,6 +64,7 @@ def test_tensors(tensors, error, words):
     ({"dropout_p": 0.1, "dropout_kind": "drop"}, ValueError, '"paper" or "moment"'),
     ({"dropout_p": 0.1, "dropout_kind": "moment", "c": 1.0}, ValueError, "needs c = 0"),
     ({"dropout_p": 0.1, "seed": torch.ones(2)}, ValueError, "seed must be"),
+    ({"dropout_p": 0.1, "seed": 1.5}, TypeError, "seed must be"),
     ({"initial_state": torch.zeros(2, 2, 9, 6)}, ValueError, "the state must be"),
     ({"initial_state": torch.zeros(2, 2, 9, 7, dtype=torch.bfloat16)}, ValueError, "the state must be"),
     ({"initial_state": empty_state(2, 2, 8, 6), "c": 1.0}, ValueError, "the state must be"),
