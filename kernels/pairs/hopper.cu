@@ -123,6 +123,7 @@ template <typename T, int D, typename Rows> __device__ __forceinline__ void add_
   const float *const of_head = rows.p.coefficients + head;
   const int heads = rows.p.query_heads;
   const float temperature = of_head[3 * heads];
+  rows.load_queries();
 #pragma unroll
   for (int block = 0; block < D / 16; ++block)
 #pragma unroll
@@ -137,6 +138,7 @@ template <typename T, int D, typename Rows> __device__ __forceinline__ void add_
     for (int n = 0; n < D / 8; ++n) rows.acc[n][2 * half] *= unit, rows.acc[n][2 * half + 1] *= unit;
   }
   rows.load_queries();
+  rows.bring_near_one(scale);
 }
 
 template <typename T, int K, int V, Gates GATES, bool STATE>

@@ -67,7 +67,7 @@ struct RowWeights {
   bool squares;  // of all rows of the block
   float a, shift[2], rest[2], size[2];
 
-  // f's numbers, times what float16 needs; factor: what makes s of q . k^, for a query without a direction anything but 0.
+  // f's numbers, times what float16 needs; factor: what makes s of q . k^, for a query of zeros anything but 0.
   __device__ __forceinline__ void set(float a_of_head, float b, float c, const float (&factor)[2], bool narrow) {
     a = a_of_head;
     bool fits = !narrow && c > 0.f && b * b <= kSquares * a * c;
@@ -129,7 +129,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
     for (int block = 0; block < KEY_BLOCKS; ++block) ldmatrix(q[block], blocks.at(0, block) + Tile<K>::rows_at(warp));
   }
 
-  // scale: 1 / |q| of the lane's rows.
+  // scale: 1 / |q| of the lane's rows; 0 where they have no direction, or a length whose square is beyond float32.
   __device__ __forceinline__ void set_weights(const Place &own, float (&scale)[2]) {
     const float *const of_head = p.coefficients + own.head;
     const float temperature = of_head[3 * p.query_heads], a = of_head[0], b = of_head[p.query_heads], c = of_head[2 * p.query_heads];
@@ -139,8 +139,21 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
       row_products<T>(scale[0], scale[1], q, Blocks<K>(row_tile, lane_across<K>(lane)), Tile<K>::rows_at(warp), lane);
       scale[0] = inverse_norm(scale[0]), scale[1] = inverse_norm(scale[1]);
     }
-    const float factor[2] = {temperature * (scale[0] == 0.f ? 1.f : scale[0]), temperature * (scale[1] == 0.f ? 1.f : scale[1])};
+    const float factor[2] = {temperature * near_one(scale[0]), temperature * near_one(scale[1])};
     weight.set(a * shrink, b * shrink, c * shrink, factor, E::kNarrow);
+    bring_near_one(scale);
+  }
+  // A query is multiplied by a power of two, which loses nothing, so that no product with a key that float32 holds is beyond it; one whose scale is 0 becomes 0.
+  static __device__ __forceinline__ float power_below(float scale) { return E::kNarrow ? 1.f : __uint_as_float(__float_as_uint(scale) & 0x7f800000u); }
+  static __device__ __forceinline__ float near_one(float scale) { return scale == 0.f ? 1.f : scale / power_below(scale); }
+  __device__ __forceinline__ void bring_near_one(const float (&scale)[2]) {
+    if constexpr (!E::kNarrow) {
+      const uint32_t power[2] = {E::pack(power_below(scale[0]), power_below(scale[0])), E::pack(power_below(scale[1]), power_below(scale[1]))};
+#pragma unroll
+      for (int block = 0; block < KEY_BLOCKS; ++block)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) q[block][i] = multiply_two(q[block][i], power[i % 2]);
+    }
   }
 
   __device__ __forceinline__ void multiply_keys(float (&s)[2 * TOKEN_BLOCKS][4], uint32_t stage) {

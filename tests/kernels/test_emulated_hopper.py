@@ -87,6 +87,18 @@ def test_queries_of_any_length(hopper_kernels, scale):
     torch.testing.assert_close(scaled, plain, atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("query, key", [(1e20, 1.0), (1.0, 1e20), (1e30, 1e30), (1e18, 1e25)])
+@pytest.mark.parametrize("kind", [{}, {"decay": "key_token"}, {"segments": "mask"}], ids=str)
+def test_rows_whose_square_is_beyond_float32(hopper_kernels, kind, query, key):
+    """Such a row has no direction, as in plain PyTorch; and no product is beyond float32, whatever the lengths of the others."""
+    inputs, _ = operator_case(torch.bfloat16, degree=2, length=140, head_dim=64, value_dim=64, device="cpu", **kind)
+    huge = torch.arange(140) % 5 == 3
+    inputs[:2] = [x * torch.where(huge, scale, 1.0)[:, None].bfloat16() for x, scale in zip(inputs, (query, key), strict=False)]
+    plain, ours = chunked.forward(Call(*inputs), False), cuda.forward(Call(*inputs), False)
+    torch.testing.assert_close(ours[0], plain[0], atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(ours[1], plain[1], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("numbers", [
     (1.0, 1.0, 0.5, 2.0), (1.0, 1.0, 0.0, 1.0), (2.0, 3.0, 0.01, 1.0), (1.0, 0.5, -0.25, 1.0), (1.0, -1.0, 0.5, 1e-3),
     (0.1, 0.0, 30.0, 1.0),
