@@ -6,7 +6,7 @@ and the Auto classes of converted checkpoints.
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from . import adapters, assisted, cache, choice, models  # noqa: F401  (models registers the Auto classes)
+from . import adapters, assisted, cache, choice, deferred, models  # noqa: F401  (models registers the Auto classes)
 from .attention import linattn_attention
 from .cache import LinearStateLayer, StaticLinearStateLayer, cache_bytes
 from .config import NAME, LinAttnConfig
@@ -26,6 +26,7 @@ cache.install()
 choice.install()
 adapters.install()
 assisted.install()
+deferred.install()
 
 __all__ = [
     "DropoutCallback",

@@ -172,6 +172,11 @@ def _all_hooks(model: nn.Module) -> Iterator[Any]:
             yield module.__dict__["forward"]
 
 
+def only_computes(model: nn.Module) -> bool:
+    """Whether no hook of a model does anything that is not in what it returns."""
+    return all(map(_is_known, _all_hooks(model)))
+
+
 def _is_known(hook: Any) -> bool:
     """Whether a hook only computes, so that nothing is left out: ours, and those by which Transformers collects what it is to return."""
     return hook is hand_on_what_enters or getattr(hook, "__module__", "").startswith("transformers.")

@@ -21,7 +21,7 @@ from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.utils import is_peft_available
 
-from hf_linattn import next_inputs, text_mask
+from hf_linattn import deferred, next_inputs, text_mask
 from hf_linattn.attention import KEEPS_SOFTMAX
 from hf_linattn.compiled import CompiledStep
 from hf_linattn.config import PREFIX, LinAttnConfig, sizes_of, sliding_windows
@@ -122,6 +122,10 @@ class LinAttnModelMixin:
         if text_mask.only_appends(type(self)):  # type: ignore[arg-type]
             text_mask.hand_on(before, updated.get("attention_mask"))
         return updated
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        with deferred.one_more(deferred.is_unseen(self, **kwargs)):  # type: ignore[arg-type]
+            return super()._sample(*args, **kwargs)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LinAttnParams):

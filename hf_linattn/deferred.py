@@ -1,0 +1,88 @@
+"""Whether a text has ended is read off a GPU a token late, so that the next token is already on its way.
+
+Transformers has this, its `DeferredStopCheck`, and asks for it on Apple's GPUs alone. Without it the device waits at every token while the
+host comes back from the last one and prepares the next, a quarter of the time of a compiled step. With it the loop runs once more than it
+has to where all sequences ended before the greatest length, and Transformers takes that token back. It is asked for here where nobody can
+tell: no cache is returned, which would hold that token too, and nothing of the user's own is called at each token but a streamer, which is
+given every token and no other. The generator of random numbers is put back to where it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PrefixConstrainedLogitsProcessor
+from transformers.generation import utils
+
+from .compiled import only_computes
+
+DEVICES = ("cuda",)
+_running = threading.local()
+"""`unseen`: whether nobody can tell that the text under way had one token more."""
+_Theirs: Any = utils.DeferredStopCheck
+
+
+class DeferredStopCheck(_Theirs):  # type: ignore[misc]
+    """Transformers' own, on other devices as well, and without a trace in the generator of random numbers."""
+
+    def __init__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().__init__(input_ids, *args, **kwargs)
+        self.generator = _generator(input_ids.device) if _may_have_one_more() else None
+        self.drawn: list[Tensor] = []  # the generator's states after the last two tokens
+
+    @staticmethod
+    def is_supported(device: torch.device, cache: Any, cache_is_returned: bool, is_assistant: bool) -> bool:
+        if _Theirs.is_supported(device, cache, cache_is_returned, is_assistant):
+            return True
+        return _may_have_one_more() and device.type in DEVICES and not cache_is_returned and not is_assistant
+
+    def __call__(self, *args: Any, **kwargs: Any) -> bool:
+        if self.generator is not None:
+            self.drawn = [*self.drawn[-1:], self.generator.get_state()]
+        return super().__call__(*args, **kwargs)  # type: ignore[no-any-return]
+
+    def finish(self) -> int:
+        undone: int = super().finish()
+        if undone and self.generator is not None:
+            self.generator.set_state(self.drawn[0])
+        return undone
+
+
+def is_unseen(model: nn.Module, logits_processor: Any = (None,), stopping_criteria: Any = (None,), synced_gpus: bool = False,
+              **others: Any) -> bool:  # fmt: skip
+    """Whether nothing but Transformers' own is called at each token: processors of logits, criteria to stop by, hooks."""
+    return not synced_gpus and all(map(_is_transformers, (*logits_processor, *stopping_criteria))) and only_computes(model)
+
+
+def _is_transformers(called: Any) -> bool:
+    return type(called).__module__.startswith("transformers.") and not isinstance(called, PrefixConstrainedLogitsProcessor)
+
+
+@contextmanager
+def one_more(is_unseen: bool) -> Iterator[None]:
+    """While this lasts a text of this thread may have one token more, where nobody can tell."""
+    around, _running.unseen = _may_have_one_more(), is_unseen
+    try:
+        yield
+    finally:
+        _running.unseen = around
+
+
+def _may_have_one_more() -> bool:
+    return getattr(_running, "unseen", False)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator
+
+
+def install() -> None:
+    """Makes `generate` ask here."""
+    utils.DeferredStopCheck = DeferredStopCheck  # type: ignore[misc]

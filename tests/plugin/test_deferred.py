@@ -1,0 +1,170 @@
+"""Whether a text has ended is read a token late, and nobody can tell: not from tokens, streamers, random numbers, or what is called."""
+
+import pytest
+import torch
+from compiling import compile_config, converted
+from generating import generate, left_padded
+from tiny_models import tiny_tokens
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+from transformers.generation import BaseStreamer
+
+from hf_linattn import deferred
+
+LONG = {"max_new_tokens": 24, "min_new_tokens": 0}
+CACHES = {"dynamic": {}, "static": {"cache_implementation": "static", "compile_config": compile_config()}}
+
+
+class Event:
+    """Of a device that has none."""
+
+    def __init__(self, **_):
+        pass
+
+    record = synchronize = lambda self: None
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """As on a GPU; lists what was asked for at each text."""
+    asked = []
+    theirs = deferred.DeferredStopCheck.is_supported
+
+    def is_supported(*given, **named):
+        asked.append(theirs(*given, **named))
+        return asked[-1]
+
+    monkeypatch.setattr(deferred, "DEVICES", ("cpu",))
+    monkeypatch.setattr(deferred.DeferredStopCheck, "is_supported", staticmethod(is_supported))
+    monkeypatch.setattr(torch, "Event", Event)
+    return asked
+
+
+class Streamer(BaseStreamer):
+    def __init__(self):
+        self.given = []
+
+    def put(self, value):
+        self.given.append(value.tolist())
+
+    def end(self):
+        self.given.append("end")
+
+
+def both_ways(monkeypatch, run):
+    """What `run` gives where the end is read at once, and late."""
+    with monkeypatch.context() as patch:
+        patch.setattr(deferred, "DEVICES", ())
+        at_once = run()
+    return at_once, run()
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("number", [0, 1, 7, 22, 23])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_text_ends_where_it_ends(batch, number, cache, late, monkeypatch):
+    model, (ids, mask) = converted(decay="head"), left_padded(tiny_tokens())
+    ids, mask = ids[:batch], mask[:batch]
+    whole = generate(model, ids, mask, **LONG | {"min_new_tokens": 24})
+    ends = {"eos_token_id": whole[:, ids.shape[1] + number].tolist()}
+
+    def run():
+        streamer = Streamer() if batch == 1 else None
+        out = generate(model, ids, mask, **LONG, **ends, **CACHES[cache], streamer=streamer)
+        return out.tolist(), streamer and streamer.given
+
+    at_once, now = both_ways(monkeypatch, run)
+    assert now == at_once and late[-2:] == [False, True]
+    assert len(now[0][0]) <= ids.shape[1] + number + 1
+
+
+@pytest.mark.parametrize("number, more", [(7, 1), (23, 0)])
+def test_one_pass_more_than_there_are_tokens(number, more, late, monkeypatch):
+    model, ids = converted(decay="head"), tiny_tokens(1)
+    ends = {"eos_token_id": int(generate(model, ids, **LONG | {"min_new_tokens": 24})[0, ids.shape[1] + number])}
+    passes, pass_on = [], model._update_model_kwargs_for_generation
+    monkeypatch.setattr(model, "_update_model_kwargs_for_generation", lambda *given, **named: passes.append(1) or pass_on(*given, **named))
+    new = generate(model, ids, **LONG, **ends).shape[1] - ids.shape[1]
+    assert len(passes) == new + more and late[-1]
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_same_random_numbers_now_and_afterwards(ends, late, monkeypatch):
+    model, ids = converted(decay="head"), tiny_tokens()
+    torch.manual_seed(0)
+    whole = generate(model, ids, **LONG | {"min_new_tokens": 24, "do_sample": True})
+    eos = {"eos_token_id": whole[:, ids.shape[1] + 6].tolist()} if ends else {}
+
+    def run():
+        torch.manual_seed(0)
+        texts = [generate(model, ids, **LONG | {"do_sample": True, "top_k": 20}, **eos).tolist() for _ in range(2)]
+        return texts, torch.randn(3).tolist()
+
+    at_once, now = both_ways(monkeypatch, run)
+    assert now == at_once and late[-2:] == [True, True]
+
+
+class Own(LogitsProcessor):
+    def __call__(self, ids, scores):
+        return scores
+
+
+class End(StoppingCriteria):
+    def __call__(self, ids, scores, **_):
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"return_dict_in_generate": True},
+        {"past_key_values": DynamicCache},
+        {"logits_processor": [Own()]},
+        {"stopping_criteria": [End()]},
+        {"prefix_allowed_tokens_fn": lambda number, ids: [5, 6, 7]},
+        {"synced_gpus": True},
+        {"hook": True},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_at_once_where_a_token_more_would_be_seen(given, late, monkeypatch):
+    model, ids = converted(decay="head"), tiny_tokens()
+    if "hook" in given:
+        model.model.norm.register_forward_hook(lambda module, args, out: None)
+    monkeypatch.setattr(model, "_has_unfinished_sequences", lambda ended, *_, **__: not ended)  # there is one process
+    own_cache = {"past_key_values": DynamicCache(config=model.config)} if "past_key_values" in given else {}
+    generate(model, ids, **LONG, **{name: value for name, value in given.items() if name != "hook"} | own_cache)
+    assert late == [False]
+    generate(model, ids, **LONG)
+    assert late[1:] == [not model.model.norm._forward_hooks]
+
+
+def test_other_models_are_as_they_were(late):
+    from tiny_models import GROUPED, TEXT
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    generate(LlamaForCausalLM(LlamaConfig(**TEXT, **GROUPED)).eval(), tiny_tokens())
+    assert late == [False]
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_text_ends_where_it_ends_on_a_gpu(cache, do_sample, monkeypatch):
+    torch._dynamo.reset()
+    device = torch.device("cuda")
+    model, ids = converted(decay="head").to(device), tiny_tokens(1).to(device)
+    options = {**LONG, "do_sample": do_sample, "cache_implementation": "static" if cache == "static" else None}
+    torch.manual_seed(0)
+    whole = generate(model, ids, **options | {"min_new_tokens": 24})
+
+    def run():
+        torch.manual_seed(0)
+        streamer = Streamer()
+        out = generate(model, ids, **options, eos_token_id=int(whole[0, ids.shape[1] + 9]), streamer=streamer)
+        return out.tolist(), streamer.given, torch.randn(3, device=device).tolist()
+
+    at_once, now = both_ways(monkeypatch, run)
+    assert now == at_once
