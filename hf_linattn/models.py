@@ -21,7 +21,7 @@ from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.utils import is_peft_available
 
-from hf_linattn import deferred, next_inputs, text_mask
+from hf_linattn import ahead, deferred, next_inputs, text_mask
 from hf_linattn.attention import KEEPS_SOFTMAX
 from hf_linattn.compiled import CompiledStep
 from hf_linattn.config import PREFIX, LinAttnConfig, sizes_of, sliding_windows
@@ -116,10 +116,16 @@ class LinAttnModelMixin:
         make = getattr(super(), "create_masks_for_generate", masking_utils.create_masks_for_generate)
         return text_mask.mask_of(make, config, inputs_embeds, attention_mask, past_key_values, **others)
 
-    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        before = model_kwargs.get("attention_mask")
-        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)  # type: ignore[misc]
-        if text_mask.only_appends(type(self)):  # type: ignore[arg-type]
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1, **others: Any
+    ) -> dict[str, Any]:
+        """As Transformers or the base model does it, but what tokens append is made ahead of them."""
+        before, more = model_kwargs.get("attention_mask"), {"is_encoder_decoder": is_encoder_decoder, "num_new_tokens": num_new_tokens}
+        only_appends = text_mask.only_appends(type(self))  # type: ignore[arg-type]
+        ours = ahead.appended(model_kwargs) if only_appends and num_new_tokens == 1 and not is_encoder_decoder else {}
+        given = model_kwargs | dict.fromkeys(ours)
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, given, **more, **others) | ours  # type: ignore[misc]
+        if only_appends:
             text_mask.hand_on(before, updated.get("attention_mask"))
         return updated
 
