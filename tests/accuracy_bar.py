@@ -79,12 +79,14 @@ def assert_bars(ours, plain, exact, dtype):
             assert_bar(name, x, plain[name], exact[name], 3 if name.startswith("gradient") else 2, dtype)
 
 
-def operator_case(dtype, *, degree=1, causal=True, decay=None, strengths=(), segments=None, stateful=False, noisy=False, batch=2, heads=4,
-                  key_heads=2, length=700, head_dim=32, value_dim=24, seed=0, device="cuda"):  # fmt: skip
+def operator_case(dtype, *, degree=1, causal=True, decay=None, strengths=(), numbers=(), segments=None, stateful=False, noisy=False,
+                  batch=2, heads=4, key_heads=2, length=700, head_dim=32, value_dim=24, seed=0, device="cuda"):  # fmt: skip
     quadratic = degree == 2
     tensors, options = make_inputs(batch, heads, key_heads, length, head_dim, value_dim, dtype=torch.float32, device=device, seed=seed,
                                    decay=decay, segments=segments, quadratic=quadratic, grad=False)  # fmt: skip
     coefficients = torch.stack([options["a"], options["b"], options.get("c", torch.zeros_like(options["a"])), options["temperature"]])
+    if numbers:  # of f, the same in every head
+        coefficients = torch.tensor(numbers, device=device)[:, None].expand(-1, heads).contiguous()
     log_decay = options.get("log_decay")
     if strengths:  # of the decay: from head to head, or from 48 tokens to the next
         turns = torch.tensor(strengths).repeat_interleave(1 if log_decay.dim() == 1 else 48)
@@ -125,6 +127,15 @@ def run(module, inputs, upstream, stateful, dtype=None):
     names = ("query", "key", "value", "coefficients", "log_decay", "initial_state")
     results = {"out": out, "mass": mass, "state": state} | {f"gradient of {name}": x for name, x in zip(names, grads, strict=True)}
     return {name: x for name, x in results.items() if x is not None}
+
+
+def assert_first_tokens_have_their_values(**kind):
+    """The outputs of f(s) = s^2, causal, at the first token of every run."""
+    inputs, _ = operator_case(torch.bfloat16, degree=2, numbers=(0.0, 0.0, 1.0, 1.0), batch=1, length=150, device="cpu", **kind)
+    value, runs = inputs[2], torch.ones(150) if inputs[5] is None else inputs[5][0]
+    is_first = (runs > 0) & (runs != torch.cat([torch.zeros_like(runs[:1]), runs[:-1]]))
+    out = cuda.forward(Call(*inputs), False)[0]
+    assert torch.equal(out[:, :, is_first], value.repeat_interleave(out.shape[1] // value.shape[1], 1)[:, :, is_first])
 
 
 def rate_gradient(inputs, upstream):

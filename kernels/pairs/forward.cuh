@@ -26,7 +26,7 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
   const int lane, warp, group, place;
   const int64_t warp_begin;
   const Blocks<K> q_blocks;
-  float a, shrink, beta[2][2], gamma[2][2], mass[2][2], acc[2][2 * VALUE_BLOCKS][4];
+  float a, shrink, beta[2][2], gamma[2][2], mass[2][2], lost[2][2] = {}, acc[2][2 * VALUE_BLOCKS][4];
   uint32_t q[2][S::KEEPS_QUERIES ? KEY_BLOCKS : 1][4];
   OwnGates<2> gates;
 
@@ -108,6 +108,7 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
       const int last = p.causal ? static_cast<int>(warp_begin + 16 * m + group - first) : kKeys;  // key of the tile that the first row sees
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = gates.times(x[i], m, i >> 1, i & 1 ? exponent.y : exponent.x, i & 1 ? run.y : run.x, column + (i & 1) <= last + 8 * (i >> 1), diagonal);
+      lost[m][0] += lost_by_rounding<T>(x[0], x[1]), lost[m][1] += lost_by_rounding<T>(x[2], x[3]);
     } else if constexpr (GATED) {
       const float2 factor = *reinterpret_cast<const float2 *>(others->factor[stage] + column);
 #pragma unroll
@@ -119,6 +120,7 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
         const int64_t n = first + column + (i & 1);
         if (n >= p.length || (p.causal && n > row + (i >> 1) * 8)) x[i] = 0.f;
       }
+      if (first == 0) lost[m][0] += lost_by_rounding<T>(x[0], x[1]), lost[m][1] += lost_by_rounding<T>(x[2], x[3]);
     }
     mass[m][0] += x[0] + x[1], mass[m][1] += x[2] + x[3];
   }
@@ -144,7 +146,7 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        mass[m][half] *= gates.factor[m][half];
+        mass[m][half] *= gates.factor[m][half], lost[m][half] *= gates.factor[m][half];
 #pragma unroll
         for (int block = 0; block < 2 * VALUE_BLOCKS; ++block) acc[m][block][2 * half] *= gates.factor[m][half], acc[m][block][2 * half + 1] *= gates.factor[m][half];
       }
@@ -192,6 +194,8 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
       for (int half = 0; half < 2; ++half) {
         mass[m][half] += __shfl_xor_sync(0xffffffffu, mass[m][half], 1);
         mass[m][half] += __shfl_xor_sync(0xffffffffu, mass[m][half], 2);
+        lost[m][half] += __shfl_xor_sync(0xffffffffu, lost[m][half], 1);
+        lost[m][half] += __shfl_xor_sync(0xffffffffu, lost[m][half], 2);
         if (GATED && gates.is_padding(m, half)) mass[m][half] = 0.f;
         const int row = 32 * warp + 16 * m + 8 * half + group;
         if (own.begin >= args.chunk) {
@@ -199,7 +203,8 @@ template <typename T, int K, int V, bool GATED> struct ForwardRows {
           __syncwarp();  // all have read what one of them overwrites
         }
         if (place == 0 && row < own.rows) mass_rows[row] = mass[m][half] / shrink;
-        finish[half] = GATED && mass[m][half] == 0.f ? 0.f : 1.f / mass[m][half];
+        const float divisor = mass[m][half] - lost[m][half];
+        finish[half] = mass[m][half] == 0.f || divisor == 0.f ? 0.f : 1.f / divisor;
       }
       if (own.begin >= args.chunk) add_stored<T, V>(acc[m], results, args.out.token_stride, 32 * warp + 16 * m + group, own.rows, place);
 #pragma unroll

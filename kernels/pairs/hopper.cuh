@@ -108,7 +108,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   const uint32_t row_tile;
   const int lane, warp, group, place;
   const int64_t begin, group_begin;  // the first row of the block, and of the warpgroup
-  float shrink, mass[2], acc[2 * VALUE_BLOCKS][4];
+  float shrink, mass[2], lost[2] = {}, acc[2 * VALUE_BLOCKS][4];
   uint32_t q[KEY_BLOCKS][4];
   RowWeights weight;
   OwnGates<1> gates;
@@ -212,6 +212,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
         for (int i = 0; i < 4; ++i)
           if (column + (i & 1) >= end || column + (i & 1) > last + 8 * (i >> 1)) s[n][i] = 0.f;
       }
+      if (NEAR && (GATED || tile == 0)) lost[0] += lost_by_rounding<T>(s[n][0], s[n][1]), lost[1] += lost_by_rounding<T>(s[n][2], s[n][3]);
       mass[0] += s[n][0] + s[n][1], mass[1] += s[n][2] + s[n][3];
     }
   }
@@ -240,7 +241,10 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
     beside();
     warpgroup_wait<1>();
     warpgroup_keep(s);
-    if (GATED && NEAR && own) mass[0] *= gates.factor[0][0], mass[1] *= gates.factor[0][1];
+    if (GATED && NEAR && own) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) mass[half] *= gates.factor[0][half], lost[half] *= gates.factor[0][half];
+    }
     weigh<SQUARES, NEAR>(s, next, others);
     warpgroup_keep(s);  // all of it before the wait
     warpgroup_wait<0>();
@@ -269,7 +273,9 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
     for (int half = 0; half < 2; ++half) {
       mass[half] += __shfl_xor_sync(0xffffffffu, mass[half], 1);
       mass[half] += __shfl_xor_sync(0xffffffffu, mass[half], 2);
-      mass[half] *= weight.size[half];
+      lost[half] += __shfl_xor_sync(0xffffffffu, lost[half], 1);
+      lost[half] += __shfl_xor_sync(0xffffffffu, lost[half], 2);
+      mass[half] *= weight.size[half], lost[half] *= weight.size[half];
       if (GATES == RUNS && gates.is_padding(0, half)) mass[half] = 0.f;
       const int row = 16 * warp + 8 * half + group;
       if (stored) {
@@ -279,7 +285,8 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
         for (int n = 0; n < 2 * VALUE_BLOCKS; ++n) acc[n][2 * half] *= weight.size[half], acc[n][2 * half + 1] *= weight.size[half];
       }
       if (place == 0 && row < own.rows) mass_rows[row] = mass[half] / shrink;
-      finish[half] = GATES == RUNS && mass[half] == 0.f ? 0.f : (stored ? 1.f : weight.size[half]) / mass[half];
+      const float divisor = mass[half] - lost[half];
+      finish[half] = mass[half] == 0.f || divisor == 0.f ? 0.f : (stored ? 1.f : weight.size[half]) / divisor;
     }
     if (stored) add_stored<T, V>(acc, results, args.out.token_stride, 16 * warp + group, own.rows, place);
     const Blocks<V> blocks(row_tile, lane_down<V>(lane));

@@ -47,6 +47,13 @@ template <typename T> __device__ __forceinline__ float weight_scale(float a, flo
   return 1.f;
 }
 
+// What rounding takes from two weights. A mean over few tokens is one by rounded weights: of a single one it is that token's value then, which gradients build on
+// where the weight nearly vanishes.
+template <typename T> __device__ __forceinline__ float lost_by_rounding(float x, float y) {
+  const uint32_t both = Element<T>::pack(x, y);
+  return (x - Element<T>::low(both)) + (y - Element<T>::high(both));
+}
+
 // Which queries a block owns. Long rows come first, and heads in groups whose keys and values stay in the cache.
 struct Place {
   int batch, head, key_head, rows, tiles;  // rows: real ones; tiles: of keys

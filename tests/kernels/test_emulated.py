@@ -9,7 +9,7 @@ from pathlib import Path
 import accuracy_bar
 import pytest
 import torch
-from accuracy_bar import assert_bars, compare, operator_case, paths_of, run
+from accuracy_bar import assert_bars, assert_first_tokens_have_their_values, compare, operator_case, paths_of, run
 from emulation import build
 from step_cases import KINDS, check_step
 
@@ -264,6 +264,12 @@ def test_gradients_of_long_sequences_in_any_order_of_warps(kernels):
     out, mass, _ = chunked.forward(call, False)
     first, second = (cuda.backward(call, out, mass, *upstream) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True) if x is not None)
+
+
+@pytest.mark.parametrize("kind", [{}, {"decay": "key_head", "segments": "packed"}], ids=str)
+def test_the_first_token_has_its_own_value(kernels, kind):
+    """However little it weighs: gradients by its mass would count what rounding takes from the weight."""
+    assert_first_tokens_have_their_values(head_dim=64, value_dim=64, **kind)
 
 
 GATED_DIMS = [(32, 32), (64, 64), (16, 64), (24, 128), pytest.param(128, 128, marks=pytest.mark.slow)]

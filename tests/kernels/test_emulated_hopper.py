@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy_bar import assert_bar, compare, operator_case, run
+from accuracy_bar import assert_bar, assert_first_tokens_have_their_values, compare, operator_case, run
 from emulation import build
 
 from hf_linattn.ops import chunked, cuda
@@ -114,6 +114,11 @@ def test_functions_of_every_kind(hopper_kernels, numbers):
     assert ((ours[1] - exact[1]).norm() / exact[1].norm()).item() < 1e-5
 
 
+@pytest.mark.parametrize("kind", [{}, {"decay": "key_head"}, {"decay": "key_head", "segments": "packed"}], ids=str)
+def test_the_first_token_has_its_own_value(hopper_kernels, kind):
+    assert_first_tokens_have_their_values(head_dim=64, value_dim=64, **kind)
+
+
 @pytest.mark.parametrize("kind", [
     {"head_dim": 16, "value_dim": 64, "decay": "key_token", "strengths": (0.01, 0.1), "segments": "mask"},
     {"head_dim": 32, "decay": "key_head"},
@@ -176,6 +181,14 @@ def test_gradients_read_no_padding(hopper_kernels):
     upstream = [upstream[0].masked_fill(padding, float("nan")), upstream[1].masked_fill(padding[..., 0], float("nan")), None]
     for name, x in run(cuda, [*poisoned, *inputs[3:]], upstream, False).items():
         assert torch.equal(x, plain[name]), name
+
+
+@pytest.mark.parametrize("kind", [
+    {"decay": "key_head", "head_dim": 32, "value_dim": 32}, {"decay": "key_head", "segments": "packed", "head_dim": 64, "value_dim": 64},
+], ids=str)  # fmt: skip
+def test_gradients_of_tokens_that_weigh_nearly_nothing(hopper_kernels, kind):
+    """f(s) = s^2 at tokens that see one or a few, whose outputs have to be these tokens' values."""
+    check_gradients(length=65, numbers=(0.0, 0.0, 1.0, 1.0), **kind)
 
 
 def test_a_decay_of_each_query_head_beside_grouped_keys(hopper_kernels):
