@@ -49,6 +49,9 @@ template <int K, int V, bool GATED> struct GroupColumns {
 
   __device__ __forceinline__ void keep_sums() { warpgroup_keep(key_sums), warpgroup_keep(value_sums), warpgroup_keep(s[BUFFERS - 1]), warpgroup_keep(d[BUFFERS - 1]); }
 
+  // Whether none of the tile's queries sees one of the warpgroup's keys.
+  __device__ __forceinline__ bool passes(int first) const { return p.causal && first + kKeys <= group_begin; }
+
   // s = k q^T and d = v w^T of a step's queries.
   template <int STEP> __device__ __forceinline__ void multiply(int stage) {
     const uint32_t tile = tiles + stage * S::STAGE, own = tiles - S::OWN + Tile<K>::rows_at(4 * (warp / 4)), own_across = tiles - S::OWN_VALUE + Tile<V>::rows_at(4 * (warp / 4));
@@ -95,7 +98,7 @@ template <int K, int V, bool GATED> struct GroupColumns {
   // Products into the queries' weights in dk and dv, once they are there.
   template <int STEP> __device__ __forceinline__ void weigh(const Cursor &at, int stage) {
     warpgroup_keep(s[STEP % BUFFERS]), warpgroup_keep(d[STEP % BUFFERS]);
-    const bool mixed = GATED && (others.mixed[stage][0] | others.mixed[stage][1]);
+    const bool mixed = GATED && (others.mixed[stage]);
     if (mixed || (GATED ? at.near : p.causal && at.first() + kStep * STEP < group_begin + kGroup - 1)) weigh_pairs<true, STEP>(at.first(), stage, at.near);
     else weigh_pairs<false, STEP>(at.first(), stage, false);
   }
@@ -151,25 +154,22 @@ template <int K, int V, bool GATED> struct GroupColumns {
   }
 };
 
-// A query's numbers on their way, one thread a query, and its gates.
-struct QueryOnWay {
-  float inverse, error, unit;
-  int head;
-  bool near;
-  TokenGate gate;
-  __device__ __forceinline__ void load(const Gradients &args, const GateReader &gates, const Cursor &at, int64_t row_head, int64_t token) {
+// The numbers of a tile's queries on their way, two queries a lane.
+struct QueriesOnWay {
+  float inverse[2], error[2], unit[2];
+  __device__ __forceinline__ void load(const Gradients &args, int64_t row_head, int64_t token) {
     const float *const numbers = args.query_numbers + row_head * kNumbers * args.padded + token;
-    inverse = numbers[0], error = numbers[args.padded], unit = numbers[2 * args.padded], head = at.head, near = at.near;
-    gate.load(gates, token);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) inverse[half] = numbers[32 * half], error[half] = numbers[args.padded + 32 * half], unit[half] = numbers[2 * args.padded + 32 * half];
   }
-  template <bool GATED> __device__ __forceinline__ float4 numbers(const linattn_problem &p, const GateReader &gates, int first_head) const {
-    const Coefficients f(p, first_head + head);
-    const float share = share_of(inverse, error), scaled = GATED && !near ? share * gate.factor(gates) : share;
-    return make_float4(f.a * scaled, f.beta * unit * scaled, f.gamma * unit * unit * scaled, share == 0.f ? 0.f : error / share);
+  // factor: of all that the query adds.
+  __device__ __forceinline__ float4 of(const Coefficients &f, int half, float factor) const {
+    const float share = share_of(inverse[half], error[half]), scaled = share * factor;
+    return make_float4(f.a * scaled, f.beta * unit[half] * scaled, f.gamma * unit[half] * unit[half] * scaled, share == 0.f ? 0.f : error[half] / share);
   }
 };
 
-template <int K, int V, bool GATED> __global__ void __launch_bounds__(kGradientThreads, 1) group_columns_kernel(const __grid_constant__ Gradients args) {
+template <int K, int V, bool GATED> __global__ void __launch_bounds__(kBlockThreads, 1) group_columns_kernel(const __grid_constant__ Gradients args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using T = __nv_bfloat16;
   using S = GroupShape<K, V>;
@@ -186,59 +186,50 @@ template <int K, int V, bool GATED> __global__ void __launch_bounds__(kGradientT
   const int64_t seen = min(p.length, (begin / args.chunk + 1) * args.chunk);  // queries up to there, of the tokens' own chunk
   const bool has_state = seen < p.length;                                     // of the queries behind
   const GateReader key_gates(args.gates, p, false, batch, first_head, begin + rows - 1), query_gates(args.gates, p, true, batch, first_head, begin + rows - 1);
-  const int32_t *const key_runs = GATED ? key_gates.runs : nullptr, *const query_runs = GATED ? query_gates.runs : nullptr;
-
-  const T *const keys = head_of<const T>(p.key, batch, key_head) + begin * p.key.token_stride;
-  const T *const values = head_of<const T>(p.value, batch, key_head) + begin * p.value.token_stride;
-  copy_real<K, kRows>(key_tile, keys, p.key.token_stride, key_runs ? key_runs + begin : nullptr, rows, thread, pieces);
-  copy_real<V, kRows>(key_tile + S::OWN_KEY, values, p.value.token_stride, key_runs ? key_runs + begin : nullptr, rows, thread, V / 8);
 
   int tile_begin = p.causal ? static_cast<int>(begin / kKeys) : 0, tile_end = static_cast<int>((seen + kKeys - 1) / kKeys);
   int32_t low = 0, high = 0;
   if constexpr (GATED) find_runs(others, key_gates, query_gates, begin, rows, tile_begin, tile_end, low, high, thread);
   const int behind = p.causal ? min(tile_end, static_cast<int>((begin + kRows) / kKeys)) : tile_begin;
   const Walk walk{max(behind, tile_begin), tile_end, tile_begin, behind, heads};
-  const int count = walk.count();
 
-  const OtherCopy<K> query_copy(p.query.token_stride, thread);
-  const OtherCopy<V> grad_copy(args.grad_out.token_stride, thread);
-  QueryOnWay on_way;
-  Cursor to_fetch(walk);
-  const auto fetch = [&](int stage) {
-    const int64_t first = to_fetch.first(), head = first_head + to_fetch.head;
-    const int real = static_cast<int>(min(p.length - first, static_cast<int64_t>(kKeys)));
+  if (thread >= kOwners) {
+    give_registers<kBringerRegisters>();
+    const int lane = thread & 31, stage = warp_number() - kWarps;
+    const double edge = GATED ? query_gates.edge() : 0.0;
     const uint32_t target = stages + stage * S::STAGE;
-    const int32_t *const runs = query_runs ? query_runs + first : nullptr;
-    query_copy.start(target, head_of<const T>(p.query, batch, head) + first * p.query.token_stride, p.query.token_stride, runs, real, thread, pieces);
-    grad_copy.start(target + S::TILE, head_of<const T>(args.grad_out, batch, head) + first * args.grad_out.token_stride, args.grad_out.token_stride, runs, real, thread, V / 8);
-    copy_commit();
-    if (thread < kKeys) on_way.load(args, query_gates, to_fetch, static_cast<int64_t>(batch) * p.query_heads + head, first + thread);
-    to_fetch.advance(walk);
-  };
-  const auto store = [&](int stage) {
-    if (thread >= kKeys) return;
-    others.numbers[stage][thread] = on_way.template numbers<GATED>(p, query_gates, first_head);
-    if constexpr (GATED) on_way.gate.store(others, query_gates, stage, low, high, thread);
-  };
-  if (count > 0) fetch(0), store(0);
-  else copy_commit();
-  if (count > 1) fetch(1);
-  else copy_commit();
-  copy_wait<1>();
-  warpgroup_publish();
-  __syncthreads();
-
+    TileGates gates;
+    QueriesOnWay on_way;
+    bring_tiles(
+        walk, stage,
+        [&](const Cursor &at) {
+          gates.load(query_gates, at.first(), lane);
+          on_way.load(args, static_cast<int64_t>(batch) * p.query_heads + first_head + at.head, at.first() + lane);
+        },
+        [&](const Cursor &at) {
+          const int64_t first = at.first(), head = first_head + at.head;
+          copy_others<K>(target, head_of<const T>(p.query, batch, head) + first * p.query.token_stride, p.query.token_stride, gates.real, lane, pieces);
+          copy_others<V>(target + S::TILE, head_of<const T>(args.grad_out, batch, head) + first * args.grad_out.token_stride, args.grad_out.token_stride, gates.real, lane, V / 8);
+        },
+        [&](const Cursor &at) {
+          const Coefficients f(p, first_head + at.head);
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            others.numbers[stage][32 * half + lane] = on_way.of(f, half, GATED && !at.near ? exp2_fast(fminf(gates.exponent(half, true, edge), 0.f)) : 1.f);
+          if constexpr (GATED) gates.store(others, true, edge, stage, low, high, lane);
+        });
+    return;
+  }
+  take_registers<kOwnerRegisters>();
+  const int64_t group_begin = begin + thread / kGroupThreads * kGroup;
+  copy_own<K, V>(key_tile, head_of<const T>(p.key, batch, key_head) + group_begin * p.key.token_stride, p.key.token_stride,
+                 head_of<const T>(p.value, batch, key_head) + group_begin * p.value.token_stride, p.value.token_stride, real_tokens(key_gates, group_begin, thread & 31), thread,
+                 pieces);
   GroupColumns<K, V, GATED> work(args, others, pair, begin, key_tile);
   if constexpr (GATED) work.gates.load(key_gates, work.key);
-  walk_tiles(work, walk, [&](int i, int next) {
-    if (i + 1 < count) store(next);
-    copy_wait<0>();
-    warpgroup_publish();
-    __syncthreads();
-    if (i + 2 < count) fetch(next == kGroupStages - 1 ? 0 : next + 1);
-  });
+  walk_tiles(work, walk);
   if (GATED && args.column_sums) work.store_decay_sums(args.column_sums + (static_cast<int64_t>(batch) * p.state_heads + key_head) * p.length, has_state);
-  if (!S::KEEPS_ROWS) __syncthreads();  // results are staged over the block's own tokens
+  if (!S::KEEPS_ROWS) barrier_sync<kGroupThreads>(kAmongOwners + thread / kGroupThreads);  // results are staged over the warpgroup's own tokens
   work.store(args, shared, batch, key_head, rows, has_state);
 #endif
 }

@@ -1,10 +1,11 @@
-// The gradients' kernels by Hopper's warpgroups: two a block, 64 of its 128 own tokens each, and tiles of 64 others.
+// The gradients' kernels by Hopper's warpgroups: two of a block own 64 of its 128 tokens each, and the warps of a third bring tiles of 64 others, each to a stage of
+// its own, so that as many are under way. The two go at paces of their own: the one's products run beside what the other one makes of its own.
 //
 // Products run ahead of what is made of them. A tile is taken in two steps: while a warpgroup weighs the pairs of one, the tensor cores add up the step before and multiply the step
 // behind, so that there are two of each buffer. Of a pair as little is done as can be: what belongs to one token alone is put into its numbers, or into the sums once they are
 // done. With s = q_i . k_n, d = w_i . v_n, E_i = e_i g_i, and x, y a pair's weights in the products for dq or dk, and for dv:
 //   columns: x = (d + E_i) (B_i + 2 C_i s'), y = A_i + s' (B_i + C_i s'), s' = s / |k_n|; A, B, C are a, beta / |q_i|, gamma / |q_i|^2, all by g_i and times the query's factor
-//   rows:    x = (d + E_i) f_n r_n (beta_i + 2 gamma_i t), t = s r_n, r_n = 1 / |k_n|, f_n the key's factor; the sums take 1 / g_i last
+//   rows:    x = (d + E_i) f_n r_n (beta_i + 2 gamma_i t) / g_i, t = s r_n, r_n = 1 / |k_n|, f_n the key's factor
 // and the own factor of a decay enters the sums once, between the tiles away from the diagonal and those on it. There, and in tiles of several runs, each pair is looked at.
 #pragma once
 #include "pairs/backward.cuh"
@@ -12,13 +13,18 @@
 
 namespace linattn_pairs {
 
-constexpr int kGroupStages = 3, kStep = 32, kGroup = 64;  // tiles in shared memory; others of a step; own tokens of a warpgroup
+constexpr int kGroupStages = 4, kStep = 32, kGroup = 64;  // tiles in shared memory; others of a step; own tokens of a warpgroup
+constexpr int kOwners = kGradientThreads, kGroupThreads = 128, kBlockThreads = kOwners + 32 * kGroupStages;
+constexpr int kOwnerRegisters = 232, kBringerRegisters = 40;  // of a multiprocessor's 65,536
+
+// A tile that is here, for each of the warpgroups that own tokens; a stage that both have read; a warpgroup's own affairs.
+enum GroupBarrier { kTileHere = 1, kStageRead = kTileHere + 2 * kGroupStages, kAmongOwners = kStageRead + kGroupStages };
 
 struct OtherNumbers {
   float4 numbers[kGroupStages][kKeys];
   float exponent[kGroupStages][kKeys];
-  int32_t run[kGroupStages][kKeys], mixed[kGroupStages][kKeys / 32];  // mixed: not all are of the one run that all of the block's own are of
-  int32_t lowest[kWarps], highest[kWarps], first[kWarps], last[kWarps];
+  int32_t run[kGroupStages][kKeys], mixed[kGroupStages];  // mixed: not all are of the one run that all of the block's own are of
+  int32_t lowest[kBlockThreads / 32], highest[kBlockThreads / 32], first[kBlockThreads / 32], last[kBlockThreads / 32];
 };
 
 template <int K, int V> struct GroupShape {
@@ -46,49 +52,67 @@ struct Cursor {
   }
 };
 
-// ROWS tokens of a head into a tile; those from `count` on read as zero, and so does padding, NaN in memory or not, where there are runs.
-template <int D, int ROWS, typename T>
-__device__ __forceinline__ void copy_real(uint32_t tile, const T *rows, int64_t stride, const int32_t *runs, int count, int thread, int pieces) {
-  constexpr int kPieces = D / 8, kAll = ROWS * kPieces;
-#pragma unroll
-  for (int i = 0; i < (kAll + kGradientThreads - 1) / kGradientThreads; ++i) {
-    const int index = thread + i * kGradientThreads, row = index / kPieces, piece = index % kPieces;
-    if (kAll % kGradientThreads != 0 && index >= kAll) break;
-    const bool valid = row < count && piece < pieces && (!runs || runs[row] > 0);
+// 64 tokens of a head into a tile, by THREADS; those that are not `real` read as zero: behind the last one, or padding, NaN in memory or not.
+template <int D, int THREADS, typename T> __device__ __forceinline__ void copy_real(uint32_t tile, const T *rows, int64_t stride, uint64_t real, int thread, int pieces) {
+  constexpr int kPieces = D / 8;
+#pragma unroll 4
+  for (int index = thread; index < kKeys * kPieces; index += THREADS) {
+    const int row = index / kPieces, piece = index % kPieces;
+    const bool valid = piece < pieces && real >> row & 1;
     copy_async(tile + Tile<D>::at(row, piece), rows + (valid ? row * stride : 0) + piece * 8, valid);
   }
 }
 
-// A thread's part in copying tiles of others, of which most are whole.
-template <int D> struct OtherCopy {
-  static constexpr int kPieces = D / 8, kStep = kGradientThreads / kPieces;  // rows from one piece of a thread to its next
-  uint32_t place, offset;  // in the tile, in bytes; in memory, in elements
-  __device__ __forceinline__ OtherCopy(int64_t stride, int thread)
-      : place(Tile<D>::at(thread / kPieces, thread % kPieces)), offset(static_cast<uint32_t>(thread / kPieces * stride) + thread % kPieces * 8) {}
-  template <typename T> __device__ __forceinline__ void start(uint32_t tile, const T *rows, int64_t stride, const int32_t *runs, int count, int thread, int pieces) const {
-    if (count < kKeys || pieces < kPieces || runs) {
-      copy_real<D, kKeys>(tile, rows, stride, runs, count, thread, pieces);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < (kKeys + kStep - 1) / kStep; ++i)
-      if (kStep <= kKeys || thread < kKeys * kPieces) copy_async(tile + place + i * kStep * Tile<D>::kRowBytes, rows + i * kStep * stride + offset, true);
-  }
-};
+// A warpgroup's own tokens, from each of the two tensors, into its part of the block's tiles.
+template <int K, int V, typename T>
+__device__ __forceinline__ void copy_own(uint32_t tile, const T *keys, int64_t key_stride, const T *values, int64_t value_stride, uint64_t real, int thread, int pieces) {
+  const int group = thread / kGroupThreads, number = thread % kGroupThreads;
+  copy_real<K, kGroupThreads>(tile + group * Tile<K>::rows_at(kGroup / 16), keys, key_stride, real, number, pieces);
+  copy_real<V, kGroupThreads>(tile + GroupShape<K, V>::OWN_KEY + group * Tile<V>::rows_at(kGroup / 16), values, value_stride, real, number, V / 8);
+  copy_commit();
+  copy_wait<0>();
+  warpgroup_publish();
+  barrier_sync<kGroupThreads>(kAmongOwners + group);
+}
 
-// The gate of a token of a tile on its way, as the one thread that brings it has it.
-struct TokenGate {
-  double sum;
-  int32_t run;
-  __device__ __forceinline__ void load(const GateReader &from, int64_t token) { sum = from.sum_of(token), run = from.run_of(token); }
-  __device__ __forceinline__ float exponent(const GateReader &from) const { return static_cast<float>(from.queries ? sum - from.edge() : from.edge() - sum); }
-  __device__ __forceinline__ float factor(const GateReader &from) const { return exp2_fast(fminf(exponent(from), 0.f)); }
-  __device__ __forceinline__ void store(OtherNumbers &others, const GateReader &from, int stage, int32_t low, int32_t high, int thread) const {
-    others.exponent[stage][thread] = exponent(from), others.run[stage][thread] = run;
-    const bool mixed = __any_sync(0xffffffffu, run != low || run != high);
-    if (thread % 32 == 0) others.mixed[stage][thread / 32] = mixed;
+// A warp's copy of a tile, of which most are whole.
+template <int D, typename T> __device__ __forceinline__ void copy_others(uint32_t tile, const T *rows, int64_t stride, uint64_t real, int lane, int pieces) {
+  constexpr int kPieces = D / 8, kRowsAtOnce = 32 / kPieces;
+  if (~real || pieces < kPieces) {
+    copy_real<D, 32>(tile, rows, stride, real, lane, pieces);
+    return;
+  }
+  const T *source = rows + static_cast<int64_t>(lane / kPieces) * stride + lane % kPieces * 8;
+#pragma unroll
+  for (int i = 0; i < kKeys / kRowsAtOnce; ++i, source += kRowsAtOnce * stride) copy_async(tile + Tile<D>::at(lane / kPieces + i * kRowsAtOnce, lane % kPieces), source, true);
+}
+
+// The gates of a tile on their way, two tokens a lane.
+struct TileGates {
+  double sum[2];
+  int32_t run[2];
+  uint64_t real;  // tokens that are not padding
+  __device__ __forceinline__ void load(const GateReader &from, int64_t first, int lane) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) sum[half] = from.sum_of(first + 32 * half + lane), run[half] = from.run_of(first + 32 * half + lane);
+    real = real_tokens(run);
+  }
+  static __device__ __forceinline__ uint64_t real_tokens(const int32_t (&run)[2]) {
+    return static_cast<uint64_t>(__ballot_sync(0xffffffffu, run[1] > 0)) << 32 | __ballot_sync(0xffffffffu, run[0] > 0);
+  }
+  __device__ __forceinline__ float exponent(int half, bool queries, double edge) const { return static_cast<float>(queries ? sum[half] - edge : edge - sum[half]); }
+  __device__ __forceinline__ void store(OtherNumbers &others, bool queries, double edge, int stage, int32_t low, int32_t high, int lane) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) others.exponent[stage][32 * half + lane] = exponent(half, queries, edge), others.run[stage][32 * half + lane] = run[half];
+    const bool mixed = __any_sync(0xffffffffu, run[0] != low || run[0] != high || run[1] != low || run[1] != high);
+    if (lane == 0) others.mixed[stage] = mixed;
   }
 };
+// Of the 64 tokens from `first` on those that are not padding.
+__device__ __forceinline__ uint64_t real_tokens(const GateReader &from, int64_t first, int lane) {
+  const int32_t run[2] = {from.run_of(first + lane), from.run_of(first + 32 + lane)};
+  return TileGates::real_tokens(run);
+}
 
 // What a query's pairs are measured in: 1 / g, so that e by it is finite; some small number where g is 0 and yet has a gradient.
 __device__ __forceinline__ float share_of(float inverse, float error) { return inverse == 0.f && error != 0.f ? 0x1p-40f : inverse; }
@@ -102,7 +126,7 @@ __device__ __forceinline__ void find_runs(OtherNumbers &found, const GateReader 
     if (thread % 32 == 0) leasts[thread / 32] = least, mosts[thread / 32] = most;
     __syncthreads();
 #pragma unroll
-    for (int warp = 0; warp < kWarps; ++warp) least = min(least, leasts[warp]), most = max(most, mosts[warp]);
+    for (int warp = 0; warp < kBlockThreads / 32; ++warp) least = min(least, leasts[warp]), most = max(most, mosts[warp]);
   };
   if (!own.runs) {
     low = high = 1;
@@ -111,7 +135,7 @@ __device__ __forceinline__ void find_runs(OtherNumbers &found, const GateReader 
   high = thread < rows ? own.run_of(begin + thread) : 0, low = high > 0 ? high : INT32_MAX;
   over_block(low, high, found.lowest, found.highest);
   int32_t first = INT32_MAX, last = -1;
-  for (int64_t token = static_cast<int64_t>(tile_begin) * kKeys + thread; token < static_cast<int64_t>(tile_end) * kKeys; token += kGradientThreads) {
+  for (int64_t token = static_cast<int64_t>(tile_begin) * kKeys + thread; token < static_cast<int64_t>(tile_end) * kKeys; token += kBlockThreads) {
     const int32_t run = others.run_of(token), tile = static_cast<int32_t>(token / kKeys);
     if (run > 0 && run >= low && run <= high) first = min(first, tile), last = max(last, tile);
   }
@@ -146,39 +170,77 @@ template <int STEPS, int TILES> __device__ __forceinline__ void clear(float (&su
   for (int i = 0; i < STEPS * TILES * 4; ++i) sums[i / (TILES * 4)][i / 4 % TILES][i % 4] = 0.f;
 }
 
-// The loop over tiles. `work` multiplies, weighs and adds; `arrive` has the tile behind the one in work come in, and the one behind that begin its way.
-template <typename Work, typename Arrive> __device__ __forceinline__ void walk_tiles(Work &work, const Walk &walk, Arrive arrive) {
-  const int count = walk.count(), off = walk.off();
+// The loop of a warp that brings tiles, to its own stage: a tile's numbers leave memory, and its tokens do as soon as its predecessor there has been read.
+template <typename Load, typename Copy, typename Store> __device__ __forceinline__ void bring_tiles(const Walk &walk, int stage, Load load, Copy copy, Store store) {
+  const int count = walk.count();
   Cursor at(walk);
-  int stage = 0, i = 0;
-  if (count == 0) return;
+  for (int i = 0; i < stage; ++i) at.advance(walk);
+#pragma unroll 1
+  for (int i = stage; i < count; i += kGroupStages) {
+    load(at);
+    if (i >= kGroupStages) barrier_sync<kOwners + 32>(kStageRead + stage);
+    copy(at);
+    copy_commit();
+    store(at);
+    copy_wait<0>();
+    warpgroup_publish();
+#pragma unroll
+    for (int group = 0; group < 2; ++group) barrier_arrive<kGroupThreads + 32>(kTileHere + 2 * stage + group);
+#pragma unroll
+    for (int step = 0; step < kGroupStages; ++step) at.advance(walk);
+  }
+}
+
+// The loop over tiles. `work` multiplies, weighs and adds.
+template <typename Work> __device__ __forceinline__ void walk_tiles(Work &work, const Walk &walk) {
+  const int count = walk.count(), group = work.warp / 4;
+  Cursor at(walk);
+  int number = 0;
+  const auto leave = [&](int tile) {
+    if (tile + kGroupStages < count) barrier_arrive<kOwners + 32>(kStageRead + tile % kGroupStages);
+  };
+  // The tile that `at` is at, or the next one with something to do.
+  const auto arrive = [&] {
+    for (; number < count; ++number, at.advance(walk)) {
+      barrier_sync<kGroupThreads + 32>(kTileHere + 2 * (number % kGroupStages) + group);
+      if (!work.passes(at.first())) return;
+      leave(number);
+    }
+  };
+  arrive();
+  bool own = false;  // whether the sums have the own factors
+  int before = count;
+  if (number == count) return;
   work.keep_sums();
-  work.template multiply<0>(0);
+  work.template multiply<0>(number % kGroupStages);
   warpgroup_wait<0>();
 #pragma unroll 1
   do {
-    if (work.kGated && i == off) work.take_own_factors();
-    const int next = stage == kGroupStages - 1 ? 0 : stage + 1;
+    const Cursor now = at;
+    const int tile = number, stage = tile % kGroupStages;
+    if (work.kGated && now.near && !own) own = true, work.take_own_factors();
     if constexpr (Work::BUFFERS == 2) work.template multiply<1>(stage);
-    work.template weigh<0>(at, stage);
-    warpgroup_wait<0>();  // and nobody reads the tile that the next copies overwrite
+    work.template weigh<0>(now, stage);
+    warpgroup_wait<0>();
+    leave(before);
     work.template add<0>(stage);
     if constexpr (Work::BUFFERS == 1) work.template multiply<1>(stage);
-    arrive(i, next);
-    if constexpr (Work::BUFFERS == 2) work.template multiply<0>(next);  // of no tile, behind the last: nobody looks at it
+    ++number, at.advance(walk);
+    arrive();
+    if constexpr (Work::BUFFERS == 2) work.template multiply<0>(number % kGroupStages);  // of no tile, behind the last: nobody looks at it
     else warpgroup_wait<0>();
-    work.template weigh<1>(at, stage);
+    work.template weigh<1>(now, stage);
     if constexpr (Work::BUFFERS == 2) warpgroup_wait<0>();
     work.template add<1>(stage);
     if constexpr (Work::BUFFERS == 1) {
-      work.template multiply<0>(next);
+      work.template multiply<0>(number % kGroupStages);
       warpgroup_wait<0>();
     }
-    at.advance(walk), stage = next;
-  } while (++i < count);
+    before = tile;
+  } while (number < count);
   warpgroup_wait<0>();
   work.keep_sums();
-  if (work.kGated && off == count) work.take_own_factors();
+  if (work.kGated && !own) work.take_own_factors();
 }
 
 }  // namespace linattn_pairs

@@ -32,7 +32,7 @@ template <int K, int V, bool GATED> struct GroupRows {
     for (int half = 0; half < 2; ++half) {
       share[half] = share_of(numbers[8 * half], numbers[args.padded + 8 * half]), error[half] = share[half] == 0.f ? 0.f : numbers[args.padded + 8 * half] / share[half];
       scale[half] = numbers[2 * args.padded + 8 * half];
-      beta[half] = f.beta * scale[half], twice_gamma[half] = 2.f * f.gamma * scale[half] * scale[half];
+      beta[half] = f.beta * scale[half] * share[half], twice_gamma[half] = 2.f * f.gamma * scale[half] * scale[half] * share[half];
     }
     clear(s), clear(d);
     const Blocks<V> w_blocks(query_tile + S::OWN_KEY, lane_down<V>(lane));
@@ -49,6 +49,9 @@ template <int K, int V, bool GATED> struct GroupRows {
   }
 
   __device__ __forceinline__ void keep_sums() { warpgroup_keep(acc), warpgroup_keep(s[BUFFERS - 1]), warpgroup_keep(d[BUFFERS - 1]); }
+
+  // Whether the warpgroup's queries see none of the tile's keys.
+  __device__ __forceinline__ bool passes(int first) const { return p.causal && first >= group_begin + kGroup; }
 
   // s = q k^T and d = w v^T of a step's keys.
   template <int STEP> __device__ __forceinline__ void multiply(int stage) {
@@ -97,7 +100,7 @@ template <int K, int V, bool GATED> struct GroupRows {
   template <int STEP> __device__ __forceinline__ void weigh(const Cursor &at, int stage) {
     warpgroup_keep(s[STEP % BUFFERS]), warpgroup_keep(d[STEP % BUFFERS]);
     const int key = at.first() + kStep * STEP;
-    const bool mixed = GATED && (others.mixed[stage][0] | others.mixed[stage][1]);
+    const bool mixed = GATED && (others.mixed[stage]);
     const bool whole = key + kStep <= p.length && (!p.causal || key + kStep - 1 <= group_begin);
     if (mixed || (GATED && at.near) || !whole) weigh_pairs<true, STEP>(at.first(), stage, GATED && at.near);
     else weigh_pairs<false, STEP>(at.first(), stage, false);
@@ -114,15 +117,13 @@ template <int K, int V, bool GATED> struct GroupRows {
   __device__ __forceinline__ void take_own_factors() {
     warpgroup_wait<0>();
     warpgroup_keep(acc);
-    scale_sums(gates.factor[0]);
-  }
-  __device__ __forceinline__ void scale_sums(const float (&factor)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const float own = gates.factor[0][half];
 #pragma unroll
-      for (int i = 0; i < 3; ++i) sums[i][half] *= factor[half];
+      for (int i = 0; i < 3; ++i) sums[i][half] *= own;
 #pragma unroll
-      for (int n = 0; n < 2 * KEY_BLOCKS; ++n) acc[n][2 * half] *= factor[half], acc[n][2 * half + 1] *= factor[half];
+      for (int n = 0; n < 2 * KEY_BLOCKS; ++n) acc[n][2 * half] *= own, acc[n][2 * half + 1] *= own;
     }
   }
 
@@ -130,7 +131,7 @@ template <int K, int V, bool GATED> struct GroupRows {
   __device__ __forceinline__ void store_row_sums(const Coefficients &f, float *row_sums, bool more) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = f.a * sums[0][half] + beta[half] * sums[1][half] + 0.5f * twice_gamma[half] * sums[2][half];
+      float sum = f.a * share[half] * sums[0][half] + beta[half] * sums[1][half] + 0.5f * twice_gamma[half] * sums[2][half];
       sum += __shfl_xor_sync(0xffffffffu, sum, 1);
       sum += __shfl_xor_sync(0xffffffffu, sum, 2);
       if (place == 0 && row + 8 * half < p.length) row_sums[row + 8 * half] = more ? row_sums[row + 8 * half] + sum : sum;
@@ -144,7 +145,9 @@ template <int K, int V, bool GATED> struct GroupRows {
     store_rows<T, K>(args.grad_query, results, shared, q_blocks, query_stripe, acc, 1.f, 1.f, rows, warp, lane, pieces_of<K, V>(p));
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
-      float sum = i == 0 ? sums[0][0] + sums[0][1] : i == 1 ? sums[1][0] * scale[0] + sums[1][1] * scale[1] : sums[2][0] * scale[0] * scale[0] + sums[2][1] * scale[1] * scale[1];
+      float sum = 0.f;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) sum += sums[i][half] * share[half] * (i == 0 ? 1.f : i == 1 ? scale[half] : scale[half] * scale[half]);
 #pragma unroll
       for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
       if (lane == 0) totals[3 * warp + i] = sum;
@@ -152,22 +155,7 @@ template <int K, int V, bool GATED> struct GroupRows {
   }
 };
 
-// A key's numbers on their way, one thread a key, and its gates.
-struct KeyOnWay {
-  float unit;
-  bool near;
-  TokenGate gate;
-  __device__ __forceinline__ void load(const float *units, const GateReader &gates, const Cursor &at, int64_t token) {
-    unit = units[token], near = at.near;
-    gate.load(gates, token);
-  }
-  template <bool GATED> __device__ __forceinline__ float4 numbers(const GateReader &gates) const {
-    const float factor = GATED && !near ? gate.factor(gates) : 1.f;
-    return make_float4(unit, unit * factor, factor, 0.f);
-  }
-};
-
-template <int K, int V, bool GATED> __global__ void __launch_bounds__(kGradientThreads, 1) group_rows_kernel(const __grid_constant__ Gradients args) {
+template <int K, int V, bool GATED> __global__ void __launch_bounds__(kBlockThreads, 1) group_rows_kernel(const __grid_constant__ Gradients args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using T = __nv_bfloat16;
   using S = GroupShape<K, V>;
@@ -183,64 +171,56 @@ template <int K, int V, bool GATED> __global__ void __launch_bounds__(kGradientT
   const int64_t begin = static_cast<int64_t>(tile_number) * kRows;
   const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(kRows)));
   const GateReader query_gates(args.gates, p, true, batch, head, begin - 1), key_gates(args.gates, p, false, batch, head, begin - 1);
-  const int32_t *const key_runs = GATED ? key_gates.runs : nullptr, *const query_runs = GATED ? query_gates.runs : nullptr;
-  const Coefficients f(p, head);
-
-  const int32_t *const own_runs = query_runs ? query_runs + begin : nullptr;
-  copy_real<K, kRows>(query_tile, head_of<const T>(p.query, batch, head) + begin * p.query.token_stride, p.query.token_stride, own_runs, rows, thread, pieces);
-  copy_real<V, kRows>(query_tile + S::OWN_KEY, head_of<const T>(args.grad_out, batch, head) + begin * args.grad_out.token_stride, args.grad_out.token_stride, own_runs, rows,
-                      thread, V / 8);
 
   int tile_begin = static_cast<int>(begin / args.chunk * args.chunk / kKeys), tile_end = static_cast<int>(((p.causal ? begin + rows : p.length) + kKeys - 1) / kKeys);
   int32_t low = 0, high = 0;
   if constexpr (GATED) find_runs(others, query_gates, key_gates, begin, rows, tile_begin, tile_end, low, high, thread);
   const int before = p.causal ? max(tile_begin, static_cast<int>(begin / kKeys)) : tile_end;
   const Walk walk{tile_begin, min(before, tile_end), before, tile_end, 1};
-  const int count = walk.count();
-  const T *const keys = head_of<const T>(p.key, batch, key_head), *const values = head_of<const T>(p.value, batch, key_head);
-  const float *const units = args.key_scale + (static_cast<int64_t>(batch) * p.key_heads + key_head) * args.padded;
 
-  const OtherCopy<K> key_copy(p.key.token_stride, thread);
-  const OtherCopy<V> value_copy(p.value.token_stride, thread);
-  KeyOnWay on_way;
-  Cursor to_fetch(walk);
-  const auto fetch = [&](int stage) {
-    const int64_t first = to_fetch.first();
-    const int real = static_cast<int>(min(p.length - first, static_cast<int64_t>(kKeys)));
+  if (thread >= kOwners) {
+    give_registers<kBringerRegisters>();
+    const int lane = thread & 31, stage = warp_number() - kWarps;
+    const T *const keys = head_of<const T>(p.key, batch, key_head), *const values = head_of<const T>(p.value, batch, key_head);
+    const float *const units = args.key_scale + (static_cast<int64_t>(batch) * p.key_heads + key_head) * args.padded;
+    const double edge = GATED ? key_gates.edge() : 0.0;
     const uint32_t target = stages + stage * S::STAGE;
-    const int32_t *const runs = key_runs ? key_runs + first : nullptr;
-    key_copy.start(target, keys + first * p.key.token_stride, p.key.token_stride, runs, real, thread, pieces);
-    value_copy.start(target + S::TILE, values + first * p.value.token_stride, p.value.token_stride, runs, real, thread, V / 8);
-    copy_commit();
-    if (thread < kKeys) on_way.load(units, key_gates, to_fetch, first + thread);
-    to_fetch.advance(walk);
-  };
-  const auto store = [&](int stage) {
-    if (thread >= kKeys) return;
-    others.numbers[stage][thread] = on_way.template numbers<GATED>(key_gates);
-    if constexpr (GATED) on_way.gate.store(others, key_gates, stage, low, high, thread);
-  };
-  if (count > 0) fetch(0), store(0);
-  else copy_commit();
-  if (count > 1) fetch(1);
-  else copy_commit();
-  copy_wait<1>();
-  warpgroup_publish();
-  __syncthreads();
-
-  GroupRows<K, V, GATED> work(args, others, f, pair, begin, query_tile);
-  if constexpr (GATED) work.gates.load(query_gates, work.row);
-  walk_tiles(work, walk, [&](int i, int next) {
-    if (i + 1 < count) store(next);
-    copy_wait<0>();
-    warpgroup_publish();
-    __syncthreads();
-    if (i + 2 < count) fetch(next == kGroupStages - 1 ? 0 : next + 1);
-  });
-  work.scale_sums(work.share);
-  if (GATED && args.row_sums) work.store_row_sums(f, args.row_sums + static_cast<int64_t>(pair) * p.length, begin >= args.chunk);
-  if (!S::KEEPS_ROWS) __syncthreads();  // results are staged over the block's own tokens
-  work.store(args, shared, batch, head, rows, totals);
+    TileGates gates;
+    float unit[2];
+    bring_tiles(
+        walk, stage,
+        [&](const Cursor &at) {
+          gates.load(key_gates, at.first(), lane);
+#pragma unroll
+          for (int half = 0; half < 2; ++half) unit[half] = units[at.first() + 32 * half + lane];
+        },
+        [&](const Cursor &at) {
+          const int64_t first = at.first();
+          copy_others<K>(target, keys + first * p.key.token_stride, p.key.token_stride, gates.real, lane, pieces);
+          copy_others<V>(target + S::TILE, values + first * p.value.token_stride, p.value.token_stride, gates.real, lane, V / 8);
+        },
+        [&](const Cursor &at) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float factor = GATED && !at.near ? exp2_fast(fminf(gates.exponent(half, false, edge), 0.f)) : 1.f;
+            others.numbers[stage][32 * half + lane] = make_float4(unit[half], unit[half] * factor, factor, 0.f);
+          }
+          if constexpr (GATED) gates.store(others, false, edge, stage, low, high, lane);
+        });
+  } else {
+    take_registers<kOwnerRegisters>();
+    const int64_t group_begin = begin + thread / kGroupThreads * kGroup;
+    copy_own<K, V>(query_tile, head_of<const T>(p.query, batch, head) + group_begin * p.query.token_stride, p.query.token_stride,
+                   head_of<const T>(args.grad_out, batch, head) + group_begin * args.grad_out.token_stride, args.grad_out.token_stride,
+                   real_tokens(query_gates, group_begin, thread & 31), thread, pieces);
+    const Coefficients f(p, head);
+    GroupRows<K, V, GATED> work(args, others, f, pair, begin, query_tile);
+    if constexpr (GATED) work.gates.load(query_gates, work.row);
+    walk_tiles(work, walk);
+    if (GATED && args.row_sums) work.store_row_sums(f, args.row_sums + static_cast<int64_t>(pair) * p.length, begin >= args.chunk);
+    if (!S::KEEPS_ROWS) barrier_sync<kGroupThreads>(kAmongOwners + thread / kGroupThreads);  // results are staged over the warpgroup's own tokens
+    work.store(args, shared, batch, head, rows, totals);
+  }
   __syncthreads();
   if (thread < 3) {
     float sum = 0.f;

@@ -97,6 +97,9 @@ template <Barrier NUMBER, int THREADS> __device__ __forceinline__ void barrier_s
 template <Barrier NUMBER, int THREADS> __device__ __forceinline__ void barrier_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(static_cast<int>(NUMBER)), "n"(THREADS) : "memory");
 }
+// The same of a number that only the running kernel knows.
+template <int THREADS> __device__ __forceinline__ void barrier_sync(int number) { asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(THREADS) : "memory"); }
+template <int THREADS> __device__ __forceinline__ void barrier_arrive(int number) { asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(THREADS) : "memory"); }
 
 // ---- fast functions: a few units in the last place of float32
 

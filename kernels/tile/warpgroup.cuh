@@ -30,6 +30,17 @@ __device__ __forceinline__ void warpgroup_begin() {}
 __device__ __forceinline__ void warpgroup_commit() {}
 template <int PENDING> __device__ __forceinline__ void warpgroup_wait() {}
 #endif
+// How many registers a warpgroup's threads have from here on: what one gives, others may take.
+template <int COUNT> __device__ __forceinline__ void give_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
+template <int COUNT> __device__ __forceinline__ void take_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+#endif
+}
 template <int TILES> __device__ __forceinline__ void warpgroup_keep(float (&d)[TILES][4]) {
 #pragma unroll
   for (int i = 0; i < TILES; ++i)

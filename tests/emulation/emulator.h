@@ -223,6 +223,11 @@ inline int __any_sync(unsigned mask, int x) {
   for (int step = 16; step > 0; step /= 2) x |= __shfl_xor_sync(mask, x, step);
   return x;
 }
+inline unsigned __ballot_sync(unsigned mask, int x) {
+  unsigned bits = static_cast<unsigned>(x != 0) << emulation::lane();
+  for (int step = 16; step > 0; step /= 2) bits |= __shfl_xor_sync(mask, bits, step);
+  return bits;
+}
 inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
   for (int step = 16; step > 0; step /= 2) x = std::max(x, __shfl_xor_sync(mask, x, step));
   return x;

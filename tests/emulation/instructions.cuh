@@ -125,6 +125,8 @@ template <int PENDING> void copy_wait() {
 enum Barrier { kScalesReady = 1, kScalesShared, kStateRead, kHalvesExchanged, kRowsWeighed };
 template <Barrier NUMBER, int THREADS> void barrier_sync() { emulation::sync_block(NUMBER, THREADS); }
 template <Barrier NUMBER, int THREADS> void barrier_arrive() { emulation::arrive(NUMBER, THREADS); }
+template <int THREADS> void barrier_sync(int number) { emulation::sync_block(number, THREADS); }
+template <int THREADS> void barrier_arrive(int number) { emulation::arrive(number, THREADS); }
 
 inline float reciprocal(float x) { return 1.f / x; }
 inline float reciprocal_root(float x) { return 1.f / std::sqrt(x); }

@@ -12,6 +12,8 @@ template <int D> constexpr bool kWarpgroups = false;  // of the engines whose co
 template <int D> constexpr bool kStateByGroups = false;
 
 inline void warpgroup_publish() {}
+template <int COUNT> void give_registers() {}
+template <int COUNT> void take_registers() {}
 template <int TILES> void warpgroup_keep(float (&)[TILES][4]) {}
 
 template <int D> uint64_t warpgroup_operand(uint32_t address, uint32_t panel = 0) {

@@ -191,9 +191,17 @@ def test_gradients_of_tokens_that_weigh_nearly_nothing(hopper_kernels, kind):
     check_gradients(length=65, numbers=(0.0, 0.0, 1.0, 1.0), **kind)
 
 
-def test_a_decay_of_each_query_head_beside_grouped_keys(hopper_kernels):
-    """A key has no one factor there."""
-    check_gradients(warpgroups=False, head_dim=32, value_dim=32, decay="query_head")
+@pytest.mark.parametrize("numbers", [(1e20, 0.0, 1e20, 1.0), (1e20, 1e20, 1e20, 1.0), (1e-20, 0.0, 1e-20, 1.0)], ids=str)
+def test_gradients_of_functions_of_any_size(hopper_kernels, numbers):
+    check_gradients(head_dim=32, value_dim=32, numbers=numbers)
+
+
+@pytest.mark.parametrize("kind", [
+    {"decay": "query_head", "head_dim": 32, "value_dim": 32}, {"head_dim": 16, "value_dim": 128}, {"head_dim": 96, "value_dim": 96},
+], ids=str)  # fmt: skip
+def test_gradients_that_stay_with_mma_sync(hopper_kernels, kind):
+    """A key has no one factor beside grouped keys and a decay of each query head, and tiles of some widths have no kernel."""
+    check_gradients(warpgroups=False, **kind)
 
 
 # ---- the emulator
