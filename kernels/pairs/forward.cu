@@ -12,25 +12,10 @@ constexpr int kThreads = kForwardThreads;
 constexpr int kShortest = 32;               // tokens: below, a launch costs more than its work
 constexpr int64_t kCachedBytes = 16 << 20;  // keys and values that neighbouring blocks share through the cache
 
-// 1 / |k| of every key; 1 where keys are used as they are, 0 behind the last.
 template <typename T> __global__ void key_scale_kernel(const __grid_constant__ Arguments args, float *result) {
-  const linattn_problem &p = args.problem;
   const int64_t number = static_cast<int64_t>(blockIdx.x) * (kThreads / 4) + threadIdx.x / 4;
-  const int64_t head = number / args.padded, token = number % args.padded;  // the padded length is a multiple of a block's share
-  float square = 0.f;
-  if (token < p.length && p.normalize_qk) {
-    const T *const row = head_of<const T>(p.key, head / p.key_heads, head % p.key_heads) + token * p.key.token_stride;
-    for (int piece = threadIdx.x % 4; piece < p.head_dim / 8; piece += 4) {
-      const uint4 eight = *reinterpret_cast<const uint4 *>(row + piece * 8);
-      for (const uint32_t two : {eight.x, eight.y, eight.z, eight.w}) {
-        const float low = Element<T>::low(two), high = Element<T>::high(two);
-        square += low * low + high * high;
-      }
-    }
-  }
-  square += __shfl_xor_sync(0xffffffffu, square, 1);
-  square += __shfl_xor_sync(0xffffffffu, square, 2);
-  if (threadIdx.x % 4 == 0) result[number] = p.normalize_qk ? inverse_norm(square) : 1.f;
+  const float scale = key_scale_of<T>(args.problem, number / args.padded, number % args.padded);  // the padded length is a multiple of a block's share
+  if (threadIdx.x % 4 == 0) result[number] = scale;
 }
 
 int64_t padded_length(const linattn_problem &problem) { return (problem.length + kKeys - 1) / kKeys * kKeys; }
@@ -41,9 +26,11 @@ int64_t row_tiles_of(const linattn_problem &problem) { return (problem.length + 
 
 template <typename T> cudaError_t launch(const Arguments &args, cudaStream_t stream) {
   const linattn_problem &p = args.problem;
-  const int64_t numbers = static_cast<int64_t>(p.batch) * p.key_heads * args.padded;
-  key_scale_kernel<T><<<static_cast<int>(numbers / (kThreads / 4)), kThreads, 0, stream>>>(args, args.key_scale);
-  if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
+  if (!hopper_makes_scales(args)) {
+    const int64_t numbers = static_cast<int64_t>(p.batch) * p.key_heads * args.padded;
+    key_scale_kernel<T><<<static_cast<int>(numbers / (kThreads / 4)), kThreads, 0, stream>>>(args, args.key_scale);
+    if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
+  }
   if (args.chunks > 1)
     if (const cudaError_t failed = state_launch(args, stream)) return failed;
   if (args.chunk < p.length)
@@ -113,7 +100,8 @@ bool pairs_plan_forward(const linattn_problem &problem, const linattn_forward_re
   if (!plan.states && (!pairs_cost_less(problem) || result.state)) return false;
   plan.segments = by_state ? static_cast<int32_t>(state_chunks(problem)) : 1, plan.segment_length = plan.chunk = by_state ? kChunk * problem.head_dim : problem.length;
   plan.shared_bytes = plan.warpgroups ? hopper_shared_bytes(problem) : plan.gated ? gated_forward_shared_bytes(tiles) : shared_bytes(problem.head_dim);
-  plan.workspace_bytes = scale_bytes(problem) + decay_bytes(problem) + (by_state ? states_bytes(problem) + sums_bytes(problem) + unit_key_bytes(problem) : 0);
+  plan.workspace_bytes =
+      scale_bytes(problem) + decay_bytes(problem) + key_gates_bytes(problem) + (by_state ? states_bytes(problem) + sums_bytes(problem) + unit_key_bytes(problem) : 0);
   if (by_mma) {
     const StateMemory memory(problem, false);
     plan.chunk = plan.segment_length = memory.chunk, plan.segments = memory.chunks, plan.shared_bytes = std::max(plan.shared_bytes, memory.shared_bytes);
@@ -131,14 +119,19 @@ cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_
   args.problem = problem, args.out = result.out, args.mass = result.mass, args.final_state = result.state;
   args.key_scale = reinterpret_cast<float *>(workspace), args.padded = padded_length(problem);
   args.row_tiles = plan.row_tiles, args.heads_together = static_cast<int32_t>(together), args.chunks = by_state ? plan.segments : 1;
+  args.blocks_together = Divider(args.heads_together * args.row_tiles), args.by_heads_together = Divider(args.heads_together);
+  args.by_query_heads = Divider(problem.query_heads), args.by_group = Divider(problem.query_heads / problem.key_heads);
   args.warpgroups = plan.warpgroups, args.gated = plan.gated;
-  args.chunk = by_state ? problem.length : plan.chunk, args.states = behind + decay_bytes(problem);
+  args.chunk = by_state ? problem.length : plan.chunk, args.key_gates = reinterpret_cast<KeyGates *>(behind + decay_bytes(problem));
+  args.states = behind + decay_bytes(problem) + key_gates_bytes(problem);
   if (by_state) {
     args.unit_keys = args.states + states_bytes(problem);
     args.sums = reinterpret_cast<float *>(args.unit_keys + unit_key_bytes(problem));
   }
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
-  if (problem.log_decay) {
+  if (problem.log_decay && !problem.log_decay_per_token && plan.warpgroups && !plan.states) {
+    args.gates.rate = problem.log_decay;
+  } else if (problem.log_decay) {
     args.gates.decay = reinterpret_cast<double *>(behind);
     if (const cudaError_t failed = launch_running_decay(problem, args.gates.decay)) return failed;
   }

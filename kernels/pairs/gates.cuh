@@ -86,7 +86,7 @@ template <int M> struct OwnGates {
   int32_t run[M][2];  // -1: padding, or behind the last token
 
   __device__ __forceinline__ bool is_padding(int m, int half) const { return run[m][half] < 0; }
-  __device__ __forceinline__ void load(const GateReader &from, int64_t first) {
+  template <typename Reader> __device__ __forceinline__ void load(const Reader &from, int64_t first) {
     const double edge = from.edge();
 #pragma unroll
     for (int m = 0; m < M; ++m)
@@ -106,8 +106,8 @@ template <int M> struct OwnGates {
 };
 
 // The runs that a block's own tokens are of, from the lowest to the highest; runs do not fall along a sequence but for padding.
-template <int THREADS, int STAGES>
-__device__ __forceinline__ void range_of_runs(StagedGates<STAGES> &gates, const GateReader &own, int64_t begin, int rows, int32_t &low, int32_t &high, int thread) {
+template <int THREADS, typename Shared>
+__device__ __forceinline__ void range_of_runs(Shared &gates, const GateReader &own, int64_t begin, int rows, int32_t &low, int32_t &high, int thread) {
   static_assert(THREADS >= kRows && THREADS / 32 <= 8, "a thread a token, and room for all warps");
   high = thread < rows ? own.run_of(begin + thread) : 0, low = high > 0 ? high : INT32_MAX;
 #pragma unroll

@@ -132,7 +132,7 @@ template <typename T, int D, typename Rows> __device__ __forceinline__ void add_
             of_head[2 * heads] * temperature * temperature * rows.shrink, count, rows.place);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float unit = 1.f / rows.weight.size[half];
+    const float unit = 1.f / rows.row_of(half).size;
     rows.mass[half] *= unit;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) rows.acc[n][2 * half] *= unit, rows.acc[n][2 * half + 1] *= unit;
@@ -141,11 +141,47 @@ template <typename T, int D, typename Rows> __device__ __forceinline__ void add_
   rows.bring_near_one(scale);
 }
 
+// The gates of a tile of keys, by a warp, two tokens a lane. head: of the states, counted over the batch.
+__device__ __forceinline__ void make_gates(KeyGates &to, const Arguments &args, int64_t head, int64_t first, int lane) {
+  const linattn_problem &p = args.problem;
+  const RateReader keys(args.gates, p, false, head / p.state_heads, head % p.state_heads * (p.query_heads / p.state_heads), min(first + kKeys, p.length) - 1);
+  const double edge = keys.edge(), level = floor(edge / kLevel);
+  int32_t lowest = INT32_MAX, highest = 0, gaps = 0;
+  for (int i = lane; i < kKeys; i += 32) {
+    const bool real = first + i < p.length;
+    const int32_t run = keys.run_of(first + i);
+    const double sum = real ? keys.sum_of(first + i) : edge, whole = floor(kLevel * level - sum);
+    to.exponent[i] = static_cast<float>(edge - sum), to.run[i] = run;
+    reinterpret_cast<float *>(&to.scale_and_factor[i / 2][1])[i % 2] =
+        run ? exp2_fast(static_cast<float>(kLevel * level - sum - whole)) * exp2_fast(static_cast<float>(whole)) : 0.f;
+    if (run) lowest = min(lowest, run), highest = max(highest, run);
+    else gaps |= real ? HOLES : BEHIND;
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    lowest = min(lowest, __shfl_xor_sync(0xffffffffu, lowest, step)), highest = max(highest, __shfl_xor_sync(0xffffffffu, highest, step));
+    gaps |= __shfl_xor_sync(0xffffffffu, gaps, step);
+  }
+  if (lane == 0) to.edge = edge, to.told = make_int4(static_cast<int32_t>(level), gaps, lowest, highest);
+}
+
+// What there is to know of a tile of keys, by a block: their scales, and the gates of all states that they enter.
+template <typename T> __global__ void key_tile_kernel(const __grid_constant__ Arguments args, bool has_scales) {
+  const linattn_problem &p = args.problem;
+  const int64_t tiles = args.padded / kKeys, head = blockIdx.x / tiles, tile = blockIdx.x % tiles, first = tile * kKeys;
+  const int states = p.state_heads / p.key_heads, thread = threadIdx.x;
+  for (int state = thread / 32; state < states; state += kGroupThreads / 32)
+    make_gates(args.key_gates[(head * states + state) * tiles + tile], args, head * states + state, first, thread % 32);
+  const int key = thread / 4;
+  const float scale = has_scales ? args.key_scale[head * args.padded + first + key] : key_scale_of<T>(p, head, first + key);
+  if (thread % 4 != 0) return;
+  for (int state = 0; state < states; ++state) reinterpret_cast<float *>(&args.key_gates[(head * states + state) * tiles + tile].scale_and_factor[key / 2][0])[key % 2] = scale;
+}
+
 template <typename T, int K, int V, Gates GATES, bool STATE>
-__global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args, const __grid_constant__ KeyMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = OutputShape<K, V, GATES>;
-  using Others = StagedGates<kKeyStages>;
   extern __shared__ __align__(1024) unsigned char shared[];
   const linattn_problem &p = args.problem;
   const int thread = threadIdx.x;
@@ -156,54 +192,59 @@ __global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_B
                                      pieces_of<K, V>(p));
   copy_commit();
   const int64_t chunk = STATE ? own.begin / State<K>::CHUNK : 0;
-  int first = static_cast<int>((STATE ? chunk * State<K>::CHUNK : own.begin / args.chunk * args.chunk) / kKeys), end = own.tiles;
-  const KeyStream<T, K, V, GATES> keys(args, own, row_tile, thread);
-  GateStream<GATES> gates(args, own, GATES ? reinterpret_cast<Others *>(shared + S::GATES_AT) : nullptr, thread);
-  if constexpr (GATES == RUNS) gates.look(own, first, end);
-  const OutputWalk<T, K, V, GATES> walk{keys, gates, shared, first, end};
+  const int first = static_cast<int>((STATE ? chunk * State<K>::CHUNK : own.begin / args.chunk * args.chunk) / kKeys);
+  const KeyStream<K, V, GATES> keys(args, maps, own, shared);
+  const RateReader queries(args.gates, p, true, own.batch, own.head, own.begin + kRows / 2 * (thread / (kGroupThreads / 2)) - 1);
+  OutputWalk<T, K, V, GATES> walk{keys, p, first, own.tiles, first};
+  if (thread == 0) keys.make_barriers(own.rows > kRows / 2 ? 8 : 4);
   const bool by_state = STATE && chunk > 0;
-  if (!by_state) walk.start(first), walk.write_gates(first);
-  if (by_state) copy_wait<0>();
-  else copy_wait<1>();
-  warpgroup_publish();
+  if constexpr (GATES == RUNS) walk.look(own, queries, thread);
+  if (thread == 0 && !by_state) walk.start();
+  if constexpr (GATES == DECAY) walk.look(own, queries, thread);
+  const Numbers numbers(p, own.head);
+  OutputRows<T, K, V, GATES> rows(p, own, shared);
+  if constexpr (GATES != NO_GATES) rows.set_gates(queries);
+  copy_wait<0>();
   __syncthreads();
   if constexpr (GATES == RUNS) {
-    zero_own_padding<K, kGroupThreads>(shared, gates.queries, own.begin, thread);
+    zero_own_padding<K, kGroupThreads>(shared, queries, own.begin, thread);
     __syncthreads();
   }
-
-  OutputRows<T, K, V, GATES> rows(p, own, shared);
   float scale[2];
   rows.load_queries();
-  rows.set_weights(own, scale);
-  if constexpr (GATES != NO_GATES) rows.gates.load(gates.queries, rows.group_begin + 16 * (rows.warp % 4) + rows.group);
+  rows.set_weights(numbers, scale);
   if constexpr (STATE)
     if (by_state) {
       const int64_t record = (static_cast<int64_t>(own.batch) * p.key_heads + own.key_head) * args.chunks + chunk;
       add_state<T, K>(rows, StateReader<T, K>(args.states + record * State<K>::BYTES, row_tile + S::ROW_TILE, thread), scale, static_cast<float>(chunk * State<K>::CHUNK),
                       own.head);
-      walk.start(first);
+      if (thread == 0) walk.start();
     }
-  walk.start(first + 2), walk.write_gates(first + 2);
-  if (first < end) copy_wait<1>(), walk.arrive(first);
 
-  const int mine = rows.group_begin >= p.length ? first : p.causal ? min(end, static_cast<int>(rows.group_begin / kKeys) + 1) : end;
-  const int own_tile = GATES != NO_GATES && p.causal ? static_cast<int>(own.begin / kKeys) : -1;
+  const int mine = rows.group_begin >= p.length ? walk.first : p.causal ? min(walk.end, rows.own_tile + 1) : walk.end;
   if constexpr (Element<T>::kNarrow) {
-    walk.template go<false>(rows, mine, own_tile);
+    walk.template go<false>(rows, mine);
   } else {
-    if (rows.weight.squares) walk.template go<true>(rows, mine, own_tile);
-    else walk.template go<false>(rows, mine, own_tile);
+    if (rows.weight.squares) walk.template go<true>(rows, mine);
+    else walk.template go<false>(rows, mine);
   }
-  __syncthreads();  // where rows of results are wider than queries, they lie over those of others
+  if constexpr (K < V) __syncthreads();  // rows of results are wider than queries, and lie over those of others
   rows.store(args, own);
 #endif
 }
 
 template <typename T, int K, int V, Gates GATES, bool STATE = false> cudaError_t launch(const Arguments &args, cudaStream_t stream) {
   constexpr int kShared = OutputShape<K, V, GATES>::SHARED;
+  const linattn_problem &p = args.problem;
+  KeyMaps maps;
+  if (const cudaError_t failed = map_tensor<K>(maps.keys, p.key, p.batch, p.key_heads, p.length, p.head_dim)) return failed;
+  if (const cudaError_t failed = map_tensor<V>(maps.values, p.value, p.batch, p.key_heads, p.length, p.value_dim)) return failed;
+  if (GATES != NO_GATES) {
+    key_tile_kernel<T><<<static_cast<int>(p.batch * p.key_heads * (args.padded / kKeys)), kGroupThreads, 0, stream>>>(args, !hopper_makes_scales(args));
+    if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
+  }
   if (const cudaError_t failed = cudaFuncSetAttribute(groups_kernel<T, K, V, GATES, STATE>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;
-  groups_kernel<T, K, V, GATES, STATE><<<args.problem.batch * args.problem.query_heads * args.row_tiles, kGroupThreads, kShared, stream>>>(args);
+  groups_kernel<T, K, V, GATES, STATE><<<p.batch * p.query_heads * args.row_tiles, kGroupThreads, kShared, stream>>>(args, maps);
   return cudaPeekAtLastError();
 }
 
@@ -219,13 +260,20 @@ template <typename Call> auto with_tiles(const linattn_problem &problem, Call ca
 
 }  // namespace
 
+// Bulk copies take no rows that all lie in the same place.
 bool hopper_takes(const linattn_problem &problem) {
   const TileDims tiles = tiles_of(problem);
-  return linattn::card(cudaDevAttrComputeCapabilityMajor) == 9 && (tiles.key == 16 || tiles.key == 32 || tiles.key == 64 || tiles.key == 128);
+  const bool rows = problem.query.token_stride && problem.key.token_stride && problem.value.token_stride;
+  return linattn::card(cudaDevAttrComputeCapabilityMajor) == 9 && rows && (tiles.key == 16 || tiles.key == 32 || tiles.key == 64 || tiles.key == 128);
 }
 
 int hopper_shared_bytes(const linattn_problem &problem) {
   return with_tiles(problem, [](auto key, auto value, auto gates) -> int { return OutputShape<key(), value(), gates()>::SHARED; });
+}
+
+int64_t key_gates_bytes(const linattn_problem &problem) {
+  const int64_t bytes = static_cast<int64_t>(problem.batch) * problem.state_heads * ((problem.length + kKeys - 1) / kKeys) * sizeof(KeyGates);
+  return is_gated(problem) && hopper_takes(problem) ? (bytes + 255) / 256 * 256 : 0;
 }
 
 cudaError_t hopper_launch(const Arguments &args, cudaStream_t stream) {

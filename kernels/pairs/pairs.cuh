@@ -19,8 +19,23 @@ constexpr int64_t kChunk = 32;  // tokens of a chunk, times the head dim
 
 // A decay and runs of tokens as the kernels read them: see gates.cuh.
 struct SequenceGates {
-  double *decay;  // (batch, state heads, length): the running sum of log2 decay, or null
+  double *decay;      // (batch, state heads, length): the running sum of log2 decay, or null
+  const float *rate;  // (state heads): log decay of every token, in the place of the sum, or null
 };
+
+// Division of numbers below 2^31 by one that the host knows.
+struct Divider {
+  uint64_t factor;
+  int32_t shift;
+  Divider() = default;
+  explicit Divider(int32_t by) : factor(0), shift(31) {
+    while (int64_t{1} << (shift - 31) < by) ++shift;
+    factor = ((uint64_t{1} << shift) + by - 1) / by;
+  }
+  __device__ __forceinline__ int32_t of(int32_t x) const { return static_cast<int32_t>(static_cast<uint64_t>(x) * factor >> shift); }
+};
+
+struct KeyGates;  // of a tile, on Hopper: see key_stream.cuh
 
 struct Arguments {
   linattn_problem problem;
@@ -36,7 +51,27 @@ struct Arguments {
   unsigned char *unit_keys;
   bool warpgroups, gated;  // by Hopper's kernels, by those that know gates and keys narrower than values
   SequenceGates gates;
+  KeyGates *key_gates;     // (batch, state heads, tiles of keys), or null
+  Divider blocks_together, by_heads_together, by_query_heads, by_group;  // blocks of heads together; those; heads of a sequence; query heads to a key head
 };
+
+// 1 / |k| of a token, by four lanes side by side, which all get it; 1 where keys are used as they are, 0 behind the last. head: counted over the batch.
+template <typename T> __device__ __forceinline__ float key_scale_of(const linattn_problem &p, int64_t head, int64_t token) {
+  float square = 0.f;
+  if (token < p.length && p.normalize_qk) {
+    const T *const row = head_of<const T>(p.key, head / p.key_heads, head % p.key_heads) + token * p.key.token_stride;
+    for (int piece = threadIdx.x % 4; piece < p.head_dim / 8; piece += 4) {
+      const uint4 eight = *reinterpret_cast<const uint4 *>(row + piece * 8);
+      for (const uint32_t two : {eight.x, eight.y, eight.z, eight.w}) {
+        const float low = Element<T>::low(two), high = Element<T>::high(two);
+        square += low * low + high * high;
+      }
+    }
+  }
+  square += __shfl_xor_sync(0xffffffffu, square, 1);
+  square += __shfl_xor_sync(0xffffffffu, square, 2);
+  return p.normalize_qk ? inverse_norm(square) : 1.f;
+}
 
 // A power of two that keeps weights inside float16.
 template <typename T> __device__ __forceinline__ float weight_scale(float a, float b, float c, float temperature) {
@@ -60,11 +95,11 @@ struct Place {
   int64_t begin;
   __device__ __forceinline__ explicit Place(const Arguments &args) {
     const linattn_problem &p = args.problem;
-    const int all_heads = p.batch * p.query_heads, blocks = args.heads_together * args.row_tiles;
-    const int first = blockIdx.x / blocks * args.heads_together, together = min(args.heads_together, all_heads - first), inside = blockIdx.x % blocks;
-    const int number = first + inside % together;
-    batch = number / p.query_heads, head = number % p.query_heads, key_head = head / (p.query_heads / p.key_heads);
-    begin = static_cast<int64_t>(args.row_tiles - 1 - inside / together) * kRows;
+    const int all_heads = p.batch * p.query_heads, number_together = args.blocks_together.of(blockIdx.x);
+    const int first = number_together * args.heads_together, inside = blockIdx.x - first * args.row_tiles, together = min(args.heads_together, all_heads - first);
+    const int row_tile = together == args.heads_together ? args.by_heads_together.of(inside) : inside / together, number = first + inside - row_tile * together;
+    batch = args.by_query_heads.of(number), head = number - batch * p.query_heads, key_head = args.by_group.of(head);
+    begin = static_cast<int64_t>(args.row_tiles - 1 - row_tile) * kRows;
     rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(kRows)));
     tiles = static_cast<int>(((p.causal ? begin + rows : p.length) + kKeys - 1) / kKeys);
   }
@@ -136,6 +171,9 @@ cudaError_t launch_state_output(const Arguments &args, void *workspace, cudaStre
 // Hopper's warpgroups: head dims 32, 64 and 128.
 bool hopper_takes(const linattn_problem &problem);
 int hopper_shared_bytes(const linattn_problem &problem);
+int64_t key_gates_bytes(const linattn_problem &problem);
+// Whether hopper_launch makes the keys' scales, beside their gates; not where kernels of states ask for them before.
+inline bool hopper_makes_scales(const Arguments &args) { return args.warpgroups && is_gated(args.problem) && args.chunk >= args.problem.length; }
 cudaError_t hopper_launch(const Arguments &args, cudaStream_t stream);
 
 // What is known of all tokens before a chunk: sum k_a k_b v, by blocks of 16 x 16 of (a, b), each pair of blocks once and with both its

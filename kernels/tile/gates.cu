@@ -74,7 +74,7 @@ __global__ void running_decay_kernel(const float *log_decay, bool per_token, int
     const int64_t first = block_begin + static_cast<int64_t>(threadIdx.x) * kEach;
     double own[kEach], total = 0;
     for (int i = 0; i < kEach; ++i) {
-      if (first + i < length) total += per_token ? log_decay[head * length + first + i] : log_decay[head % state_heads];
+      if (first + i < length) total += real_decay(per_token ? log_decay[head * length + first + i] : log_decay[head % state_heads]);
       own[i] = total;
     }
     const double ahead = before + block_prefix(total);

@@ -12,6 +12,8 @@
 namespace linattn_tile {
 
 constexpr double kLog2E = 1.4426950408889634;
+// A token's log decay, from where on its factor is nothing in float32 the same for all, so that a sum of them keeps its small differences, -inf among them or not.
+__device__ __forceinline__ double real_decay(double x) { return x < -710 ? -710 : x; }
 
 struct Gates {
   const float *rate;                     // (state heads): log decay of every token, or null

@@ -92,7 +92,7 @@ template <int PENDING> __device__ __forceinline__ void copy_wait() { asm volatil
 
 // ---- barriers between some of a block's warps; the arriving ones go on at once. Number 0 is __syncthreads.
 
-enum Barrier { kScalesReady = 1, kScalesShared, kStateRead, kHalvesExchanged, kRowsWeighed };
+enum Barrier { kScalesReady = 1, kScalesShared, kStateRead, kHalvesExchanged, kRowsWeighed, kFirstGroup, kSecondGroup };
 template <Barrier NUMBER, int THREADS> __device__ __forceinline__ void barrier_sync() { asm volatile("bar.sync %0, %1;" ::"n"(static_cast<int>(NUMBER)), "n"(THREADS) : "memory"); }
 template <Barrier NUMBER, int THREADS> __device__ __forceinline__ void barrier_arrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(static_cast<int>(NUMBER)), "n"(THREADS) : "memory");

@@ -1,6 +1,6 @@
 """Builds the kernels as libraries for the CPU: the sources of `kernels/` with launches made calls of the emulator, and with
-`instructions.cuh` and `warpgroup.cuh` in place of the PTX. One is the code of sm_80 throughout; the other has beside it what is for Hopper
-alone, and says that its card is one."""
+`instructions.cuh`, `warpgroup.cuh` and `bulk.cuh` in place of the PTX. One is the code of sm_80 throughout; the other has beside it what is
+for Hopper alone, and says that its card is one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels"
-OURS = ("emulator.h", "tile/instructions.cuh", "tile/warpgroup.cuh", "runtime.cpp")  # where they stand in for what is in kernels/
+# where they stand in for what is in kernels/
+OURS = ("emulator.h", "tile/instructions.cuh", "tile/warpgroup.cuh", "tile/bulk.cuh", "runtime.cpp")
 FLAGS = ["-std=c++20", "-O1", "-w", "-fPIC", "-pthread"]  # -w: the pragmas are nvcc's
 HOPPER = "-D__CUDA_ARCH_FEAT_SM90_ALL"
 

@@ -46,7 +46,7 @@ namespace emulation {
 constexpr int kLanes = 32, kStack = 256 << 10, kShared = 227 << 10, kBarriers = 16;
 alignas(1024) inline unsigned char shared_memory[kShared];
 
-enum class Waits { nothing, warp, block, over };
+enum class Waits { nothing, warp, block, turn, over };
 
 struct Copy {  // asynchronous: from global to shared memory, or zeros
   uint32_t to;
@@ -65,11 +65,19 @@ struct Product {  // asynchronous: of a warpgroup, a lane's part
 };
 constexpr uint32_t kOnItsWay = 0xffffff0fu;  // NaN, in the place of sums
 
+// A barrier in shared memory: its turn is over once all have arrived and the bytes that were promised are here.
+struct Turn {
+  int arrivals, arrived = 0, promised = 0, parity = 0;
+  std::vector<Copy> copies;
+  void arrive(int bytes) { ++arrived, promised += bytes; }
+  bool end();
+};
+
 struct Thread {
   ucontext_t context;
   std::unique_ptr<unsigned char[]> stack;
   Waits waits = Waits::nothing;
-  int barrier = 0;
+  int barrier = 0, parity = 0;
   uint64_t value = 0;        // what a shuffle shows the others
   uint32_t fragment[6] = {};  // what a matrix instruction does
   std::vector<std::vector<Copy>> groups;  // of copies on their way
@@ -83,6 +91,7 @@ struct Thread {
 struct Block {
   std::vector<Thread> threads;
   int expected[kBarriers] = {}, arrived[kBarriers] = {};
+  std::map<uint32_t, Turn> turns;
   int running = 0;  // thread
   bool any = false;  // of __syncthreads_or
   bool any_before = false;
@@ -93,6 +102,12 @@ inline Block *block = nullptr;
 inline Thread &self() { return block->threads[block->running]; }
 inline int lane() { return block->running % kLanes; }
 inline Thread &neighbour(int lane) { return block->threads[block->running / kLanes * kLanes + lane % kLanes]; }
+
+inline void require(bool holds, const char *what) {
+  if (holds) return;
+  std::fprintf(stderr, "emulation: %s, thread %d of block %u\n", what, block->running, blockIdx.x);
+  std::abort();
+}
 
 inline void wait(Waits what) {
   const int own = block->running;
@@ -117,6 +132,33 @@ inline void sync_block(int number, int count) {
   if (self().waits == Waits::block) wait(Waits::block);
 }
 
+inline void perform(const Copy &copy) {
+  if (copy.from) std::memcpy(shared_memory + copy.to, copy.from, copy.bytes);
+  else std::memset(shared_memory + copy.to, 0, copy.bytes);
+}
+
+// Whether the turn is over; copies are made then, and not before.
+inline bool Turn::end() {
+  const int bytes = std::accumulate(copies.begin(), copies.end(), 0, [](int sum, const Copy &copy) { return sum + copy.bytes; });
+  if (arrived != arrivals || bytes != promised) return false;
+  for (const Copy &copy : copies) perform(copy);
+  *this = {arrivals, 0, 0, parity ^ 1};
+  return true;
+}
+inline Turn &turn(uint32_t barrier) {
+  const auto found = block->turns.find(barrier);
+  require(found != block->turns.end(), "a barrier that nobody has made");
+  Turn &own = found->second;
+  require(own.arrived <= own.arrivals, "more arrive at a barrier than it has a place for");
+  if (own.arrived == own.arrivals) own.end();
+  return own;
+}
+inline bool is_over(uint32_t barrier, int parity) { return turn(barrier).parity != parity; }
+inline void wait_for_turn(uint32_t barrier, int parity) {
+  self().barrier = barrier, self().parity = parity;
+  if (!is_over(barrier, parity)) wait(Waits::turn);
+}
+
 inline const std::function<void()> *body = nullptr;
 inline void enter() {
   (*body)();
@@ -130,6 +172,8 @@ inline bool run_warp(int first, int lanes) {
   for (;;) {
     bool ran = false, meets = false;
     for (int i = first; i < first + lanes; ++i) {
+      Thread &thread = block->threads[i];
+      if (thread.waits == Waits::turn && is_over(thread.barrier, thread.parity)) thread.waits = Waits::nothing;
       if (block->threads[i].waits != Waits::nothing) continue;
       block->running = i;
       threadIdx = {static_cast<unsigned>(i), 0, 0};
@@ -167,12 +211,6 @@ inline void run_block(int threads, std::mt19937 &random) {
     std::fprintf(stderr, "emulation: the threads of a block wait for one another for ever\n");
     std::abort();
   }
-}
-
-inline void require(bool holds, const char *what) {
-  if (holds) return;
-  std::fprintf(stderr, "emulation: %s, thread %d of block %u\n", what, block->running, blockIdx.x);
-  std::abort();
 }
 
 template <typename Body> void launch(dim3 grid, int threads, const Body &kernel) {
@@ -228,8 +266,12 @@ inline unsigned __ballot_sync(unsigned mask, int x) {
   for (int step = 16; step > 0; step /= 2) bits |= __shfl_xor_sync(mask, bits, step);
   return bits;
 }
-inline unsigned __reduce_max_sync(unsigned mask, unsigned x) {
+template <typename T> T __reduce_max_sync(unsigned mask, T x) {
   for (int step = 16; step > 0; step /= 2) x = std::max(x, __shfl_xor_sync(mask, x, step));
+  return x;
+}
+template <typename T> T __reduce_min_sync(unsigned mask, T x) {
+  for (int step = 16; step > 0; step /= 2) x = std::min(x, __shfl_xor_sync(mask, x, step));
   return x;
 }
 

@@ -117,12 +117,10 @@ inline void copy_commit() {
 template <int PENDING> void copy_wait() {
   std::vector<std::vector<emulation::Copy>> &groups = emulation::self().groups;
   for (; groups.size() > PENDING; groups.erase(groups.begin()))
-    for (const emulation::Copy &copy : groups.front())
-      if (copy.from) std::memcpy(emulation::shared_memory + copy.to, copy.from, copy.bytes);
-      else std::memset(emulation::shared_memory + copy.to, 0, copy.bytes);
+    for (const emulation::Copy &copy : groups.front()) emulation::perform(copy);
 }
 
-enum Barrier { kScalesReady = 1, kScalesShared, kStateRead, kHalvesExchanged, kRowsWeighed };
+enum Barrier { kScalesReady = 1, kScalesShared, kStateRead, kHalvesExchanged, kRowsWeighed, kFirstGroup, kSecondGroup };
 template <Barrier NUMBER, int THREADS> void barrier_sync() { emulation::sync_block(NUMBER, THREADS); }
 template <Barrier NUMBER, int THREADS> void barrier_arrive() { emulation::arrive(NUMBER, THREADS); }
 template <int THREADS> void barrier_sync(int number) { emulation::sync_block(number, THREADS); }

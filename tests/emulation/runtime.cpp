@@ -40,6 +40,7 @@ const char *cudaGetErrorString(cudaError_t) { return "an error of the emulation"
 namespace linattn_pairs {
 bool hopper_takes(const linattn_problem &) { return false; }
 int hopper_shared_bytes(const linattn_problem &) { return 0; }
+int64_t key_gates_bytes(const linattn_problem &) { return 0; }
 cudaError_t hopper_launch(const Arguments &, cudaStream_t) { return cudaErrorNotSupported; }
 bool state_takes(const linattn_problem &) { return false; }
 int64_t state_chunks(const linattn_problem &) { return 1; }

@@ -99,6 +99,32 @@ def test_rows_whose_square_is_beyond_float32(hopper_kernels, kind, query, key):
     torch.testing.assert_close(ours[1], plain[1], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("per_token", [True, False])
+def test_a_token_that_forgets_everything(hopper_kernels, per_token):
+    """-inf is as what no float32 tells from it."""
+    inputs, _ = operator_case(torch.bfloat16, degree=2, length=200, head_dim=64, value_dim=64, device="cpu", decay="key_token")
+    decay = inputs[4] if per_token else inputs[4][0, :, 0]
+    token = torch.zeros_like(decay, dtype=torch.bool)
+    token[..., 70 if per_token else 0] = True
+    forgets, nearly = (Call(*inputs[:4], decay.masked_fill(token, x), *inputs[5:]) for x in (float("-inf"), -800.0))
+    found, exact = cuda.forward(forgets, False), chunked.forward(nearly, False)
+    assert torch.equal(found[0], cuda.forward(nearly, False)[0])
+    torch.testing.assert_close(found[0], exact[0], atol=2e-2, rtol=2e-2)
+
+
+def test_rows_that_lie_in_the_same_place(hopper_kernels):
+    """No bulk copy takes them, and the kernels of other cards do; one head or sequence for all is taken."""
+    inputs, _ = operator_case(torch.bfloat16, degree=2, batch=2, heads=4, key_heads=2, length=140, head_dim=64, value_dim=64, device="cpu")
+    for names in ((1,), (2,), (1, 2)):
+        for index, size in ((2, 140), (1, 2), (0, 2)):
+            shared = list(inputs)
+            for i in names:
+                shared[i] = inputs[i].narrow(index, 0, 1).expand(*(size if d == index else -1 for d in range(4)))
+            copied = [x.contiguous() if i in names else x for i, x in enumerate(shared)]
+            found, expected = cuda.forward(Call(*shared), False), cuda.forward(Call(*copied), False)
+            torch.testing.assert_close(found[0], expected[0], atol=2e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("numbers", [
     (1.0, 1.0, 0.5, 2.0), (1.0, 1.0, 0.0, 1.0), (2.0, 3.0, 0.01, 1.0), (1.0, 0.5, -0.25, 1.0), (1.0, -1.0, 0.5, 1e-3),
     (0.1, 0.0, 30.0, 1.0),
@@ -232,14 +258,32 @@ extern "C" void run(const __nv_bfloat16 *from, float *to) {{ kernel<<<1, 128, 40
 ISSUED = "warpgroup_begin(); Product::run(d, a, b, true); warpgroup_commit();"
 
 
+COPIED = """
+#include "tile/bulk.cuh"
+using namespace linattn_tile;
+__global__ void kernel(const float *from, float *to) {{
+  extern __shared__ unsigned char shared[];
+  const uint32_t barrier = 1024;
+  if (threadIdx.x == 0) bulk_barrier(barrier, 1), bulk_barriers_made();
+  __syncthreads();
+  if (threadIdx.x == 0) bulk_arrive_with(barrier, {bytes}), bulk_copy(0, from, 512, barrier);
+  {body}
+  to[threadIdx.x] = reinterpret_cast<float *>(shared)[threadIdx.x];
+}}
+extern "C" void run(const float *from, float *to) {{ kernel<<<1, 128, 4096, nullptr>>>(from, to); }}
+"""
+
+
 def made(folder: Path, body: str, along_rows: bool = False) -> Path:
+    return library_of(folder, KERNEL.format(body=body, along_rows=str(along_rows).lower()))
+
+
+def library_of(folder: Path, kernel: str) -> Path:
     (folder / "tile").mkdir(exist_ok=True)
-    (folder / "kernel.cpp").write_text(
-        '#include "emulator.h"\n' + build.translated(KERNEL.format(body=body, along_rows=str(along_rows).lower()))
-    )
+    (folder / "kernel.cpp").write_text('#include "emulator.h"\n' + build.translated(kernel))
     for name in ("linattn.h", "tile/tile.cuh"):
         (folder / name).write_bytes((build.KERNELS / name).read_bytes())
-    for name in ("emulator.h", "tile/instructions.cuh", "tile/warpgroup.cuh"):
+    for name in ("emulator.h", "tile/instructions.cuh", "tile/warpgroup.cuh", "tile/bulk.cuh"):
         (folder / name).write_bytes((build.HERE / name.rpartition("/")[2]).read_bytes())
     build.compile_library([], folder / "kernel.so", folder, of_hopper=[folder / "kernel.cpp"])
     return folder / "kernel.so"
@@ -290,3 +334,19 @@ def test_what_ends_the_process(tmp_path, body, words):
     call = f"import ctypes; x = ctypes.create_string_buffer(1 << 14); ctypes.CDLL({str(made(tmp_path, body))!r}).run(x, x)"
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False)
     assert done.returncode != 0 and words in done.stderr
+
+
+@pytest.mark.parametrize("body, arrives", [("bulk_wait(barrier, 0);", True), ("", False)])
+def test_a_bulk_copy(tmp_path, body, arrives):
+    """What is not waited for is not there yet."""
+    numbers, found = torch.randn(128), torch.zeros(128)
+    library = library_of(tmp_path, COPIED.format(body=body, bytes=512))
+    ctypes.CDLL(str(library)).run(ctypes.c_void_p(numbers.data_ptr()), ctypes.c_void_p(found.data_ptr()))
+    assert torch.equal(found, numbers) if arrives else found.isnan().all()
+
+
+def test_bytes_that_never_come(tmp_path):
+    library = library_of(tmp_path, COPIED.format(body="bulk_wait(barrier, 0);", bytes=528))
+    call = f"import ctypes; x = ctypes.create_string_buffer(1 << 12); ctypes.CDLL({str(library)!r}).run(x, x)"
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "wait for one another for ever" in done.stderr
