@@ -162,7 +162,7 @@ __device__ __forceinline__ void make_gates(KeyGates &to, const Arguments &args, 
     lowest = min(lowest, __shfl_xor_sync(0xffffffffu, lowest, step)), highest = max(highest, __shfl_xor_sync(0xffffffffu, highest, step));
     gaps |= __shfl_xor_sync(0xffffffffu, gaps, step);
   }
-  if (lane == 0) to.edge = edge, to.told = make_int4(static_cast<int32_t>(level), gaps, lowest, highest);
+  if (lane == 0) to.edge = edge, to.unused = 0.0, to.told = make_int4(static_cast<int32_t>(level), gaps, lowest, highest);
 }
 
 // What there is to know of a tile of keys, by a block: their scales, and the gates of all states that they enter.

@@ -33,7 +33,7 @@ struct alignas(16) KeyGates {
   float exponent[kKeys];                  // from the tile's last token on, E - G
   int32_t run[kKeys];                     // 0: padding, or behind the last token
   int4 told;                              // its level; HOLES, BEHIND; the lowest and the highest run of its real tokens, INT32_MAX and 0 where there are none
-  double edge, unused;                    // E
+  double edge, unused;                    // E; up to 16 bytes, which are copied
 };
 enum OfTile : int32_t { NEAR_TILE = 1, HOLES = 2, BEHIND = 4 };  // not all pairs of a tile are gated alike; some keys are padding; some lie behind the last token
 constexpr int kLevelShift = 3;

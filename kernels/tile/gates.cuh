@@ -12,7 +12,7 @@
 namespace linattn_tile {
 
 constexpr double kLog2E = 1.4426950408889634;
-// A token's log decay, from where on its factor is nothing in float32 the same for all, so that a sum of them keeps its small differences, -inf among them or not.
+// A token's log decay; what is less is nothing in float32 as this is, and sums of it would lose their small differences.
 __device__ __forceinline__ double real_decay(double x) { return x < -710 ? -710 : x; }
 
 struct Gates {
