@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from . import waves
+
 logger = logging.get_logger(__name__)
 KEPT = 4
 """Captures of one graph: for as many caches that take turns. They hold no cache, and share the memory of what lies between."""
@@ -56,7 +58,8 @@ def compile_graph(backend: Callable[..., Any], graph: Any, inputs: list[Any]) ->
 
         return run
 
-    patches = {"graph_partition": False}  # so that it is asked of the whole graph
+    waves.make_once(graph)
+    patches = {"graph_partition": False, "combo_kernels": True}  # asked of the whole graph; small kernels side by side are one
     if multiplies_one_row(graph):
         patches["coordinate_descent_tuning"] = True
     theirs, compile_fx.cudagraphify = compile_fx.cudagraphify, cudagraphify

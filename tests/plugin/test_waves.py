@@ -1,0 +1,60 @@
+"""Cosines and sines are made once, behind them comes what each layer does with them, and the tokens are the same."""
+
+import pytest
+import torch
+from compiling import TOKENS, converted, generate_compiled
+from generating import generate
+from tiny_models import tiny_tokens
+
+from hf_linattn import captured, waves
+
+MADE = torch.ops.linattn.made.default
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Those that were changed, as on a GPU."""
+    torch._dynamo.reset()
+    changed = []
+
+    def compile_graph(backend, graph, inputs):
+        waves.make_once(graph)
+        changed.append(graph)
+        return captured.Captured(backend(graph, inputs))
+
+    monkeypatch.setattr(waves, "_is_on_gpu", lambda node: True)
+    monkeypatch.setattr(captured, "the_gpu", lambda now: None)
+    monkeypatch.setattr(captured, "compile_graph", compile_graph)
+    return changed
+
+
+def made_in(graph):
+    return [node for node in graph.graph.nodes if node.target is MADE]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "phi"])
+def test_the_same_tokens(name, graphs):
+    model, ids = converted(name, decay="head"), tiny_tokens()
+    assert torch.equal(generate_compiled(model, ids), generate(model, ids, **TOKENS))
+    assert len(made_in(graphs[0])) == 2
+
+
+def test_they_are_made_behind_what_each_layer_would_make_again(graphs):
+    generate_compiled(converted(layers=3, decay="head"), tiny_tokens())
+    for made in made_in(graphs[0]):
+        assert [user.target for user in made.users] == ["unsqueeze"] * 3
+
+
+def test_a_wave_that_is_the_result_itself(graphs):
+    x, found = torch.rand(5), []
+
+    def backend(graph, inputs):
+        waves.make_once(graph)
+        found.append(graph)
+        return graph
+
+    with torch.no_grad():
+        ours = torch.compile(lambda x: (x.cos(), torch.sin(x) * 2, x.sin()), backend=backend)(x)
+    for wave, expected in zip(ours, (x.cos(), torch.sin(x) * 2, x.sin()), strict=True):
+        assert torch.equal(wave, expected)
+    assert len(made_in(found[0])) == 3
