@@ -1,13 +1,17 @@
 """Generating, as a user types it: time and memory of a token against context and batch, beside softmax, all in one run.
 
     python benchmarks/generate.py --device cpu [--out benchmarks/results]
-    python benchmarks/generate.py --device cuda --shape tinyllama --contexts 1024,32768,262144 --batches 1,16,256 \
-        --most 262144 --tokens 28 --jobs 8 [--out benchmarks/results]
+    python benchmarks/generate.py --device cuda --shape tinyllama --contexts 1024,32768,1048576 --batches 1,16,256 \
+        --most 1048576 --tokens 100 [--out benchmarks/results]
 
-Random weights of one shape, as converted models of several forms. A prompt of so many tokens is processed, then tokens are drawn by
-`model.generate(..., cache_implementation=...)`, and a streamer looks at the clock at each of them. Where the cache is static, `generate`
-compiles the step on accelerators, and does not on a CPU. There one thread works, and its own time is counted, so that other programs
-take none of it. Cases may warm up and compile side by side, a process each; one at a time is timed, while no other one runs.
+Random weights of one shape, as converted models of several forms; the end of the text is never the likeliest token. A prompt of so many
+tokens is processed, then tokens are drawn by `model.generate(..., cache_implementation=...)`, and a streamer looks at the clock at each of
+them. Where the cache is static, `generate` compiles the step on accelerators, and does not on a CPU. There one thread works, and its own
+time is counted, so that other programs take none of it. Cases may warm up and compile side by side, a process each; one at a time is
+timed, while no other one runs. Behind a long prompt a GPU's clock stays low for 50 ms: of 100 tokens the median is one of those behind.
+
+Contexts of one batch come one after the other, the longest first. Where no layer is softmax one graph serves them all, and time is told
+for the first: with nothing kept from before, and in brackets with what PyTorch keeps on disk, as another process finds it.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import fcntl
 import gc
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -85,20 +90,26 @@ def model_of(shape: str, options: dict[str, Any] | None, longest: int, device: s
     else:
         config = config_class_for("llama")(**sizes, linattn=LinAttnConfig(learnable=True, **options).to_dict())
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[config.eos_token_id] = 0  # others are above 0
+    return model  # type: ignore[no-any-return]
 
 
-def call(model: PreTrainedModel, ids: torch.Tensor, cache: str, tokens: int, tuned: bool) -> tuple[list[float], int]:
-    """Seconds of the prompt and its first token, then of each token; bytes of the cache."""
-    clock = Clock(time.process_time if model.device.type == "cpu" else time.perf_counter)
-    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    if tuned:
+def generate(model: PreTrainedModel, name: str, ids: torch.Tensor, tokens: int, **more: Any) -> Any:
+    """As a user types it."""
+    if name == TUNED:
         asked = {"triton.cudagraphs": True, "coordinate_descent_tuning": True}
-        options["compile_config"] = CompileConfig(mode=None, options=asked)  # type: ignore[arg-type]
-    out = model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), cache_implementation=cache, streamer=clock, return_dict_in_generate=True, **options
-    )
-    return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)], cache_bytes(out.past_key_values)
+        more["compile_config"] = CompileConfig(mode=None, options=asked)  # type: ignore[arg-type]
+    given = {"attention_mask": torch.ones_like(ids), "cache_implementation": CASES[name][1], "pad_token_id": 0, **more}
+    return model.generate(ids, do_sample=False, max_new_tokens=tokens, **given)  # type: ignore[operator]
+
+
+def call(model: PreTrainedModel, name: str, ids: torch.Tensor, tokens: int) -> list[float]:
+    """Seconds of the prompt and its first token, then of each token."""
+    clock = Clock(time.process_time if model.device.type == "cpu" else time.perf_counter)
+    generate(model, name, ids, tokens, streamer=clock)
+    return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
 
 
 @contextmanager
@@ -109,34 +120,46 @@ def turn(lock: Path, alone: bool) -> Iterator[None]:
         yield
 
 
-def measure(model: PreTrainedModel, name: str, batch: int, context: int, tokens: int, rounds: int, lock: Path) -> dict[str, float | None]:
-    """One case: after a call that warms up, and compiles, the medians of `rounds` calls."""
-    cache, tuned = CASES[name][1], name == TUNED
+def measure(model: PreTrainedModel, name: str, batch: int, context: int, tokens: int, rounds: int, lock: Path,
+            is_first: bool) -> dict[str, float | None]:  # fmt: skip
+    """One case: after a call that warms up, and compiles where it `is_first`, the medians of `rounds` calls."""
     device, ids = model.device, torch.randint(3, 60, (batch, context), device=model.device)
     on_gpu = device.type == "cuda"
-    try:
-        with turn(lock, alone=False):
-            first, size = call(model, ids, cache, tokens, tuned)
-    except torch.OutOfMemoryError:  # there may be room for one
-        forget(model)
-        with turn(lock, alone=True):
-            first, size = call(model, ids, cache, tokens, tuned)
+    warm_up = partial(call, model, name, ids, tokens)
+    first = sum(alone_if_there_is_no_room(warm_up, model, lock))
     with turn(lock, alone=True):
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() if on_gpu else 0
-        calls = [call(model, ids, cache, tokens, tuned)[0] for _ in range(rounds)]
+        calls = [warm_up() for _ in range(rounds)]
         peak = torch.cuda.max_memory_allocated() - held if on_gpu else None
-    token = statistics.median(t for times in calls for t in times[SETTLED:])
+        size = cache_bytes(generate(model, name, ids, 2, return_dict_in_generate=True, disable_compile=True).past_key_values)
+    token, settled = statistics.median(t for times in calls for t in times[SETTLED:]), statistics.median(map(sum, calls))
+    compiles = on_gpu and is_first and CASES[name][1] == "static"
+    if compiles:
+        forget(model)
+        again = sum(alone_if_there_is_no_room(warm_up, model, lock))
     return {
         "prompt_s": statistics.median(times[0] for times in calls),
         "token_ms": 1e3 * token,
         "tokens_a_second": batch / token,
         "cache_bytes": size,
         "peak_bytes": peak,
-        "compile_s": sum(first) - statistics.median(sum(times) for times in calls) if on_gpu and cache == "static" else None,
+        "compile_s": first - settled if compiles else None,
+        "compile_again_s": again - settled if compiles else None,
     }
+
+
+def alone_if_there_is_no_room(work: Callable[[], Any], model: PreTrainedModel, lock: Path) -> Any:
+    """What comes of some work, side by side with that of others if the device's memory suffices."""
+    try:
+        with turn(lock, alone=False):
+            return work()
+    except torch.OutOfMemoryError:
+        forget(model)
+        with turn(lock, alone=True):
+            return work()
 
 
 def forget(model: PreTrainedModel) -> None:
@@ -150,22 +173,25 @@ def forget(model: PreTrainedModel) -> None:
 
 def rows_of(name: str, shape: str, device: str, sizes: list[tuple[int, int]], tokens: int, rounds: int, lock: Path) -> list[dict[str, Any]]:
     """One case at every (batch, context)."""
+    os.environ |= dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), tempfile.mkdtemp())  # what other cases compiled is no help
     if device == "cpu":
         torch.set_num_threads(1)
     options, _ = CASES[name]
     sizes = [size for size in sizes if options or size[1] <= SOFTMAX_LONGEST]
     if not sizes:
         return []
-    longest = max(context for _, context in sizes) + tokens
+    longest, is_shared = max(context for _, context in sizes) + tokens, bool(options) and "softmax_layers" not in (options or {})
     model = model_of(shape, options, longest, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    rows = []
-    for batch, context in sizes:
+    rows: list[dict[str, Any]] = []
+    for batch, context in sorted(sizes, key=lambda size: (size[0], -size[1])):
         row: dict[str, Any] = {"case": name, "batch": batch, "context": context}
+        is_first = not is_shared or not rows or rows[-1]["batch"] != batch or "out_of_memory" in rows[-1]
         try:
-            row |= measure(model, name, batch, context, tokens, rounds, lock)
+            if is_first:
+                forget(model)
+            row |= measure(model, name, batch, context, tokens, rounds, lock, is_first)
         except torch.OutOfMemoryError:
             row["out_of_memory"] = True
-        forget(model)
         rows.append(row)
         line = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
         print(line, flush=True)
@@ -188,7 +214,8 @@ def table(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "",
         f"{'bfloat16' if facts['device'] != 'cpu' else 'float32'}, random weights, {', '.join(f'{k} {v}' for k, v in facts.items())}.",
         "",
-        "Medians. The prompt's time includes the first token. The peak is beside the weights. A dash: not there; x: out of memory."
+        "Medians. The prompt's time includes the first token. The peak is beside the weights. Compiling: cold, and in brackets with what "
+        "lies on disk from then. A dash: not there, or compiled already; x: out of memory."
         + (" One thread, its own time." if facts["device"] == "cpu" else ""),
         "",
         "| batch | context | attention, cache | ms a token | tokens a second | cache, MB | peak, MB | prompt, s | compiling, s |",
@@ -197,6 +224,7 @@ def table(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     for row in rows:
         numbers = [_cell(row, *field) for field in (("token_ms", 1, 2), ("tokens_a_second", 1, 0), ("cache_bytes", 1e-6, 2))]
         numbers += [_cell(row, *field) for field in (("peak_bytes", 1e-6, 0), ("prompt_s", 1, 2), ("compile_s", 1, 1))]
+        numbers[-1] += f" ({row['compile_again_s']:.1f})" if row.get("compile_again_s") is not None else ""
         lines.append(f"| {row['batch']} | {row['context']:,} | {row['case']} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
 
