@@ -113,6 +113,46 @@ class End(StoppingCriteria):
         return torch.zeros(len(ids), dtype=torch.bool)
 
 
+class Stop(Exception):
+    pass
+
+
+class Fails(Streamer, StoppingCriteria):
+    """At the fifth token, or at the prompt where that is given as well."""
+
+    def put(self, value):
+        super().put(value)
+        if len(self.given) == 5:
+            raise Stop
+
+    def __call__(self, ids, scores, **_):
+        self.put(ids[0])
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("place", ["streamer", "stopping_criteria"])
+def test_an_exception_comes_at_the_same_token(place, late, monkeypatch):
+    model, ids = converted(decay="head"), tiny_tokens(1)
+
+    def run():
+        fails = Fails()
+        with pytest.raises(Stop):
+            generate(model, ids, **LONG, **{place: fails if place == "streamer" else [fails]})
+        return fails.given
+
+    at_once, now = both_ways(monkeypatch, run)
+    assert now == at_once and late == [False, place == "streamer"]
+    assert not deferred._may_have_one_more()
+
+
+def test_the_cache_that_is_handed_back_holds_the_text_and_no_more(late):
+    model, ids = converted(decay="head"), tiny_tokens(1)
+    ends = {"eos_token_id": int(generate(model, ids, **LONG | {"min_new_tokens": 24})[0, ids.shape[1] + 7])}
+    out = generate(model, ids, **LONG, **ends, return_dict_in_generate=True)
+    assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+    assert late == [True, False]
+
+
 @pytest.mark.parametrize(
     "given",
     [
