@@ -1,17 +1,17 @@
 """Generating, as a user types it: time and memory of a token against context and batch, beside softmax, all in one run.
 
     python benchmarks/generate.py --device cpu [--out benchmarks/results]
-    python benchmarks/generate.py --device cuda --shape tinyllama --contexts 1024,32768,1048576 --batches 1,16,256 \
-        --most 1048576 --tokens 100 [--out benchmarks/results]
+    python benchmarks/generate.py --device cuda --shape tinyllama --contexts 1024,32768,262144 --batches 1,16,256 \
+        --most 262144 --tokens 64 --jobs 8 [--out benchmarks/results]
 
 Random weights of one shape, as converted models of several forms; the end of the text is never the likeliest token. A prompt of so many
 tokens is processed, then tokens are drawn by `model.generate(..., cache_implementation=...)`, and a streamer looks at the clock at each of
 them. Where the cache is static, `generate` compiles the step on accelerators, and does not on a CPU. There one thread works, and its own
 time is counted, so that other programs take none of it. Cases may warm up and compile side by side, a process each; one at a time is
-timed, while no other one runs. Behind a long prompt a GPU's clock stays low for 50 ms: of 100 tokens the median is one of those behind.
+timed, while no other one runs. Behind a long prompt a GPU's clock stays low for 50 ms: the median of 64 tokens is one of those behind.
 
-Contexts of one batch come one after the other, the longest first. Where no layer is softmax one graph serves them all, and time is told
-for the first: with nothing kept from before, and in brackets with what PyTorch keeps on disk, as another process finds it.
+Contexts of one batch come one after the other, the longest first. Where no layer is softmax one graph serves them all, and compiling is
+told of the first: with nothing kept from before, and of each case's first in brackets with what PyTorch keeps on disk.
 """
 
 from __future__ import annotations
@@ -105,11 +105,11 @@ def generate(model: PreTrainedModel, name: str, ids: torch.Tensor, tokens: int, 
     return model.generate(ids, do_sample=False, max_new_tokens=tokens, **given)  # type: ignore[operator]
 
 
-def call(model: PreTrainedModel, name: str, ids: torch.Tensor, tokens: int) -> list[float]:
-    """Seconds of the prompt and its first token, then of each token."""
+def call(model: PreTrainedModel, name: str, ids: torch.Tensor, tokens: int, **more: Any) -> tuple[list[float], Any]:
+    """Seconds of the prompt and its first token, then of each token; what `generate` returns."""
     clock = Clock(time.process_time if model.device.type == "cpu" else time.perf_counter)
-    generate(model, name, ids, tokens, streamer=clock)
-    return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)]
+    out = generate(model, name, ids, tokens, streamer=clock, **more)
+    return [after - before for before, after in zip(clock.times, clock.times[1:], strict=False)], out
 
 
 @contextmanager
@@ -120,39 +120,35 @@ def turn(lock: Path, alone: bool) -> Iterator[None]:
         yield
 
 
-def measure(model: PreTrainedModel, name: str, batch: int, context: int, tokens: int, rounds: int, lock: Path,
-            is_first: bool) -> dict[str, float | None]:  # fmt: skip
-    """One case: after a call that warms up, and compiles where it `is_first`, the medians of `rounds` calls."""
-    device, ids = model.device, torch.randint(3, 60, (batch, context), device=model.device)
-    on_gpu = device.type == "cuda"
-    warm_up = partial(call, model, name, ids, tokens)
-    first = sum(alone_if_there_is_no_room(warm_up, model, lock))
+def measure(model: PreTrainedModel, name: str, ids: torch.Tensor, tokens: int, rounds: int, lock: Path) -> dict[str, float | None]:
+    """One case: after a call that warms up, and may compile, the medians of `rounds` calls."""
+    on_gpu = model.device.type == "cuda"
+    first, size = warm_up(model, name, ids, tokens, lock)
     with turn(lock, alone=True):
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated() if on_gpu else 0
-        calls = [warm_up() for _ in range(rounds)]
+        calls = [call(model, name, ids, tokens)[0] for _ in range(rounds)]
         peak = torch.cuda.max_memory_allocated() - held if on_gpu else None
-        size = cache_bytes(generate(model, name, ids, 2, return_dict_in_generate=True, disable_compile=True).past_key_values)
-    token, settled = statistics.median(t for times in calls for t in times[SETTLED:]), statistics.median(map(sum, calls))
-    compiles = on_gpu and is_first and CASES[name][1] == "static"
-    if compiles:
-        forget(model)
-        again = sum(alone_if_there_is_no_room(warm_up, model, lock))
+    token = statistics.median(t for times in calls for t in times[SETTLED:])
     return {
         "prompt_s": statistics.median(times[0] for times in calls),
         "token_ms": 1e3 * token,
-        "tokens_a_second": batch / token,
+        "tokens_a_second": len(ids) / token,
         "cache_bytes": size,
         "peak_bytes": peak,
-        "compile_s": first - settled if compiles else None,
-        "compile_again_s": again - settled if compiles else None,
+        "first_s": first - statistics.median(map(sum, calls)),
     }
 
 
-def alone_if_there_is_no_room(work: Callable[[], Any], model: PreTrainedModel, lock: Path) -> Any:
-    """What comes of some work, side by side with that of others if the device's memory suffices."""
+def warm_up(model: PreTrainedModel, name: str, ids: torch.Tensor, tokens: int, lock: Path) -> tuple[float, int]:
+    """Seconds that a call takes, side by side with others' if the device's memory suffices, and bytes of its cache."""
+
+    def work() -> tuple[float, int]:
+        times, out = call(model, name, ids, tokens, return_dict_in_generate=True)
+        return sum(times), cache_bytes(out.past_key_values)
+
     try:
         with turn(lock, alone=False):
             return work()
@@ -185,11 +181,18 @@ def rows_of(name: str, shape: str, device: str, sizes: list[tuple[int, int]], to
     rows: list[dict[str, Any]] = []
     for batch, context in sorted(sizes, key=lambda size: (size[0], -size[1])):
         row: dict[str, Any] = {"case": name, "batch": batch, "context": context}
-        is_first = not is_shared or not rows or rows[-1]["batch"] != batch or "out_of_memory" in rows[-1]
+        is_new = not is_shared or not rows or rows[-1]["batch"] != batch or "out_of_memory" in rows[-1]
+        compiles = is_new and device == "cuda" and CASES[name][1] == "static"
         try:
-            if is_first:
+            if is_new:
                 forget(model)
-            row |= measure(model, name, batch, context, tokens, rounds, lock, is_first)
+            ids = torch.randint(3, 60, (batch, context), device=device)
+            row |= measure(model, name, ids, tokens, rounds, lock)
+            first = row.pop("first_s")
+            row["compile_s"] = first if compiles else None
+            if compiles and not rows:
+                forget(model)
+                row["compile_again_s"] = warm_up(model, name, ids, tokens, lock)[0] - row["prompt_s"] - (tokens - 1) * row["token_ms"] / 1e3
         except torch.OutOfMemoryError:
             row["out_of_memory"] = True
         rows.append(row)

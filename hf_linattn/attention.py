@@ -164,7 +164,7 @@ def parameters_of(module: nn.Module, options: LinAttnConfig) -> LinAttnParams | 
     Raises:
         ValueError: the options say that it has, and it has not.
     """
-    parameters: LinAttnParams | None = getattr(module, NAME, None)
+    parameters: Any = getattr(module, NAME, None) if is_compiling() else module._modules.get(NAME)  # where Module itself looks last
     if parameters is None and options.learnable and options.attention.learns:
         raise ValueError(missing_parameters(type(module).__name__))
     return parameters

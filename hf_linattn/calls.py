@@ -29,10 +29,10 @@ def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: 
     Raises:
         ValueError: cross-attention, a relative position bias, or a cache of keys and values.
     """
-    name = type(module).__name__
-    if _is_cross_attention(module) or (key.shape[-2] != query.shape[-2] and not getattr(module, "is_causal", True)):
+    name, queries, keys = type(module).__name__, query.shape[-2], key.shape[-2]
+    if _is_cross_attention(module) or (keys != queries and not getattr(module, "is_causal", True)):
         raise ValueError(
-            f"{name} is cross-attention, from {query.shape[-2]} tokens to {key.shape[-2]} others, which linear attention does not serve; "
+            f"{name} is cross-attention, from {queries} tokens to {keys} others, which linear attention does not serve; "
             'load the model with attn_implementation="sdpa".'
         )
     if kwargs.get("position_bias") is not None:
@@ -40,7 +40,7 @@ def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: 
             f"{name} adds a position bias to softmax scores, which linear attention has not; "
             'load the model with attn_implementation="sdpa".'
         )
-    if key.shape[-2] != query.shape[-2]:
+    if keys != queries:
         own = _cache_of_its_own(type(module).__module__)
         if own is not None:
             raise ValueError(
@@ -48,7 +48,7 @@ def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: 
                 'attention; give use_cache=False, or load the model with attn_implementation="sdpa".'
             )
         raise ValueError(
-            f"Linear attention was given {key.shape[-2]} keys for {query.shape[-2]} queries: the cache keeps keys and values. "
+            f"Linear attention was given {keys} keys for {queries} queries: the cache keeps keys and values. "
             "Make it from the model's config, DynamicCache(config=model.config), after the model got "
             'attn_implementation="linattn", and leave quantized caches out. Prefix tuning of PEFT fills such a cache with learned keys, '
             "and linear attention has no place for them: train with LoRA or prompt tuning instead."

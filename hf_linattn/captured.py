@@ -59,9 +59,9 @@ def compile_graph(backend: Callable[..., Any], graph: Any, inputs: list[Any]) ->
         return run
 
     waves.make_once(graph)
-    patches = {"graph_partition": False, "combo_kernels": True}  # asked of the whole graph; small kernels side by side are one
+    patches = {"graph_partition": False}  # so that it is asked of the whole graph
     if multiplies_one_row(graph):
-        patches["coordinate_descent_tuning"] = True
+        patches |= {"coordinate_descent_tuning": True, "combo_kernels": True}  # and kernels that do not wait for each other are one
     theirs, compile_fx.cudagraphify = compile_fx.cudagraphify, cudagraphify
     try:
         with config.patch(patches):  # what the user says in options is said after, by the backend

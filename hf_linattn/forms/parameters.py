@@ -114,7 +114,9 @@ class LinAttnParams(nn.Module):
             self.entered[get_ident()] = hidden
 
     def take_hidden_states(self) -> Tensor | None:
-        """The hidden states (B, N, hidden_size) that entered the layer's attention, once."""
+        """The hidden states (B, N, hidden_size) that entered the layer's attention, once; None where nothing is computed from them."""
+        if not self.hidden_size:
+            return None
         if not torch.compiler.is_compiling() and (thread := get_ident()) in self.entered:
             return self.entered.pop(thread)
         return self.traced.pop() if self.traced else None

@@ -467,10 +467,17 @@ def _backward_anew(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad
 
 def step(call: Call, state: Tensor) -> Tensor:
     """As `one_token.step`, on a CUDA device."""
-    given = layout((*call.tensors, state), call[TENSORS:])
-    known = None if backend() == "torch" else _steps.get(given)
-    if known is None:
-        return _step_anew(call, state, given)
+    known = known_step(call, state)
+    return _step_anew(call, state) if known is None else step_again(known, call, state)
+
+
+def known_step(call: Call, state: Tensor) -> Known | None:
+    """How a step of this layout was launched."""
+    return None if backend() == "torch" else _steps.get(layout((*call.tensors, state), call[TENSORS:]))
+
+
+def step_again(known: Known, call: Call, state: Tensor) -> Tensor:
+    """The step of a known layout."""
     out = call.query.new_empty_strided(*known.out)
     code, _ = known.launch(call, FORWARD.pack(out.data_ptr(), *known.results, 0, state.data_ptr()))
     _raise_if(code, "step")
@@ -478,9 +485,10 @@ def step(call: Call, state: Tensor) -> Tensor:
 
 
 @in_full_precision
-def _step_anew(call: Call, state: Tensor, given: Layout) -> Tensor:
+def _step_anew(call: Call, state: Tensor) -> Tensor:
     if falls_back(call):
         return one_token.step(call, state)
+    given = layout((*call.tensors, state), call[TENSORS:])
     out, dense = call.empty_out(), state.contiguous()
     launch, results = _Launch(call), _ForwardResult(_describe(out), None, dense.data_ptr())
     plan = launch.plan("step", results)
