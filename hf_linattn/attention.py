@@ -106,7 +106,7 @@ def attend_with_state(form: Form, layer: LinearStateLayer, first: bool, call: Ca
     """Attention over the state and the new tokens; leaves the state after them in `layer`."""
     length = call.query.shape[2]
     layer.be_of(form)
-    before = None if first else layer.allocate(form, call.sizes, length)
+    before = None if first else layer.allocate(form, lambda: call.sizes, length)
     if call.is_packed:
         layer.forget_recent()
     else:

@@ -90,7 +90,7 @@ class LinearStateLayer(CacheLayerMixin):
         self._begin(key_states.dtype, key_states.device, key_states.shape[0])
         if key_states.shape[-2] == 0 and self.form is not None:  # ahead of the first token, to export
             heads = self._query_heads or key_states.shape[1]
-            self.allocate(self.form, Sizes(heads, key_states.shape[1], key_states.shape[-1], value_states.shape[-1]), 0)
+            self.allocate(self.form, lambda: Sizes(heads, key_states.shape[1], key_states.shape[-1], value_states.shape[-1]), 0)
             self.left_out = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
 
     def _begin(self, dtype: torch.dtype, device: torch.device, batch_size: int) -> None:
@@ -212,11 +212,11 @@ class LinearStateLayer(CacheLayerMixin):
     def _remember(self, left_out: Tensor) -> None:
         self.left_out = left_out
 
-    def allocate(self, form: Form, sizes: Sizes, tokens: int) -> State:
+    def allocate(self, form: Form, sizes: Callable[[], Sizes], tokens: int) -> State:
         """The state before the `tokens` just counted, empty if there is none yet."""
         state = self._state
         if state is None:
-            state = self.state = form.empty_state(sizes, self.batch_size, self.dtype, self.device)
+            state = self.state = form.empty_state(sizes(), self.batch_size, self.dtype, self.device)
         elif not is_compiling() and not torch.is_inference_mode_enabled() and next(iter(state.values())).is_inference():
             state = self.state = _each(torch.clone, state)  # made under torch.inference_mode(), it could not be written outside
         return state
@@ -363,9 +363,9 @@ class StaticLinearStateLayer(LinearStateLayer):
     def is_first(self, tokens: int) -> bool:
         return False  # not known without waiting for the device; a state of zeros says the same
 
-    def allocate(self, form: Form, sizes: Sizes, tokens: int) -> State:
+    def allocate(self, form: Form, sizes: Callable[[], Sizes], tokens: int) -> State:
         is_new, exporting = self.state is None, _is_exporting()
-        if exporting and len(form.layout(sizes, self.dtype)) > 1:
+        if exporting and len(form.layout(sizes(), self.dtype)) > 1:
             raise RuntimeError(
                 f'torch.export carries one tensor a cache layer, and linattn option form="{form.name}" keeps more; export it with '
                 "use_cache=False, or decode with torch.compile."

@@ -67,6 +67,8 @@ def hand_over(tensor: Tensor, layer: LinearStateLayer) -> Tensor:
 
 def receive(tensor: Tensor) -> tuple[Tensor, LinearStateLayer | None]:
     """The same numbers in an ordinary tensor, and the layer they came through, if they came through one."""
+    if type(tensor) is Tensor:  # nothing is marked that is of no other class
+        return tensor, None
     layer: LinearStateLayer | None = getattr(tensor, HANDED, None)
     if not isinstance(tensor, Handed):
         return tensor, layer

@@ -38,12 +38,17 @@ def made_pattern(mask: Tensor | None, length: int) -> Pattern | None:
     Raises:
         ValueError: the model has changed the mask on its way.
     """
+    if mask is None:
+        return None
+    known: Pattern | None
+    if not is_traced(mask) and (known := getattr(mask, READ, None)) is not None:  # by the layer before
+        return known
     made = getattr(mask, TOLD, mask)
     if made is None or not is_packed(made):
         return None
     if is_traced(made):
         return unpack(made, length)
-    known: Pattern | None = getattr(made, READ, None)
+    known = getattr(made, READ, None)
     if known is None:
         known = unpack(made, length)
         setattr(made, READ, known)

@@ -467,13 +467,13 @@ def _backward_anew(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad
 
 def step(call: Call, state: Tensor) -> Tensor:
     """As `one_token.step`, on a CUDA device."""
-    known = known_step(call, state)
+    known = known_step((*call.tensors, state), call[TENSORS:])
     return _step_anew(call, state) if known is None else step_again(known, call, state)
 
 
-def known_step(call: Call, state: Tensor) -> Known | None:
-    """How a step of this layout was launched."""
-    return None if backend() == "torch" else _steps.get(layout((*call.tensors, state), call[TENSORS:]))
+def known_step(tensors: tuple[Tensor | None, ...], others: tuple[Any, ...]) -> Known | None:
+    """How a step of this layout was launched: of a call's tensors and the state, and of what else a call is."""
+    return None if backend() == "torch" else _steps.get(layout(tensors, others))
 
 
 def step_again(known: Known, call: Call, state: Tensor) -> Tensor:

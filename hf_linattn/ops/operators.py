@@ -197,9 +197,10 @@ def step(call: Call, state: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: as `checks.check_step`.
     """
-    is_straight = _reaches_kernels(call, state) and are_written_alike((*call.tensors, state), state)
-    find = _KNOWN_STEP.get(state.device.type) if is_straight else None
-    if find is not None and (known := find(call, state)) is not None:  # it was checked when it was launched first
+    given, on = (*call.tensors, state), call.query.device.type
+    is_straight = reach_kernels(on, given) and are_written_alike(given, state)
+    find = _KNOWN_STEP.get(on) if is_straight else None
+    if find is not None and (known := find(given, call[TENSORS:])) is not None:  # it was checked when it was launched first
         torch.autograd.graph.increment_version(state)
         return cuda.step_again(known, call, state)
     checks.check_step(call, state)
