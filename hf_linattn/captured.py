@@ -61,14 +61,25 @@ def compile_graph(backend: Callable[..., Any], graph: Any, inputs: list[Any]) ->
     waves.make_once(graph)
     patches = {"graph_partition": False}  # so that it is asked of the whole graph
     if multiplies_one_row(graph):
-        patches |= {"coordinate_descent_tuning": True, "combo_kernels": True}  # and kernels that do not wait for each other are one
+        patches["coordinate_descent_tuning"] = True
     theirs, compile_fx.cudagraphify = compile_fx.cudagraphify, cudagraphify
     try:
         with config.patch(patches):  # what the user says in options is said after, by the backend
-            made: Callable[..., Any] = backend(graph, inputs)
+            made = _with_small_kernels_together(backend, graph, inputs)
     finally:
         compile_fx.cudagraphify = theirs
     return Captured(made) if fit else made
+
+
+def _with_small_kernels_together(backend: Callable[..., Any], graph: Any, inputs: list[Any]) -> Callable[..., Any]:
+    """Those that do not wait for one another as one, which saves three a layer; or each alone, where Inductor fails at that."""
+    from torch._inductor import config
+
+    try:
+        with config.patch(combo_kernels=True):
+            return backend(graph, inputs)  # type: ignore[no-any-return]
+    except Exception:  # of whichever kind a code generator's bug is; what is wrong otherwise is raised again
+        return backend(graph, inputs)  # type: ignore[no-any-return]
 
 
 def multiplies_one_row(graph: torch.fx.GraphModule) -> bool:

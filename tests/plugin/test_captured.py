@@ -197,6 +197,24 @@ def test_other_places_and_shapes_are_captured_by_themselves(graphs):
     assert len(graphs) == 3 and made.again is made.graph
 
 
+def test_a_graph_whose_small_kernels_cannot_be_one_is_compiled_without():
+    from torch._inductor import config
+
+    asked = []
+
+    def backend(graph, inputs):
+        asked.append(config.combo_kernels)
+        if config.combo_kernels or len(inputs) == 2:
+            raise RuntimeError("a bug")
+        return graph
+
+    graph = torch.fx.symbolic_trace(lambda x: x + 1)
+    assert captured.compile_graph(backend, graph, [torch.ones(2)])(torch.ones(2)).tolist() == [2, 2]
+    assert asked == [True, False] and not config.combo_kernels
+    with pytest.raises(RuntimeError, match="a bug"):
+        captured.compile_graph(backend, graph, [torch.ones(2)] * 2)
+
+
 # ---- on a GPU
 
 
