@@ -122,8 +122,8 @@ def check_decay(log_decay: Tensor, batch: int, heads: int, key_heads: int, lengt
     if tuple(log_decay.shape) not in shapes:
         allowed = ", ".join(str(shape) for shape in sorted(set(shapes), key=lambda s: (len(s), s)))
         raise ValueError(f"log_decay must have one of the shapes {allowed}, not {tuple(log_decay.shape)}.")
-    if values_are_readable(log_decay) and not bool((log_decay <= 0).all()):
-        raise ValueError("log_decay must be 0 or negative everywhere (it is the logarithm of a factor of at most 1), and not NaN.")
+    if values_are_readable(log_decay) and not bool(((log_decay <= 0) & log_decay.isfinite()).all()):
+        raise ValueError("log_decay must be 0 or negative everywhere (it is the logarithm of a factor of at most 1), finite, and not NaN.")
 
 
 def check_state(state: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

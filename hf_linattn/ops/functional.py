@@ -68,7 +68,8 @@ def linear_attention(
         causal: False for an encoder; then key and value may have another length than query.
         normalize_qk: bring every query and key to unit length first. Without it, keeping f positive is the caller's business.
         temperature: a number or (Hq,), above 0.
-        log_decay: None, (Hk,) or (Hq,) for a constant rate a head, (B, Hk, N) or (B, Hq, N) for one a token; at most 0.
+        log_decay: None, (Hk,) or (Hq,) for a constant rate a head, (B, Hk, N) or (B, Hq, N) for one a token; at most 0 and
+            finite: a token that forgets everything begins a segment.
         lag: a query sees keys at least this many tokens behind it. With an initial_state, give key and value with the `lag` tokens
             before in front: they are not in the state yet.
         segment_ids: (B, N) integers, 0 for padding; tokens with equal ids see each other, and ids never fall along a row. Or a bool mask of

@@ -47,6 +47,7 @@ def test_tensors(tensors, error, words):
     ({"a": -0.00001, "normalize_qk": False}, ValueError, "a >= 0"),
     ({"log_decay": torch.tensor([0.1, -1.0])}, ValueError, "0 or negative"),
     ({"log_decay": torch.tensor([NAN, -1.0])}, ValueError, "not NaN"),
+    ({"log_decay": torch.tensor([-float("inf"), -1.0])}, ValueError, "finite"),
     ({"log_decay": torch.zeros(3)}, ValueError, "log_decay must have one of the shapes"),
     ({"log_decay": -1.0}, TypeError, "log_decay must be a tensor"),
     ({"lag": -1}, ValueError, "lag must be 0 or more"),
