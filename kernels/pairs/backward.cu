@@ -11,9 +11,16 @@ namespace {
 
 constexpr int kThreads = kGradientThreads;
 
+// Of 16 bytes of each.
+template <typename T> __device__ __forceinline__ float product_of_eight(const T *x, const T *y) {
+  using E = Element<T>;
+  const uint4 a = *reinterpret_cast<const uint4 *>(x), b = *reinterpret_cast<const uint4 *>(y);
+  const auto two = [](uint32_t a, uint32_t b) { return E::low(a) * E::low(b) + E::high(a) * E::high(b); };
+  return two(a.x, b.x) + two(a.y, b.y) + (two(a.z, b.z) + two(a.w, b.w));
+}
+
 // Four threads a token: 1 / |k|, or the numbers of a query; nothing of padding and behind the last token.
 template <typename T, bool KEYS> __global__ void __launch_bounds__(kThreads) numbers_kernel(const __grid_constant__ Gradients args) {
-  using E = Element<T>;
   const linattn_problem &p = args.problem;
   const int64_t number = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 4, head = number / args.padded, token = number % args.padded;
   const int heads = KEYS ? p.key_heads : p.query_heads, part = threadIdx.x % 4;
@@ -25,14 +32,8 @@ template <typename T, bool KEYS> __global__ void __launch_bounds__(kThreads) num
     const T *const row = head_of<const T>(x, head / heads, head % heads) + token * x.token_stride;
     const T *const out = KEYS ? nullptr : head_of<const T>(args.out, head / heads, head % heads) + token * args.out.token_stride;
     const T *const grad = KEYS ? nullptr : head_of<const T>(args.grad_out, head / heads, head % heads) + token * args.grad_out.token_stride;
-    for (int i = 2 * part; i < p.head_dim; i += 8) {
-      const uint32_t two = *reinterpret_cast<const uint32_t *>(row + i);
-      square += E::low(two) * E::low(two) + E::high(two) * E::high(two);
-    }
-    for (int i = 2 * part; !KEYS && i < p.value_dim; i += 8) {
-      const uint32_t o = *reinterpret_cast<const uint32_t *>(out + i), w = *reinterpret_cast<const uint32_t *>(grad + i);
-      dot += E::low(o) * E::low(w) + E::high(o) * E::high(w);
-    }
+    for (int i = 8 * part; i < p.head_dim; i += 32) square += product_of_eight(row + i, row + i);
+    for (int i = 8 * part; !KEYS && i < p.value_dim; i += 32) dot += product_of_eight(out + i, grad + i);
   }
 #pragma unroll
   for (int step = 1; step < 4; step *= 2) {
@@ -128,7 +129,7 @@ struct Workspace {
     const int64_t sums = problem.log_decay ? 4 * problem.length : 0;
     query_numbers = round_up(4 * batch * problem.key_heads * padded);
     partials = query_numbers + round_up(4 * kNumbers * queries);
-    decay = partials + round_up(12 * (queries / kRows + (by_state ? batch * problem.query_heads * StateMemory(problem, true).tiles : 0)));
+    decay = partials + round_up(12 * (queries / kFewestRows + (by_state ? batch * problem.query_heads * StateMemory(problem, true).tiles : 0)));
     row_sums = decay + decay_bytes(problem);
     column_sums = row_sums + round_up(batch * problem.query_heads * sums);
     parts = column_sums + round_up(states * sums);
@@ -146,9 +147,11 @@ bool pairs_plan_backward(const linattn_problem &problem, const linattn_backward_
   if (problem.dtype != LINATTN_BFLOAT16 || !tiles.key || data.grad_state || !whole_rows) return false;
   plan.states = states_take(problem, true);
   if (!plan.states && !pairs_cost_less(problem)) return false;
-  plan.gated = needs_gated(problem), plan.warpgroups = group_gradients_take(problem), plan.row_tiles = static_cast<int32_t>(padded_length(problem) / kRows);
+  plan.gated = needs_gated(problem), plan.warpgroups = group_gradients_take(problem);
+  const GroupPlan groups = plan.warpgroups ? group_gradients_plan(tiles, plan.gated) : GroupPlan{0, kRows};
+  plan.row_tiles = static_cast<int32_t>(padded_length(problem) / groups.tokens);
   plan.chunk = plan.segment_length = problem.length, plan.segments = 1;
-  plan.shared_bytes = plan.warpgroups ? group_gradients_shared_bytes(tiles) : plan.gated ? gated_backward_shared_bytes(tiles) : shared_bytes(problem.head_dim);
+  plan.shared_bytes = plan.warpgroups ? groups.shared_bytes : plan.gated ? gated_backward_shared_bytes(tiles) : shared_bytes(problem.head_dim);
   if (plan.states) {
     const StateMemory memory(problem, true);
     plan.chunk = plan.segment_length = memory.chunk, plan.segments = memory.chunks, plan.shared_bytes = std::max(plan.shared_bytes, memory.shared_bytes);

@@ -8,6 +8,7 @@
 namespace linattn_pairs {
 
 constexpr int kGradientThreads = 256, kWarps = kGradientThreads / 32;  // a warp: 16 of the block's rows
+constexpr int kFewestRows = 64;                                        // tokens that a block owns
 constexpr int kNumbers = 3;                                            // of a query: 1 / g, e, 1 / |q|
 
 struct Gradients {
@@ -44,7 +45,10 @@ int gated_backward_shared_bytes(TileDims tiles);
 
 // Hopper's warpgroups.
 bool group_gradients_take(const linattn_problem &problem);
-int group_gradients_shared_bytes(TileDims tiles);
+struct GroupPlan {
+  int shared_bytes, tokens;  // of a block
+};
+GroupPlan group_gradients_plan(TileDims tiles, bool gated);
 cudaError_t group_gradients_launch(const Gradients &args, bool gated, cudaStream_t stream);
 
 cudaError_t launch_state_gradients(const Gradients &args, void *workspace, cudaStream_t stream);

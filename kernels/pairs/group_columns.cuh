@@ -1,4 +1,4 @@
-// The gradients of keys and values by warpgroups, and the columns' sums for that of the decay: a block owns 128 keys and walks over the queries of all heads that read them.
+// The gradients of keys and values by warpgroups, and the columns' sums for that of the decay: a block owns 64 or 128 keys and walks over the queries of all heads that read them.
 #pragma once
 #include "pairs/group_gradients.cuh"
 
@@ -7,7 +7,7 @@ namespace linattn_pairs {
 // A warp's 16 keys.
 template <int K, int V, bool GATED> struct GroupColumns {
   using T = __nv_bfloat16;
-  using S = GroupShape<K, V>;
+  using S = GroupShape<K, V, GATED>;
   using E = Element<T>;
   static constexpr int KEY_BLOCKS = K / 16, VALUE_BLOCKS = V / 16;
   static constexpr bool kGated = GATED, KEEPS = S::KEEPS_ROWS;
@@ -24,13 +24,16 @@ template <int K, int V, bool GATED> struct GroupColumns {
   float key_sums[2 * KEY_BLOCKS][4], value_sums[2 * VALUE_BLOCKS][4], decay_sums[2] = {};
   float s[BUFFERS][kStep / 8][4], d[BUFFERS][kStep / 8][4];
   uint32_t own_k[KEEPS ? KEY_BLOCKS : 1][4], own_v[KEEPS ? VALUE_BLOCKS : 1][4], slopes[BUFFERS][kStep / 16][4], weights[BUFFERS][kStep / 16][4];
+  const int column_bytes;
+  float4 ahead[2];
   OwnGates<1> gates;
 
   __device__ __forceinline__ GroupColumns(const Gradients &args, const OtherNumbers &others, int pair, int begin, uint32_t key_tile)
       : p(args.problem), others(others), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), begin(begin), group_begin(begin + kGroup * (warp / 4)),
         key(begin + 16 * warp + group), tiles(key_tile + S::OWN), key_stripe(Tile<K>::rows_at(warp)), value_stripe(Tile<V>::rows_at(warp)), k_blocks(key_tile, lane_down<K>(lane)),
         v_blocks(key_tile + S::OWN_KEY, lane_down<V>(lane)),
-        scale{args.key_scale[static_cast<int64_t>(pair) * args.padded + key], args.key_scale[static_cast<int64_t>(pair) * args.padded + key + 8]} {
+        scale{args.key_scale[static_cast<int64_t>(pair) * args.padded + key], args.key_scale[static_cast<int64_t>(pair) * args.padded + key + 8]},
+        column_bytes(remade(2 * place * static_cast<int>(sizeof(float4)))) {
     clear(s), clear(d);
     if constexpr (KEEPS) {
 #pragma unroll
@@ -62,12 +65,22 @@ template <int K, int V, bool GATED> struct GroupColumns {
     warpgroup_commit();
   }
 
+  // The numbers of a step's first queries, before its products are waited for.
+  __device__ __forceinline__ const float4 *numbers_of(int stage, int column) const {
+    return reinterpret_cast<const float4 *>(reinterpret_cast<const char *>(others.numbers[stage] + column) + column_bytes);
+  }
+  template <int STEP> __device__ __forceinline__ void look(int stage) {
+    if constexpr (S::LOOKS_AHEAD) ahead[0] = numbers_of(stage, kStep * STEP)[0], ahead[1] = numbers_of(stage, kStep * STEP)[1];
+  }
+
   template <bool NEAR, int STEP> __device__ __forceinline__ void weigh_pairs(int first, int stage, bool diagonal) {
     const int earliest = p.causal ? key - first : -kKeys;  // query of the tile that sees the first key
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
       const int column = kStep * STEP + 8 * n + 2 * place;
-      const float4 of[2] = {others.numbers[stage][column], others.numbers[stage][column + 1]};
+      const bool here = S::LOOKS_AHEAD && n == 0;
+      const float4 *const numbers = numbers_of(stage, kStep * STEP + 8 * n);
+      const float4 of[2] = {here ? ahead[0] : numbers[0], here ? ahead[1] : numbers[1]};
       float x[4], y[4];  // not in their place: nothing but products may define what products add to
       float2 exponent = {};
       int2 run = {};
@@ -96,10 +109,10 @@ template <int K, int V, bool GATED> struct GroupColumns {
   }
 
   // Products into the queries' weights in dk and dv, once they are there.
-  template <int STEP> __device__ __forceinline__ void weigh(const Cursor &at, int stage) {
+  template <int STEP> __device__ __forceinline__ void weigh(const TileNote &at, int stage) {
     warpgroup_keep(s[STEP % BUFFERS]), warpgroup_keep(d[STEP % BUFFERS]);
-    const bool mixed = GATED && (others.mixed[stage]);
-    if (mixed || (GATED ? at.near : p.causal && at.first() + kStep * STEP < group_begin + kGroup - 1)) weigh_pairs<true, STEP>(at.first(), stage, at.near);
+    const bool mixed = GATED && at.mixed();
+    if (mixed || (GATED ? at.near() : p.causal && at.first() + kStep * STEP < group_begin + kGroup - 1)) weigh_pairs<true, STEP>(at.first(), stage, at.near());
     else weigh_pairs<false, STEP>(at.first(), stage, false);
   }
 
@@ -118,7 +131,7 @@ template <int K, int V, bool GATED> struct GroupColumns {
     warpgroup_keep(key_sums), warpgroup_keep(value_sums);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float own = gates.factor[0][half];
+      const float own = gates.is_padding(0, half) ? 0.f : exp2_fast(fminf(gates.exponent[0][half], 0.f));  // not held in registers until here
       decay_sums[half] *= own;
 #pragma unroll
       for (int n = 0; n < 2 * KEY_BLOCKS; ++n) key_sums[n][2 * half] *= own, key_sums[n][2 * half + 1] *= own;
@@ -169,38 +182,37 @@ struct QueriesOnWay {
   }
 };
 
-template <int K, int V, bool GATED> __global__ void __launch_bounds__(kBlockThreads, 1) group_columns_kernel(const __grid_constant__ Gradients args) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// A block's work, the block being number `block` of those of its kind.
+template <int K, int V, bool GATED> __device__ __forceinline__ void group_columns(const Gradients &args, unsigned char *shared, int block) {
   using T = __nv_bfloat16;
-  using S = GroupShape<K, V>;
-  extern __shared__ __align__(1024) unsigned char shared[];
+  using S = GroupShape<K, V, GATED>;
   const linattn_problem &p = args.problem;
   const int thread = threadIdx.x;
   const uint32_t key_tile = shared_address(shared), stages = key_tile + S::OWN;
   OtherNumbers &others = *reinterpret_cast<OtherNumbers *>(shared + S::NUMBERS_AT);
 
-  const int pair = blockIdx.x / args.row_tiles, tile_number = blockIdx.x % args.row_tiles;  // long columns first
+  const int pair = block / args.row_tiles, tile_number = block % args.row_tiles;  // long columns first
   const int batch = pair / p.key_heads, key_head = pair % p.key_heads, heads = p.query_heads / p.key_heads, first_head = key_head * heads, pieces = pieces_of<K, V>(p);
-  const int64_t begin = static_cast<int64_t>(tile_number) * kRows;
-  const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(kRows)));
+  const int64_t begin = static_cast<int64_t>(tile_number) * S::TOKENS;
+  const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(S::TOKENS)));
   const int64_t seen = min(p.length, (begin / args.chunk + 1) * args.chunk);  // queries up to there, of the tokens' own chunk
   const bool has_state = seen < p.length;                                     // of the queries behind
   const GateReader key_gates(args.gates, p, false, batch, first_head, begin + rows - 1), query_gates(args.gates, p, true, batch, first_head, begin + rows - 1);
 
   int tile_begin = p.causal ? static_cast<int>(begin / kKeys) : 0, tile_end = static_cast<int>((seen + kKeys - 1) / kKeys);
   int32_t low = 0, high = 0;
-  if constexpr (GATED) find_runs(others, key_gates, query_gates, begin, rows, tile_begin, tile_end, low, high, thread);
-  const int behind = p.causal ? min(tile_end, static_cast<int>((begin + kRows) / kKeys)) : tile_begin;
+  if constexpr (GATED) find_runs<S::THREADS>(others, key_gates, query_gates, begin, rows, tile_begin, tile_end, low, high, thread);
+  const int behind = p.causal ? min(tile_end, static_cast<int>((begin + S::TOKENS) / kKeys)) : tile_begin;
   const Walk walk{max(behind, tile_begin), tile_end, tile_begin, behind, heads};
 
-  if (thread >= kOwners) {
-    give_registers<kBringerRegisters>();
-    const int lane = thread & 31, stage = warp_number() - kWarps;
+  if (thread >= S::OWNERS) {
+    give_registers<S::BRINGER_REGISTERS>();
+    const int lane = thread & 31, stage = warp_number() - S::OWNERS / 32;
     const double edge = GATED ? query_gates.edge() : 0.0;
     const uint32_t target = stages + stage * S::STAGE;
     TileGates gates;
     QueriesOnWay on_way;
-    bring_tiles(
+    bring_tiles<S>(
         walk, stage,
         [&](const Cursor &at) {
           gates.load(query_gates, at.first(), lane);
@@ -216,22 +228,23 @@ template <int K, int V, bool GATED> __global__ void __launch_bounds__(kBlockThre
 #pragma unroll
           for (int half = 0; half < 2; ++half)
             others.numbers[stage][32 * half + lane] = on_way.of(f, half, GATED && !at.near ? exp2_fast(fminf(gates.exponent(half, true, edge), 0.f)) : 1.f);
-          if constexpr (GATED) gates.store(others, true, edge, stage, low, high, lane);
+          if constexpr (GATED) gates.store(others, true, edge, stage, lane);
+          const bool mixed = GATED && gates.is_mixed(low, high);
+          if (lane == 0) others.told[stage] = TileNote::of(at, mixed);
         });
     return;
   }
-  take_registers<kOwnerRegisters>();
+  take_registers<S::OWNER_REGISTERS>();
   const int64_t group_begin = begin + thread / kGroupThreads * kGroup;
-  copy_own<K, V>(key_tile, head_of<const T>(p.key, batch, key_head) + group_begin * p.key.token_stride, p.key.token_stride,
-                 head_of<const T>(p.value, batch, key_head) + group_begin * p.value.token_stride, p.value.token_stride, real_tokens(key_gates, group_begin, thread & 31), thread,
-                 pieces);
+  copy_own<S, K, V>(key_tile, head_of<const T>(p.key, batch, key_head) + group_begin * p.key.token_stride, p.key.token_stride,
+                    head_of<const T>(p.value, batch, key_head) + group_begin * p.value.token_stride, p.value.token_stride, real_tokens(key_gates, group_begin, thread & 31), thread,
+                    pieces);
   GroupColumns<K, V, GATED> work(args, others, pair, begin, key_tile);
   if constexpr (GATED) work.gates.load(key_gates, work.key);
   walk_tiles(work, walk);
   if (GATED && args.column_sums) work.store_decay_sums(args.column_sums + (static_cast<int64_t>(batch) * p.state_heads + key_head) * p.length, has_state);
   if (!S::KEEPS_ROWS) barrier_sync<kGroupThreads>(kAmongOwners + thread / kGroupThreads);  // results are staged over the warpgroup's own tokens
   work.store(args, shared, batch, key_head, rows, has_state);
-#endif
 }
 
 }  // namespace linattn_pairs

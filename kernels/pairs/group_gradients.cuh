@@ -1,5 +1,6 @@
-// The gradients' kernels by Hopper's warpgroups: two of a block own 64 of its 128 tokens each, and the warps of a third bring tiles of 64 others, each to a stage of
-// its own, so that as many are under way. The two go at paces of their own: the one's products run beside what the other one makes of its own.
+// The gradients' kernels by Hopper's warpgroups: one owns 64 tokens, and the warps of another bring tiles of 64 others, each to a stage of its own, so that as many are
+// under way. Two of a multiprocessor's warpgroups own tokens, in a block each or, where registers or shared memory are short, both in one; each goes at its own pace: the
+// one's products run beside what the other one makes of its own.
 //
 // Products run ahead of what is made of them. A tile is taken in two steps: while a warpgroup weighs the pairs of one, the tensor cores add up the step before and multiply the step
 // behind, so that there are two of each buffer. Of a pair as little is done as can be: what belongs to one token alone is put into its numbers, or into the sums once they are
@@ -14,8 +15,7 @@
 namespace linattn_pairs {
 
 constexpr int kGroupStages = 4, kStep = 32, kGroup = 64;  // tiles in shared memory; others of a step; own tokens of a warpgroup
-constexpr int kOwners = kGradientThreads, kGroupThreads = 128, kBlockThreads = kOwners + 32 * kGroupStages;
-constexpr int kOwnerRegisters = 232, kBringerRegisters = 40;  // of a multiprocessor's 65,536
+constexpr int kGroupThreads = 128, kMostThreads = 2 * kGroupThreads + 32 * kGroupStages;
 
 // A tile that is here, for each of the warpgroups that own tokens; a stage that both have read; a warpgroup's own affairs.
 enum GroupBarrier { kTileHere = 1, kStageRead = kTileHere + 2 * kGroupStages, kAmongOwners = kStageRead + kGroupStages };
@@ -23,15 +23,19 @@ enum GroupBarrier { kTileHere = 1, kStageRead = kTileHere + 2 * kGroupStages, kA
 struct OtherNumbers {
   float4 numbers[kGroupStages][kKeys];
   float exponent[kGroupStages][kKeys];
-  int32_t run[kGroupStages][kKeys], mixed[kGroupStages];  // mixed: not all are of the one run that all of the block's own are of
-  int32_t lowest[kBlockThreads / 32], highest[kBlockThreads / 32], first[kBlockThreads / 32], last[kBlockThreads / 32];
+  int32_t run[kGroupStages][kKeys], told[kGroupStages];  // told: what there is to know of a tile, see TileNote
+  int32_t lowest[kMostThreads / 32], highest[kMostThreads / 32], first[kMostThreads / 32], last[kMostThreads / 32];
 };
 
-template <int K, int V> struct GroupShape {
+template <int K, int V, bool GATED> struct GroupShape {
+  static constexpr int GROUPS = V > 64 || (GATED && K > 32) ? 2 : 1, TOKENS = kGroup * GROUPS;  // warpgroups that own tokens, and these
+  static constexpr int OWNERS = kGroupThreads * GROUPS, THREADS = OWNERS + 32 * kGroupStages, BLOCKS = 3 - GROUPS;
+  static constexpr int OWNER_REGISTERS = GROUPS == 1 ? 224 : 232, BRINGER_REGISTERS = GROUPS == 1 ? 32 : 40;  // together a multiprocessor's 65,536 at most
+  static constexpr bool LOOKS_AHEAD = !GATED || K <= 32;  // to numbers of others, before products are waited for: where there are registers for it
   static constexpr bool KEEPS_ROWS = V <= 64;  // own tokens, in registers
   static constexpr int COLUMNS_BUFFERS = V <= 64 ? 2 : 1, ROWS_BUFFERS = 2;
-  static constexpr int OWN_KEY = kRows * K * 2, OWN_VALUE = kRows * V * 2, OWN = OWN_KEY + OWN_VALUE, TILE = kKeys * K * 2, STAGE = TILE + kKeys * V * 2;
-  static constexpr int NUMBERS_AT = OWN + kGroupStages * STAGE, TOTALS_AT = NUMBERS_AT + sizeof(OtherNumbers), SHARED = TOTALS_AT + kWarps * 3 * 4;
+  static constexpr int OWN_KEY = TOKENS * K * 2, OWN_VALUE = TOKENS * V * 2, OWN = OWN_KEY + OWN_VALUE, TILE = kKeys * K * 2, STAGE = TILE + kKeys * V * 2;
+  static constexpr int NUMBERS_AT = OWN + kGroupStages * STAGE, TOTALS_AT = NUMBERS_AT + sizeof(OtherNumbers), SHARED = TOTALS_AT + OWNERS / 32 * 3 * 4;
 };
 
 // The tiles that a block meets: those away from the diagonal first, of every head, then those on it.
@@ -64,11 +68,11 @@ template <int D, int THREADS, typename T> __device__ __forceinline__ void copy_r
 }
 
 // A warpgroup's own tokens, from each of the two tensors, into its part of the block's tiles.
-template <int K, int V, typename T>
+template <typename S, int K, int V, typename T>
 __device__ __forceinline__ void copy_own(uint32_t tile, const T *keys, int64_t key_stride, const T *values, int64_t value_stride, uint64_t real, int thread, int pieces) {
   const int group = thread / kGroupThreads, number = thread % kGroupThreads;
   copy_real<K, kGroupThreads>(tile + group * Tile<K>::rows_at(kGroup / 16), keys, key_stride, real, number, pieces);
-  copy_real<V, kGroupThreads>(tile + GroupShape<K, V>::OWN_KEY + group * Tile<V>::rows_at(kGroup / 16), values, value_stride, real, number, V / 8);
+  copy_real<V, kGroupThreads>(tile + S::OWN_KEY + group * Tile<V>::rows_at(kGroup / 16), values, value_stride, real, number, V / 8);
   copy_commit();
   copy_wait<0>();
   warpgroup_publish();
@@ -101,12 +105,12 @@ struct TileGates {
     return static_cast<uint64_t>(__ballot_sync(0xffffffffu, run[1] > 0)) << 32 | __ballot_sync(0xffffffffu, run[0] > 0);
   }
   __device__ __forceinline__ float exponent(int half, bool queries, double edge) const { return static_cast<float>(queries ? sum[half] - edge : edge - sum[half]); }
-  __device__ __forceinline__ void store(OtherNumbers &others, bool queries, double edge, int stage, int32_t low, int32_t high, int lane) const {
+  __device__ __forceinline__ void store(OtherNumbers &others, bool queries, double edge, int stage, int lane) const {
 #pragma unroll
     for (int half = 0; half < 2; ++half) others.exponent[stage][32 * half + lane] = exponent(half, queries, edge), others.run[stage][32 * half + lane] = run[half];
-    const bool mixed = __any_sync(0xffffffffu, run[0] != low || run[0] != high || run[1] != low || run[1] != high);
-    if (lane == 0) others.mixed[stage] = mixed;
   }
+  // Whether not all are of the one run that all of the block's own are of.
+  __device__ __forceinline__ bool is_mixed(int32_t low, int32_t high) const { return __any_sync(0xffffffffu, run[0] != low || run[0] != high || run[1] != low || run[1] != high); }
 };
 // Of the 64 tokens from `first` on those that are not padding.
 __device__ __forceinline__ uint64_t real_tokens(const GateReader &from, int64_t first, int lane) {
@@ -118,6 +122,7 @@ __device__ __forceinline__ uint64_t real_tokens(const GateReader &from, int64_t 
 __device__ __forceinline__ float share_of(float inverse, float error) { return inverse == 0.f && error != 0.f ? 0x1p-40f : inverse; }
 
 // Which runs a block's own tokens are of, from the lowest to the highest, and between which tiles of the others, of those from `begin` to `end`, these are found.
+template <int THREADS>
 __device__ __forceinline__ void find_runs(OtherNumbers &found, const GateReader &own, const GateReader &others, int64_t begin, int rows, int &tile_begin, int &tile_end,
                                           int32_t &low, int32_t &high, int thread) {
   const auto over_block = [&](int32_t &least, int32_t &most, int32_t *leasts, int32_t *mosts) {
@@ -126,7 +131,7 @@ __device__ __forceinline__ void find_runs(OtherNumbers &found, const GateReader 
     if (thread % 32 == 0) leasts[thread / 32] = least, mosts[thread / 32] = most;
     __syncthreads();
 #pragma unroll
-    for (int warp = 0; warp < kBlockThreads / 32; ++warp) least = min(least, leasts[warp]), most = max(most, mosts[warp]);
+    for (int warp = 0; warp < THREADS / 32; ++warp) least = min(least, leasts[warp]), most = max(most, mosts[warp]);
   };
   if (!own.runs) {
     low = high = 1;
@@ -135,7 +140,7 @@ __device__ __forceinline__ void find_runs(OtherNumbers &found, const GateReader 
   high = thread < rows ? own.run_of(begin + thread) : 0, low = high > 0 ? high : INT32_MAX;
   over_block(low, high, found.lowest, found.highest);
   int32_t first = INT32_MAX, last = -1;
-  for (int64_t token = static_cast<int64_t>(tile_begin) * kKeys + thread; token < static_cast<int64_t>(tile_end) * kKeys; token += kBlockThreads) {
+  for (int64_t token = static_cast<int64_t>(tile_begin) * kKeys + thread; token < static_cast<int64_t>(tile_end) * kKeys; token += THREADS) {
     const int32_t run = others.run_of(token), tile = static_cast<int32_t>(token / kKeys);
     if (run > 0 && run >= low && run <= high) first = min(first, tile), last = max(last, tile);
   }
@@ -170,22 +175,31 @@ template <int STEPS, int TILES> __device__ __forceinline__ void clear(float (&su
   for (int i = 0; i < STEPS * TILES * 4; ++i) sums[i / (TILES * 4)][i / 4 % TILES][i % 4] = 0.f;
 }
 
+// What those who own tokens are told of a tile of others.
+struct TileNote {
+  int32_t told;
+  static __device__ __forceinline__ int32_t of(const Cursor &at, bool mixed) { return at.tile << 2 | (mixed ? 2 : 0) | (at.near ? 1 : 0); }
+  __device__ __forceinline__ int first() const { return (told >> 2) * kKeys; }
+  __device__ __forceinline__ bool near() const { return told & 1; }
+  __device__ __forceinline__ bool mixed() const { return told & 2; }
+};
+
 // The loop of a warp that brings tiles, to its own stage: a tile's numbers leave memory, and its tokens do as soon as its predecessor there has been read.
-template <typename Load, typename Copy, typename Store> __device__ __forceinline__ void bring_tiles(const Walk &walk, int stage, Load load, Copy copy, Store store) {
+template <typename S, typename Load, typename Copy, typename Store> __device__ __forceinline__ void bring_tiles(const Walk &walk, int stage, Load load, Copy copy, Store store) {
   const int count = walk.count();
   Cursor at(walk);
   for (int i = 0; i < stage; ++i) at.advance(walk);
 #pragma unroll 1
   for (int i = stage; i < count; i += kGroupStages) {
     load(at);
-    if (i >= kGroupStages) barrier_sync<kOwners + 32>(kStageRead + stage);
+    if (i >= kGroupStages) barrier_sync<S::OWNERS + 32>(kStageRead + stage);
     copy(at);
     copy_commit();
     store(at);
     copy_wait<0>();
     warpgroup_publish();
 #pragma unroll
-    for (int group = 0; group < 2; ++group) barrier_arrive<kGroupThreads + 32>(kTileHere + 2 * stage + group);
+    for (int group = 0; group < S::GROUPS; ++group) barrier_arrive<kGroupThreads + 32>(kTileHere + 2 * stage + group);
 #pragma unroll
     for (int step = 0; step < kGroupStages; ++step) at.advance(walk);
   }
@@ -193,40 +207,44 @@ template <typename Load, typename Copy, typename Store> __device__ __forceinline
 
 // The loop over tiles. `work` multiplies, weighs and adds.
 template <typename Work> __device__ __forceinline__ void walk_tiles(Work &work, const Walk &walk) {
-  const int count = walk.count(), group = work.warp / 4;
-  Cursor at(walk);
-  int number = 0;
-  const auto leave = [&](int tile) {
-    if (tile + kGroupStages < count) barrier_arrive<kOwners + 32>(kStageRead + tile % kGroupStages);
+  const uint32_t count = remade(walk.count());
+  const int here = kTileHere + work.warp / 4;
+  uint32_t number = 0;
+  TileNote at;
+  const auto leave = [&](uint32_t tile) {
+    if (tile + kGroupStages < count) barrier_arrive<Work::S::OWNERS + 32>(kStageRead + tile % kGroupStages);
   };
-  // The tile that `at` is at, or the next one with something to do.
+  // Tile `number`, or the next one with something to do.
   const auto arrive = [&] {
-    for (; number < count; ++number, at.advance(walk)) {
-      barrier_sync<kGroupThreads + 32>(kTileHere + 2 * (number % kGroupStages) + group);
+    for (; number < count; ++number) {
+      barrier_sync<kGroupThreads + 32>(here + 2 * (number % kGroupStages));
+      at.told = work.others.told[number % kGroupStages];
       if (!work.passes(at.first())) return;
       leave(number);
     }
   };
   arrive();
   bool own = false;  // whether the sums have the own factors
-  int before = count;
+  uint32_t before = count;
   if (number == count) return;
   work.keep_sums();
   work.template multiply<0>(number % kGroupStages);
   warpgroup_wait<0>();
 #pragma unroll 1
   do {
-    const Cursor now = at;
-    const int tile = number, stage = tile % kGroupStages;
-    if (work.kGated && now.near && !own) own = true, work.take_own_factors();
+    const TileNote now = at;
+    const uint32_t tile = number, stage = tile % kGroupStages;
+    if (work.kGated && now.near() && !own) own = true, work.take_own_factors();
+    work.template look<0>(stage);
     if constexpr (Work::BUFFERS == 2) work.template multiply<1>(stage);
     work.template weigh<0>(now, stage);
     warpgroup_wait<0>();
     leave(before);
     work.template add<0>(stage);
     if constexpr (Work::BUFFERS == 1) work.template multiply<1>(stage);
-    ++number, at.advance(walk);
+    ++number;
     arrive();
+    work.template look<1>(stage);
     if constexpr (Work::BUFFERS == 2) work.template multiply<0>(number % kGroupStages);  // of no tile, behind the last: nobody looks at it
     else warpgroup_wait<0>();
     work.template weigh<1>(now, stage);

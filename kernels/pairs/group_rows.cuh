@@ -1,4 +1,4 @@
-// The gradient of the queries by warpgroups, of f's coefficients, and the rows' sums for that of the decay: a block owns 128 queries and walks over the keys.
+// The gradient of the queries by warpgroups, of f's coefficients, and the rows' sums for that of the decay: a block owns 64 or 128 queries and walks over the keys.
 #pragma once
 #include "pairs/group_gradients.cuh"
 
@@ -7,7 +7,7 @@ namespace linattn_pairs {
 // A warp's 16 queries.
 template <int K, int V, bool GATED> struct GroupRows {
   using T = __nv_bfloat16;
-  using S = GroupShape<K, V>;
+  using S = GroupShape<K, V, GATED>;
   using E = Element<T>;
   static constexpr int KEY_BLOCKS = K / 16, VALUE_BLOCKS = V / 16;
   static constexpr bool kGated = GATED, KEEPS = S::KEEPS_ROWS;
@@ -22,11 +22,14 @@ template <int K, int V, bool GATED> struct GroupRows {
   float share[2], error[2], scale[2], beta[2], twice_gamma[2], sums[3][2] = {}, acc[2 * KEY_BLOCKS][4];
   float s[BUFFERS][kStep / 8][4], d[BUFFERS][kStep / 8][4];
   uint32_t own_q[KEEPS ? KEY_BLOCKS : 1][4], own_w[KEEPS ? VALUE_BLOCKS : 1][4], weights[BUFFERS][kStep / 16][4];
+  const int column_bytes;
+  float4 ahead[2];
   OwnGates<1> gates;
 
   __device__ __forceinline__ GroupRows(const Gradients &args, const OtherNumbers &others, const Coefficients &f, int pair, int begin, uint32_t query_tile)
       : p(args.problem), others(others), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3), begin(begin), group_begin(begin + kGroup * (warp / 4)),
-        row(begin + 16 * warp + group), tiles(query_tile + S::OWN), query_stripe(Tile<K>::rows_at(warp)), q_blocks(query_tile, lane_down<K>(lane)) {
+        row(begin + 16 * warp + group), tiles(query_tile + S::OWN), query_stripe(Tile<K>::rows_at(warp)), q_blocks(query_tile, lane_down<K>(lane)),
+        column_bytes(remade(2 * place * static_cast<int>(sizeof(float4)))) {
     const float *const numbers = args.query_numbers + static_cast<int64_t>(pair) * kNumbers * args.padded + row;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -63,13 +66,23 @@ template <int K, int V, bool GATED> struct GroupRows {
     warpgroup_commit();
   }
 
+  // The numbers of a step's first keys, before its products are waited for.
+  __device__ __forceinline__ const float4 *numbers_of(int stage, int column) const {
+    return reinterpret_cast<const float4 *>(reinterpret_cast<const char *>(others.numbers[stage] + column) + column_bytes);
+  }
+  template <int STEP> __device__ __forceinline__ void look(int stage) {
+    if constexpr (S::LOOKS_AHEAD) ahead[0] = numbers_of(stage, kStep * STEP)[0], ahead[1] = numbers_of(stage, kStep * STEP)[1];
+  }
+
   template <bool NEAR, int STEP> __device__ __forceinline__ void weigh_pairs(int first, int stage, bool diagonal) {
     const int end = static_cast<int>(p.length) - 1 - first;
     const int last = p.causal ? min(end, row - first) : end, second_last = p.causal ? min(end, row + 8 - first) : end;  // keys of the tile that the lane's rows see
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
       const int column = kStep * STEP + 8 * n + 2 * place;
-      const float4 of[2] = {others.numbers[stage][column], others.numbers[stage][column + 1]};
+      const bool here = S::LOOKS_AHEAD && n == 0;
+      const float4 *const numbers = numbers_of(stage, kStep * STEP + 8 * n);
+      const float4 of[2] = {here ? ahead[0] : numbers[0], here ? ahead[1] : numbers[1]};
       float x[4];  // not in their place: nothing but products may define what products add to
       float2 exponent = {};
       int2 run = {};
@@ -97,12 +110,12 @@ template <int K, int V, bool GATED> struct GroupRows {
   }
 
   // Products into the keys' weights in dq, once they are there.
-  template <int STEP> __device__ __forceinline__ void weigh(const Cursor &at, int stage) {
+  template <int STEP> __device__ __forceinline__ void weigh(const TileNote &at, int stage) {
     warpgroup_keep(s[STEP % BUFFERS]), warpgroup_keep(d[STEP % BUFFERS]);
     const int key = at.first() + kStep * STEP;
-    const bool mixed = GATED && (others.mixed[stage]);
+    const bool mixed = GATED && at.mixed();
     const bool whole = key + kStep <= p.length && (!p.causal || key + kStep - 1 <= group_begin);
-    if (mixed || (GATED && at.near) || !whole) weigh_pairs<true, STEP>(at.first(), stage, GATED && at.near);
+    if (mixed || (GATED && at.near()) || !whole) weigh_pairs<true, STEP>(at.first(), stage, GATED && at.near());
     else weigh_pairs<false, STEP>(at.first(), stage, false);
   }
 
@@ -119,7 +132,7 @@ template <int K, int V, bool GATED> struct GroupRows {
     warpgroup_keep(acc);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float own = gates.factor[0][half];
+      const float own = gates.is_padding(0, half) ? 0.f : exp2_fast(fminf(gates.exponent[0][half], 0.f));  // not held in registers until here
 #pragma unroll
       for (int i = 0; i < 3; ++i) sums[i][half] *= own;
 #pragma unroll
@@ -155,39 +168,38 @@ template <int K, int V, bool GATED> struct GroupRows {
   }
 };
 
-template <int K, int V, bool GATED> __global__ void __launch_bounds__(kBlockThreads, 1) group_rows_kernel(const __grid_constant__ Gradients args) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// A block's work, the block being number `block` of those of its kind.
+template <int K, int V, bool GATED> __device__ __forceinline__ void group_rows(const Gradients &args, unsigned char *shared, int block) {
   using T = __nv_bfloat16;
-  using S = GroupShape<K, V>;
-  extern __shared__ __align__(1024) unsigned char shared[];
+  using S = GroupShape<K, V, GATED>;
   const linattn_problem &p = args.problem;
   const int thread = threadIdx.x;
   const uint32_t query_tile = shared_address(shared), stages = query_tile + S::OWN;
   OtherNumbers &others = *reinterpret_cast<OtherNumbers *>(shared + S::NUMBERS_AT);
   float *const totals = reinterpret_cast<float *>(shared + S::TOTALS_AT);
 
-  const int pair = blockIdx.x / args.row_tiles, tile_number = args.row_tiles - 1 - blockIdx.x % args.row_tiles;  // long rows first
+  const int pair = block / args.row_tiles, tile_number = args.row_tiles - 1 - block % args.row_tiles;  // long rows first
   const int batch = pair / p.query_heads, head = pair % p.query_heads, key_head = head / (p.query_heads / p.key_heads), pieces = pieces_of<K, V>(p);
-  const int64_t begin = static_cast<int64_t>(tile_number) * kRows;
-  const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(kRows)));
+  const int64_t begin = static_cast<int64_t>(tile_number) * S::TOKENS;
+  const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(S::TOKENS)));
   const GateReader query_gates(args.gates, p, true, batch, head, begin - 1), key_gates(args.gates, p, false, batch, head, begin - 1);
 
   int tile_begin = static_cast<int>(begin / args.chunk * args.chunk / kKeys), tile_end = static_cast<int>(((p.causal ? begin + rows : p.length) + kKeys - 1) / kKeys);
   int32_t low = 0, high = 0;
-  if constexpr (GATED) find_runs(others, query_gates, key_gates, begin, rows, tile_begin, tile_end, low, high, thread);
+  if constexpr (GATED) find_runs<S::THREADS>(others, query_gates, key_gates, begin, rows, tile_begin, tile_end, low, high, thread);
   const int before = p.causal ? max(tile_begin, static_cast<int>(begin / kKeys)) : tile_end;
   const Walk walk{tile_begin, min(before, tile_end), before, tile_end, 1};
 
-  if (thread >= kOwners) {
-    give_registers<kBringerRegisters>();
-    const int lane = thread & 31, stage = warp_number() - kWarps;
+  if (thread >= S::OWNERS) {
+    give_registers<S::BRINGER_REGISTERS>();
+    const int lane = thread & 31, stage = warp_number() - S::OWNERS / 32;
     const T *const keys = head_of<const T>(p.key, batch, key_head), *const values = head_of<const T>(p.value, batch, key_head);
     const float *const units = args.key_scale + (static_cast<int64_t>(batch) * p.key_heads + key_head) * args.padded;
     const double edge = GATED ? key_gates.edge() : 0.0;
     const uint32_t target = stages + stage * S::STAGE;
     TileGates gates;
     float unit[2];
-    bring_tiles(
+    bring_tiles<S>(
         walk, stage,
         [&](const Cursor &at) {
           gates.load(key_gates, at.first(), lane);
@@ -205,14 +217,16 @@ template <int K, int V, bool GATED> __global__ void __launch_bounds__(kBlockThre
             const float factor = GATED && !at.near ? exp2_fast(fminf(gates.exponent(half, false, edge), 0.f)) : 1.f;
             others.numbers[stage][32 * half + lane] = make_float4(unit[half], unit[half] * factor, factor, 0.f);
           }
-          if constexpr (GATED) gates.store(others, false, edge, stage, low, high, lane);
+          if constexpr (GATED) gates.store(others, false, edge, stage, lane);
+          const bool mixed = GATED && gates.is_mixed(low, high);
+          if (lane == 0) others.told[stage] = TileNote::of(at, mixed);
         });
   } else {
-    take_registers<kOwnerRegisters>();
+    take_registers<S::OWNER_REGISTERS>();
     const int64_t group_begin = begin + thread / kGroupThreads * kGroup;
-    copy_own<K, V>(query_tile, head_of<const T>(p.query, batch, head) + group_begin * p.query.token_stride, p.query.token_stride,
-                   head_of<const T>(args.grad_out, batch, head) + group_begin * args.grad_out.token_stride, args.grad_out.token_stride,
-                   real_tokens(query_gates, group_begin, thread & 31), thread, pieces);
+    copy_own<S, K, V>(query_tile, head_of<const T>(p.query, batch, head) + group_begin * p.query.token_stride, p.query.token_stride,
+                      head_of<const T>(args.grad_out, batch, head) + group_begin * args.grad_out.token_stride, args.grad_out.token_stride,
+                      real_tokens(query_gates, group_begin, thread & 31), thread, pieces);
     const Coefficients f(p, head);
     GroupRows<K, V, GATED> work(args, others, f, pair, begin, query_tile);
     if constexpr (GATED) work.gates.load(query_gates, work.row);
@@ -224,10 +238,9 @@ template <int K, int V, bool GATED> __global__ void __launch_bounds__(kBlockThre
   __syncthreads();
   if (thread < 3) {
     float sum = 0.f;
-    for (int w = 0; w < kWarps; ++w) sum += totals[3 * w + thread];
+    for (int w = 0; w < S::OWNERS / 32; ++w) sum += totals[3 * w + thread];
     args.partials[(static_cast<int64_t>(pair) * args.parts + tile_number) * 3 + thread] = sum;
   }
-#endif
 }
 
 }  // namespace linattn_pairs

@@ -18,13 +18,33 @@ template <typename Result, typename Call> Result with_group_tiles(TileDims tiles
   return otherwise;
 }
 
+// The same with whether they know gates, as those of keys narrower than values do in any case.
+template <typename Result, typename Call> Result with_group_kernels(TileDims tiles, bool gated, Result otherwise, Call call) {
+  return with_group_tiles(tiles, otherwise, [&](auto key, auto value) {
+    if constexpr (key() == value())
+      if (!gated) return call(key, value, std::false_type());
+    return call(key, value, std::true_type());
+  });
+}
+
+// Both kinds of blocks in one launch, the longer ones first, so that the card runs out of work once.
+template <int K, int V, bool GATED>
+__global__ void __launch_bounds__(GroupShape<K, V, GATED>::THREADS, GroupShape<K, V, GATED>::BLOCKS)
+    group_gradients_kernel(const __grid_constant__ Gradients args, int column_blocks) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) unsigned char shared[];
+  const int block = blockIdx.x;
+  if (block < column_blocks) group_columns<K, V, GATED>(args, shared, block);
+  else group_rows<K, V, GATED>(args, shared, block - column_blocks);
+#endif
+}
+
 template <int K, int V, bool GATED> cudaError_t launch(const Gradients &args, cudaStream_t stream) {
-  constexpr int kShared = GroupShape<K, V>::SHARED;
-  if (const cudaError_t failed = cudaFuncSetAttribute(group_rows_kernel<K, V, GATED>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;
-  if (const cudaError_t failed = cudaFuncSetAttribute(group_columns_kernel<K, V, GATED>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;
+  constexpr int kShared = GroupShape<K, V, GATED>::SHARED;
+  if (const cudaError_t failed = cudaFuncSetAttribute(group_gradients_kernel<K, V, GATED>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;
   const linattn_problem &p = args.problem;
-  group_rows_kernel<K, V, GATED><<<static_cast<unsigned>(p.batch * p.query_heads * args.row_tiles), kBlockThreads, kShared, stream>>>(args);
-  group_columns_kernel<K, V, GATED><<<static_cast<unsigned>(p.batch * p.key_heads * args.row_tiles), kBlockThreads, kShared, stream>>>(args);
+  const int column_blocks = static_cast<int>(p.batch * p.key_heads * args.row_tiles), row_blocks = static_cast<int>(p.batch * p.query_heads * args.row_tiles);
+  group_gradients_kernel<K, V, GATED><<<static_cast<unsigned>(column_blocks + row_blocks), GroupShape<K, V, GATED>::THREADS, kShared, stream>>>(args, column_blocks);
   return cudaPeekAtLastError();
 }
 
@@ -37,17 +57,15 @@ bool group_gradients_take(const linattn_problem &problem) {
   return linattn::card(cudaDevAttrComputeCapabilityMajor) == 9 && dims && problem.length < (1 << 30) && (!problem.log_decay || problem.state_heads == problem.key_heads);
 }
 
-int group_gradients_shared_bytes(TileDims tiles) {
-  return with_group_tiles(tiles, 0, [](auto key, auto value) -> int { return GroupShape<key(), value()>::SHARED; });
+GroupPlan group_gradients_plan(TileDims tiles, bool gated) {
+  return with_group_kernels(tiles, gated, GroupPlan{}, [](auto key, auto value, auto gates) {
+    using S = GroupShape<key(), value(), gates()>;
+    return GroupPlan{S::SHARED, S::TOKENS};
+  });
 }
 
 cudaError_t group_gradients_launch(const Gradients &args, bool gated, cudaStream_t stream) {
-  return with_group_tiles(tiles_of(args.problem), cudaErrorInvalidValue, [&](auto key, auto value) {
-    constexpr int K = key, V = value;
-    if constexpr (K == V)
-      if (!gated) return launch<K, V, false>(args, stream);
-    return launch<K, V, true>(args, stream);
-  });
+  return with_group_kernels(tiles_of(args.problem), gated, cudaErrorInvalidValue, [&](auto key, auto value, auto gates) { return launch<key(), value(), gates()>(args, stream); });
 }
 
 }  // namespace linattn_pairs

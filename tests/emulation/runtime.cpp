@@ -49,7 +49,7 @@ int64_t sums_bytes(const linattn_problem &) { return 0; }
 int64_t states_bytes(const linattn_problem &) { return 0; }
 cudaError_t state_launch(const Arguments &, cudaStream_t) { return cudaErrorNotSupported; }
 bool group_gradients_take(const linattn_problem &) { return false; }
-int group_gradients_shared_bytes(TileDims) { return 0; }
+GroupPlan group_gradients_plan(TileDims, bool) { return {}; }
 cudaError_t group_gradients_launch(const Gradients &, bool, cudaStream_t) { return cudaErrorNotSupported; }
 }  // namespace linattn_pairs
 #endif
