@@ -171,7 +171,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP> struct RowBlock {
 #pragma unroll
       for (int block = 0; block < Shape::BLOCKS; ++block) ldmatrix(k[block], k_rows.at(0, block) + stripe * Tile<D>::kBlockBytes);
       float square0, square1;
-      row_products<T>(square0, square1, k, k_across, stripe * Tile<D>::kBlockBytes, lane);
+      row_squares<T>(square0, square1, k, lane);
       scale = inverse_norm(place & 1 ? square1 : square0);
     }
     if (place > 1) return;

@@ -107,7 +107,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
     }
     if constexpr (!GRAD) {
       if (unit) {
-        row_products<T>(of.query_scale0, of.query_scale1, xs, x_across, 0, lane_id);
+        row_squares<T>(of.query_scale0, of.query_scale1, xs, lane_id);
         of.query_scale0 = inverse_norm(of.query_scale0), of.query_scale1 = inverse_norm(of.query_scale1);
       }
       of.slope0 = of.b_tau * of.query_scale0, of.slope1 = of.b_tau * of.query_scale1;
@@ -141,7 +141,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
       uint32_t q[BLOCKS][4];
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) ldmatrix(q[block], x_blocks.at(0, block) + 2 * TILE);
-      row_products<T>(of.query_scale0, of.query_scale1, q, x_across, 2 * TILE, lane_id);
+      row_squares<T>(of.query_scale0, of.query_scale1, q, lane_id);
       of.query_scale0 = inverse_norm(of.query_scale0), of.query_scale1 = inverse_norm(of.query_scale1);
     }
   }

@@ -262,7 +262,7 @@ template <typename T, int D, bool QUERIES, bool GATED> struct SegmentState {
       const Blocks<D> y_rows(y_tile, down);
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) ldmatrix(rows[block], y_rows.at(0, block) + Tile<D>::rows_at(warp));
-      row_products<T>(scale0, scale1, rows, Blocks<D>(y_tile, across), Tile<D>::rows_at(warp), lane_id);
+      row_squares<T>(scale0, scale1, rows, lane_id);
       scale0 = inverse_norm(scale0), scale1 = inverse_norm(scale1);
     }
     if ((lane_id & 3) == 0) {

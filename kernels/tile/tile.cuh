@@ -93,6 +93,13 @@ template <typename T, int D> __device__ __forceinline__ void store_block(const u
   stmatrix(address, r, lane);
 }
 
+// Of the products of 16 rows with their first eight and with the others: those of rows `group` and `group + 8` with themselves.
+__device__ __forceinline__ void diagonals(float &first, float &second, const float (&top)[4], const float (&bottom)[4], int lane) {
+  const int group = lane >> 2, source = 4 * group + (group >> 1);
+  first = __shfl_sync(0xffffffffu, group & 1 ? top[1] : top[0], source);
+  second = __shfl_sync(0xffffffffu, group & 1 ? bottom[3] : bottom[2], source);
+}
+
 // Row-wise products x_i . y_i of 16 rows, x by its fragments (A), y by its blocks' addresses (across), from the diagonal of X Y^T.
 // Every lane gets those of rows `group` and `group + 8`.
 template <typename T, int D, int BLOCKS>
@@ -105,9 +112,19 @@ __device__ __forceinline__ void row_products(float &first, float &second, const 
     Element<T>::mma(top, x[block], b[0], b[1]);
     Element<T>::mma(bottom, x[block], b[2], b[3]);
   }
-  const int group = lane >> 2, source = 4 * group + (group >> 1);
-  first = __shfl_sync(0xffffffffu, group & 1 ? top[1] : top[0], source);
-  second = __shfl_sync(0xffffffffu, group & 1 ? bottom[3] : bottom[2], source);
+  diagonals(first, second, top, bottom, lane);
+}
+
+// Row-wise squares of 16 rows by their fragments alone: of A, the first corner over the third is the first eight rows as B takes them along its
+// columns, the second over the fourth the others.
+template <typename T, int BLOCKS> __device__ __forceinline__ void row_squares(float &first, float &second, const uint32_t (&x)[BLOCKS][4], int lane) {
+  float top[4] = {0, 0, 0, 0}, bottom[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int block = 0; block < BLOCKS; ++block) {
+    Element<T>::mma(top, x[block], x[block][0], x[block][2]);
+    Element<T>::mma(bottom, x[block], x[block][1], x[block][3]);
+  }
+  diagonals(first, second, top, bottom, lane);
 }
 
 __device__ __forceinline__ float inverse_norm(float square) { return square > kSmallestSquare ? reciprocal_root(square) : 0.f; }
