@@ -22,6 +22,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
   static constexpr bool kGroups = kWarpgroups<D>, kFactors = !GRAD || E::kNarrow;
   // By warpgroups the scores of all keys at once, beside the product with the state; other head dims later and in two parts, for want of registers.
   static constexpr bool kBeside = kGroups && D == 64;
+  static constexpr bool kHeld = kGroups && !GRAD, kHeldLonger = kHeld && (!GATED || !kBeside);  // longer: behind the product with the state
 
   const Block &job;
   const RowArguments &args;
@@ -164,6 +165,16 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
     if (lane_id == 0) small.counts[warp] = pull;
   }
 
+  // x as a warpgroup's left factor: of registers, which spares shared memory a reading, where they last.
+  template <bool HELD> __device__ __forceinline__ auto left_factor(int block) -> std::conditional_t<HELD, const uint32_t (&)[4], uint64_t> {
+    if constexpr (HELD) return xs[block];
+    else return warpgroup_operand<D>(rows + Tile<D>::columns_at(2 * block));
+  }
+  // Behind the last product that takes it.
+  template <bool HELD> __device__ __forceinline__ void release() {
+    if constexpr (HELD) warpgroup_keep(reinterpret_cast<float (&)[BLOCKS][4]>(xs));
+  }
+
   // acc = x S, and by warpgroups the scores beside it.
   __device__ __forceinline__ void multiply_by_state() {
 #pragma unroll
@@ -179,20 +190,20 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
         warpgroup_begin();
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block)
-          WarpgroupProduct<T, 64, false>::run(scores, warpgroup_operand<D>(rows + Tile<D>::columns_at(2 * block)), warpgroup_operand<D>(y_tile + Tile<D>::columns_at(2 * block)),
-                                              block > 0);
+          WarpgroupProduct<T, 64, false>::run(scores, left_factor<kHeld>(block), warpgroup_operand<D>(y_tile + Tile<D>::columns_at(2 * block)), block > 0);
         warpgroup_commit();
       } else {
         warpgroup_begin();
       }
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block)
-        WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, warpgroup_operand<D>(rows + Tile<D>::columns_at(2 * block)),
+        WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, left_factor<kHeldLonger>(block),
                                                        warpgroup_operand<D>(job.state_tile + Tile<D>::rows_at(block) + half_bytes, Tile<D>::kPanelBytes), block > 0);
       warpgroup_commit();
       if constexpr (!kBeside) {
         warpgroup_wait<0>();
         warpgroup_keep(acc);
+        release<kHeldLonger>();
       }
     } else {
       const Blocks<D> state_blocks(job.state_tile + half_bytes, down);
@@ -275,6 +286,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
   __device__ __forceinline__ void weigh_scores(const RowScales &scales) {
     warpgroup_wait<1>();
     warpgroup_keep(scores);
+    release<kHeld>();
 #pragma unroll
     for (int j = 0; j < Shape::STRIPES; ++j) {
       weights_of[j][0] = weights_of[j][1] = weights_of[j][2] = weights_of[j][3] = 0u;
@@ -283,6 +295,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
     }
     warpgroup_wait<0>();
     warpgroup_keep(acc);
+    release<kHeldLonger>();
   }
 
   // What was before the chunk, as the rows weigh it.
@@ -343,11 +356,12 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) {
         const uint32_t columns = Tile<D>::columns_at(2 * block);
-        WarpgroupProduct<T, 16 * kBlocks, false>::run(part, warpgroup_operand<D>(rows + columns), warpgroup_operand<D>(y_tile + Tile<D>::rows_at(first_key) + columns), block > 0);
+        WarpgroupProduct<T, 16 * kBlocks, false>::run(part, left_factor<kHeld>(block), warpgroup_operand<D>(y_tile + Tile<D>::rows_at(first_key) + columns), block > 0);
       }
       warpgroup_commit();
       warpgroup_wait<0>();
       warpgroup_keep(part);
+      release<kHeld>();
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
         const int j = first_key + i;
