@@ -13,7 +13,7 @@ struct ColumnArguments {
   const float *states;             // of the segments after each, or null: grad_state or nothing
   const float *grad_state;
   float *grad_initial_state;       // one segment only, or null
-  int32_t segments;
+  int32_t segments, states_each;   // states_each: of a segment, whose last is what lies behind it
   int64_t segment_length;
   Gates gates;
   float *column_sums;              // (batch, state heads, length): sum of A dA over the key's rows, or null

@@ -52,8 +52,9 @@ template <typename T, int D, bool GATED> struct ColumnState {
   // What lies behind the segment.
   __device__ __forceinline__ void load(State &state) {
     state.clear();
-    const StateView<D> source = args.states ? StateView<D>::of_segment(args.states, job.head_pair, args.segments, args.problem.causal ? job.segment : 0)
-                                            : StateView<D>::of_caller(args.grad_state, job.head_pair);
+    const StateView<D> source =
+        args.states ? StateView<D>::of_segment(args.states, job.head_pair, args.segments * args.states_each, args.problem.causal ? (job.segment + 1) * args.states_each - 1 : 0)
+                    : StateView<D>::of_caller(args.grad_state, job.head_pair);
     if (holds) load_state<D>(state, at, source, false);
     if constexpr (E::kNarrow) state_lift.enter(state), measure(state);
     count = source.data && thread == 0 ? source.count() : 0.f;

@@ -6,7 +6,14 @@
 
 namespace linattn_stream {
 
+// Of each head `row_tiles` blocks make rows and columns, and as many times more, so that the card is full, sum segments of them.
 using Plan = linattn_plan;
+
+inline int segments_each(const Plan &plan) { return plan.segments / plan.row_tiles; }
+inline int64_t tile_length(const linattn_problem &problem, const Plan &plan) {
+  const int64_t chunks = (problem.length + plan.chunk - 1) / plan.chunk;
+  return (chunks + plan.row_tiles - 1) / plan.row_tiles * plan.chunk;
+}
 
 // Offsets in floats, each on a 256-byte boundary.
 struct ForwardWorkspace {

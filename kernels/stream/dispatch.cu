@@ -36,21 +36,32 @@ bool takes(const linattn_problem &problem) {
          linattn::aligned(problem.query) && linattn::aligned(problem.key) && linattn::aligned(problem.value);
 }
 
+// How many blocks of each kind are at work on a multiprocessor at once.
+int row_blocks(int head_dim) { return head_dim == 32 ? 4 : head_dim == 64 ? 2 : 1; }
+int segment_blocks(int head_dim) { return head_dim == 32 ? 8 : head_dim == 64 ? 4 : 2; }
+
 Plan cut(const linattn_problem &problem) {
   const int d = problem.head_dim, chunk = chunk_of(d);
-  const int64_t heads = states_of(problem), chunks = (problem.length + chunk - 1) / chunk;
-  const int64_t slots = static_cast<int64_t>(linattn::card(cudaDevAttrMultiProcessorCount, 108)) * (d == 32 ? 4 : d == 64 ? 2 : 1);  // blocks at work at once
+  const int64_t heads = states_of(problem), chunks = (problem.length + chunk - 1) / chunk, processors = linattn::card(cudaDevAttrMultiProcessorCount, 108);
+  const int64_t slots = processors * row_blocks(d);
   // Cutting costs a second reading of k and v: worth it only where heads alone leave much of the card idle.
-  int64_t segments = heads * 10 >= slots * 6 ? 1 : slots / heads;
+  int64_t tiles = heads * 10 >= slots * 6 ? 1 : slots / heads;
 #ifdef LINATTN_TUNE
-  if (const char *const asked = std::getenv("LINATTN_SEGMENTS")) segments = std::atoi(asked);
+  if (const char *const asked = std::getenv("LINATTN_SEGMENTS")) tiles = std::atoi(asked);
 #endif
-  segments = std::max<int64_t>(1, std::min(segments, chunks / 4));
-  const int64_t chunks_each = (chunks + segments - 1) / segments;
-  segments = (chunks + chunks_each - 1) / chunks_each;
+  tiles = std::max<int64_t>(1, std::min(tiles, chunks / 4));
+  const int64_t chunks_each = (chunks + tiles - 1) / tiles;
+  tiles = (chunks + chunks_each - 1) / chunks_each;
   Plan plan{};
-  plan.chunk = chunk, plan.segments = static_cast<int32_t>(segments), plan.segment_length = chunks_each * chunk;
-  plan.states = segments > 1 || !problem.causal;
+  plan.states = tiles > 1 || !problem.causal;
+  int64_t parts = plan.states ? processors * segment_blocks(d) / (heads * tiles) : 1;  // segments of a tile
+#ifdef LINATTN_TUNE
+  if (const char *const asked = std::getenv("LINATTN_PARTS")) parts = std::atoi(asked);
+#endif
+  parts = std::max<int64_t>(1, std::min(parts, chunks_each / 4));
+  const int64_t chunks_of_part = (chunks_each + parts - 1) / parts;
+  parts = (chunks_each + chunks_of_part - 1) / chunks_of_part;
+  plan.chunk = chunk, plan.row_tiles = static_cast<int32_t>(tiles), plan.segments = static_cast<int32_t>(tiles * parts), plan.segment_length = chunks_of_part * chunk;
   plan.gated = problem.log_decay || problem.key_segments || problem.dropout_p;
   return plan;
 }
@@ -74,7 +85,7 @@ BackwardWorkspace::BackwardWorkspace(const linattn_problem &problem, const Plan 
   };
   error = take(rows);
   query_scale = take(rows);
-  partials = take(static_cast<int64_t>(problem.batch) * problem.query_heads * plan.segments * 2);
+  partials = take(static_cast<int64_t>(problem.batch) * problem.query_heads * plan.row_tiles * 2);
   const bool decays = problem.log_decay, shares = problem.state_heads != problem.key_heads;
   row_sums = take(decays ? rows : 0);
   column_sums = take(decays ? heads * problem.length : 0);

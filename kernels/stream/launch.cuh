@@ -16,8 +16,26 @@ namespace linattn_stream {
 template <int D>
 cudaError_t scan_segments(float *states, const float *keeps, const linattn_problem &problem, const Plan &plan, Scan scan, const float *initial, float *total) {
   const dim3 grid((D * D + 2 * D + 256) / 256, problem.batch * problem.state_heads);
-  scan_kernel<D><<<grid, 256, 0, static_cast<cudaStream_t>(problem.stream)>>>(states, keeps, plan.segments, scan, initial, total);
+  scan_kernel<D><<<grid, 256, 0, static_cast<cudaStream_t>(problem.stream)>>>(states, keeps, plan.segments, scan, initial, total, segments_each(plan));
   return cudaPeekAtLastError();
+}
+
+// The same where a tile of rows has summed all of its segments at once, in the place of the last of them.
+template <int D> cudaError_t scan_tiles(float *states, const linattn_problem &problem, const Plan &plan, const float *initial, float *total) {
+  const dim3 grid((D * D + 2 * D + 256) / 256, problem.batch * problem.state_heads);
+  const int each = segments_each(plan);
+  scan_kernel<D>
+      <<<grid, 256, 0, static_cast<cudaStream_t>(problem.stream)>>>(states + (each - 1) * kStateFloats<D>, nullptr, plan.row_tiles, Scan::kSuffix, initial, total, 1, each);
+  return cudaPeekAtLastError();
+}
+
+// The segments of keys and values; of queries, with what weighs them besides.
+inline SegmentArguments segments_of(const linattn_problem &problem, const Plan &plan, float *states, bool all, const Gates &gates, float *keeps) {
+  SegmentArguments segments{};
+  segments.problem = problem, segments.states = states, segments.segments = plan.segments, segments.each = segments_each(plan);
+  segments.unneeded = all ? -1 : plan.row_tiles - 1, segments.segment_length = plan.segment_length, segments.tile_length = tile_length(problem, plan);
+  segments.gates = gates, segments.keeps = keeps;
+  return segments;
 }
 
 inline Gates gates_of(const linattn_problem &problem, const float *decay) {
@@ -31,23 +49,22 @@ template <int D, bool GATED> bool rows_are_deep() { return D == 64 && 2 * RowSha
 
 template <typename T, int D, bool GATED> cudaError_t forward_by(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
-  const int blocks = problem.batch * problem.state_heads * plan.segments;
+  const int blocks = problem.batch * problem.state_heads * plan.row_tiles;
   const ForwardWorkspace workspace(problem, plan);
   float *const base = static_cast<float *>(problem.workspace), *const states = plan.states ? base + workspace.states : nullptr;
   float *const keeps = GATED ? base + workspace.keeps : nullptr;
   const Gates gates = gates_of(problem, base + workspace.decay);
   if (gates.decay) LINATTN_TRY(launch_chunk_decay(problem, plan.chunk, base + workspace.decay));
   if (states) {
-    const SegmentArguments segments{problem, {},   nullptr, nullptr, nullptr, states, plan.segments, problem.causal && !result.state ? plan.segments - 1 : -1, plan.segment_length,
-                                    gates,   keeps};
+    const SegmentArguments segments = segments_of(problem, plan, states, !problem.causal || result.state, gates, keeps);
     using Shape = SegmentShape<D>;
-    LINATTN_TRY(launch(segments_kernel<T, D, false, GATED>, blocks, Shape::THREADS, Shape::template SHARED<GATED>, stream, segments));
+    LINATTN_TRY(launch(segments_kernel<T, D, false, GATED>, blocks * segments.each, Shape::THREADS, Shape::template SHARED<GATED>, stream, segments));
     LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kPrefix : Scan::kTotal, problem.initial_state, result.state));
   }
   RowArguments rows{};
   rows.problem = problem, rows.result = result.out, rows.mass_out = result.mass, rows.states = states;
   rows.final_state = states ? nullptr : result.state;
-  rows.segments = plan.segments, rows.segment_length = plan.segment_length, rows.gates = gates;
+  rows.segments = plan.row_tiles, rows.states_each = segments_each(plan), rows.segment_length = tile_length(problem, plan), rows.gates = gates;
   const auto work_on_rows = [&](auto deep) {
     using Shape = RowShape<D, false, GATED, deep.value>;
     return launch(rows_kernel<T, D, false, GATED, deep.value, false>, blocks, Shape::THREADS, Shape::SHARED, stream, rows);
@@ -62,7 +79,7 @@ template <typename T, int D, bool GATED> constexpr bool kSumsBesideRows = D <= 6
 
 template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_problem &problem, const linattn_backward_data &data, const Plan &plan) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
-  const int blocks = problem.batch * problem.state_heads * plan.segments;
+  const int blocks = problem.batch * problem.state_heads * plan.row_tiles;
   const BackwardWorkspace workspace(problem, plan);
   float *const base = static_cast<float *>(problem.workspace), *const states = plan.states ? base + workspace.states : nullptr;
   float *const error = base + workspace.error, *const query_scale = base + workspace.query_scale, *const partials = base + workspace.partials;
@@ -81,14 +98,14 @@ template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_p
   rows.problem = problem, rows.out = data.out, rows.grad_out = grad_out, rows.result = data.grad_query, rows.noised = noised;
   rows.mass = data.mass, rows.grad_mass = data.grad_mass, rows.error = error, rows.query_scale = query_scale, rows.partials = partials;
   const float *const kept = plan.kept_bytes ? data.segment_states : nullptr;
-  rows.states = kept ? kept : states, rows.segments = plan.segments, rows.segment_length = plan.segment_length, rows.gates = gates;
+  rows.states = kept ? kept : states, rows.segments = plan.row_tiles, rows.states_each = segments_each(plan), rows.segment_length = tile_length(problem, plan), rows.gates = gates;
   if (slopes) rows.row_sums = sums.rows, rows.final_sums = data.grad_state ? sums.final_state : nullptr;
   const bool beside = kSumsBesideRows<T, D, GATED> && states && problem.causal;
   if (beside) rows.query_states = states;  // where each block has read its own state
   const auto work_on_rows = [&]() -> cudaError_t {
     if (states && !kept) {
-      const SegmentArguments keys{problem, {}, nullptr, nullptr, nullptr, states, plan.segments, problem.causal ? plan.segments - 1 : -1, plan.segment_length, gates, keeps};
-      LINATTN_TRY(launch(segments_kernel<T, D, false, GATED>, blocks, Segment::THREADS, Segment::template SHARED<GATED>, stream, keys));
+      const SegmentArguments keys = segments_of(problem, plan, states, !problem.causal, gates, keeps);
+      LINATTN_TRY(launch(segments_kernel<T, D, false, GATED>, blocks * keys.each, Segment::THREADS, Segment::template SHARED<GATED>, stream, keys));
       LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kPrefix : Scan::kTotal, problem.initial_state, nullptr));
     }
     using Row = RowShape<D, true, GATED, false>;
@@ -99,18 +116,22 @@ template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_p
   LINATTN_TRY(noised ? launch_noised_gradient<T>(problem, data, error, query_scale) : work_on_rows());
 
   if (states) {
-    const SegmentArguments queries{
-        problem, grad_out, data.mass, error, query_scale, states, plan.segments, problem.causal && !data.grad_initial_state ? 0 : -1, plan.segment_length, gates, keeps};
-    if (!beside) LINATTN_TRY(launch(segments_kernel<T, D, true, GATED>, blocks, Segment::THREADS, Segment::template SHARED<GATED>, stream, queries));
-    LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kSuffix : Scan::kTotal, data.grad_state, data.grad_initial_state));
+    if (beside) {
+      LINATTN_TRY(scan_tiles<D>(states, problem, plan, data.grad_state, data.grad_initial_state));
+    } else {
+      SegmentArguments queries = segments_of(problem, plan, states, true, gates, keeps);
+      queries.grad_out = grad_out, queries.mass = data.mass, queries.error = error, queries.query_scale = query_scale;
+      if (problem.causal && !data.grad_initial_state) queries.unneeded = 0;
+      LINATTN_TRY(launch(segments_kernel<T, D, true, GATED>, blocks * queries.each, Segment::THREADS, Segment::template SHARED<GATED>, stream, queries));
+      LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kSuffix : Scan::kTotal, data.grad_state, data.grad_initial_state));
+    }
   }
-  ColumnArguments columns{problem,         grad_out,
-                          data.grad_key,   data.grad_value,
-                          data.mass,       error,
-                          query_scale,     states,
-                          data.grad_state, states ? nullptr : data.grad_initial_state,
-                          plan.segments,   plan.segment_length,
-                          gates,           slopes ? sums.columns : nullptr};
+  ColumnArguments columns{};
+  columns.problem = problem, columns.grad_out = grad_out, columns.grad_key = data.grad_key, columns.grad_value = data.grad_value;
+  columns.mass = data.mass, columns.error = error, columns.query_scale = query_scale;
+  columns.states = states, columns.grad_state = data.grad_state, columns.grad_initial_state = states ? nullptr : data.grad_initial_state;
+  columns.segments = plan.row_tiles, columns.states_each = segments_each(plan), columns.segment_length = tile_length(problem, plan);
+  columns.gates = gates, columns.column_sums = slopes ? sums.columns : nullptr;
   T *const key_parts = reinterpret_cast<T *>(base + workspace.key_parts), *const value_parts = reinterpret_cast<T *>(base + workspace.value_parts);
   const bool shares = problem.state_heads != problem.key_heads;
   if (shares) {
@@ -127,7 +148,7 @@ template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_p
   if (noised) LINATTN_TRY(work_on_rows());
   if (slopes) LINATTN_TRY(launch_decay_gradient(problem, sums, data.grad_log_decay));
   if (data.grad_coefficients) {
-    coefficients_kernel<<<problem.query_heads, 32, 0, stream>>>(partials, problem.coefficients, data.grad_coefficients, problem.batch, problem.query_heads, plan.segments);
+    coefficients_kernel<<<problem.query_heads, 32, 0, stream>>>(partials, problem.coefficients, data.grad_coefficients, problem.batch, problem.query_heads, plan.row_tiles);
     LINATTN_TRY(cudaPeekAtLastError());
   }
   return cudaSuccess;

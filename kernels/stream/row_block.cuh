@@ -20,7 +20,7 @@ struct RowArguments {
   float *partials;                        // gradient: (batch, query_heads, segments, 2): sums of dA and of dA q^.k^
   const float *states;                    // of each segment's beginning, or null: initial_state or nothing
   float *final_state;                     // forward, or null
-  int32_t segments;
+  int32_t segments, states_each;          // states_each: of a segment, whose first is ahead of it
   int64_t segment_length;
   Gates gates;
   bool noised;                            // gradient: grad_out holds W times the noise, and error what W itself gave
@@ -92,7 +92,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP> struct RowBlock {
         batch(head_pair / args.problem.state_heads), key_head(head_pair % args.problem.state_heads), heads(args.problem.query_heads / args.problem.state_heads),
         memory_head(key_head / (args.problem.state_heads / args.problem.key_heads)), begin(segment * args.segment_length),
         end(min(args.problem.length, begin + args.segment_length)), iterations(static_cast<int>((end - begin + C - 1) / C) * heads),
-        source(args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments, args.problem.causal ? segment : 0)
+        source(args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments * args.states_each, args.problem.causal ? segment * args.states_each : 0)
                            : StateView<D>::of_caller(args.problem.initial_state, head_pair)) {}
 
   __device__ __forceinline__ const T *zeros() const { return reinterpret_cast<const T *>(small.zeros); }
@@ -107,8 +107,10 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP> struct RowBlock {
 
   // As columns weigh the rows: in the products, W, and the queries.
   __device__ __forceinline__ SplitWeights<T> row_weights(int i) const { return {reinterpret_cast<T *>(small.row_high[i]), reinterpret_cast<T *>(small.row_low[i])}; }
-  // Where the sums of the segment's queries and W go.
-  __device__ __forceinline__ StateView<D> sums() const { return StateView<D>::of_segment(args.query_states, head_pair, args.segments, segment); }
+  // Where the sums of the segment's queries and W go: to the last of its states.
+  __device__ __forceinline__ StateView<D> sums() const {
+    return StateView<D>::of_segment(args.query_states, head_pair, args.segments * args.states_each, (segment + 1) * args.states_each - 1);
+  }
 
   // Before anything else.
   __device__ __forceinline__ void clear() const {

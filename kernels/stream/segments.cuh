@@ -13,8 +13,8 @@ struct SegmentArguments {
   linattn_tensor grad_out;                     // of queries only, as the three below
   const float *mass, *error, *query_scale;
   float *states;
-  int32_t segments, unneeded;                  // unneeded: the segment whose own state nobody asks for, or -1
-  int64_t segment_length;
+  int32_t segments, each, unneeded;            // each: of a tile of rows; unneeded: the tile whose segments' own states nobody asks for, or -1
+  int64_t segment_length, tile_length;
   Gates gates;
   float *keeps;                                // what each segment leaves of the state ahead of it, (batch, state heads, segments)
 };
@@ -69,9 +69,11 @@ template <typename T, int D, bool QUERIES, bool GATED> struct SegmentBlock {
   __device__ __forceinline__ SegmentBlock(const SegmentArguments &args, unsigned char *shared, int head_pair, int segment)
       : args(args), shared(shared), small(*reinterpret_cast<Small *>(shared + Shape::STAGES * 2 * Shape::TILE)), head_pair(head_pair), segment(segment),
         batch(head_pair / args.problem.state_heads), key_head(head_pair % args.problem.state_heads), heads(QUERIES ? args.problem.query_heads / args.problem.state_heads : 1),
-        first_head(QUERIES ? key_head * heads : key_head / (args.problem.state_heads / args.problem.key_heads)), begin(segment * args.segment_length),
-        end(min(args.problem.length, begin + args.segment_length)), iterations(static_cast<int>((end - begin + Shape::C - 1) / Shape::C) * heads),
-        y(QUERIES ? args.problem.query : args.problem.key), z(QUERIES ? args.grad_out : args.problem.value) {}
+        first_head(QUERIES ? key_head * heads : key_head / (args.problem.state_heads / args.problem.key_heads)),
+        begin(segment / args.each * args.tile_length + segment % args.each * args.segment_length),
+        end(max(begin, min(args.problem.length, min(begin + args.segment_length, (segment / args.each + 1) * args.tile_length)))),
+        iterations(static_cast<int>((end - begin + Shape::C - 1) / Shape::C) * heads), y(QUERIES ? args.problem.query : args.problem.key),
+        z(QUERIES ? args.grad_out : args.problem.value) {}
 };
 
 // What a block fetches, ahead of the products: rows of both tensors, and beside queries the numbers that weigh them.
@@ -298,7 +300,7 @@ template <typename T, int D, bool QUERIES, bool GATED>
 __global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(const __grid_constant__ SegmentArguments args) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int head_pair = blockIdx.x / args.segments, segment = blockIdx.x % args.segments;
-  if (segment == args.unneeded) return;
+  if (segment / args.each == args.unneeded) return;
   const SegmentBlock<T, D, QUERIES, GATED> job(args, shared, head_pair, segment);
   if constexpr (GATED) {
     job.small.gates.clear(args.gates, job.key_head, threadIdx.x, SegmentShape<D>::THREADS);
