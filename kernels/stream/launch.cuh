@@ -24,8 +24,8 @@ cudaError_t scan_segments(float *states, const float *keeps, const linattn_probl
 template <int D> cudaError_t scan_tiles(float *states, const linattn_problem &problem, const Plan &plan, const float *initial, float *total) {
   const dim3 grid((D * D + 2 * D + 256) / 256, problem.batch * problem.state_heads);
   const int each = segments_each(plan);
-  scan_kernel<D>
-      <<<grid, 256, 0, static_cast<cudaStream_t>(problem.stream)>>>(states + (each - 1) * kStateFloats<D>, nullptr, plan.row_tiles, Scan::kSuffix, initial, total, 1, each);
+  float *const sums = states + (each - 1) * kStateFloats<D>;
+  scan_kernel<D><<<grid, 256, 0, static_cast<cudaStream_t>(problem.stream)>>>(sums, nullptr, plan.row_tiles, Scan::kSuffix, initial, total, 1, each);
   return cudaPeekAtLastError();
 }
 
