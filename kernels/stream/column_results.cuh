@@ -177,7 +177,8 @@ template <typename T, int D, bool GATED> struct ColumnResults {
     for (int block = 0; block < BLOCKS; ++block) ldmatrix(own[block], k_blocks.at(0, block));
     if constexpr (E::kNarrow) key_down0 = small.key_down[16 * stripe + group], key_down1 = small.key_down[16 * stripe + group + 8];
     if (unit) {
-      row_squares<T>(key_scale0, key_scale1, own, lane_id);
+      if constexpr (GATED && D == 64) row_products<T>(key_scale0, key_scale1, own, Blocks<D>(k_tile + stripe * kStripeBytes, across), 0, lane_id);
+      else row_squares<T>(key_scale0, key_scale1, own, lane_id);
       key_scale0 = inverse_norm(key_scale0), key_scale1 = inverse_norm(key_scale1);
     }
     if (role == 1 && !kGroups) {

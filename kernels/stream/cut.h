@@ -9,6 +9,9 @@ namespace linattn_stream {
 // Of each head `row_tiles` blocks make rows and columns, and as many times more, so that the card is full, sum segments of them.
 using Plan = linattn_plan;
 
+// How many blocks that sum a segment are at work on a multiprocessor at once.
+constexpr int segment_blocks(int head_dim) { return head_dim == 32 ? 8 : head_dim == 64 ? 4 : 2; }
+
 inline int segments_each(const Plan &plan) { return plan.segments / plan.row_tiles; }
 inline int64_t tile_length(const linattn_problem &problem, const Plan &plan) {
   const int64_t chunks = (problem.length + plan.chunk - 1) / plan.chunk;

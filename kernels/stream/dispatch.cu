@@ -36,9 +36,8 @@ bool takes(const linattn_problem &problem) {
          linattn::aligned(problem.query) && linattn::aligned(problem.key) && linattn::aligned(problem.value);
 }
 
-// How many blocks of each kind are at work on a multiprocessor at once.
+// How many blocks of rows are at work on a multiprocessor at once.
 int row_blocks(int head_dim) { return head_dim == 32 ? 4 : head_dim == 64 ? 2 : 1; }
-int segment_blocks(int head_dim) { return head_dim == 32 ? 8 : head_dim == 64 ? 4 : 2; }
 
 Plan cut(const linattn_problem &problem) {
   const int d = problem.head_dim, chunk = chunk_of(d);

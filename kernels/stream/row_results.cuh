@@ -22,7 +22,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
   static constexpr bool kGroups = kWarpgroups<D>, kFactors = !GRAD || E::kNarrow;
   // By warpgroups the scores of all keys at once, beside the product with the state; other head dims later and in two parts, for want of registers.
   static constexpr bool kBeside = kGroups && D == 64;
-  static constexpr bool kHeld = kGroups && D >= 64, kHeldLonger = kHeld && !GRAD && !kBeside;  // longer: behind the product with the state
+  static constexpr bool kHeld = kGroups && (D == 128 || (D == 64 && !(GRAD && GATED))), kHeldLonger = kHeld && !GRAD && !kBeside;  // longer: behind the product with the state
 
   const Block &job;
   const RowArguments &args;

@@ -1,5 +1,6 @@
 // The kernel that cuts a sequence into segments: the state of every segment alone. tile/scan.cuh adds them up.
 #pragma once
+#include "stream/cut.h"
 #include "tile/gates.cuh"
 #include "tile/range.cuh"
 #include "tile/state.cuh"
@@ -40,6 +41,7 @@ template <int D> struct SegmentShape {
   static constexpr int THREADS = 32 * WARPS;
   static constexpr int SPLIT = WARPS / BLOCKS, PAIRS = BLOCKS / SPLIT;
   static constexpr int STAGES = 3, TILE = C * D * 2;
+  static constexpr int MIN_BLOCKS = segment_blocks(D);
   struct Small {
     alignas(16) uint16_t high[3][C], low[3][C], zeros[C];
     alignas(16) float numbers[STAGES][3][C];
@@ -297,7 +299,7 @@ template <typename T, int D, bool QUERIES, bool GATED> struct SegmentState {
 };
 
 template <typename T, int D, bool QUERIES, bool GATED>
-__global__ void __launch_bounds__(SegmentShape<D>::THREADS) segments_kernel(const __grid_constant__ SegmentArguments args) {
+__global__ void __launch_bounds__(SegmentShape<D>::THREADS, SegmentShape<D>::MIN_BLOCKS) segments_kernel(const __grid_constant__ SegmentArguments args) {
   extern __shared__ __align__(1024) unsigned char shared[];
   const int head_pair = blockIdx.x / args.segments, segment = blockIdx.x % args.segments;
   if (segment / args.each == args.unneeded) return;
