@@ -6,7 +6,8 @@
 
 namespace linattn_stream {
 
-// Of each head `row_tiles` blocks make rows and columns, and as many times more, so that the card is full, sum segments of them.
+// A head's sequence is cut into `row_tiles` tiles, which are a block's rows or columns each, and where states are made ahead every tile into segments, which
+// are a block's sum each.
 using Plan = linattn_plan;
 
 // How many blocks that sum a segment are at work on a multiprocessor at once.

@@ -53,7 +53,9 @@ Plan cut(const linattn_problem &problem) {
   tiles = (chunks + chunks_each - 1) / chunks_each;
   Plan plan{};
   plan.states = tiles > 1 || !problem.causal;
-  int64_t parts = plan.states ? processors * segment_blocks(d) / (heads * tiles) : 1;  // segments of a tile
+  plan.gated = problem.log_decay || problem.key_segments || problem.dropout_p;
+  // Segments of a tile: where sums of whole ones would not keep up with memory.
+  int64_t parts = plan.states && (plan.gated || d > 64) ? processors * segment_blocks(d) / (heads * tiles) : 1;
 #ifdef LINATTN_TUNE
   if (const char *const asked = std::getenv("LINATTN_PARTS")) parts = std::atoi(asked);
 #endif
@@ -61,7 +63,6 @@ Plan cut(const linattn_problem &problem) {
   const int64_t chunks_of_part = (chunks_each + parts - 1) / parts;
   parts = (chunks_each + chunks_of_part - 1) / chunks_of_part;
   plan.chunk = chunk, plan.row_tiles = static_cast<int32_t>(tiles), plan.segments = static_cast<int32_t>(tiles * parts), plan.segment_length = chunks_of_part * chunk;
-  plan.gated = problem.log_decay || problem.key_segments || problem.dropout_p;
   return plan;
 }
 

@@ -20,9 +20,10 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
   static constexpr int C = Block::C, BLOCKS = Shape::BLOCKS, STAGES = Block::STAGES, TILE = Block::TILE, ROW_TILES = Block::ROW_TILES;
   static constexpr int kStripeBytes = Tile<D>::kBlockBytes, OUT_PAIRS = Shape::OUT_PAIRS;
   static constexpr bool kGroups = kWarpgroups<D>, kFactors = !GRAD || E::kNarrow;
-  // By warpgroups the scores of all keys at once, beside the product with the state; other head dims later and in two parts, for want of registers.
-  static constexpr bool kBeside = kGroups && D == 64;
-  static constexpr bool kHeld = kGroups && (D == 128 || (D == 64 && !(GRAD && GATED))), kHeldLonger = kHeld && !GRAD && !kBeside;  // longer: behind the product with the state
+  // By warpgroups the scores of all keys at once, beside the product with the state; elsewhere later and in two parts, for want of registers.
+  static constexpr bool kBeside = kGroups && (D == 64 || (D == 128 && !GATED));
+  // x as a left factor out of registers, which spares shared memory a reading: where they last, until the scores, or longer, until the product with the state.
+  static constexpr bool kHeld = kGroups && (D == 64 ? !(GRAD && GATED) : D == 128 && (!GRAD || GATED)), kHeldLonger = kHeld && !GRAD && !kBeside;
 
   const Block &job;
   const RowArguments &args;
@@ -165,7 +166,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
     if (lane_id == 0) small.counts[warp] = pull;
   }
 
-  // x as a warpgroup's left factor: of registers, which spares shared memory a reading, where they last.
+  // x as a warpgroup's left factor.
   template <bool HELD> __device__ __forceinline__ auto left_factor(int block) -> std::conditional_t<HELD, const uint32_t (&)[4], uint64_t> {
     if constexpr (HELD) return xs[block];
     else return warpgroup_operand<D>(rows + Tile<D>::columns_at(2 * block));

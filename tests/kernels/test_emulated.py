@@ -91,12 +91,32 @@ def test_sequences_cut_into_segments(kernels, kind, head_dim):
     check(torch.bfloat16, head_dim=head_dim, value_dim=head_dim, **kind)
 
 
+@pytest.mark.parametrize("kind, segments", [
+    ({"head_dim": 64, "decay": "key_token", "segments": "packed", "stateful": True, "heads": 2, "length": 1300}, 4),
+    ({"head_dim": 64, "decay": "query_head", "strengths": (0.02,), "heads": 2, "length": 1100}, 4),
+    ({"head_dim": 128, "length": 1100}, 4), ({"head_dim": 128, "decay": "key_head", "stateful": True, "length": 1100}, 4),
+    ({"head_dim": 80, "length": 1300}, 4), ({"head_dim": 128, "causal": False, "stateful": True, "length": 1100}, 4),
+], ids=str)  # fmt: skip
+def test_tiles_cut_into_segments(kernels, monkeypatch, kind, segments):
+    """On a card of two multiprocessors: several segments to each tile of rows, the last of them short or empty."""
+    monkeypatch.setenv("EMULATED_PROCESSORS", "2")
+    kind = {"heads": 1, "key_heads": 1, "batch": 1, "device": "cpu", "value_dim": kind["head_dim"]} | kind
+    query, key, value, _, log_decay, runs, *_ = operator_case(torch.bfloat16, **kind)[0]
+    plans = cuda.plans(query, key, value, causal=kind.get("causal", True), log_decay=log_decay, segments=runs)
+    assert [(plan.engine, plan.segments) for plan in plans] == [("stream", segments)] * 2
+    check(torch.bfloat16, **kind)
+
+
 @pytest.mark.parametrize("kind", [
     {}, {"causal": False, "stateful": True}, {"noisy": True}, {"head_dim": 24, "value_dim": 24},
     {"decay": "key_token", "segments": "packed", "stateful": True},
+    {"decay": "query_head", "heads": 2, "head_dim": 64, "value_dim": 64, "length": 1300, "processors": 2},
 ], ids=str)  # fmt: skip
-def test_backward_takes_over_the_states_of_segments(kernels, kind):
+def test_backward_takes_over_the_states_of_segments(kernels, monkeypatch, kind):
     """Those that forward made: the same bits as from states made again, and not read where they are of another cut."""
+    kind = dict(kind)
+    if processors := kind.pop("processors", None):  # several segments to a tile
+        monkeypatch.setenv("EMULATED_PROCESSORS", str(processors))
     kind = {"length": 900, "batch": 1, "heads": 1, "key_heads": 1, "head_dim": 32, "value_dim": 32, "device": "cpu"} | kind
     inputs, upstream = operator_case(torch.bfloat16, **kind)
     call, stateful = operators.Call(*inputs), kind.get("stateful", False)
