@@ -21,9 +21,9 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
   static constexpr int kStripeBytes = Tile<D>::kBlockBytes, OUT_PAIRS = Shape::OUT_PAIRS;
   static constexpr bool kGroups = kWarpgroups<D>, kFactors = !GRAD || E::kNarrow;
   // By warpgroups the scores of all keys at once, beside the product with the state; elsewhere later and in two parts, for want of registers.
-  static constexpr bool kBeside = kGroups && (D == 64 || (D == 128 && !GATED));
+  static constexpr bool kBeside = kGroups && (D == 64 || (D == 128 && !GATED && !E::kNarrow));
   // x as a left factor out of registers, which spares shared memory a reading: where they last, until the scores, or longer, until the product with the state.
-  static constexpr bool kHeld = kGroups && (D == 64 ? !(GRAD && GATED) : D == 128 && (!GRAD || GATED)), kHeldLonger = kHeld && !GRAD && !kBeside;
+  static constexpr bool kHeld = kGroups && (D == 64 ? !(GRAD && GATED) : D == 128 && !(GRAD && kBeside)), kHeldLonger = kHeld && !GRAD && !kBeside;
 
   const Block &job;
   const RowArguments &args;
