@@ -3,7 +3,6 @@
 #include <cuda_runtime.h>
 
 #include <cstdlib>
-#include <cstring>
 
 #include "pairs/backward.cuh"
 
@@ -32,7 +31,6 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr what, int) {
   }
 }
 cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int bytes) { return bytes <= shared_memory() ? cudaSuccess : cudaErrorInvalidValue; }
-cudaError_t cudaMemsetAsync(void *memory, int value, size_t bytes, cudaStream_t) { return std::memset(memory, value, bytes), cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 const char *cudaGetErrorString(cudaError_t) { return "an error of the emulation"; }
