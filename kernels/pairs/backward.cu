@@ -124,7 +124,7 @@ namespace {
 // Where the parts of the workspace lie, in bytes.
 struct Workspace {
   int64_t query_numbers, partials, decay, row_sums, column_sums, parts, state, bytes;
-  Workspace(const linattn_problem &problem, bool by_state) {
+  Workspace(const linattn_problem &problem, bool by_state, bool running) {
     const int64_t padded = padded_length(problem), batch = problem.batch, queries = batch * problem.query_heads * padded, states = batch * problem.state_heads;
     const int64_t sums = problem.log_decay ? 4 * problem.length : 0;
     query_numbers = round_up(4 * batch * problem.key_heads * padded);
@@ -134,7 +134,7 @@ struct Workspace {
     column_sums = row_sums + round_up(batch * problem.query_heads * sums);
     parts = column_sums + round_up(states * sums);
     state = parts + (sums ? round_up(8 * states) : 0);
-    bytes = state + (by_state ? StateMemory(problem, true).bytes : 0);
+    bytes = state + (by_state ? StateMemory(problem, true).bytes : running ? RunningMemory(problem, true).bytes : 0);
   }
 };
 
@@ -145,28 +145,32 @@ bool pairs_plan_backward(const linattn_problem &problem, const linattn_backward_
   const bool whole_rows = aligned(data.out) && aligned(data.grad_out) && aligned(data.grad_query) && aligned(data.grad_key) && aligned(data.grad_value);
   const TileDims tiles = tiles_of(problem);
   if (problem.dtype != LINATTN_BFLOAT16 || !tiles.key || data.grad_state || !whole_rows) return false;
-  plan.states = states_take(problem, true);
+  const bool running = running_takes(problem, true), by_state = !running && states_take(problem, true);
+  plan.states = running || by_state;
   if (!plan.states && !pairs_cost_less(problem)) return false;
   plan.gated = needs_gated(problem), plan.warpgroups = group_gradients_take(problem);
   const GroupPlan groups = plan.warpgroups ? group_gradients_plan(tiles, plan.gated) : GroupPlan{0, kRows};
   plan.row_tiles = static_cast<int32_t>(padded_length(problem) / groups.tokens);
   plan.chunk = plan.segment_length = problem.length, plan.segments = 1;
   plan.shared_bytes = plan.warpgroups ? groups.shared_bytes : plan.gated ? gated_backward_shared_bytes(tiles) : shared_bytes(problem.head_dim);
-  if (plan.states) {
+  if (running) plan.chunk = kRunTokens, plan.shared_bytes = RunningMemory(problem, true).shared_bytes;
+  if (by_state) {
     const StateMemory memory(problem, true);
     plan.chunk = plan.segment_length = memory.chunk, plan.segments = memory.chunks, plan.shared_bytes = std::max(plan.shared_bytes, memory.shared_bytes);
   }
-  plan.workspace_bytes = Workspace(problem, plan.states).bytes;
+  plan.workspace_bytes = Workspace(problem, by_state, running).bytes;
   return true;
 }
 
 cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backward_data &data, const linattn_plan &plan) {
   Gradients args{problem, data.out, data.grad_out, data.grad_query, data.grad_key, data.grad_value, data.mass, data.grad_mass, data.grad_coefficients};
-  const Workspace at(problem, plan.states);
+  const bool running = plan.states && plan.chunk == kRunTokens, by_state = plan.states && !running;
+  const Workspace at(problem, by_state, running);
   char *const workspace = static_cast<char *>(problem.workspace);
   const auto numbers = [&](int64_t offset) { return reinterpret_cast<float *>(workspace + offset); };
   args.padded = padded_length(problem), args.chunk = plan.chunk, args.row_tiles = args.parts = plan.row_tiles;
-  if (plan.states) args.parts += StateMemory(problem, true).tiles;
+  if (running) args.parts = RunningMemory(problem, true).segments;
+  if (by_state) args.parts += StateMemory(problem, true).tiles;
   args.key_scale = numbers(0), args.query_numbers = numbers(at.query_numbers), args.partials = numbers(at.partials);
   const bool slopes = problem.log_decay && data.grad_log_decay;  // whether the decay wants a gradient
   if (slopes) args.row_sums = numbers(at.row_sums), args.column_sums = numbers(at.column_sums);
@@ -176,10 +180,10 @@ cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backwar
     if (const cudaError_t failed = launch_running_decay(problem, args.gates.decay)) return failed;
   }
   launch_numbers(args, stream);
-  if (plan.states)
+  if (by_state)
     if (const cudaError_t failed = launch_state_gradients(args, workspace + at.state, stream)) return failed;
-  if (const cudaError_t failed = launch_pairs(args, plan.gated, plan.warpgroups, stream)) return failed;
-  if (slopes && plan.states)
+  if (const cudaError_t failed = running ? running_gradients_launch(args, workspace + at.state, stream) : launch_pairs(args, plan.gated, plan.warpgroups, stream)) return failed;
+  if (slopes && by_state)
     if (const cudaError_t failed = launch_flow_correction(args, workspace + at.state, stream)) return failed;
   if (slopes) {
     const DecaySums sums{args.row_sums, args.column_sums, nullptr, nullptr, nullptr, reinterpret_cast<double *>(workspace + at.parts)};

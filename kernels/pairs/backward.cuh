@@ -51,6 +51,8 @@ struct GroupPlan {
 GroupPlan group_gradients_plan(TileDims tiles, bool gated);
 cudaError_t group_gradients_launch(const Gradients &args, bool gated, cudaStream_t stream);
 
+cudaError_t running_gradients_launch(const Gradients &args, void *workspace, cudaStream_t stream);
+
 cudaError_t launch_state_gradients(const Gradients &args, void *workspace, cudaStream_t stream);
 cudaError_t launch_flow_correction(const Gradients &args, void *workspace, cudaStream_t stream);  // of the rows' sums, behind all kernels of pairs
 

@@ -31,6 +31,7 @@ template <typename T> cudaError_t launch(const Arguments &args, cudaStream_t str
     key_scale_kernel<T><<<static_cast<int>(numbers / (kThreads / 4)), kThreads, 0, stream>>>(args, args.key_scale);
     if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
   }
+  if (args.running) return running_output_launch(args, args.states, stream);
   if (args.chunks > 1)
     if (const cudaError_t failed = state_launch(args, stream)) return failed;
   if (args.chunk < p.length)
@@ -95,13 +96,18 @@ bool pairs_plan_forward(const linattn_problem &problem, const linattn_forward_re
   if (!tiles.key || !aligned(result.out)) return false;
   plan.gated = needs_gated(problem);
   plan.warpgroups = hopper_takes(problem), plan.row_tiles = static_cast<int32_t>(row_tiles_of(problem));
-  const bool plain = plan.warpgroups && !plan.gated, by_state = plain && state_takes(problem), by_mma = !plain && !result.state && states_take(problem, false);
-  plan.states = by_state || by_mma;
+  const bool plain = plan.warpgroups && !plan.gated, by_state = plain && state_takes(problem), running = !result.state && running_takes(problem, false);
+  const bool by_mma = !plain && !running && !result.state && states_take(problem, false);
+  plan.states = by_state || by_mma || running;
   if (!plan.states && (!pairs_cost_less(problem) || result.state)) return false;
   plan.segments = by_state ? static_cast<int32_t>(state_chunks(problem)) : 1, plan.segment_length = plan.chunk = by_state ? kChunk * problem.head_dim : problem.length;
   plan.shared_bytes = plan.warpgroups ? hopper_shared_bytes(problem) : plan.gated ? gated_forward_shared_bytes(tiles) : shared_bytes(problem.head_dim);
   plan.workspace_bytes =
       scale_bytes(problem) + decay_bytes(problem) + key_gates_bytes(problem) + (by_state ? states_bytes(problem) + sums_bytes(problem) + unit_key_bytes(problem) : 0);
+  if (running) {
+    const RunningMemory memory(problem, false);
+    plan.chunk = kRunTokens, plan.shared_bytes = memory.shared_bytes, plan.workspace_bytes += memory.bytes;
+  }
   if (by_mma) {
     const StateMemory memory(problem, false);
     plan.chunk = plan.segment_length = memory.chunk, plan.segments = memory.chunks, plan.shared_bytes = std::max(plan.shared_bytes, memory.shared_bytes);
@@ -121,7 +127,7 @@ cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_
   args.row_tiles = plan.row_tiles, args.heads_together = static_cast<int32_t>(together), args.chunks = by_state ? plan.segments : 1;
   args.blocks_together = Divider(args.heads_together * args.row_tiles), args.by_heads_together = Divider(args.heads_together);
   args.by_query_heads = Divider(problem.query_heads), args.by_group = Divider(problem.query_heads / problem.key_heads);
-  args.warpgroups = plan.warpgroups, args.gated = plan.gated;
+  args.warpgroups = plan.warpgroups, args.gated = plan.gated, args.running = plan.states && plan.chunk == kRunTokens;
   args.chunk = by_state ? problem.length : plan.chunk, args.key_gates = reinterpret_cast<KeyGates *>(behind + decay_bytes(problem));
   args.states = behind + decay_bytes(problem) + key_gates_bytes(problem);
   if (by_state) {

@@ -15,6 +15,7 @@ using namespace linattn_tile;
 using linattn::aligned;
 
 constexpr int kRows = 128, kKeys = 64, kStages = 2;
+constexpr int kRunTokens = 128;  // of a chunk where the state is a running one: see running.cuh
 constexpr int64_t kChunk = 32;  // tokens of a chunk, times the head dim
 
 // A decay and runs of tokens as the kernels read them: see gates.cuh.
@@ -49,6 +50,7 @@ struct Arguments {
   float *sums;             // of every chunk alone
   unsigned char *states;   // before every chunk
   unsigned char *unit_keys;
+  bool running;            // in one pass: see running.cuh
   bool warpgroups, gated;  // by Hopper's kernels, by those that know gates and keys narrower than values
   SequenceGates gates;
   KeyGates *key_gates;     // (batch, state heads, tiles of keys), or null
@@ -127,6 +129,12 @@ template <typename T, int K, int V, int THREADS> struct KeyCopy {
   }
 };
 
+// The sum over the four lanes that have a row of a fragment.
+__device__ __forceinline__ float over_place(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
 // What was left of states in a warp's 16 rows, `row` the lane's first.
 template <typename T, int D> __device__ __forceinline__ void add_stored(float (&acc)[D / 8][4], const T *rows, int64_t stride, int row, int count, int place, int pieces = D / 8) {
   using E = Element<T>;
@@ -167,6 +175,15 @@ struct StateMemory {
 };
 bool states_take(const linattn_problem &problem, bool gradients);
 cudaError_t launch_state_output(const Arguments &args, void *workspace, cudaStream_t stream);
+
+// One pass along the sequence, where features are few: see running.cuh.
+bool running_takes(const linattn_problem &problem, bool gradients);
+struct RunningMemory {
+  int64_t states, chunk_sums, warp_sums, bytes;  // of the workspace
+  int32_t segments, edges, shared_bytes;         // segments: of a head's queries, a part of the sums of dA each
+  RunningMemory(const linattn_problem &problem, bool gradients);
+};
+cudaError_t running_output_launch(const Arguments &args, void *workspace, cudaStream_t stream);
 
 // Hopper's warpgroups: head dims 32, 64 and 128.
 bool hopper_takes(const linattn_problem &problem);

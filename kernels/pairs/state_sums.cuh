@@ -463,9 +463,4 @@ __device__ __forceinline__ uint32_t twice_of(uint2 four, int i) {
   return i % 2 ? (two >> 16) | (two & 0xffff0000u) : (two & 0xffffu) | two << 16;
 }
 
-__device__ __forceinline__ float over_place(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
 }  // namespace linattn_pairs

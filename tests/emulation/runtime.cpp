@@ -48,6 +48,10 @@ int64_t unit_key_bytes(const linattn_problem &) { return 0; }
 int64_t sums_bytes(const linattn_problem &) { return 0; }
 int64_t states_bytes(const linattn_problem &) { return 0; }
 cudaError_t state_launch(const Arguments &, cudaStream_t) { return cudaErrorNotSupported; }
+bool running_takes(const linattn_problem &, bool) { return false; }
+RunningMemory::RunningMemory(const linattn_problem &, bool) : bytes(0), segments(1), shared_bytes(0) {}
+cudaError_t running_output_launch(const Arguments &, void *, cudaStream_t) { return cudaErrorNotSupported; }
+cudaError_t running_gradients_launch(const Gradients &, void *, cudaStream_t) { return cudaErrorNotSupported; }
 bool group_gradients_take(const linattn_problem &) { return false; }
 GroupPlan group_gradients_plan(TileDims, bool) { return {}; }
 cudaError_t group_gradients_launch(const Gradients &, bool, cudaStream_t) { return cudaErrorNotSupported; }

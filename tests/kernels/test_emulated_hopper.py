@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accuracy_bar
 import pytest
 import torch
 from accuracy_bar import assert_bar, assert_first_tokens_have_their_values, compare, operator_case, run
@@ -146,7 +147,7 @@ def test_the_first_token_has_its_own_value(hopper_kernels, kind):
 
 
 @pytest.mark.parametrize("kind", [
-    {"head_dim": 16, "value_dim": 64, "decay": "key_token", "strengths": (0.01, 0.1), "segments": "mask"},
+    {"head_dim": 24, "value_dim": 64, "decay": "key_token", "strengths": (0.01, 0.1), "segments": "mask"},
     {"head_dim": 32, "decay": "key_head"},
 ], ids=str)  # fmt: skip
 def test_long_sequences_with_gates(hopper_kernels, kind):
@@ -199,7 +200,12 @@ def test_gradients_of_long_sequences(hopper_kernels, kind):
 
 
 def test_gradients_read_no_padding(hopper_kernels):
-    kind = {"degree": 2, "decay": "key_token", "segments": "mask", "length": 150, "head_dim": 16, "value_dim": 64, "device": "cpu"}
+    no_padding_is_read(
+        {"degree": 2, "decay": "key_token", "segments": "mask", "length": 150, "head_dim": 16, "value_dim": 64, "device": "cpu"}
+    )
+
+
+def no_padding_is_read(kind):
     inputs, upstream = operator_case(torch.bfloat16, **kind)
     plain, padding = run(cuda, inputs, upstream, False), (inputs[5] <= 0)[:, None, :, None]
     assert padding.any()
@@ -228,6 +234,68 @@ def test_gradients_of_functions_of_any_size(hopper_kernels, numbers):
 def test_gradients_that_stay_with_mma_sync(hopper_kernels, kind):
     """A key has no one factor beside grouped keys and a decay of each query head, and tiles of some widths have no kernel."""
     check_gradients(warpgroups=False, **kind)
+
+
+# ---- one pass over 16 features
+
+RUNNING = {"head_dim": 16, "value_dim": 64, "batch": 1, "heads": 2, "key_heads": 1, "degree": 2, "device": "cpu"}
+
+
+def one_pass(monkeypatch, cuts=1, **kind):
+    """A case of it, on a card as small as its heads ask for: on a large one all pairs of so few would take less."""
+    kind = RUNNING | kind
+    monkeypatch.setenv("EMULATED_PROCESSORS", str(kind["heads"] * kind["batch"] * cuts))
+    inputs, upstream = operator_case(torch.bfloat16, **kind)
+    plans = cuda.plans(*inputs[:3], degree=2, log_decay=inputs[4], segments=inputs[5])
+    assert all((plan.engine, plan.chunk) == ("pairs", 128) for plan in plans)
+    return kind, inputs, upstream
+
+
+@pytest.mark.parametrize("kind", [
+    {"length": 1025, "heads": 3}, {"length": 1150, "head_dim": 8, "decay": "key_head", "strengths": (0.01,)},
+    {"length": 1100, "decay": "key_token", "strengths": (0.01, 50.0, 0.0), "segments": "middle", "heads": 4, "key_heads": 2},
+    {"length": 1050, "segments": "packed", "key_heads": 2}, {"length": 1200, "segments": "left", "decay": "key_token"},
+], ids=str)  # fmt: skip
+def test_one_pass(hopper_kernels, monkeypatch, kind):
+    """A state beside the pairs of 128 tokens."""
+    check_gradients(**one_pass(monkeypatch, **kind)[0])
+
+
+@pytest.mark.parametrize("kind", [{"heads": 1}, {"decay": "key_token", "strengths": (0.002,), "heads": 4, "key_heads": 2}], ids=str)
+def test_one_pass_in_segments(hopper_kernels, monkeypatch, kind):
+    """With few heads each segment begins with a state of its own."""
+    kind, inputs, _ = one_pass(monkeypatch, 3, length=3100, **kind)
+    small = cuda.plans(*inputs[:3], degree=2)[0].workspace_bytes
+    monkeypatch.setenv("EMULATED_PROCESSORS", "1")
+    assert cuda.plans(*inputs[:3], degree=2)[0].workspace_bytes < small
+    one_pass(monkeypatch, 3, **kind)
+    check_gradients(**kind)
+
+
+@pytest.mark.parametrize("strengths", [(1.0,), (0.002,)], ids=str)
+def test_one_pass_and_the_rate_of_a_decay(hopper_kernels, monkeypatch, strengths):
+    """Its gradient counts every token's small difference of sums, rounded each for itself, as often as tokens lie before."""
+    _, inputs, upstream = one_pass(monkeypatch, length=2600, key_heads=2, strengths=strengths, decay="key_head")
+    exact = run(chunked, inputs, upstream, False, torch.float64)["gradient of log_decay"]
+    assert accuracy_bar.distance(run(cuda, inputs, upstream, False)["gradient of log_decay"], exact) < 0.01
+
+
+def test_one_pass_beside_a_mean_of_values(hopper_kernels, monkeypatch):
+    """That is many times as large as their differences."""
+    call = Call(*one_pass(monkeypatch, length=1040)[1])
+    call = call._replace(value=call.value + 4)
+    exact = chunked.forward(call._replace(query=call.query.double(), key=call.key.double(), value=call.value.double()), False)
+    assert_bar("out", cuda.forward(call, False)[0], chunked.forward(call, False)[0], exact[0], 2, torch.bfloat16)
+
+
+def test_one_pass_reads_no_padding(hopper_kernels, monkeypatch):
+    no_padding_is_read(one_pass(monkeypatch, decay="key_token", segments="mask", length=1030)[0])
+
+
+def test_one_pass_in_any_order_of_warps(hopper_kernels, monkeypatch):
+    _, inputs, upstream = one_pass(monkeypatch, length=1030, decay="key_token", strengths=(0.01,))
+    first, second = (run(cuda, inputs, upstream, False) for _ in range(2))
+    assert all(torch.equal(x, second[name]) for name, x in first.items())
 
 
 # ---- the emulator
