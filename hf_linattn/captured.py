@@ -8,6 +8,7 @@ compared where a text begins, with those of the captures so far. What Inductor h
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
@@ -23,8 +24,18 @@ KEPT = 4
 """Captures of one graph: for as many caches that take turns. They hold no cache, and share the memory of what lies between."""
 _running = threading.local()
 """`tensors`: by identity, those that the model's call under way was given, which are others at the next."""
-_places: dict[torch.device, tuple[torch.cuda.Stream, Any]] = {}
-"""By device, the stream that captures and the memory that all of them share: one of them runs at a time."""
+
+
+class Place(NamedTuple):
+    """Where a device's graphs are captured: the stream, and the memory that all of them share, for one of them runs at a time."""
+
+    stream: torch.cuda.Stream
+    pool: Any
+    keeper: torch.cuda.CUDAGraph
+    """An empty graph: PyTorch captures into no memory whose graphs are all gone while results of theirs are not."""
+
+
+_places: dict[torch.device, Place] = {}
 
 
 @contextmanager
@@ -168,11 +179,21 @@ class Captured:
         return Capture(graph, seen, moving, buffers, list(results))
 
 
+def _place_on(device: torch.device) -> Place:
+    place = Place(torch.cuda.Stream(device), torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph())
+    place.stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(place.stream), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is meant to be empty
+        place.keeper.capture_begin(pool=place.pool, capture_error_mode="thread_local")
+        place.keeper.capture_end()
+    return place
+
+
 def record(graph: Callable[..., Any], inputs: list[Any], device: torch.device) -> tuple[Any, Any]:
     """A CUDA graph of what `graph` does with these inputs, none of which it does now, and where it leaves the results."""
     if device not in _places:
-        _places[device] = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-    stream, pool = _places[device]
+        _places[device] = _place_on(device)
+    stream, pool, _ = _places[device]
     made = torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream(device))
     try:

@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -215,6 +216,36 @@ def test_a_graph_whose_small_kernels_cannot_be_one_is_compiled_without():
         captured.compile_graph(backend, graph, [torch.ones(2)] * 2)
 
 
+def test_memory_of_captures_outlives_them(monkeypatch):
+    """PyTorch's rule: no capture into memory that graphs have had and none has any more, while what they left there is in use."""
+    uses = {}
+
+    class Graph:
+        pool = None
+
+        def capture_begin(self, pool, capture_error_mode):
+            if uses.get(pool) == 0:
+                raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+            self.pool, uses[pool] = pool, uses.get(pool, 0) + 1
+
+        def capture_end(self):
+            pass
+
+        def __del__(self):
+            uses[self.pool] = uses.get(self.pool, 0) - 1
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    fakes = {"CUDAGraph": Graph, "Stream": lambda device: Stream(), "current_stream": lambda device: Stream(), "graph_pool_handle": object}
+    for name, fake in {**fakes, "stream": lambda stream: nullcontext()}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(captured, "_places", {})
+    for number in range(2):  # the graph of the first is gone when the second comes
+        assert captured.record(lambda x: [x + 1], [number], torch.device("cuda", 0))[1] == [number + 1]
+
+
 # ---- on a GPU
 
 
@@ -283,6 +314,19 @@ def test_a_capture_that_fails_on_a_gpu_leaves_pytorch_usable(on_gpu):
     for number in range(3):
         token = torch.full((3,), float(number), device=on_gpu)
         assert torch.equal(calls(again, token, kept)[0], token + 1)  # captured or not
+
+
+@pytest.mark.gpu
+def test_memory_of_captures_outlives_them_on_a_gpu(on_gpu, monkeypatch):
+    monkeypatch.setattr(captured, "_places", {})
+    x, results = torch.ones(3, device=on_gpu), []
+    for _ in range(2):  # what the first left lies in the memory that the second is captured into
+        graph, result = captured.record(lambda x: [x + 1], [x], torch.device("cuda", torch.cuda.current_device()))
+        graph.replay()
+        results += result
+        del graph, result
+        gc.collect()
+    assert all(torch.equal(y, x + 1) for y in results)
 
 
 @pytest.mark.gpu
