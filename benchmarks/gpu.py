@@ -247,13 +247,17 @@ def page(about: dict, sections: dict[str, list[Row]], libraries: dict[str, str])
         "cuDNN's softmax (bfloat16, no decay) in the same run, and of eager calls, forward · forward+backward; the peak of what these "
         f"add, in tensors. {conditions}.",
         *([BESIDE_FLA] if "FLA" in libraries else []),
-        "Peers, each in a process of its own ([what they are](../peers.py)):",
-        markdown([["library", "version, or why it did not run"], *([name, said] for name, said in libraries.items())]),
     ]
+    if libraries:
+        parts += [
+            "Peers, each in a process of its own ([what they are](../peers.py)):",
+            markdown([["library", "version, or why it did not run"], *([name, said] for name, said in libraries.items())]),
+        ]
     if refused := refusals(sections):
         parts += ["Refused:", "\n".join(refused)]
     for name, rows in sections.items():
-        parts += [f"## {SECTIONS[name][0]}", table(rows, found)]
+        beside = {tuple(row["shape"]): row for row in rows if row["form"] == CUDNN}
+        parts += [f"## {SECTIONS[name][0]}", table(rows, found | beside)]
     return "\n\n".join([*parts, "Notes on these figures: [notes.md](notes.md)."]) + "\n"
 
 
