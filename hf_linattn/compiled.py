@@ -33,6 +33,7 @@ from .forms.parameters import hand_on_what_enters
 from .mask import TOLD
 
 _SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_KNOWN = {"torch", "transformers", "peft", "hf_linattn"}
 _running = threading.local()
 """`calls`: where the graphs that run in this thread are noted, if anywhere."""
 _made = 0
@@ -175,6 +176,11 @@ def _all_hooks(model: nn.Module) -> Iterator[Any]:
 def only_computes(model: nn.Module) -> bool:
     """Whether no hook of a model does anything that is not in what it returns."""
     return all(map(_is_known, _all_hooks(model)))
+
+
+def only_reads(model: nn.Module) -> bool:
+    """Whether nothing of the user's own is in a model, which might write into what it is given: no hook, no module."""
+    return only_computes(model) and all(type(module).__module__.partition(".")[0] in _KNOWN for module in model.modules())
 
 
 def _is_known(hook: Any) -> bool:

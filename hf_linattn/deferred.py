@@ -4,7 +4,7 @@ Transformers has this, its `DeferredStopCheck`, and asks for it on Apple's GPUs 
 host comes back from the last one and prepares the next, a quarter of the time of a compiled step. With it the loop runs once more than it
 has to where all sequences ended before the greatest length, and Transformers takes that token back. It is asked for here where nobody can
 tell: no cache is returned, which would hold that token too, and nothing of the user's own is called at each token but a streamer, which is
-given every token and no other. The generator of random numbers is put back to where it was.
+given every token and no other. Where tokens are drawn, the generator of random numbers is put back to where it was.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrefixConstrainedLogitsProcessor
+from transformers import PrefixConstrainedLogitsProcessor, SynthIDTextWatermarkLogitsProcessor
 from transformers.generation import utils
 
 from .compiled import only_computes
 
 DEVICES = ("cuda",)
 _running = threading.local()
-"""`unseen`: whether nobody can tell that the text under way had one token more."""
+"""`unseen`: whether nobody can tell that the text that begins had one token more; `draws`: whether it takes random numbers."""
+_TELL = PrefixConstrainedLogitsProcessor, SynthIDTextWatermarkLogitsProcessor
+"""Transformers' own that call the user's, or remember their calls until the next text."""
 _Theirs: Any = utils.DeferredStopCheck
 
 
@@ -32,14 +34,16 @@ class DeferredStopCheck(_Theirs):  # type: ignore[misc]
 
     def __init__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> None:
         super().__init__(input_ids, *args, **kwargs)
-        self.generator = _generator(input_ids.device) if _may_have_one_more() else None
+        puts_back = input_ids.device.type in DEVICES and getattr(_running, "draws", False)
+        self.generator = _generator(input_ids.device) if puts_back else None
         self.drawn: list[Tensor] = []  # the generator's states after the last two tokens
 
     @staticmethod
     def is_supported(device: torch.device, cache: Any, cache_is_returned: bool, is_assistant: bool) -> bool:
         if _Theirs.is_supported(device, cache, cache_is_returned, is_assistant):
             return True
-        return _may_have_one_more() and device.type in DEVICES and not cache_is_returned and not is_assistant
+        is_unseen, _running.unseen = _may_have_one_more(), False  # of this text, and of none that its streamer generates meanwhile
+        return is_unseen and device.type in DEVICES and not cache_is_returned and not is_assistant
 
     def __call__(self, *args: Any, **kwargs: Any) -> bool:
         if self.generator is not None:
@@ -60,13 +64,18 @@ def is_unseen(model: nn.Module, logits_processor: Any = (None,), stopping_criter
 
 
 def _is_transformers(called: Any) -> bool:
-    return type(called).__module__.startswith("transformers.") and not isinstance(called, PrefixConstrainedLogitsProcessor)
+    return type(called).__module__.startswith("transformers.") and not isinstance(called, _TELL)
+
+
+def draws(model: nn.Module, generation_config: Any = None, **others: Any) -> bool:
+    """Whether a text takes numbers of the generator. Where it does not, those that others take meanwhile are theirs."""
+    return model.training or generation_config is None or bool(generation_config.do_sample)
 
 
 @contextmanager
-def one_more(is_unseen: bool) -> Iterator[None]:
-    """While this lasts a text of this thread may have one token more, where nobody can tell."""
-    around, _running.unseen = _may_have_one_more(), is_unseen
+def one_more(is_unseen: bool, draws: bool) -> Iterator[None]:
+    """The next text of this thread may have one token more, where nobody can tell."""
+    around, _running.unseen, _running.draws = _may_have_one_more(), is_unseen, draws
     try:
         yield
     finally:

@@ -130,7 +130,7 @@ class LinAttnModelMixin:
         return updated
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        with deferred.one_more(deferred.is_unseen(self, **kwargs)):  # type: ignore[arg-type]
+        with deferred.one_more(deferred.is_unseen(self, **kwargs), deferred.draws(self, **kwargs)):  # type: ignore[arg-type]
             return super()._sample(*args, **kwargs)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:

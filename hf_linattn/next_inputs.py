@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from . import text_mask
+from .compiled import only_reads
 
 METHOD = "prepare_inputs_for_generation"
 _CUT, _CACHE = ("input_ids", "position_ids"), "past_key_values"
@@ -27,13 +28,14 @@ class Before(NamedTuple):
     arguments: dict[str, Any]
     result: dict[str, Any]  # in its order; None in the place of what is new with each token, and of the cache
     is_proven: bool
+    is_only_read: bool  # whether nobody writes into what a model is given
 
     def fits(self, new: dict[str, Any], arguments: dict[str, Any]) -> bool:
         return _same(self.arguments, arguments) and all(isinstance(new[name], Tensor) for name in _CUT if name in self.result)
 
     def go_on(self, new: dict[str, Any], cache: Any) -> dict[str, Any]:
         made = self.result | {_CACHE: cache}
-        return made | {name: _last(new[name]) for name in _CUT if name in made}
+        return made | {name: _last(new[name], self.is_only_read) for name in _CUT if name in made}
 
 
 @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
@@ -56,20 +58,22 @@ def prepare_inputs_for_generation(model: Any, input_ids: Any, next_sequence_leng
             return before.go_on(new, past_key_values)
     result: dict[str, Any] = make(**others)
     if (made := text_mask.made_for(attention_mask, past_key_values)) is not None:
-        made.before[:] = [_learned(made.before[0] if made.before else None, same, result, new, past_key_values)]
+        made.before[:] = [_learned(model, made.before[0] if made.before else None, same, result, new, past_key_values)]
     return result
 
 
-def _learned(before: Before | None, arguments: dict[str, Any], result: dict[str, Any], new: dict[str, Any], cache: Any) -> Before:
+def _learned(model: Any, before: Before | None, arguments: dict[str, Any], result: dict[str, Any], new: dict[str, Any],
+             cache: Any) -> Before:  # fmt: skip
     same = {name: None if name in (*_CUT, _CACHE) else value for name, value in result.items()}
     proven = before is not None and _same(before.arguments, arguments) and _same(before.result, same) and list(before.result) == list(same)
     proven = proven and result.get(_CACHE) is cache and all(_is_cut(result[name], new[name]) for name in _CUT if name in result)
-    return Before(arguments, same, proven)
+    return Before(arguments, same, proven, proven and only_reads(model))
 
 
-def _last(x: Tensor) -> Tensor:
-    """The last column, with the strides of one that was copied; that of one row is no copy, which would be another kernel."""
-    if x.shape[0] == 1:
+def _last(x: Tensor, is_only_read: bool) -> Tensor:
+    """The last column, with the strides of one that was copied. That of one row is no copy, which would be another kernel, where nobody
+    writes into it: the text would be written."""
+    if is_only_read and x.shape[0] == 1:
         return x.as_strided((1, 1), (1, 1), x.storage_offset() + (x.shape[1] - 1) * x.stride(1))
     return x[:, -1:].clone(memory_format=torch.contiguous_format)
 

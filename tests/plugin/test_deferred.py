@@ -5,7 +5,7 @@ import torch
 from compiling import compile_config, converted
 from generating import generate, left_padded
 from tiny_models import tiny_tokens
-from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria, SynthIDTextWatermarkLogitsProcessor
 from transformers.generation import BaseStreamer
 
 from hf_linattn import deferred
@@ -103,6 +103,38 @@ def test_the_same_random_numbers_now_and_afterwards(ends, late, monkeypatch):
     assert now == at_once and late[-2:] == [True, True]
 
 
+class Does(Streamer):
+    """What it is told to at the third token."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+
+    def put(self, value):
+        super().put(value)
+        if len(self.given) == 4:
+            self.what()
+
+
+@pytest.mark.parametrize("number", [2, 3, 7])
+def test_numbers_that_others_draw_meanwhile_are_not_drawn_again(number, late):
+    model, ids = converted(decay="head"), tiny_tokens(1)
+    ends = {"eos_token_id": int(generate(model, ids, **LONG | {"min_new_tokens": 24})[0, ids.shape[1] + number])}
+    drawn = []
+    generate(model, ids, **LONG, **ends, streamer=Does(lambda: drawn.append(torch.rand(1))))
+    assert late[-1] and drawn and drawn[0] != torch.rand(1)
+
+
+def test_another_model_that_generates_meanwhile_is_as_it_was(late):
+    from tiny_models import GROUPED, TEXT
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model, ids = converted(decay="head"), tiny_tokens(1)
+    other = LlamaForCausalLM(LlamaConfig(**TEXT, **GROUPED)).eval()
+    generate(model, ids, **LONG, streamer=Does(lambda: generate(other, ids)))
+    assert late == [True, False]
+
+
 class Own(LogitsProcessor):
     def __call__(self, ids, scores):
         return scores
@@ -111,6 +143,9 @@ class Own(LogitsProcessor):
 class End(StoppingCriteria):
     def __call__(self, ids, scores, **_):
         return torch.zeros(len(ids), dtype=torch.bool)
+
+
+WATERMARK = SynthIDTextWatermarkLogitsProcessor(3, [1, 2, 3], 64, 0, 16, torch.device("cpu"))
 
 
 class Stop(Exception):
@@ -159,6 +194,7 @@ def test_the_cache_that_is_handed_back_holds_the_text_and_no_more(late):
         {"return_dict_in_generate": True},
         {"past_key_values": DynamicCache},
         {"logits_processor": [Own()]},
+        {"logits_processor": [WATERMARK]},
         {"stopping_criteria": [End()]},
         {"prefix_allowed_tokens_fn": lambda number, ids: [5, 6, 7]},
         {"synced_gpus": True},

@@ -103,6 +103,44 @@ def test_another_option_within_a_text_is_asked_about(asked):
                 model(**made)
 
 
+class Shifted(torch.nn.Embedding):
+    """Writes into the tokens that it is given."""
+
+    def forward(self, ids):
+        return super().forward(ids.mul_(3).add_(1).remainder_(80))
+
+
+def _shifts(module, args):
+    args[0].mul_(3).add_(1).remainder_(80)
+
+
+def _doubles(module, args, kwargs):
+    kwargs["position_ids"].mul_(2)
+
+
+def _hooked(model):
+    model.model.embed_tokens.register_forward_pre_hook(_shifts)
+
+
+def _hooked_at_positions(model):
+    model.model.rotary_emb.register_forward_pre_hook(_doubles, with_kwargs=True)
+
+
+def _replaced(model):
+    model.model.embed_tokens.__class__ = Shifted
+
+
+@pytest.mark.parametrize("change", [_hooked, _hooked_at_positions, _replaced])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_what_is_written_into_a_tokens_inputs_is_not_written_into_the_text(batch, change, monkeypatch):
+    model, (ids, mask) = converted(decay="head"), left_padded(tiny_tokens())
+    change(model)
+    given = ids[:batch], mask[:batch]
+    ours = generate(model, given[0].clone(), given[1], **STATIC)
+    monkeypatch.setattr(next_inputs.Before, "fits", lambda *_: False)
+    assert torch.equal(generate(model, given[0].clone(), given[1], **STATIC), ours)
+
+
 def test_arguments_may_all_be_given_by_place():
     model, ids = converted(layers=1, decay="head"), tiny_tokens()
     embeds, own = model.get_input_embeddings()(ids), GenerationMixin.prepare_inputs_for_generation
