@@ -40,11 +40,13 @@ template <Pass PASS, int FIRST_WARP = kReaders / 32> struct StateKeeper {
     for (int i = 0; i < 4 * kRunValues / 2; ++i) each(at[i * kKeepers], sums[i / (kRunValues / 2)][i / 4 % (kRunValues / 8)][i % 4]);
 #pragma unroll
     for (int i = 0; i < 4; ++i) each(at[(128 + i) * kKeepers], masses[0][i]), each(at[(132 + i) * kKeepers], masses[1][i]), each(at[(136 + i) * kKeepers], lines[i]);
-    each(at[140 * kKeepers], count), each(at[141 * kKeepers], kept);
+    each(at[140 * kKeepers], count);
   }
   __device__ __forceinline__ void save(float *record) {
     for_each(record + 32 * warp + lane, [](float &there, float &here) { there = here; });
+    record[141 * kKeepers + 32 * warp + lane] = kept;
   }
+  // All but what is kept of it, which a scan over segments alone asks for.
   __device__ __forceinline__ void load(float *record) {
     for_each(record + 32 * warp + lane, [](float &there, float &here) { here = there; });
   }
