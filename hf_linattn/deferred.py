@@ -4,7 +4,8 @@ Transformers has this, its `DeferredStopCheck`, and asks for it on Apple's GPUs 
 host comes back from the last one and prepares the next, a quarter of the time of a compiled step. With it the loop runs once more than it
 has to where all sequences ended before the greatest length, and Transformers takes that token back. It is asked for here where nobody can
 tell: no cache is returned, which would hold that token too, and nothing of the user's own is called at each token but a streamer, which is
-given every token and no other. Where tokens are drawn, the generator of random numbers is put back to where it was.
+given every token and no other. Where tokens are drawn, the generator of random numbers is put back to where it was, and a streamer is not
+the user's own, which might draw of it between two tokens. A table of positions must have no end that one token more could pass.
 """
 
 from __future__ import annotations
@@ -58,9 +59,19 @@ class DeferredStopCheck(_Theirs):  # type: ignore[misc]
 
 
 def is_unseen(model: nn.Module, logits_processor: Any = (None,), stopping_criteria: Any = (None,), synced_gpus: bool = False,
-              **others: Any) -> bool:  # fmt: skip
-    """Whether nothing but Transformers' own is called at each token: processors of logits, criteria to stop by, hooks."""
-    return not synced_gpus and all(map(_is_transformers, (*logits_processor, *stopping_criteria))) and only_computes(model)
+              streamer: Any = None, **others: Any) -> bool:  # fmt: skip
+    """Whether nothing but Transformers' own is called at each token, processors of logits, criteria to stop by, hooks, and any position
+    will do."""
+    called = [*logits_processor, *stopping_criteria]
+    if streamer is not None and draws(model, **others):
+        called.append(streamer)
+    return not synced_gpus and all(map(_is_transformers, called)) and only_computes(model) and not _looks_positions_up(model)
+
+
+def _looks_positions_up(model: nn.Module) -> bool:
+    """Whether there is a table besides that of tokens: of positions, as GPT-2's, behind whose end a GPU's program comes to its own."""
+    tokens = model.get_input_embeddings()  # type: ignore[operator]
+    return any(isinstance(module, nn.Embedding) and module is not tokens for module in model.modules())
 
 
 def _is_transformers(called: Any) -> bool:

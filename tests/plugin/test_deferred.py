@@ -198,6 +198,7 @@ def test_the_cache_that_is_handed_back_holds_the_text_and_no_more(late):
         {"stopping_criteria": [End()]},
         {"prefix_allowed_tokens_fn": lambda number, ids: [5, 6, 7]},
         {"synced_gpus": True},
+        {"streamer": Streamer(), "do_sample": True},
         {"hook": True},
     ],
     ids=lambda given: next(iter(given)),
@@ -212,6 +213,17 @@ def test_at_once_where_a_token_more_would_be_seen(given, late, monkeypatch):
     assert late == [False]
     generate(model, ids, **LONG)
     assert late[1:] == [not model.model.norm._forward_hooks]
+
+
+def test_at_once_where_positions_end_behind_the_text(late):
+    """GPT-2's table has as many rows as the prompt has tokens, and the first token behind it ends the text."""
+    ids = tiny_tokens(1)
+    model = converted("gpt2")
+    whole = generate(model, ids, **LONG | {"min_new_tokens": 24})
+    model.transformer.wpe = torch.nn.Embedding.from_pretrained(model.transformer.wpe.weight[: ids.shape[1]])
+    end = {"eos_token_id": int(whole[0, ids.shape[1]])}
+    assert torch.equal(generate(model, ids, **LONG, **end), whole[:, : ids.shape[1] + 1])
+    assert late == [False, False]
 
 
 def test_other_models_are_as_they_were(late):
