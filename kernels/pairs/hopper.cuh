@@ -137,8 +137,6 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   }
 
   __device__ __forceinline__ bool is_diagonal(int tile) const { return tile >= own_tile; }
-  // Of a tile that this warpgroup meets, whether the other one does.
-  __device__ __forceinline__ bool has_both(int tile) const { return group_begin - 64 * (warp / 4) + 64 < p.length && tile <= own_tile - warp / 4; }
   // Whether not all pairs of a tile are seen, or gated alike. told: of a gated tile.
   __device__ __forceinline__ bool is_near(int tile, int32_t told) const {
     const int64_t first = static_cast<int64_t>(tile) * kKeys;
@@ -337,13 +335,13 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
     if (tile + kAhead - first >= kKeyStages) bulk_wait(keys.read(ahead), ahead.parity ^ 1);
     keys.ask(p, tile + kAhead, ahead);
   }
-  __device__ __forceinline__ void arrive(const Rows &rows, int tile, Stage stage, int32_t told) const {
+  __device__ __forceinline__ void arrive(Stage stage, int32_t told, int warp) const {
     bulk_wait(keys.here(stage), stage.parity);
-    if (GATES == RUNS && told & HOLES) zero_holes(stage, rows.warp / 4, rows.has_both(tile));
+    if (GATES == RUNS && told & HOLES) zero_holes(stage, warp / 4);
   }
-  // Padding among the values reads as zero: of a tile that both warpgroups meet each writes a half, and neither goes on before the other. Nothing here takes another way in
-  // some lanes: the loop over tiles counts in registers of the whole warp.
-  __device__ __forceinline__ void zero_holes(Stage stage, int warpgroup, bool both) const {
+  // Padding among the values reads as zero; each warpgroup sees to it for itself. Nothing here takes another way in some lanes: the loop over tiles counts in registers of
+  // the whole warp.
+  __device__ __forceinline__ void zero_holes(Stage stage, int warpgroup) const {
     constexpr int kThreads = kGroupThreads / 2;
     unsigned char *const values = reinterpret_cast<unsigned char *>(keys.stages) - S::STAGES_AT + S::ROW_TILE + stage.number * S::STAGE + S::KEYS;
     const int32_t *const runs = keys.stages->gates[stage.number].run;
@@ -351,11 +349,10 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
 #pragma unroll
     for (int i = 0; i < kKeys * (V / 8) / kThreads; ++i) {
       const int key = (thread + i * kThreads) / (V / 8), piece = (thread + i * kThreads) % (V / 8);
-      if (runs[key] == 0 && (!both || key / (kKeys / 2) == warpgroup)) *reinterpret_cast<uint4 *>(values + Tile<V>::at(key, piece)) = make_uint4(0, 0, 0, 0);
+      if (runs[key] == 0) *reinterpret_cast<uint4 *>(values + Tile<V>::at(key, piece)) = make_uint4(0, 0, 0, 0);
     }
     warpgroup_publish();
-    if (both) __syncthreads();
-    else barrier_sync<kThreads>(kFirstGroup + warpgroup);
+    barrier_sync<kThreads>(kFirstGroup + warpgroup);
   }
   __device__ __forceinline__ void leave(Stage stage, int lane) const {
     if (lane == 0) bulk_arrive(keys.read(stage));
@@ -367,7 +364,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
     uint32_t weights[Rows::TOKEN_BLOCKS][4];
     Stage stage;
     int32_t of_next = told(first);
-    arrive(rows, first, stage, of_next);
+    arrive(stage, of_next, rows.warp);
     if (rows.is_near(first, of_next)) rows.template begin_with<SQUARES, true>(first, 0, keys.tile_at(stage), weights);
     else rows.template begin_with<SQUARES, false>(first, 0, keys.tile_at(stage), weights);
     rows.level = of_next >> kLevelShift;
@@ -382,7 +379,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
       };
       if (tile + 1 < mine) {
         const int level = now >> kLevelShift;
-        arrive(rows, tile + 1, next, now);
+        arrive(next, now, rows.warp);
         if (rows.is_near(tile + 1, now)) rows.template go_on<SQUARES, true>(tile + 1, next.number, values, keys.tile_at(next), weights, level, beside);
         else rows.template go_on<SQUARES, false>(tile + 1, next.number, values, keys.tile_at(next), weights, level, beside);
       } else {
