@@ -232,14 +232,6 @@ template <Pass PASS, bool OWN = true, int THREADS = kReaders> __device__ __force
   copy_commit();
 }
 
-// Fragments are made before a group's products, not between them.
-template <int COUNT> __device__ __forceinline__ void fragments_made(uint32_t (&a)[COUNT][4]) {
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(a[i][j])::"memory");
-}
-
 // Both numbers of a word, each twice.
 __device__ __forceinline__ uint32_t first_twice(uint32_t two) { return (two & 0xffffu) | two << 16; }
 __device__ __forceinline__ uint32_t second_twice(uint32_t two) { return (two >> 16) | (two & 0xffff0000u); }
@@ -281,7 +273,7 @@ struct StateSide {
         const int i = part == 2 ? 4 + j : 2 * part + j / 2;
         features(of[part % 2][j], i, part == 2 ? high : j % 2 ? twice : low);
       }
-      fragments_made(of[part % 2]);
+      warpgroup_keep(of[part % 2]);
       if (part > 0) warpgroup_wait<0>();
       warpgroup_keep(sums);
       warpgroup_begin();
@@ -297,7 +289,7 @@ struct StateSide {
     uint32_t of[1][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) of[0][i] = E::pack(E::low(x[i]) * factor[i % 2], E::high(x[i]) * factor[i % 2]);
-    fragments_made(of), warpgroup_keep(sums);
+    warpgroup_keep(of), warpgroup_keep(sums);
     warpgroup_begin();
     multiply_item(sums, of[0], state, kRunItems, true);
     warpgroup_commit();

@@ -129,7 +129,7 @@ template <bool GATED> struct RunningRows {
       side.keep(half);
       if (GATED && numbers.mixed) weigh<true>(half, numbers, tile, diagonal);
       else weigh<false>(half, numbers, tile, diagonal);
-      fragments_made(weights[half]);
+      warpgroup_keep(weights[half]);
       warpgroup_wait<0>();
       warpgroup_keep(acc);
       warpgroup_begin();
@@ -275,7 +275,7 @@ template <bool GATED> struct RunningColumns {
       side.keep(half);
       if (GATED && numbers.mixed) weigh<true>(half, numbers, tile, diagonal);
       else weigh<false>(half, numbers, tile, diagonal);
-      fragments_made(weights), fragments_made(slopes);
+      warpgroup_keep(weights), warpgroup_keep(slopes);
       warpgroup_keep(key_sums), warpgroup_keep(value_sums);
       warpgroup_begin();
       side.template add<kRunValues>(value_sums, weights, side.values_at(others, tile, half));

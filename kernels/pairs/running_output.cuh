@@ -81,7 +81,7 @@ template <bool GATED> struct RunningOutput {
     const bool diagonal = tile == side.warp / 4;
     if (GATED && numbers.mixed) weigh<true>(s, weights, a, numbers, tile, diagonal);
     else weigh<false>(s, weights, a, numbers, tile, diagonal);
-    fragments_made(weights), warpgroup_keep(acc);
+    warpgroup_keep(weights), warpgroup_keep(acc);
     warpgroup_begin();
 #pragma unroll
     for (int block = 0; block < kKeys / 16; ++block)

@@ -75,7 +75,7 @@ template <Pass PASS, int FIRST_WARP = kReaders / 32> struct StateKeeper {
   // Once the tensor cores are done with what was made before.
   __device__ __forceinline__ void multiply(uint32_t (&of)[4][4], uint32_t values, int step) {
     const uint64_t operand = operand_in<kRunValues, true>(values, Tile<kRunValues>::rows_at(step));
-    fragments_made(of);
+    warpgroup_keep(of);
     warpgroup_wait<0>();
 #pragma unroll
     for (int i = 0; i < 4; ++i) warpgroup_keep(sums[i]);

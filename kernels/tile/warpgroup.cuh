@@ -47,6 +47,13 @@ template <int TILES> __device__ __forceinline__ void warpgroup_keep(float (&d)[T
 #pragma unroll
     for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(d[i][j])::"memory");
 }
+// Fragments are made before a group's products, not between them.
+template <int COUNT> __device__ __forceinline__ void warpgroup_keep(uint32_t (&a)[COUNT][4]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(a[i][j])::"memory");
+}
 
 // A swizzled operand at `address`; `panel` is the distance of the next 64 columns, where a product spans two panels.
 template <int D> __device__ __forceinline__ uint64_t warpgroup_operand(uint32_t address, uint32_t panel = 0) {
