@@ -1,7 +1,7 @@
 """Whether a text has ended is read off a GPU a token late, so that the next token is already on its way.
 
 Transformers has this, its `DeferredStopCheck`, and asks for it on Apple's GPUs alone. Without it the device waits at every token while the
-host comes back from the last one and prepares the next, a quarter of the time of a compiled step. With it the loop runs once more than it
+host comes back from the last one and prepares the next, a fifth of the time of a compiled step. With it the loop runs once more than it
 has to where all sequences ended before the greatest length, and Transformers takes that token back. It is asked for here where nobody can
 tell: no cache is returned, which would hold that token too, and nothing of the user's own is called at each token but a streamer, which is
 given every token and no other. Where tokens are drawn, the generator of random numbers is put back to where it was, and a streamer is not

@@ -4,7 +4,6 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "card.h"
 #include "stream/cut.h"
@@ -39,30 +38,30 @@ bool takes(const linattn_problem &problem) {
 // How many blocks of rows are at work on a multiprocessor at once.
 int row_blocks(int head_dim) { return head_dim == 32 ? 4 : head_dim == 64 ? 2 : 1; }
 
+struct Pieces {
+  int64_t count, chunks;  // chunks of each, the last may have fewer
+};
+
+// As many pieces as wanted, of the same chunks each and four at least.
+Pieces cut_evenly(int64_t chunks, int64_t wanted) {
+  const int64_t count = std::max<int64_t>(1, std::min(wanted, chunks / 4)), each = (chunks + count - 1) / count;
+  return {(chunks + each - 1) / each, each};
+}
+
 Plan cut(const linattn_problem &problem) {
   const int d = problem.head_dim, chunk = chunk_of(d);
   const int64_t heads = states_of(problem), chunks = (problem.length + chunk - 1) / chunk, processors = linattn::card(cudaDevAttrMultiProcessorCount, 108);
   const int64_t slots = processors * row_blocks(d);
   // Cutting costs a second reading of k and v: worth it only where heads alone leave much of the card idle.
-  int64_t tiles = heads * 10 >= slots * 6 ? 1 : slots / heads;
-#ifdef LINATTN_TUNE
-  if (const char *const asked = std::getenv("LINATTN_SEGMENTS")) tiles = std::atoi(asked);
-#endif
-  tiles = std::max<int64_t>(1, std::min(tiles, chunks / 4));
-  const int64_t chunks_each = (chunks + tiles - 1) / tiles;
-  tiles = (chunks + chunks_each - 1) / chunks_each;
+  const Pieces tiles = cut_evenly(chunks, heads * 10 >= slots * 6 ? 1 : slots / heads);
   Plan plan{};
-  plan.states = tiles > 1 || !problem.causal;
+  plan.states = tiles.count > 1 || !problem.causal;
   plan.gated = problem.log_decay || problem.key_segments || problem.dropout_p;
   // Segments of a tile: where sums of whole ones would not keep up with memory.
-  int64_t parts = plan.states && (plan.gated || d > 64) ? processors * segment_blocks(d) / (heads * tiles) : 1;
-#ifdef LINATTN_TUNE
-  if (const char *const asked = std::getenv("LINATTN_PARTS")) parts = std::atoi(asked);
-#endif
-  parts = std::max<int64_t>(1, std::min(parts, chunks_each / 4));
-  const int64_t chunks_of_part = (chunks_each + parts - 1) / parts;
-  parts = (chunks_each + chunks_of_part - 1) / chunks_of_part;
-  plan.chunk = chunk, plan.row_tiles = static_cast<int32_t>(tiles), plan.segments = static_cast<int32_t>(tiles * parts), plan.segment_length = chunks_of_part * chunk;
+  const bool parted = plan.states && (plan.gated || d > 64);
+  const Pieces parts = cut_evenly(tiles.chunks, parted ? processors * segment_blocks(d) / (heads * tiles.count) : 1);
+  plan.chunk = chunk, plan.row_tiles = static_cast<int32_t>(tiles.count), plan.segments = static_cast<int32_t>(tiles.count * parts.count);
+  plan.segment_length = parts.chunks * chunk;
   return plan;
 }
 
