@@ -26,6 +26,12 @@ KINDS = [
     {"length": 2500, "batch": 1, "heads": 1, "key_heads": 1},  # few heads and many tokens: a sequence is cut into segments
 ]
 
+# the second degree over 16 features in one pass, as a Hopper of 114 or 132 multiprocessors has it: a block a head, and heads in segments
+IN_ONE_PASS = [
+    {"length": 1023, "heads": 114, "key_heads": 114, "decay": "key_head", "strengths": (0.01,), "segments": "mask"},
+    {"length": 3900, "heads": 16, "key_heads": 16, "decay": "key_token", "strengths": (0.01, 1.0)},
+]
+
 
 def case(dtype, head_dim, **kind):
     """Inputs and upstream gradients, made on the host, for the sanitizer does not see what PyTorch's kernels write."""
@@ -62,6 +68,14 @@ if __name__ == "__main__":
             run(cuda, *case(dtype, features, **{"degree": 2, "batch": 1, "heads": 2, "key_heads": 1} | kind), False)
             torch.cuda.synchronize()
             print("gradients by states", features, kind, flush=True)
+    if dtype == torch.bfloat16 and head_dim == 64:
+        for kind in IN_ONE_PASS:
+            inputs, upstream = case(dtype, 16, **{"degree": 2, "batch": 1, "value_dim": 64} | kind)
+            found = cuda.plans(*inputs[:3], degree=2, log_decay=inputs[4], segments=inputs[5])
+            assert torch.cuda.get_device_capability()[0] != 9 or all(plan.chunk == 128 for plan in found), found
+            run(cuda, inputs, upstream, False)
+            torch.cuda.synchronize()
+            print("in one pass", kind, flush=True)
     if dtype == torch.bfloat16 and head_dim in (64, 128):
         for features in (16, 24):
             narrow = {"degree": 2, "length": 150, "batch": 1, "decay": "key_head", "value_dim": head_dim}
