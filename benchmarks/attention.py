@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
+from machine import machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -92,17 +91,6 @@ def cpu_rows(lengths: list[int], patience: float, rounds: int) -> list[dict]:
                         rows[case]["all_seconds"].append(seconds_of(run))
         print(f"round {turn} of {rounds}", file=sys.stderr)
     return [{**row, "seconds": statistics.median(row["all_seconds"])} for row in rows.values()]
-
-
-def machine() -> dict:
-    """What a figure must stand beside."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    model = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
-    return {
-        "cpu": model or platform.processor(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "python": platform.python_version(), "commit": commit or None, "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
 
 
 def cpu_table(rows: list[dict]) -> list[list[str]]:

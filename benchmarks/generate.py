@@ -12,30 +12,34 @@ timed, while no other one runs. Behind a long prompt a GPU's clock stays low for
 
 Contexts of one batch come one after the other, the longest first. Where no layer is softmax one graph serves them all, and compiling is
 told of the first: with nothing kept from before, and of each case's first in brackets with what PyTorch keeps on disk.
+
+What is known so far is written after each row. A case that fails ends the others as little as a run that is cut short does.
 """
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import gc
+import importlib.util
 import json
 import multiprocessing
 import os
+import queue
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import transformers
-import typer
-from attention import machine
+from machine import machine
 from transformers import AutoModelForCausalLM, CompileConfig, LlamaConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
@@ -167,21 +171,21 @@ def forget(model: PreTrainedModel) -> None:
         torch.cuda.empty_cache()
 
 
-def rows_of(name: str, shape: str, device: str, sizes: list[tuple[int, int]], tokens: int, rounds: int, lock: Path) -> list[dict[str, Any]]:
-    """One case at every (batch, context)."""
+def rows_of(name: str, shape: str, device: str, sizes: list[tuple[int, int]], tokens: int, rounds: int, lock: Path, told: Any) -> None:
+    """One case at every (batch, context); each row is put into the queue `told`."""
     os.environ |= dict.fromkeys(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"), tempfile.mkdtemp())  # what other cases compiled is no help
     if device == "cpu":
         torch.set_num_threads(1)
     options, _ = CASES[name]
     sizes = [size for size in sizes if options or size[1] <= SOFTMAX_LONGEST]
     if not sizes:
-        return []
+        return
     longest, is_shared = max(context for _, context in sizes) + tokens, bool(options) and "softmax_layers" not in (options or {})
     model = model_of(shape, options, longest, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    rows: list[dict[str, Any]] = []
+    before: dict[str, Any] = {}
     for batch, context in sorted(sizes, key=lambda size: (size[0], -size[1])):
         row: dict[str, Any] = {"case": name, "batch": batch, "context": context}
-        is_new = not is_shared or not rows or rows[-1]["batch"] != batch or "out_of_memory" in rows[-1]
+        is_new = not is_shared or not before or before["batch"] != batch or "out_of_memory" in before
         compiles = is_new and device == "cuda" and CASES[name][1] == "static"
         try:
             if is_new:
@@ -190,24 +194,27 @@ def rows_of(name: str, shape: str, device: str, sizes: list[tuple[int, int]], to
             row |= measure(model, name, ids, tokens, rounds, lock)
             first = row.pop("first_s")
             row["compile_s"] = first if compiles else None
-            if compiles and not rows:
+            if compiles and not before:
                 forget(model)
                 row["compile_again_s"] = warm_up(model, name, ids, tokens, lock)[0] - row["prompt_s"] - (tokens - 1) * row["token_ms"] / 1e3
         except torch.OutOfMemoryError:
             row["out_of_memory"] = True
-        rows.append(row)
-        line = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
-        print(line, flush=True)
-    return rows
+        told.put(row)
+        before = row
 
 
-def all_rows(shape: str, device: str, sizes: list[tuple[int, int]], tokens: int, rounds: int, jobs: int) -> list[dict[str, Any]]:
-    """Every case at every (batch, context), `jobs` cases at once, as they stand in CASES for each size."""
-    with tempfile.NamedTemporaryFile() as lock, ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        work = partial(rows_of, shape=shape, device=device, sizes=sizes, tokens=tokens, rounds=rounds, lock=Path(lock.name))
-        rows = [row for some in pool.map(work, CASES) for row in some]
-    names = list(CASES)
-    return sorted(rows, key=lambda row: (sizes.index((row["batch"], row["context"])), names.index(row["case"])))
+def all_rows(cases: list[str], jobs: int, **asked: Any) -> Iterator[dict[str, Any]]:
+    """Every case at every (batch, context), `jobs` cases at once, each row as soon as it is known."""
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.NamedTemporaryFile() as lock, spawn.Manager() as manager, ProcessPoolExecutor(jobs, spawn) as pool:
+        told = manager.Queue()
+        work = partial(rows_of, lock=Path(lock.name), told=told, **asked)
+        running = [pool.submit(work, name) for name in cases]
+        while not all(case.done() for case in running) or not told.empty():
+            with suppress(queue.Empty):
+                yield told.get(timeout=0.2)
+        for case in running:
+            case.result()  # or what it failed of
 
 
 def table(facts: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -285,39 +292,60 @@ def sizes_of(batches: str, contexts: str, most: int) -> list[tuple[int, int]]:
         return []
 
 
-def main(
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "small",
-    contexts: Annotated[str, typer.Option(help="Tokens of the prompt, with commas between.")] = "128,1024,4096",
-    batches: Annotated[str, typer.Option(help="Sequences at once, with commas between.")] = "1,8",
-    most: Annotated[int, typer.Option(help="Tokens of all prompts together, beyond which a context is left out of a batch.")] = 8192,
-    tokens: Annotated[int, typer.Option(help="New tokens of each call, more than 4.")] = 24,
-    rounds: Annotated[int, typer.Option(help="Calls of each case, after one that warms up.")] = 2,
-    jobs: Annotated[int, typer.Option(help="Cases that warm up and compile side by side.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="A folder for generate-DEVICE.json, .md and .png.")] = None,
-) -> None:
-    """Time generation beside softmax."""
-    if device not in ("cpu", "cuda") or shape not in SHAPES or tokens <= SETTLED:
-        raise typer.BadParameter(f"the device is cpu or cuda, the shape one of {', '.join(SHAPES)}, and tokens more than {SETTLED}.")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("PyTorch finds no usable CUDA device: check the driver with nvidia-smi, or take --device cpu.")
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    facts = {"device": name, **machine(), "transformers": transformers.__version__, "shape": shape, "new tokens": tokens, "rounds": rounds}
-    facts["cases compiled side by side"] = jobs
-    sizes = sizes_of(batches, contexts, most)
-    if not sizes or min(rounds, jobs) < 1:
-        raise typer.BadParameter(
-            f"batches and contexts are whole numbers of which some multiply to 1 to {most:,}, rounds and jobs 1 or more."
-        )
-    rows = all_rows(shape, device, sizes, tokens, rounds, jobs)
-    if out is None:
+def write(path: Path, text: str) -> None:
+    """As a whole or not at all."""
+    aside = path.with_name(f".{path.name}")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def arguments_of(line: list[str] | None) -> argparse.Namespace:
+    """What is asked for, or one sentence about why it cannot be."""
+    parser = argparse.ArgumentParser(description="Time generation beside softmax.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where")
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="of the model")
+    parser.add_argument("--contexts", default="128,1024,4096", help="tokens of the prompt, with commas between")
+    parser.add_argument("--batches", default="1,8", help="sequences at once, with commas between")
+    parser.add_argument("--most", type=int, default=8192, help="tokens of all prompts, beyond which a context is left out of a batch")
+    parser.add_argument("--tokens", type=int, default=24, help=f"new tokens of each call, more than {SETTLED}")
+    parser.add_argument("--rounds", type=int, default=2, help="calls of each case, after one that warms up")
+    parser.add_argument("--jobs", type=int, default=1, help="cases that warm up and compile side by side")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help="some of them, each in quotes")
+    parser.add_argument("--out", type=Path, help="a folder for generate-DEVICE.json, .md and .png")
+    asked = parser.parse_args(line)
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch finds no usable CUDA device: check the driver with nvidia-smi, or take --device cpu.")
+    if asked.tokens <= SETTLED:
+        parser.error(f"tokens are more than {SETTLED}.")
+    asked.sizes = sizes_of(asked.batches, asked.contexts, asked.most)
+    if not asked.sizes or min(asked.rounds, asked.jobs) < 1:
+        parser.error(f"batches and contexts are whole numbers of which some multiply to 1 to {asked.most:,}, rounds and jobs 1 or more.")
+    return asked
+
+
+def main(line: list[str] | None = None) -> None:
+    """Prints each row as it comes; the table is printed at the end, or written into a folder after each row."""
+    asked = arguments_of(line)
+    name = torch.cuda.get_device_name() if asked.device == "cuda" else "cpu"
+    facts = {"device": name, **machine(), "transformers": transformers.__version__, "shape": asked.shape, "new tokens": asked.tokens}
+    facts |= {"rounds": asked.rounds, "cases compiled side by side": asked.jobs}
+    how = {name: getattr(asked, name) for name in ("cases", "jobs", "shape", "device", "sizes", "tokens", "rounds")}
+    rows, path = list[dict[str, Any]](), None if asked.out is None else asked.out / f"generate-{asked.device}"
+    for row in all_rows(**how):
+        print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()), flush=True)
+        rows.append(row)
+        rows.sort(key=lambda row: (asked.sizes.index((row["batch"], row["context"])), asked.cases.index(row["case"])))
+        if path is not None:
+            asked.out.mkdir(parents=True, exist_ok=True)
+            write(path.with_suffix(".json"), json.dumps({**facts, "shape": SHAPES[asked.shape], "rows": rows}, indent=1) + "\n")
+            write(path.with_suffix(".md"), f"{table(facts, rows)}\n![Time, cache and tokens a second]({path.name}.png)\n")
+    if path is None:
         print(table(facts, rows))
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"generate-{device}.json").write_text(json.dumps({**facts, "shape": SHAPES[shape], "rows": rows}, indent=1) + "\n")
-    (out / f"generate-{device}.md").write_text(f"{table(facts, rows)}\n![Time, cache and tokens a second](generate-{device}.png)\n")
-    draw(rows, f"generate() on {facts['cpu'] if device == 'cpu' else name}", out / f"generate-{device}.png")
+    elif importlib.util.find_spec("matplotlib") is None:
+        print("There is no picture: matplotlib is not installed.")
+    else:
+        draw(rows, f"generate() on {facts['cpu'] if asked.device == 'cpu' else name}", path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

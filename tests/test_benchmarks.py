@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import typer
 
 
 def test_generation_is_measured_beside_softmax(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     generate, threads = importlib.import_module("generate"), torch.get_num_threads()
     cases = ("softmax, static", "window 64 + second degree, static")
-    monkeypatch.setattr(generate, "CASES", {name: generate.CASES[name] for name in cases})
+    asked = ["--shape", "tiny", "--contexts", "8,12", "--batches", "1,2", "--most", "16", "--tokens", "6", "--rounds", "1"]
     try:
-        generate.main(shape="tiny", contexts="8,12", batches="1,2", most=16, tokens=6, rounds=1, out=tmp_path)
+        generate.main([*asked, "--cases", *cases, "--out", str(tmp_path)])
     finally:
         torch.set_num_threads(threads)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["generate-cpu.json", "generate-cpu.md", "generate-cpu.png"]
@@ -31,11 +31,30 @@ def test_generation_is_measured_beside_softmax(tmp_path: Path, monkeypatch: pyte
     assert len(set(ours)) == 1 and softmax[1] > softmax[0]
 
 
-@pytest.mark.parametrize("wrong", [{"contexts": "8,"}, {"batches": "0"}, {"most": 1}, {"rounds": 0}, {"jobs": 0}], ids=str)
-def test_generation_of_no_size_is_refused_in_a_sentence(wrong: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_are_known_are_written_where_a_later_case_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-    with pytest.raises(typer.BadParameter, match="rounds and jobs 1 or more"):
-        importlib.import_module("generate").main(shape="tiny", **{"contexts": "8", "batches": "1", **wrong})
+    generate = importlib.import_module("generate")
+
+    def some_rows(cases: list[str], **asked: object) -> Iterator[dict]:
+        numbers = dict.fromkeys(("token_ms", "tokens_a_second", "cache_bytes", "peak_bytes", "prompt_s", "compile_s"), 1.0)
+        yield {"case": cases[1], "batch": 1, "context": 8, **numbers}
+        yield {"case": cases[0], "batch": 1, "context": 8, "out_of_memory": True}
+        raise RuntimeError("a third case is not known")
+
+    monkeypatch.setattr(generate, "all_rows", some_rows)
+    with pytest.raises(RuntimeError, match="a third case"):
+        generate.main(["--contexts", "8", "--batches", "1", "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generate-cpu.json", "generate-cpu.md"]
+    first, second = (tmp_path / "generate-cpu.md").read_text().split("---:|\n")[1].splitlines()[:2]
+    assert first.startswith("| 1 | 8 | softmax, dynamic | x |") and second.startswith("| 1 | 8 | softmax, static | 1.00 |")
+
+
+@pytest.mark.parametrize("wrong", ["--contexts 8,", "--batches 0", "--most 1", "--rounds 0", "--jobs 0"])
+def test_generation_of_no_size_is_refused_in_a_sentence(wrong: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    with pytest.raises(SystemExit):
+        importlib.import_module("generate").main(["--shape", "tiny", "--contexts", "8", "--batches", "1", *wrong.split()])
+    assert "rounds and jobs 1 or more" in capsys.readouterr().err
 
 
 def test_a_gpus_rows_stand_beside_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
