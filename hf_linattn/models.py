@@ -54,6 +54,8 @@ _MAPPINGS: dict[str, Any] = {
 }
 _CLASS = "LinAttn"
 COMPILED = "_linattn_compiled"
+ACCELERATES = "_hf_hook"
+"""Where accelerate keeps the hook that brings a module what it needs, which PyTorch does not trace through."""
 
 
 class LinAttnConfigMixin:
@@ -103,13 +105,18 @@ class LinAttnModelMixin:
         return step.text()
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
-        """As Transformers has it, but not where the cache is offloaded: what moves between devices is no part of a graph."""
+        """As Transformers has it, but not where a cache or what passes between layers moves between devices: that is no part of a graph."""
         cache = model_kwargs.get("past_key_values")
         if getattr(getattr(cache, "self_attention_cache", cache), "offloading", False):
             if generation_config.compile_config is not None:
                 warnings.warn("An offloaded cache moves between devices at every token: the step is not compiled.", stacklevel=2)
             return False
-        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)  # type: ignore[misc, no-any-return]
+        if not super()._valid_auto_compile_criteria(model_kwargs, generation_config):  # type: ignore[misc]
+            return False
+        if any(hasattr(module, ACCELERATES) for module in self.modules()):  # type: ignore[attr-defined]
+            warnings.warn("A model that accelerate spreads over devices would be a graph a layer: the step is not compiled.", stacklevel=2)
+            return False
+        return True
 
     def create_masks_for_generate(self, config: Any, inputs_embeds: Any, attention_mask: Any, past_key_values: Any, **others: Any) -> Any:
         """As Transformers or the base model makes it, once a text where it stays the same."""

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from compiling import CHANGES, TOKENS, WINDOW, compile_config, converted, generate_compiled
 from generating import NEW, generate, left_padded
 from tiny_models import tiny_tokens
@@ -361,6 +362,18 @@ def test_threads_take_turns_and_keep_what_they_were_given(monkeypatch):
     for thread in threads:
         thread.join()
     assert all(torch.equal(got[number], expected[number]) for number in range(3))
+
+
+def test_a_model_that_is_spread_over_devices_is_not_compiled():
+    torch._dynamo.reset()
+    model, ids = converted(decay="head"), tiny_tokens()
+    expected = generate(model, ids, **TOKENS)
+    for layer in model.model.layers:
+        add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
+    torch._dynamo.utils.counters.clear()
+    with pytest.warns(UserWarning, match="the step is not compiled"):
+        assert torch.equal(generate_compiled(model, ids), expected)
+    assert not torch._dynamo.utils.counters["frames"]
 
 
 def test_an_offloaded_cache_is_decoded_without_compiling():
