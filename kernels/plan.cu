@@ -5,6 +5,7 @@
 
 #include "card.h"
 #include "padded.h"
+#include "runs.h"
 
 #ifndef LINATTN_ARCHITECTURES
 #define LINATTN_ARCHITECTURES "unknown"
@@ -104,8 +105,8 @@ const char *linattn_engine_name(linattn_engine engine) {
 const char *linattn_architectures(void) { return LINATTN_ARCHITECTURES; }
 
 int64_t linattn_struct_bytes(int which) {
-  constexpr int64_t BYTES[] = {sizeof(linattn_problem), sizeof(linattn_forward_result), sizeof(linattn_backward_data),
-                               sizeof(linattn_plan),    sizeof(linattn_window),         sizeof(linattn_beside)};
+  constexpr int64_t BYTES[] = {sizeof(linattn_problem), sizeof(linattn_forward_result), sizeof(linattn_backward_data), sizeof(linattn_plan),
+                               sizeof(linattn_window),  sizeof(linattn_beside),         sizeof(linattn_segments),      sizeof(linattn_decay)};
   return BYTES[which];
 }
 

@@ -105,7 +105,26 @@ class _Beside(Structure):
     ]
 
 
-_STRUCTS = (_Problem, _ForwardResult, _BackwardData, _Plan, _Window, _Beside)
+# ---- kernels/runs.h
+
+
+class _Segments(Structure):
+    _fields_ = [
+        ("ids", c_void_p),
+        *[(name, c_int64) for name in ("row_stride", "token_stride", "length")],
+        *[(name, c_int32) for name in ("batch", "dtype")],
+    ]
+
+
+class _Decay(Structure):
+    _fields_ = [
+        ("log_decay", c_void_p),
+        *[(name, c_int64) for name in ("batch_stride", "head_stride", "token_stride", "length")],
+        *[(name, c_int32) for name in ("batch", "heads")],
+    ]
+
+
+_STRUCTS = (_Problem, _ForwardResult, _BackwardData, _Plan, _Window, _Beside, _Segments, _Decay)
 
 
 @lru_cache
@@ -122,6 +141,9 @@ def load_library(path: Path = LIBRARY) -> tuple[ctypes.CDLL | None, str]:
             plan, run = getattr(library, f"linattn_plan_{name}"), getattr(library, f"linattn_{name}")
             plan.argtypes, plan.restype = [POINTER(problem), POINTER(results), POINTER(_Plan)], None
             run.argtypes = [c_void_p] * 3  # the same, or the same as bytes
+        library.linattn_runs.argtypes = [POINTER(_Segments), c_void_p, c_void_p]
+        for name in ("decay_at_tokens", "sum_at_tokens"):
+            getattr(library, f"linattn_{name}").argtypes = [POINTER(_Decay), c_void_p, c_void_p, c_void_p]
         library.linattn_engine_name.argtypes, library.linattn_engine_name.restype = [c_int], c_char_p
         library.linattn_error_string.argtypes, library.linattn_error_string.restype = [c_int], c_char_p
         library.linattn_architectures.restype = c_char_p

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FUNCTIONS = [
     "linattn_forward", "linattn_backward", "linattn_step", "linattn_plan_forward", "linattn_plan_backward", "linattn_plan_step",
     "linattn_window_step", "linattn_plan_window_step", "linattn_engine_name", "linattn_error_string", "linattn_architectures",
-    "linattn_struct_bytes",
+    "linattn_struct_bytes", "linattn_runs", "linattn_decay_at_tokens", "linattn_sum_at_tokens",
 ]  # fmt: skip
 
 needs_library = pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the compiled library is not built here (make kernels)")

@@ -1,0 +1,134 @@
+// architectures: sm_80 compute_80 sm_90
+// What kernels are told of packed sequences and padding: runs of tokens, made of a caller's numbers of segments, and a decay that is 0 at padding.
+// What they say is that of hf_linattn/ops/segments.py and decay.py, a launch each.
+#include <cuda_runtime.h>
+
+#include "runs.h"
+
+namespace {
+
+constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kEach = 8, kTokens = kThreads * kEach;  // tokens of a thread, side by side, and of a block
+constexpr int32_t kMost = 0x7fffffff;
+constexpr uint32_t kAll = 0xffffffffu;
+
+// Every thread gets what `better` leaves of all threads' x.
+template <typename Better> __device__ int32_t of_block(int32_t x, Better better) {
+  __shared__ int32_t parts[kWarps];
+  for (int step = 16; step > 0; step /= 2) x = better(x, __shfl_xor_sync(kAll, x, step));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = parts[0];
+  for (int warp = 1; warp < kWarps; ++warp) x = better(x, parts[warp]);
+  return x;
+}
+
+// The highest x of the threads before this one, 0 of none; x is not below 0.
+__device__ int32_t highest_before(int32_t x) {
+  __shared__ int32_t parts[kWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int step = 1; step < 32; step *= 2) {
+    const int32_t other = __shfl_up_sync(kAll, x, step);
+    if (lane >= step) x = max(x, other);
+  }
+  if (lane == 31) parts[warp] = x;
+  __syncthreads();
+  x = __shfl_up_sync(kAll, x, 1);
+  if (lane == 0) x = 0;
+  for (int w = 0; w < warp; ++w) x = max(x, parts[w]);
+  return x;
+}
+
+// A block has kTokens of a row, and looks itself for what it has to know of the others: the highest number before them, and where there is none, and they begin with
+// padding, the lowest behind. A row is seldom longer than a block has tokens.
+template <typename T> __global__ void __launch_bounds__(kThreads) runs_kernel(const __grid_constant__ linattn_segments from, int blocks, int32_t *runs) {
+  const int64_t row = blockIdx.x / blocks, begin = static_cast<int64_t>(blockIdx.x % blocks) * kTokens, first = begin + threadIdx.x * kEach, length = from.length;
+  const T *const ids = static_cast<const T *>(from.ids) + row * from.row_stride;
+  const auto id_of = [&](int64_t token) { return static_cast<int32_t>(ids[token * from.token_stride]); };
+  const auto lower = [](int32_t x, int32_t y) { return min(x, y); };
+  const auto higher = [](int32_t x, int32_t y) { return max(x, y); };
+  int32_t own[kEach], highest[kEach], before = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) own[i] = first + i < length ? id_of(first + i) : 0;
+  for (int64_t token = threadIdx.x; token < begin; token += kThreads) before = max(before, id_of(token));
+  if (begin > 0) before = of_block(before, higher);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) highest[i] = max(i ? highest[i - 1] : 0, own[i]);
+  before = max(before, highest_before(highest[kEach - 1]));
+
+  int32_t lowest = 1;
+  if (__syncthreads_or(max(before, highest[0]) == 0 && first < length)) {  // padding ahead of all tokens
+    lowest = kMost;
+    for (int64_t token = begin + threadIdx.x; token < length; token += kThreads) {
+      const int32_t id = id_of(token);
+      if (id > 0) lowest = min(lowest, id);
+    }
+    lowest = of_block(lowest, lower);
+    if (lowest == kMost) lowest = 1;
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int32_t last = max(before, highest[i]), run = last ? last : lowest;
+    if (first + i < length) runs[row * length + first + i] = own[i] > 0 ? run : -run;
+  }
+}
+
+// A block has kThreads tokens of a head.
+__global__ void __launch_bounds__(kThreads) decay_at_tokens_kernel(const __grid_constant__ linattn_decay decay, const int32_t *runs, int blocks, float *result) {
+  const int64_t number = blockIdx.x / blocks, batch = number / decay.heads, head = number % decay.heads;
+  const int64_t token = static_cast<int64_t>(blockIdx.x % blocks) * kThreads + threadIdx.x;
+  if (token >= decay.length) return;
+  const float *const from = decay.log_decay + batch * decay.batch_stride + head * decay.head_stride;
+  result[number * decay.length + token] = runs[batch * decay.length + token] > 0 ? from[token * decay.token_stride] : 0.f;
+}
+
+// A head's gradients at tokens, over the batch, by a block.
+__global__ void __launch_bounds__(kThreads) sum_at_tokens_kernel(const float *gradient, const int32_t *runs, int batch, int heads, int64_t length, float *result) {
+  __shared__ double parts[kWarps];
+  double sum = 0;
+  for (int b = 0; b < batch; ++b)
+    for (int64_t token = threadIdx.x; token < length; token += kThreads)
+      if (runs[b * length + token] > 0) sum += gradient[(static_cast<int64_t>(b) * heads + blockIdx.x) * length + token];
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x) return;
+  for (int warp = 1; warp < kWarps; ++warp) sum += parts[warp];
+  result[blockIdx.x] = static_cast<float>(sum);
+}
+
+template <typename T> void launch_runs(const linattn_segments &from, int32_t *runs, cudaStream_t stream) {
+  const int blocks = static_cast<int>((from.length + kTokens - 1) / kTokens);
+  runs_kernel<T><<<static_cast<unsigned>(from.batch * blocks), kThreads, 0, stream>>>(from, blocks, runs);
+}
+
+}  // namespace
+
+extern "C" {
+
+int linattn_runs(const linattn_segments *segments, int32_t *runs, void *stream) {
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  switch (segments->dtype) {
+    case LINATTN_UINT8: launch_runs<uint8_t>(*segments, runs, on); break;
+    case LINATTN_INT8: launch_runs<int8_t>(*segments, runs, on); break;
+    case LINATTN_INT16: launch_runs<int16_t>(*segments, runs, on); break;
+    case LINATTN_INT32: launch_runs<int32_t>(*segments, runs, on); break;
+    case LINATTN_INT64: launch_runs<int64_t>(*segments, runs, on); break;
+    default: return cudaErrorInvalidValue;
+  }
+  return cudaPeekAtLastError();
+}
+
+int linattn_decay_at_tokens(const linattn_decay *decay, const int32_t *runs, float *result, void *stream) {
+  const int blocks = static_cast<int>((decay->length + kThreads - 1) / kThreads);
+  decay_at_tokens_kernel<<<static_cast<unsigned>(decay->batch * decay->heads * blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*decay, runs, blocks, result);
+  return cudaPeekAtLastError();
+}
+
+int linattn_sum_at_tokens(const linattn_decay *gradient, const int32_t *runs, float *result, void *stream) {
+  sum_at_tokens_kernel<<<gradient->heads, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(gradient->log_decay, runs, gradient->batch, gradient->heads, gradient->length, result);
+  return cudaPeekAtLastError();
+}
+
+}  // extern "C"
