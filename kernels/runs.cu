@@ -121,13 +121,15 @@ int linattn_runs(const linattn_segments *segments, int32_t *runs, void *stream) 
 }
 
 int linattn_decay_at_tokens(const linattn_decay *decay, const int32_t *runs, float *result, void *stream) {
-  const int blocks = static_cast<int>((decay->length + kThreads - 1) / kThreads);
-  decay_at_tokens_kernel<<<static_cast<unsigned>(decay->batch * decay->heads * blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*decay, runs, blocks, result);
+  const linattn_decay &from = *decay;
+  const int blocks = static_cast<int>((from.length + kThreads - 1) / kThreads);
+  decay_at_tokens_kernel<<<static_cast<unsigned>(from.batch * from.heads * blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(from, runs, blocks, result);
   return cudaPeekAtLastError();
 }
 
 int linattn_sum_at_tokens(const linattn_decay *gradient, const int32_t *runs, float *result, void *stream) {
-  sum_at_tokens_kernel<<<gradient->heads, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(gradient->log_decay, runs, gradient->batch, gradient->heads, gradient->length, result);
+  const linattn_decay &from = *gradient;
+  sum_at_tokens_kernel<<<from.heads, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(from.log_decay, runs, from.batch, from.heads, from.length, result);
   return cudaPeekAtLastError();
 }
 
