@@ -1,0 +1,29 @@
+"""The kernels of packed sequences and padding on the CPU, by the emulator in `tests/emulation`: exactly what PyTorch's operators say."""
+
+import pytest
+import torch
+from emulation import build
+from segment_cases import segment_cases
+
+from hf_linattn.ops import decay, runs_cuda, segments
+
+pytestmark = [
+    pytest.mark.skipif(build.compiler() is None or build.headers() is None, reason="needs g++ or clang++, and CUDA's headers"),
+    pytest.mark.timeout(1200),
+]
+
+
+@pytest.mark.parametrize("batch, length", [(3, 1), (2, 40), (2, 4096), (1, 9000)])
+def test_runs(kernels, batch, length):
+    """Of rows that a block has whole, and of rows that several share."""
+    for ids in segment_cases(batch, length):
+        assert torch.equal(runs_cuda.runs(ids), segments.by_operators(ids)), ids
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 700)], ids=str)
+def test_a_decay_at_tokens_and_its_gradient(kernels, shape):
+    runs = segments.by_operators(torch.rand(2, 700) < 0.7)
+    rate, gradient = -torch.rand(*shape), torch.randn(2, 3, 700)
+    assert torch.equal(runs_cuda.decay_at_tokens(rate, runs), decay._decay(rate, runs))
+    sums = runs_cuda.sum_at_tokens(gradient.transpose(0, 1).contiguous().transpose(0, 1), runs)
+    torch.testing.assert_close(sums, decay._gradient(gradient.double(), runs, False).float())
