@@ -30,6 +30,7 @@ TESTS = {
     "hf_linattn/ops/ring.py": ["ops/test_ring.py", "ops/test_window.py", "forms/test_window.py"],
     "hf_linattn/ops/window": ["ops/test_window.py", "ops/test_ring.py", "ops/test_mixing.py", "forms/test_window.py"],
     "hf_linattn/ops/window_cuda.py": ["kernels/test_emulated_window.py"],
+    "hf_linattn/ops/runs_cuda.py": ["kernels/test_emulated_runs.py"],
     "hf_linattn/ops/window_step.py": ["ops/test_window_step.py", "forms/test_window.py"],
     "hf_linattn/ops/window_token.py": ["forms/test_window.py", "ops/test_window_step.py"],
     "hf_linattn/ops/beside.py": ["forms/test_feature_map.py", "forms/test_output_map.py", "forms/test_input_gate.py",
