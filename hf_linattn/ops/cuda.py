@@ -448,6 +448,14 @@ def backward(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad_mass:
     return grads
 
 
+def _needs_float32(call: Call, plan: _Plan) -> bool:
+    """Whether gradients are another call's, in float32. The generic kernels round unit vectors to 11 bits; where a weight of the second
+    degree nearly vanishes, gradients then are those of another weight than the one that was divided by."""
+    library, _ = load_library()
+    assert library is not None
+    return call.query.dtype == torch.float16 and call.degree == 2 and library.linattn_engine_name(plan.engine) == b"generic"
+
+
 def _empty_gradients(call: Call) -> Gradients:
     query, coefficients, log_decay, initial = call.query, call.coefficients, call.log_decay, call.initial_state
     return (
@@ -475,6 +483,10 @@ def _backward_anew(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad
         *((kept.states.data_ptr(), kept.segment_length) if kept else ()),
     )  # fmt: skip
     plan = launch.plan("backward", data)
+    if _needs_float32(call, plan):
+        of_float32 = call._replace(query=query.float(), key=call.key.float(), value=call.value.float())
+        exact = backward(of_float32, out.float(), mass, grad_out.float(), grad_mass, grad_state)
+        return grad_query.copy_(exact[0]), grad_key.copy_(exact[1]), grad_value.copy_(exact[2]), *exact[3:]
     if dim := plan.padded_dim:
         upstream = padded_rows(grad_out, dim), grad_mass, padded_state(grad_state, dim)
         wide = backward(padded_call(call, dim), padded_rows(out, dim), mass, *upstream, kept)

@@ -241,6 +241,15 @@ def test_pairs(kernels, dtype, head_dim, causal):
 
 
 @pytest.mark.parametrize("kind", [
+    {"numbers": (0.0, 0.0, 1.0, 1.0), "length": 65}, {"numbers": (0.0, 0.0, 1.0, 1.0), "length": 65, "segments": "packed"},
+    {"decay": "key_head", "segments": "left", "stateful": True}, {"noisy": True}, {"head_dim": 24, "value_dim": 40},
+], ids=str)  # fmt: skip
+def test_gradients_of_the_second_degree_in_float16(kernels, kind):
+    """Of few tokens and a weight that nearly vanishes, too."""
+    check(torch.float16, degree=2, **kind)
+
+
+@pytest.mark.parametrize("kind", [
     {"length": 33}, {"length": 300, "heads": 3, "batch": 2}, {"length": 129, "head_dim": 96, "value_dim": 96},
 ], ids=str)  # fmt: skip
 def test_gradients_of_pairs(kernels, kind):
