@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from . import waves
+from . import joined, waves
 
 logger = logging.get_logger(__name__)
 KEPT = 4
@@ -49,8 +49,11 @@ def given(tensors: Sequence[Tensor] | None) -> Iterator[None]:
         _running.tensors = around
 
 
-def compile_graph(backend: Callable[..., Any], graph: Any, inputs: list[Any]) -> Callable[..., Any]:
-    """What a backend makes of a graph; captured where it would be a CUDA graph of PyTorch's. Dynamo has one thread compile at a time."""
+def compile_graph(backend: Callable[..., Any], graph: Any, inputs: list[Any], joins: bool = False) -> Callable[..., Any]:
+    """What a backend makes of a graph; captured where it would be a CUDA graph of PyTorch's. Dynamo has one thread compile at a time.
+
+    `joins`: whether matrices of the model may be moved, see `joined`.
+    """
     from torch._inductor import compile_fx, config
     from torch._inductor.utils import align_inputs_from_check_idxs
     from torch.utils._ordered_set import OrderedSet
@@ -69,28 +72,31 @@ def compile_graph(backend: Callable[..., Any], graph: Any, inputs: list[Any]) ->
 
         return run
 
-    waves.make_once(graph)
     patches = {"graph_partition": False}  # so that it is asked of the whole graph
     if multiplies_one_row(graph):
         patches["coordinate_descent_tuning"] = True
     theirs, compile_fx.cudagraphify = compile_fx.cudagraphify, cudagraphify
     try:
         with config.patch(patches):  # what the user says in options is said after, by the backend
-            made = _with_small_kernels_together(backend, graph, inputs)
+            made = improved(backend, graph, inputs, joins)
     finally:
         compile_fx.cudagraphify = theirs
     return Captured(made) if fit else made
 
 
-def _with_small_kernels_together(backend: Callable[..., Any], graph: Any, inputs: list[Any]) -> Callable[..., Any]:
-    """Those that do not wait for one another as one, which saves three a layer; or each alone, where Inductor fails at that."""
+def improved(backend: Callable[..., Any], graph: Any, inputs: list[Any], joins: bool) -> Callable[..., Any]:
+    """Of a graph in which waves are made once: joined matrices, and small kernels that do not wait for one another as one, which saves
+    three a layer; each left out where a backend fails at it."""
     from torch._inductor import config
 
-    try:
-        with config.patch(combo_kernels=True):
-            return backend(graph, inputs)  # type: ignore[no-any-return]
-    except Exception:  # of whichever kind a code generator's bug is; what is wrong otherwise is raised again
+    waves.make_once(graph)
+    if joins and (one := joined.join(graph, inputs)) is not None:
+        for combo_kernels in (True, False):
+            with suppress(Exception), config.patch(combo_kernels=combo_kernels):  # of whichever kind a code generator's bug is
+                return one.run(backend(one.graph, one.inputs))
+    with suppress(Exception), config.patch(combo_kernels=True):
         return backend(graph, inputs)  # type: ignore[no-any-return]
+    return backend(graph, inputs)  # type: ignore[no-any-return]  # what is wrong otherwise is raised again
 
 
 def multiplies_one_row(graph: torch.fx.GraphModule) -> bool:

@@ -53,14 +53,14 @@ class Watched:
     """A backend of torch.compile that does what another one does, counts what it compiles, and notes what it runs."""
 
     def __init__(self, backend: Callable[..., Any]) -> None:
-        self.backend, self.compiled = backend, 0
+        self.backend, self.compiled, self.joins = backend, 0, False
         self.captured: list[captured.Captured] = []
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.compiled += 1
         if torch.is_grad_enabled():
             return self.backend(graph, inputs)  # type: ignore[no-any-return]
-        made = captured.compile_graph(self.backend, graph, inputs)
+        made = captured.compile_graph(self.backend, graph, inputs, self.joins)
         if isinstance(made, captured.Captured):
             self.captured.append(made)
 
@@ -126,6 +126,8 @@ class CompiledStep:
             weakref.finalize(self, self.watched.forget).atexit = False
         self.call = torch.compile(step, **options)
         self.hooks = list(_all_hooks(model))
+        if self.watched is not None:
+            self.watched.joins = self.only_computes()  # other hooks may bring weights of their own
 
     def serves(self, model: PreTrainedModel, config: Any) -> bool:
         """Whether it is this model's, compiled as this configuration says. PyTorch's guards leave out hooks."""
@@ -142,7 +144,10 @@ class CompiledStep:
 
     def text(self) -> Callable[..., Any]:
         """What a text's tokens are given to."""
-        return Text(self.model, self.call, self.watched if all(map(_is_known, self.hooks)) else None)
+        return Text(self.model, self.call, self.watched if self.only_computes() else None)
+
+    def only_computes(self) -> bool:
+        return all(map(_is_known, self.hooks))
 
 
 def _own_code(code: CodeType) -> CodeType:

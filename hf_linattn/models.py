@@ -21,7 +21,7 @@ from transformers.models.auto import tokenization_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, model_type_to_module_name
 from transformers.utils import is_peft_available
 
-from hf_linattn import ahead, deferred, next_inputs, text_mask
+from hf_linattn import ahead, deferred, next_inputs, text_mask, texts
 from hf_linattn.attention import KEEPS_SOFTMAX
 from hf_linattn.compiled import CompiledStep
 from hf_linattn.config import PREFIX, LinAttnConfig, sizes_of, sliding_windows
@@ -137,7 +137,7 @@ class LinAttnModelMixin:
         return updated
 
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
-        with deferred.one_more(deferred.is_unseen(self, **kwargs), deferred.draws(self, **kwargs)):  # type: ignore[arg-type]
+        with texts.text(), deferred.one_more(deferred.is_unseen(self, **kwargs), deferred.draws(self, **kwargs)):  # type: ignore[arg-type]
             return super()._sample(*args, **kwargs)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -53,7 +53,7 @@ def graphs(monkeypatch):
 
     monkeypatch.setattr(captured, "record", record)
     monkeypatch.setattr(captured, "the_gpu", lambda now: torch.device("cpu"))
-    monkeypatch.setattr(captured, "compile_graph", lambda backend, graph, inputs: captured.Captured(backend(graph, inputs)))
+    monkeypatch.setattr(captured, "compile_graph", lambda backend, graph, inputs, joins: captured.Captured(backend(graph, inputs)))
     return made
 
 

@@ -17,7 +17,7 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
     changed = []
 
-    def compile_graph(backend, graph, inputs):
+    def compile_graph(backend, graph, inputs, joins):
         waves.make_once(graph)
         changed.append(graph)
         return captured.Captured(backend(graph, inputs))
