@@ -126,10 +126,12 @@ class LinAttnModelMixin:
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1, **others: Any
     ) -> dict[str, Any]:
-        """As Transformers or the base model does it, but what tokens append is made ahead of them."""
+        """As Transformers or the base model does it, but what tokens append is made ahead of them where `generate` asks: a loop of the
+        user's may keep what it was given, and write into it."""
         before, more = model_kwargs.get("attention_mask"), {"is_encoder_decoder": is_encoder_decoder, "num_new_tokens": num_new_tokens}
         only_appends = text_mask.only_appends(type(self))  # type: ignore[arg-type]
-        ours = ahead.appended(model_kwargs) if only_appends and num_new_tokens == 1 and not is_encoder_decoder else {}
+        is_ours = only_appends and num_new_tokens == 1 and not is_encoder_decoder and texts.is_generating()
+        ours = ahead.appended(model_kwargs) if is_ours else {}
         given = model_kwargs | dict.fromkeys(ours)
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, given, **more, **others) | ours  # type: ignore[misc]
         if only_appends:
@@ -139,6 +141,10 @@ class LinAttnModelMixin:
     def _sample(self, *args: Any, **kwargs: Any) -> Any:
         with texts.text(), deferred.one_more(deferred.is_unseen(self, **kwargs), deferred.draws(self, **kwargs)):  # type: ignore[arg-type]
             return super()._sample(*args, **kwargs)  # type: ignore[misc]
+
+    def _beam_search(self, *args: Any, **kwargs: Any) -> Any:
+        with texts.text():
+            return super()._beam_search(*args, **kwargs)  # type: ignore[misc]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LinAttnParams):

@@ -8,7 +8,7 @@ from tiny_models import tiny_tokens
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationMixin
 
-from hf_linattn import ahead
+from hf_linattn import ahead, texts
 
 THEIRS = GenerationMixin._update_model_kwargs_for_generation
 
@@ -16,6 +16,8 @@ THEIRS = GenerationMixin._update_model_kwargs_for_generation
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
     monkeypatch.setattr(ahead, "COLUMNS", 4)
+    with texts.text():  # as `generate` is while it asks
+        yield
 
 
 @pytest.fixture
@@ -43,6 +45,16 @@ def test_each_token_finds_what_transformers_appends(model, batch):
     for _ in range(11):
         ours, theirs = model._update_model_kwargs_for_generation({}, ours), THEIRS(model, {}, theirs)
         same(ours, theirs)
+
+
+def test_a_loop_of_the_users_has_masks_of_its_own(model, monkeypatch):
+    monkeypatch.setattr(texts, "is_generating", lambda: False)
+    kept = [kept_of(2)]
+    for _ in range(3):
+        kept.append(model._update_model_kwargs_for_generation({}, kept[-1]))
+    before = [one["attention_mask"].clone() for one in kept]
+    kept[-1]["attention_mask"].zero_()
+    assert all(torch.equal(one["attention_mask"], was) for one, was in zip(kept[:-1], before, strict=False))
 
 
 def test_what_is_written_into_them_stays(model):
