@@ -175,11 +175,13 @@ cudaError_t pairs_backward(const linattn_problem &problem, const linattn_backwar
   const bool slopes = problem.log_decay && data.grad_log_decay;  // whether the decay wants a gradient
   if (slopes) args.row_sums = numbers(at.row_sums), args.column_sums = numbers(at.column_sums);
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
-  if (problem.log_decay) {
+  if (running && problem.log_decay && !problem.log_decay_per_token) {
+    args.gates.rate = problem.log_decay;
+  } else if (problem.log_decay) {
     args.gates.decay = reinterpret_cast<double *>(workspace + at.decay);
     if (const cudaError_t failed = launch_running_decay(problem, args.gates.decay)) return failed;
   }
-  launch_numbers(args, stream);
+  if (!running) launch_numbers(args, stream);  // in one pass rows make them
   if (by_state)
     if (const cudaError_t failed = launch_state_gradients(args, workspace + at.state, stream)) return failed;
   if (const cudaError_t failed = running ? running_gradients_launch(args, workspace + at.state, stream) : launch_pairs(args, plan.gated, plan.warpgroups, stream)) return failed;

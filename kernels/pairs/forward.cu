@@ -26,12 +26,12 @@ int64_t row_tiles_of(const linattn_problem &problem) { return (problem.length + 
 
 template <typename T> cudaError_t launch(const Arguments &args, cudaStream_t stream) {
   const linattn_problem &p = args.problem;
+  if (args.running) return running_output_launch(args, args.states, stream);
   if (!hopper_makes_scales(args)) {
     const int64_t numbers = static_cast<int64_t>(p.batch) * p.key_heads * args.padded;
     key_scale_kernel<T><<<static_cast<int>(numbers / (kThreads / 4)), kThreads, 0, stream>>>(args, args.key_scale);
     if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
   }
-  if (args.running) return running_output_launch(args, args.states, stream);
   if (args.chunks > 1)
     if (const cudaError_t failed = state_launch(args, stream)) return failed;
   if (args.chunk < p.length)
@@ -135,7 +135,7 @@ cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_
     args.sums = reinterpret_cast<float *>(args.unit_keys + unit_key_bytes(problem));
   }
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
-  if (problem.log_decay && !problem.log_decay_per_token && plan.warpgroups && !plan.states) {
+  if (problem.log_decay && !problem.log_decay_per_token && (args.running || (plan.warpgroups && !plan.states))) {
     args.gates.rate = problem.log_decay;
   } else if (problem.log_decay) {
     args.gates.decay = reinterpret_cast<double *>(behind);

@@ -102,7 +102,7 @@ RunningMemory::RunningMemory(const linattn_problem &problem, bool gradients) {
 
 cudaError_t running_output_launch(const Arguments &forward, void *workspace, cudaStream_t stream) {
   Gradients of{};
-  of.problem = forward.problem, of.key_scale = forward.key_scale, of.padded = forward.padded, of.gates = forward.gates;
+  of.problem = forward.problem, of.gates = forward.gates;
   const int heads = of.problem.query_heads, shared = RunShape<Pass::OUTPUT>::SHARED;
   Running args = arguments_of(of, heads, workspace);
   args.out = forward.out, args.mass = forward.mass;

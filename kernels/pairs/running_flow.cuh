@@ -17,14 +17,13 @@ __global__ void __launch_bounds__(kKeepers) running_edges_kernel(const __grid_co
   const RunningFlow &flow = args.flow;
   const int64_t edge = blockIdx.x, pair = edge / flow.edges, number = edge % flow.edges;
   const float *const before = flow.states[0] + edge * kStartFloats + threadIdx.x, *const behind = flow.states[1] + edge * kStartFloats + threadIdx.x;
-  const bool first = threadIdx.x % 4 == 0;  // of the lanes that have the same
   double all = 0;
-  for (int i = 0; i < 141; ++i) {
-    const float x = before[i * kKeepers], y = behind[i * kKeepers];
-    const bool pair_of_blocks = i / 32 == 1, line = i >= 136 && i < 140;
-    if (i == 140) all += threadIdx.x % 32 == 0 ? static_cast<double>(over_place(x)) * over_place(y) : 0 * (over_place(x) + over_place(y));
-    else if (!line || (first && i % 2 == 0)) all += (pair_of_blocks ? 2.0 : 1.0) * x * y;
-  }
+  const auto product = [&](int i) { return static_cast<double>(before[i * kKeepers]) * behind[i * kKeepers]; };
+#pragma unroll 8
+  for (int i = 0; i < 136; ++i) all += (i / 32 == 1 ? 2.0 : 1.0) * product(i);  // pairs of two blocks of features, once each, among them; then masses
+  if (threadIdx.x % 4 == 0) all += product(136) + product(138);  // lines: the other lanes have the same
+  const double counts[2] = {over_place(before[140 * kKeepers]), over_place(behind[140 * kKeepers])};
+  if (threadIdx.x % 32 == 0) all += counts[0] * counts[1];
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) all += __shfl_xor_sync(0xffffffffu, all, step);
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = all;
@@ -43,7 +42,10 @@ __global__ void __launch_bounds__(kReaders) running_chunks_kernel(const __grid_c
   const int chunk = static_cast<int>(index % args.chunks), heads = p.query_heads / p.key_heads, lane = threadIdx.x % 32, batch = static_cast<int>(pair / p.key_heads);
   const int64_t begin = static_cast<int64_t>(chunk) * kRunTokens, end = min(begin + kRunTokens, p.length);
   double sum = 0, over = 0;
-  for (int64_t token = begin + lane; token < end; token += 32) {
+#pragma unroll
+  for (int i = 0; i < kRunTokens / 32; ++i) {
+    const int64_t token = begin + lane + 32 * i;
+    if (token >= end) continue;
     sum -= g.column_sums[pair * p.length + token];
     for (int head = 0; head < heads; ++head) sum += g.row_sums[(pair * heads + head) * p.length + token];
   }
@@ -55,7 +57,8 @@ __global__ void __launch_bounds__(kReaders) running_chunks_kernel(const __grid_c
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step), over += __shfl_xor_sync(0xffffffffu, over, step);
   if (lane > 0) return;
   const int first_head = static_cast<int>(pair % p.key_heads) * heads;
-  const bool near = kept_of(g, batch, first_head, chunk) <= kNothing && (chunk == 0 || kept_of(g, batch, first_head, chunk - 1) <= kNothing);
+  const float rate = exp2_fast(static_cast<float>(log2_rate(g, first_head) * kRunTokens));
+  const bool near = kept_of(g, batch, first_head, chunk) * rate <= kNothing && (chunk == 0 || kept_of(g, batch, first_head, chunk - 1) * rate <= kNothing);
   flow.chunks[index] = sum;
   if (chunk == 0) flow.known[index] = 0;
   else if (near) flow.known[index] = 0.5 * over;

@@ -1,7 +1,7 @@
 // The warpgroup that keeps the running state: a warp has three items of x_a x_b, of the 12 that are not another one's other order, and its part of the rest. Features are made
 // in registers, of 16 tokens at a time, and multiplied with their values by wgmma.
 #pragma once
-#include "pairs/running.cuh"
+#include "pairs/running_chunks.cuh"
 
 namespace linattn_pairs {
 
@@ -10,7 +10,7 @@ template <Pass PASS, int FIRST_WARP = kReaders / 32> struct StateKeeper {
   using T = __nv_bfloat16;
   using E = Element<T>;
   using S = RunShape<PASS>;
-  using Tiles = FeatureTiles<PASS>;
+  using Tiles = FeatureTiles;
   static constexpr bool BACK = PASS == Pass::COLUMNS;
   const int lane, warp, group, place;  // warp: of the four
   // Of a = 2 warp and the one behind with the first block of b, and with the second; of a = 8 + 2 warp and the one behind with the second. In the last: warp 0 has the
@@ -55,60 +55,69 @@ template <Pass PASS, int FIRST_WARP = kReaders / 32> struct StateKeeper {
   __device__ __forceinline__ void make(uint32_t (&of)[4][4], const unsigned char *features, const ChunkNumbers &numbers, const Coefficients &f, int step) {
     const int tile = step / 4 * Tiles::TILE, across = step % 4 << 5;  // the tokens' place in a row
     const uint32_t base = shared_address(features) + tile;
-    const auto word = [&](int a, int far) {
-      return *reinterpret_cast<const uint32_t *>(features + tile + Tiles::WEIGHTED + ((Tile<kKeys>::at(a, 0) + 4 * place) ^ across ^ 16 * far));
-    };
+    uint2 near[2], rear[2];  // two a each
+#pragma unroll
+    for (int second = 0; second < 2; ++second) {
+      const unsigned char *const at = features + Tiles::WEIGHTED + Tiles::by_lanes(2 * warp + second, 16 * step + 2 * place);
+      near[second] = *reinterpret_cast<const uint2 *>(at), rear[second] = *reinterpret_cast<const uint2 *>(at + Tiles::by_lanes(8, 0));
+    }
     uint32_t unit[4];  // rows b, columns tokens
     ldmatrix(unit, base + Tiles::UNITS + (lane_down<kKeys>(lane) ^ across));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t near = word(2 * warp + i % 2, i / 2), rear = word(8 + 2 * warp + i % 2, i / 2);
-      of[0][i] = multiply_two(unit[i / 2 * 2], near), of[1][i] = multiply_two(unit[i / 2 * 2 + 1], near), of[2][i] = multiply_two(unit[i / 2 * 2 + 1], rear);
+      const uint32_t first = i < 2 ? near[i % 2].x : near[i % 2].y, other = i < 2 ? rear[i % 2].x : rear[i % 2].y;
+      of[0][i] = multiply_two(unit[i / 2 * 2], first), of[1][i] = multiply_two(unit[i / 2 * 2 + 1], first), of[2][i] = multiply_two(unit[i / 2 * 2 + 1], other);
       of[3][i] = 0u;
     }
     if (warp == 0) ldmatrix(of[3], base + Tiles::LINES + (lane_down<kKeys>(lane) ^ across));
     if (warp == 1 && group == 0)
 #pragma unroll
       for (int far = 0; far < 2; ++far) of[3][2 * far] = *reinterpret_cast<const uint32_t *>(features + Tiles::CONSTANT + 2 * (16 * step + 8 * far + 2 * place));
-    if (warp == 2) add_masses(unit, numbers, f, step);
+    if (warp == 2) add_masses(unit, base + Tiles::LINES + (lane_down<kKeys>(lane) ^ across), numbers, f, step);
   }
-  // Once the tensor cores are done with what was made before.
+  // The tensor cores are at it while the next 16 tokens' features are made, in the registers of those before.
   __device__ __forceinline__ void multiply(uint32_t (&of)[4][4], uint32_t values, int step) {
     const uint64_t operand = operand_in<kRunValues, true>(values, Tile<kRunValues>::rows_at(step));
     warpgroup_keep(of);
-    warpgroup_wait<0>();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) warpgroup_keep(sums[i]);
     warpgroup_begin();
 #pragma unroll
     for (int i = 0; i < 4; ++i) WarpgroupProduct<T, kRunValues, true>::run(sums[i], of[i], operand, true);
     warpgroup_commit();
+    warpgroup_wait<1>();
   }
   // A chunk's tokens, of whose function f are the numbers.
   __device__ __forceinline__ void add(const unsigned char *features, uint32_t values, const ChunkNumbers &numbers, const Coefficients &f) {
-    uint32_t of[2][4][4];
+#pragma unroll 1  // the code of a block's warpgroups together is more than the caches of instructions hold
+    for (int step = 0; step < kRunTokens / 16; step += 2) {
+      uint32_t of[2][4][4];
 #pragma unroll
-    for (int step = 0; step < kRunTokens / 16; ++step) make(of[step % 2], features, numbers, f, step), multiply(of[step % 2], values, step);
-    warpgroup_wait<0>();
+      for (int i = 0; i < 2; ++i) make(of[i % 2], features, numbers, f, step + i), multiply(of[i % 2], values, step + i);
+      warpgroup_wait<0>();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) warpgroup_keep(sums[i]);
+      for (int i = 0; i < 4; ++i) warpgroup_keep(sums[i]);
+    }
   }
-  __device__ __forceinline__ void add_masses(const uint32_t (&unit)[4], const ChunkNumbers &numbers, const Coefficients &f, int step) {
-    uint32_t weighted[4], weights[2];
+  __device__ __forceinline__ void add_masses(const uint32_t (&unit)[4], uint32_t weighted_unit, const ChunkNumbers &numbers, const Coefficients &f, int step) {
+    uint32_t weighted[4], weights[2] = {E::kOnes, E::kOnes};
+    if constexpr (!BACK) ldmatrix(weighted, weighted_unit);
 #pragma unroll
     for (int far = 0; far < 2; ++far) {
       const float2 two = *reinterpret_cast<const float2 *>(numbers.mass_weight + 16 * step + 8 * far + 2 * place);
       count = fmaf(f.a, two.x + two.y, count);
-      weights[far] = E::pack(f.beta * two.x, f.beta * two.y);
+      if constexpr (BACK) {
+        weights[far] = E::pack(f.beta * two.x, f.beta * two.y);
 #pragma unroll
-      for (int i = 2 * far; i < 2 * far + 2; ++i) weighted[i] = E::pack(E::low(unit[i]) * (f.gamma * two.x), E::high(unit[i]) * (f.gamma * two.y));
+        for (int i = 2 * far; i < 2 * far + 2; ++i) weighted[i] = E::pack(E::low(unit[i]) * (f.gamma * two.x), E::high(unit[i]) * (f.gamma * two.y));
+      }
     }
     E::mma(masses[0], weighted, unit[0], unit[2]), E::mma(masses[1], weighted, unit[1], unit[3]);
-    E::mma(lines, unit, weights[0], weights[1]);
+    if constexpr (BACK) E::mma(lines, unit, weights[0], weights[1]);
+    else E::mma(lines, weighted, weights[0], weights[1]);
   }
 
   // The state as readers take it. Of keys' the mean of the values is taken out, so that small differences survive rounding.
   __device__ __forceinline__ void publish(unsigned char *state, StateMargins &margins) const {
+    const int lane = remade(threadIdx.x) & 31, group = lane >> 2, place = lane & 3;  // made again: registers are short
     if (warp == 1 && group == 0)
 #pragma unroll
       for (int n = 0; n < kRunValues / 8; ++n) *reinterpret_cast<float2 *>(margins.values + 8 * n + 2 * place) = make_float2(sums[3][n][0], sums[3][n][1]);
@@ -123,27 +132,43 @@ template <Pass PASS, int FIRST_WARP = kReaders / 32> struct StateKeeper {
     const float inverse = BACK ? 0.f : margins.inverse_count();
     const uint32_t base = shared_address(state);
     const int near = 2 * warp, b = lane & 7, second = lane >> 3 & 1, piece = lane >> 4;  // of a lane's part in stmatrix
-    store_item(base, 0, row_of(near + second, b), piece, margins.masses[near][group], margins.masses[near + 1][group], margins, inverse);
-    store_item(base, 1, row_of(near + second, 8 + b), piece, margins.masses[near][8 + group], margins.masses[near + 1][8 + group], margins, inverse);
-    if constexpr (PASS != Pass::OUTPUT)  // in the other order as well
-      store_item(base, 1, row_of(8 + b, near + second), piece, margins.masses[near][8 + group], margins.masses[near + 1][8 + group], margins, inverse);
-    store_item(base, 2, row_of(8 + near + second, 8 + b), piece, margins.masses[8 + near][8 + group], margins.masses[9 + near][8 + group], margins, inverse);
-    if (warp == 0) store_item(base, 3, 16 * kRunItems + 8 * second + b, piece, margins.lines[group], margins.lines[group + 8], margins, inverse);
-  }
-  __device__ __forceinline__ void store_item(uint32_t state, int slot, int row, int piece, float mass, float second_mass, const StateMargins &margins, float inverse) const {
+    const auto mass_of = [&](int row, int column) { return make_float2(margins.masses[row][column], margins.masses[row + 1][column]); };
+    const float2 of_items[4] = {mass_of(near, group), mass_of(near, 8 + group), mass_of(8 + near, 8 + group), make_float2(margins.lines[group], margins.lines[group + 8])};
 #pragma unroll
     for (int n = 0; n < kRunValues / 16; ++n) {
-      uint32_t packed[4];
+      float2 means[2];
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const float (&x)[4] = sums[slot][2 * n + t];
-        float2 mean = *reinterpret_cast<const float2 *>(margins.values + 16 * n + 8 * t + 2 * place);
-        mean.x *= inverse, mean.y *= inverse;
-        packed[2 * t] = BACK ? E::pack(x[0], x[1]) : E::pack(x[0] - mean.x * mass, x[1] - mean.y * mass);
-        packed[2 * t + 1] = BACK ? E::pack(x[2], x[3]) : E::pack(x[2] - mean.x * second_mass, x[3] - mean.y * second_mass);
+        means[t] = *reinterpret_cast<const float2 *>(margins.values + 16 * n + 8 * t + 2 * place);
+        means[t].x *= inverse, means[t].y *= inverse;
       }
-      stmatrix(state + Tile<kRunValues>::at(row, 2 * n + piece), packed, lane);
+      const auto store = [&](int slot, int row) {
+        store_block(base + Tile<kRunValues>::at(row, 2 * n + piece), sums[slot][2 * n], sums[slot][2 * n + 1], means, of_items[slot], lane);
+      };
+      store(0, row_of(near + second, b)), store(1, row_of(near + second, 8 + b));
+      if constexpr (PASS != Pass::OUTPUT) store(1, row_of(8 + b, near + second));  // in the other order as well
+      store(2, row_of(8 + near + second, 8 + b));
+      if (warp == 0) store(3, 16 * kRunItems + 8 * second + b);
     }
+    if constexpr (S::HAS_VALUES)
+      if (warp == 1 && group == 0)
+#pragma unroll
+        for (int n = 0; n < kRunValues / 8; ++n) {
+          const float x = sums[3][n][0], y = sums[3][n][1];
+          const uint32_t high = E::pack(x, y), low = E::pack(x - E::low(high), y - E::high(high));
+          *reinterpret_cast<uint32_t *>(state + Tile<kRunValues>::at(kRunRows, n) + 4 * place) = high;
+          *reinterpret_cast<uint32_t *>(state + Tile<kRunValues>::at(kRunRows + 1, n) + 4 * place) = low;
+        }
+  }
+  static __device__ __forceinline__ void store_block(uint32_t to, const float (&left)[4], const float (&right)[4], const float2 (&means)[2], float2 mass, int lane) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      const float (&x)[4] = t ? right : left;
+      packed[2 * t] = BACK ? E::pack(x[0], x[1]) : E::pack(x[0] - means[t].x * mass.x, x[1] - means[t].y * mass.x);
+      packed[2 * t + 1] = BACK ? E::pack(x[2], x[3]) : E::pack(x[2] - means[t].x * mass.y, x[3] - means[t].y * mass.y);
+    }
+    stmatrix(to, packed, lane);
   }
 };
 
@@ -156,25 +181,51 @@ template <Pass PASS> __device__ __forceinline__ void keep_state(const Running &a
   const auto keep_edge = [&](int step) {
     if (float *const edge = PASS == Pass::OUTPUT ? nullptr : at.edge(args, step)) keeper.save(edge);
   };
+  if constexpr (S::HAS_VALUES)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) *reinterpret_cast<uint4 *>(shared + i * S::STATE + kRunRows * kRunValues * 2 + 16 * (threadIdx.x % kKeepers)) = make_uint4(0, 0, 0, 0);
   if (at.has_start) keeper.load(at.start(args)), keeper.publish(shared, margins[0]), keep_edge(0);
+  warpgroup_publish();
+  step_is_here(0);
   const int steps = at.steps();
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
-    warpgroup_publish();
-    __syncthreads();
+    await_chunk(step);
     const int chunk = step / at.heads + 1;
-    if (chunk == at.chunks) continue;  // nobody asks for what is behind the last
-    if (step % at.heads == 0 && numbers[step % 2].kept != 1.f) keeper.scale(numbers[step % 2].kept);
-    keeper.add(shared + S::FEATURES_AT + step % 2 * FeatureTiles<PASS>::BYTES, shared_address(shared) + S::OTHERS_AT + step % 2 * S::OTHERS + S::X, numbers[step % 2],
-               at.coefficients(step));
-    if ((step + 1) % at.heads == 0) keeper.publish(shared + chunk % 2 * S::STATE, margins[chunk % 2]), keep_edge(step + 1);
+    const bool wanted = chunk < at.chunks;  // nobody asks for what is behind the last
+    if (wanted && step % at.heads == 0 && numbers[step % 2].kept != 1.f) keeper.scale(numbers[step % 2].kept);
+    if (wanted)
+      keeper.add(shared + S::FEATURES_AT + step % 2 * FeatureTiles::BYTES, shared_address(shared) + S::OTHERS_AT + step % 2 * S::OTHERS + S::X, numbers[step % 2],
+                 at.coefficients(step));
+    leave_chunk(step, steps);
+    if (step > 0) await_state_left(step - 1);
+    if (wanted && (step + 1) % at.heads == 0) keeper.publish(shared + chunk % 2 * S::STATE, margins[chunk % 2]), keep_edge(step + 1);
+    warpgroup_publish();
+    if (step + 1 < steps) step_is_here(step + 1);
   }
 }
 
-// The state of each segment alone: two warpgroups a block, of which one brings the chunks.
+// The other warpgroups of a block do their work here: whether this one was among them.
+template <Pass PASS> __device__ __forceinline__ bool helps_readers(const Running &args, const RunPlace<PASS> &at, unsigned char *shared) {
+  using S = RunShape<PASS>;
+  if (threadIdx.x < kReaders) {
+    take_registers<kReaderRegisters>();
+    return false;
+  }
+  if (threadIdx.x < kReaders + kKeepers) {
+    take_registers<kKeeperRegisters>();
+    keep_state<PASS>(args, at, shared);
+  } else {
+    bring_chunks<PASS, true>(args, at, shared_address(shared), shared + S::FEATURES_AT, reinterpret_cast<ChunkNumbers *>(shared + S::NUMBERS_AT),
+                             threadIdx.x - kReaders - kKeepers);
+  }
+  return true;
+}
+
+// The state of each segment alone: two warpgroups a block.
 template <Pass PASS> struct SumsOfSegments {
   using S = RunShape<PASS>;
-  static constexpr int FEATURES_AT = 2 * S::OTHERS, NUMBERS_AT = FEATURES_AT + 2 * FeatureTiles<PASS>::BYTES, SHARED = NUMBERS_AT + 2 * sizeof(ChunkNumbers);
+  static constexpr int FEATURES_AT = 2 * S::OTHERS, NUMBERS_AT = FEATURES_AT + 2 * FeatureTiles::BYTES, SHARED = NUMBERS_AT + 2 * sizeof(ChunkNumbers);
 };
 template <Pass PASS> __global__ void __launch_bounds__(kReaders, 2) running_sums_kernel(const __grid_constant__ Running args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -187,31 +238,17 @@ template <Pass PASS> __global__ void __launch_bounds__(kReaders, 2) running_sums
   const uint32_t base = shared_address(shared) - S::OTHERS_AT;
   unsigned char *const features = shared + SumsOfSegments<PASS>::FEATURES_AT;
   ChunkNumbers *const numbers = reinterpret_cast<ChunkNumbers *>(shared + SumsOfSegments<PASS>::NUMBERS_AT);
-  if (thread < kKeepers) {
-    give_registers<kRunBringerRegisters>();
-    NumbersOnWay<PASS, 2> on_way;
-    const auto bring = [&](int step) {
-      fetch_step<PASS, false, kKeepers>(args, at, base, step, thread);
-      on_way.load(args, at, step, thread);
-      on_way.store(numbers[step % 2], features + step % 2 * FeatureTiles<PASS>::BYTES, at, step, thread);
-    };
-    bring(0);
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      copy_wait<0>();
-      warpgroup_publish();
-      __syncthreads();
-      if (step + 1 < steps) bring(step + 1);
-    }
+  if (thread < kBringers) {
+    bring_chunks<PASS, false>(args, at, base, features, numbers, thread);
     return;
   }
   take_registers<kKeeperRegisters>();
-  StateKeeper<PASS, kKeepers / 32> keeper;
+  StateKeeper<PASS, kBringers / 32> keeper;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     __syncthreads();
     if (step % at.heads == 0) keeper.scale(numbers[step % 2].kept);
-    keeper.add(features + step % 2 * FeatureTiles<PASS>::BYTES, base + S::OTHERS_AT + step % 2 * S::OTHERS + S::X, numbers[step % 2], at.coefficients(step));
+    keeper.add(features + step % 2 * FeatureTiles::BYTES, base + S::OTHERS_AT + step % 2 * S::OTHERS + S::X, numbers[step % 2], at.coefficients(step));
   }
   keeper.save(at.start(args));
 #endif

@@ -292,6 +292,15 @@ def test_one_pass_reads_no_padding(hopper_kernels, monkeypatch):
     no_padding_is_read(one_pass(monkeypatch, decay="key_token", segments="mask", length=1030)[0])
 
 
+def test_one_pass_where_a_decay_leaves_next_to_nothing(hopper_kernels, monkeypatch):
+    """Behind the last real token the state falls below float32's normal numbers, whose inverse is infinite."""
+    _, inputs, _ = one_pass(monkeypatch, heads=3, key_heads=3, decay="key_head", segments="mask", length=1100)
+    inputs[4] = -torch.tensor([0.22, 0.33, 0.57])  # 2^-128 to 2^-149 is left at the beginning of some chunk
+    inputs[5] = inputs[6] = torch.where(torch.arange(1100) < 600, 1, -1)[None].int()
+    out, mass, _ = cuda.forward(Call(*inputs), False)
+    assert torch.isfinite(out).all() and torch.isfinite(mass).all() and not out[:, :, 600:].any()
+
+
 def test_one_pass_in_any_order_of_warps(hopper_kernels, monkeypatch):
     _, inputs, upstream = one_pass(monkeypatch, length=1030, decay="key_token", strengths=(0.01,))
     first, second = (run(cuda, inputs, upstream, False) for _ in range(2))
