@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from . import joined, waves
+from . import activations, joined, waves
 
 logger = logging.get_logger(__name__)
 KEPT = 4
@@ -85,11 +85,13 @@ def compile_graph(backend: Callable[..., Any], graph: Any, inputs: list[Any], jo
 
 
 def improved(backend: Callable[..., Any], graph: Any, inputs: list[Any], joins: bool) -> Callable[..., Any]:
-    """Of a graph in which waves are made once: joined matrices, and small kernels that do not wait for one another as one, which saves
-    three a layer; each left out where a backend fails at it."""
+    """Of a graph in which waves and activations are made once, with joined matrices and with small kernels that do not wait for one another
+    as one, which saves three a layer; each left out where a backend fails at it."""
     from torch._inductor import config
 
     waves.make_once(graph)
+    if multiplies_one_row(graph):
+        activations.make_once(graph)
     if joins and (one := joined.join(graph, inputs)) is not None:
         for combo_kernels in (True, False):
             with suppress(Exception), config.patch(combo_kernels=combo_kernels):  # of whichever kind a code generator's bug is

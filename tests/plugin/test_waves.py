@@ -6,7 +6,7 @@ from compiling import TOKENS, converted, generate_compiled
 from generating import generate
 from tiny_models import tiny_tokens
 
-from hf_linattn import captured, waves
+from hf_linattn import captured, made, waves
 
 MADE = torch.ops.linattn.made.default
 
@@ -22,7 +22,7 @@ def graphs(monkeypatch):
         changed.append(graph)
         return captured.Captured(backend(graph, inputs))
 
-    monkeypatch.setattr(waves, "_is_on_gpu", lambda node: True)
+    monkeypatch.setattr(made, "is_on_gpu", lambda node: True)
     monkeypatch.setattr(captured, "the_gpu", lambda now: None)
     monkeypatch.setattr(captured, "compile_graph", compile_graph)
     return changed
@@ -41,8 +41,8 @@ def test_the_same_tokens(name, graphs):
 
 def test_they_are_made_behind_what_each_layer_would_make_again(graphs):
     generate_compiled(converted(layers=3, decay="head"), tiny_tokens())
-    for made in made_in(graphs[0]):
-        assert [user.target for user in made.users] == ["unsqueeze"] * 3
+    for node in made_in(graphs[0]):
+        assert [user.target for user in node.users] == ["unsqueeze"] * 3
 
 
 def test_a_wave_that_is_the_result_itself(graphs):

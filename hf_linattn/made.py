@@ -1,0 +1,48 @@
+"""An operator that Inductor does not look through, `linattn::made`: what it is given is made once, and lies in memory from then on.
+
+Inductor makes again whatever is quick to make, in every kernel that asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+_library = torch.library.Library("linattn", "FRAGMENT")
+_library.define("made(Tensor x) -> Tensor")
+_library.impl("made", lambda x: x.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake("linattn::made", torch.empty_like)
+
+
+def make_once(graph: GraphModule, node: Node) -> None:
+    """Puts the operator behind a node."""
+    _tell_inductor()
+    with graph.graph.inserting_after(node):
+        made = graph.graph.call_function(torch.ops.linattn.made.default, (node,))
+    made.meta["example_value"] = value_of(node)
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)  # type: ignore[misc]
+
+
+@functools.cache
+def _tell_inductor() -> None:
+    """That nothing is to be copied."""
+    from torch._inductor import lowering
+
+    @lowering.register_lowering(torch.ops.linattn.made.default, type_promotion_kind=None)
+    def made(x: Any) -> Any:
+        x.realize()
+        return x
+
+
+def value_of(node: Node) -> Any:
+    """What Dynamo knows of a node's value."""
+    return node.meta.get("example_value")
+
+
+def is_on_gpu(node: Node) -> bool:
+    value = value_of(node)
+    return isinstance(value, Tensor) and value.is_cuda

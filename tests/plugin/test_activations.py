@@ -1,0 +1,59 @@
+"""What a matrix meets with one row is made once where it holds an activation, and the tokens are the same."""
+
+import pytest
+import torch
+from compiling import TOKENS, converted, generate_compiled
+from generating import generate
+from tiny_models import tiny_tokens
+
+from hf_linattn import captured, made
+
+MADE = torch.ops.linattn.made.default
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Those that were changed, as on a GPU."""
+    torch._dynamo.reset()
+    changed = []
+
+    def compile_graph(backend, graph, inputs, joins):
+        changed.append(graph)
+        return captured.improved(backend, graph, inputs, joins)
+
+    monkeypatch.setattr(made, "is_on_gpu", lambda node: True)
+    monkeypatch.setattr(captured, "the_gpu", lambda now: None)
+    monkeypatch.setattr(captured, "compile_graph", compile_graph)
+    return changed
+
+
+def made_before_products(graph):
+    return [node for node in graph.graph.nodes if node.target is MADE and any(user.target is torch._C._nn.linear for user in node.users)]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "phi"])
+def test_the_same_tokens_of_one_sequence(name, graphs):
+    model, ids = converted(name, decay="head"), tiny_tokens(1)
+    assert torch.equal(generate_compiled(model, ids), generate(model, ids, **TOKENS))
+    assert len(made_before_products(graphs[0])) == (2 if name in ("llama", "gpt_neox") else len(made_before_products(graphs[0])))
+
+
+def test_of_several_sequences_nothing_is(graphs):
+    model, ids = converted(decay="head"), tiny_tokens(2)
+    assert torch.equal(generate_compiled(model, ids), generate(model, ids, **TOKENS))
+    assert not made_before_products(graphs[0])
+
+
+def test_inductor_copies_nothing(monkeypatch):
+    """Beside what is made there is one loop for the product, which does not make it again."""
+    torch._dynamo.reset()
+    made._tell_inductor()
+    gate, up, matrix = torch.randn(1, 64), torch.randn(1, 64), torch.randn(32, 64)
+
+    def product(gate, up, matrix):
+        return (torch.ops.linattn.made(torch.nn.functional.silu(gate) * up) * matrix).sum(-1)
+
+    with torch.no_grad():
+        out, (code,) = torch._inductor.utils.run_and_get_code(torch.compile(product), gate, up, matrix)
+    torch.testing.assert_close(out, product(gate, up, matrix))
+    assert "linattn.made" not in code and code.count(".exp(") + code.count("exp_") <= 2
