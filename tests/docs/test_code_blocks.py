@@ -67,12 +67,7 @@ def given(page: Path) -> dict[str, Any]:
     if page != ROOT / "README.md":
         return {}
     query, key, value = torch.randn(3, 1, 2, 8, 16)
-    return {
-        "query": query,
-        "key": key,
-        "value": value,
-        "rates": torch.tensor([-0.5, -0.1]),
-    }
+    return {"query": query, "key": key, "value": value}
 
 
 @pytest.mark.parametrize("page", pages("python"))
