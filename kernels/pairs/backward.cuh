@@ -3,7 +3,7 @@
 //   dv_n = sum_i (P_in / g_i) w_i,   dk^_n = sum_i dA_in slope_in q_i,   dq_i = sum_n dA_in slope_in r_n k_n
 // With gates A_in is P_in times the pair's, and so is its gradient's every use; the sums of A_in dA_in, by rows and by columns, are what the decay's gradient is made of.
 #pragma once
-#include "pairs/gates.cuh"
+#include "pairs/reach.cuh"
 
 namespace linattn_pairs {
 

@@ -181,7 +181,18 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
   const int64_t begin = static_cast<int64_t>(tile_number) * kRows;
   const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(kRows)));
   const int64_t seen = min(p.length, (begin / args.chunk + 1) * args.chunk);  // queries up to there, of the tokens' own chunk
-  const int first_tile = p.causal ? static_cast<int>(begin / kKeys) : 0, tiles = static_cast<int>((seen + kKeys - 1) / kKeys) - first_tile, iterations = tiles * heads;
+  const int first_tile = p.causal ? static_cast<int>(begin / kKeys) : 0;
+  int tile_end = static_cast<int>((seen + kKeys - 1) / kKeys);
+  if constexpr (GATED) {
+    const int behind = min(static_cast<int>((begin + kRows) / kKeys), tile_end);
+    int reached = behind;
+    for (int i = 0; i < heads; ++i) {
+      const GateReader decay(args.gates, p, true, batch, first_head + i, begin + rows - 1);
+      reached = max(reached, queries_in_reach(p, decay, first_head + i, 1, begin + rows - 1, behind, tile_end).find());
+    }
+    tile_end = reached;
+  }
+  const int tiles = tile_end - first_tile, iterations = tiles * heads;
   const bool has_state = seen < p.length;  // of the queries behind
   const auto gates_of = [&](bool queries, int iteration) { return GateReader(args.gates, p, queries, batch, first_head + iteration / tiles, begin + rows - 1); };
   const auto first_of = [&](int iteration) { return static_cast<int64_t>(first_tile + iteration % tiles) * kKeys; };

@@ -161,10 +161,11 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
   const int batch = pair / p.query_heads, head = pair % p.query_heads, key_head = head / (p.query_heads / p.key_heads), pieces = pieces_of<K, V>(p);
   const int64_t begin = static_cast<int64_t>(tile_number) * kRows;
   const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(kRows)));
-  const int first_tile = static_cast<int>(begin / args.chunk * args.chunk / kKeys), tiles = static_cast<int>(((p.causal ? begin + rows : p.length) + kKeys - 1) / kKeys);
   const T *const keys = head_of<const T>(p.key, batch, key_head), *const values = head_of<const T>(p.value, batch, key_head);
   const float *const key_scale = args.key_scale + (static_cast<int64_t>(batch) * p.key_heads + key_head) * args.padded;
   const GateReader own_gates(args.gates, p, true, batch, head, begin - 1), key_gates(args.gates, p, false, batch, head, begin - 1);
+  const int of_chunk = static_cast<int>(begin / args.chunk * args.chunk / kKeys), first_tile = GATED ? keys_in_reach(p, key_gates, head, begin, of_chunk).find() : of_chunk;
+  const int tiles = static_cast<int>(((p.causal ? begin + rows : p.length) + kKeys - 1) / kKeys);
   GateCopy on_way;
   const auto fetch = [&](int tile) {
     const int64_t first = static_cast<int64_t>(tile) * kKeys;
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kGradientThreads, GradientShape<K, V, GATED>::
   int32_t low = 0, high = 0;
   if constexpr (GATED) {
     range_of_runs<kGradientThreads>(*others, own_gates, begin, rows, low, high, thread);
-    on_way.store(*others, false, 0, low, high, thread);
+    on_way.store(*others, false, first_tile % kStages, low, high, thread);
   }
   copy_wait<0>();
   __syncthreads();

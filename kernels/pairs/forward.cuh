@@ -1,6 +1,6 @@
 // Every pair of tokens by mma.sync, a warp 32 of a block's queries.
 #pragma once
-#include "pairs/gates.cuh"
+#include "pairs/reach.cuh"
 
 namespace linattn_pairs {
 
@@ -234,16 +234,16 @@ __global__ void __launch_bounds__(kForwardThreads, ForwardShape<T, K, V, GATED>:
   const Copy copy(args, own, key_tiles);
   copy_tile<K, kRows, kForwardThreads>(row_tile, head_of<const T>(p.query, own.batch, own.head) + own.begin * p.query.token_stride, p.query.token_stride, own.rows, thread,
                                        pieces_of<K, V>(p));
-  const int first_tile = static_cast<int>(own.begin / args.chunk * args.chunk / kKeys);
+  const GateReader queries(args.gates, p, true, own.batch, own.head, own.begin - 1), keys(args.gates, p, false, own.batch, own.head, own.begin - 1);
+  const int of_chunk = static_cast<int>(own.begin / args.chunk * args.chunk / kKeys), first_tile = GATED ? keys_in_reach(p, keys, own.head, own.begin, of_chunk).find() : of_chunk;
   copy.start(first_tile, thread);
   copy_commit();
-  const GateReader queries(args.gates, p, true, own.batch, own.head, own.begin - 1), keys(args.gates, p, false, own.batch, own.head, own.begin - 1);
   GateCopy on_way;
   int32_t low = 0, high = 0;
   if constexpr (GATED) {
     range_of_runs<kForwardThreads>(*others, queries, own.begin, own.rows, low, high, thread);
     on_way.load(keys, static_cast<int64_t>(first_tile) * kKeys, thread);
-    on_way.store(*others, false, 0, low, high, thread);
+    on_way.store(*others, false, first_tile % kStages, low, high, thread);
   }
   copy_wait<0>();
   __syncthreads();

@@ -35,7 +35,7 @@ struct GateReader {
              : queries       ? p.query_segments + batch * p.query_segments_stride
                              : p.key_segments + batch * p.key_segments_stride),
         length(p.length), edge_token(edge_token), queries(queries) {}
-  __device__ __forceinline__ double edge() const { return decay && edge_token >= 0 ? decay[edge_token] : 0.0; }  // R
+  __device__ __forceinline__ double edge() const { return edge_token >= 0 ? sum_of(edge_token) : 0.0; }  // R
   __device__ __forceinline__ double sum_of(int64_t token) const { return decay && token < length ? decay[token] : 0.0; }
   __device__ __forceinline__ int32_t run_of(int64_t token) const { return token >= length ? 0 : runs ? max(runs[token], 0) : 1; }
 };

@@ -200,9 +200,13 @@ template <int K, int V, bool GATED> __device__ __forceinline__ void group_column
   const GateReader key_gates(args.gates, p, false, batch, first_head, begin + rows - 1), query_gates(args.gates, p, true, batch, first_head, begin + rows - 1);
 
   int tile_begin = p.causal ? static_cast<int>(begin / kKeys) : 0, tile_end = static_cast<int>((seen + kKeys - 1) / kKeys);
-  int32_t low = 0, high = 0;
-  if constexpr (GATED) find_runs<S::THREADS>(others, key_gates, query_gates, begin, rows, tile_begin, tile_end, low, high, thread);
   const int behind = p.causal ? min(tile_end, static_cast<int>((begin + S::TOKENS) / kKeys)) : tile_begin;
+  int32_t low = 0, high = 0;
+  auto reach = queries_in_reach(p, query_gates, first_head, heads, begin + rows - 1, behind, tile_end);
+  if constexpr (GATED) {
+    find_runs<S::THREADS>(others, key_gates, query_gates, begin, rows, tile_begin, tile_end, low, high, thread);
+    tile_end = min(tile_end, reach.find());
+  }
   const Walk walk{max(behind, tile_begin), tile_end, tile_begin, behind, heads};
 
   if (thread >= S::OWNERS) {

@@ -186,7 +186,9 @@ template <int K, int V, bool GATED> __device__ __forceinline__ void group_rows(c
 
   int tile_begin = static_cast<int>(begin / args.chunk * args.chunk / kKeys), tile_end = static_cast<int>(((p.causal ? begin + rows : p.length) + kKeys - 1) / kKeys);
   int32_t low = 0, high = 0;
+  auto reach = keys_in_reach(p, key_gates, head, begin, tile_begin);
   if constexpr (GATED) find_runs<S::THREADS>(others, query_gates, key_gates, begin, rows, tile_begin, tile_end, low, high, thread);
+  if constexpr (GATED) tile_begin = max(tile_begin, reach.find());
   const int before = p.causal ? max(tile_begin, static_cast<int>(begin / kKeys)) : tile_end;
   const Walk walk{tile_begin, min(before, tile_end), before, tile_end, 1};
 

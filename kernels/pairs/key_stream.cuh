@@ -5,7 +5,7 @@
 #include "tile/bulk.cuh"
 #include "tile/gates.cuh"
 #include "tile/warpgroup.cuh"
-#include "pairs/gates.cuh"
+#include "pairs/reach.cuh"
 
 namespace linattn_pairs {
 

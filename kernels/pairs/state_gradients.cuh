@@ -264,6 +264,15 @@ template <int K, int V, bool KEYS> __global__ void __launch_bounds__(kGradientTh
   const float *const columns = args.columns + record * S::FLOATS;
   const uint32_t base = shared_address(shared);
   const linattn_tensor &own = KEYS ? p.key : p.query, &other = KEYS ? p.value : g.grad_out, &result = KEYS ? g.grad_key : g.grad_query;
+  const int query_head = KEYS ? head * (p.query_heads / p.key_heads) : head;
+  if (is_out_of_reach(g, !KEYS, batch, query_head, KEYS ? p.query_heads / p.key_heads : 1, begin, rows)) {
+    zero_rows(head_of<T>(result, batch, head) + begin * result.token_stride, result.token_stride, rows, pieces, thread, kGradientThreads);
+    if constexpr (KEYS) zero_rows(head_of<T>(g.grad_value, batch, head) + begin * g.grad_value.token_stride, g.grad_value.token_stride, rows, V / 8, thread, kGradientThreads);
+    float *const sums = KEYS ? g.column_sums : g.row_sums;
+    if (sums && thread < rows) sums[static_cast<int64_t>(pair) * p.length + begin + thread] = 0.f;
+    if (!KEYS && thread < 3) g.partials[(static_cast<int64_t>(pair) * g.parts + g.row_tiles + tile) * 3 + thread] = 0.f;
+    return;
+  }
   StateStages<K, V, H> stages{args.rows + record * S::ROWS * V, columns, base, thread};
   copy_tile<K, H::TOKENS, kGradientThreads>(base, head_of<const T>(own, batch, head) + begin * own.token_stride, own.token_stride, rows, thread, pieces);
   copy_tile<V, H::TOKENS, kGradientThreads>(base + H::OWN, head_of<const T>(other, batch, head) + begin * other.token_stride, other.token_stride, rows, thread);
@@ -272,7 +281,6 @@ template <int K, int V, bool KEYS> __global__ void __launch_bounds__(kGradientTh
   for (int i = 0; i < H::STAGES - 1; ++i) stages.fetch();
   copy_wait<H::STAGES - 1>();
   __syncthreads();
-  const int query_head = KEYS ? head * (p.query_heads / p.key_heads) : head;
   if (p.key_segments) {
     const GateReader own_gates(g.gates, p, !KEYS, batch, query_head, begin);
     zero_own_padding<K, kGradientThreads, H::TOKENS>(shared, own_gates, begin, thread);

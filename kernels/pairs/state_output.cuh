@@ -127,6 +127,11 @@ template <int K, int V> __global__ void __launch_bounds__(kGradientThreads, 1) s
   const int rows = static_cast<int>(min(p.length - begin, static_cast<int64_t>(H::TOKENS)));
   const int64_t record = (static_cast<int64_t>(batch) * p.key_heads + key_head) * args.chunks + begin / g.chunk;
   const float *const columns = args.columns + record * S::FLOATS;
+  if (is_out_of_reach(g, true, batch, head, 1, begin, rows)) {
+    zero_rows(head_of<T>(args.out, batch, head) + begin * args.out.token_stride, args.out.token_stride, rows, V / 8, thread, kGradientThreads);
+    if (thread < rows) args.mass[static_cast<int64_t>(pair) * p.length + begin + thread] = 0.f;
+    return;
+  }
   const uint32_t base = shared_address(shared);
   StateStages<K, V, H> stages{args.rows + record * S::ROWS * V, columns, base, thread};
   copy_tile<K, H::TOKENS, kGradientThreads>(base, head_of<const T>(p.query, batch, head) + begin * p.query.token_stride, p.query.token_stride, rows, thread, pieces_of<K, V>(p));

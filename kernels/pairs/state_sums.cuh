@@ -67,6 +67,19 @@ __device__ __forceinline__ float kept_of(const Gradients &g, int batch, int head
   return runs && abs(runs[edge]) != abs(runs[last]) ? 0.f : exp2_fast(fminf(static_cast<float>(gates.sum_of(last) - gates.edge()), 0.f));
 }
 
+// Whether nothing of what lies beyond their chunk's edge is left to the tokens from `begin` on, of one chunk. head, heads: those whose state it is.
+__device__ __forceinline__ bool is_out_of_reach(const Gradients &g, bool queries, int batch, int head, int heads, int64_t begin, int rows) {
+  const linattn_problem &p = g.problem;
+  if (!p.log_decay) return false;
+  const int64_t chunk_begin = begin / g.chunk * g.chunk, edge = queries ? chunk_begin - 1 : min(chunk_begin + g.chunk, p.length) - 1;
+  const GateReader gates(g.gates, p, queries, batch, head, edge);
+  return !reaches(p, Least(p, head), head, heads, queries ? gates.edge() - gates.sum_of(begin) : gates.sum_of(begin + rows - 1) - gates.edge());
+}
+// What such tokens get.
+template <typename T> __device__ __forceinline__ void zero_rows(T *rows, int64_t stride, int count, int pieces, int thread, int threads) {
+  for (int index = thread; index < count * pieces; index += threads) *reinterpret_cast<uint4 *>(rows + index / pieces * stride + index % pieces * 8) = make_uint4(0, 0, 0, 0);
+}
+
 // Unit vectors of 64 tokens, rounded, by their numbers, and what they are multiplied by. Zero in padding and behind the last token.
 template <int K, int V, bool QUERIES> __global__ void __launch_bounds__(kKeys * 2) across_kernel(const __grid_constant__ StateArguments args) {
   using T = __nv_bfloat16;
@@ -293,15 +306,27 @@ template <int K, int V, bool QUERIES> struct SumsOf {
   const StateArguments &args;
   const linattn_problem &p;
   const int pair, chunk, batch, key_head, heads;
-  const int64_t begin;
-  const int steps;
+  int64_t begin;
+  int steps;
   T *const rows;
   float *const sums;
 
   __device__ __forceinline__ SumsOf(const StateArguments &args, int number)
       : args(args), p(args.of.problem), pair(number / args.chunks), chunk(number % args.chunks), batch(pair / p.key_heads), key_head(pair % p.key_heads),
         heads(QUERIES ? p.query_heads / p.key_heads : 1), begin(chunk * args.of.chunk), steps(static_cast<int>((min(p.length - begin, args.of.chunk) + kKeys - 1) / kKeys)),
-        rows(args.rows + static_cast<int64_t>(number) * S::ROWS * V), sums(args.sums + static_cast<int64_t>(number) * S::FLOATS) {}
+        rows(args.rows + static_cast<int64_t>(number) * S::ROWS * V), sums(args.sums + static_cast<int64_t>(number) * S::FLOATS) {
+    leave_out_of_reach();
+  }
+  // Tiles of which a decay leaves nothing at the chunk's edge, the first ones of keys and the last ones of queries.
+  __device__ __forceinline__ void leave_out_of_reach() {
+    if (!p.log_decay || is_idle()) return;
+    const int together = p.query_heads / p.key_heads, first = static_cast<int>(begin / kKeys);
+    const GateReader decay(args.of.gates, p, QUERIES, batch, key_head * together, begin);
+    const int64_t edge = QUERIES ? begin - 1 : begin + args.of.chunk - 1;
+    const int found = Reach<!QUERIES, GateReader>(p, decay, edge, key_head * together, together, first, first + steps).find();
+    if constexpr (QUERIES) steps = found - first;
+    else steps -= found - first, begin = static_cast<int64_t>(found) * kKeys;
+  }
   __device__ __forceinline__ bool is_idle() const { return chunk == (QUERIES ? 0 : args.chunks - 1); }  // nobody asks
   __device__ __forceinline__ Coefficients coefficients(int head) const {
     Coefficients f(p, QUERIES ? key_head * heads + head : 0);

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accuracy_bar import assert_bars, assert_first_tokens_have_their_values, compare, operator_case, paths_of, run
 from emulation import build
+from reach_cases import assert_far_tokens_are_met, assert_far_tokens_are_not_met
 from step_cases import KINDS, check_step
 
 from hf_linattn.forms import Call, feature_map
@@ -254,6 +255,19 @@ def test_gradients_of_the_second_degree_in_float16(kernels, kind):
 ], ids=str)  # fmt: skip
 def test_gradients_of_pairs(kernels, kind):
     check(torch.bfloat16, ("pairs", "pairs"), degree=2, **kind)
+
+
+@pytest.mark.parametrize("kind", [
+    {}, {"decay": "query_head", "segments": "left"}, {"decay": "query_token", "head_dim": 32, "value_dim": 64},
+    {"length": 4096, "heads": 1, "head_dim": 32, "value_dim": 32},
+], ids=str)  # fmt: skip
+def test_what_a_decay_leaves_nothing_of_is_not_met(kernels, kind):
+    assert_far_tokens_are_not_met(**kind)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_where_weights_may_vanish_every_key_is_met(kernels, normalize):
+    assert_far_tokens_are_met(normalize)
 
 
 LONG = {"length": 3600, "head_dim": 32, "value_dim": 32, "heads": 1}  # eight chunks, the last one ragged

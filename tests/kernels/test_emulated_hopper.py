@@ -11,6 +11,7 @@ import pytest
 import torch
 from accuracy_bar import assert_bar, assert_first_tokens_have_their_values, compare, operator_case, run
 from emulation import build
+from reach_cases import assert_far_tokens_are_met, assert_far_tokens_are_not_met
 
 from hf_linattn.ops import chunked, cuda
 from hf_linattn.ops.call import Call
@@ -234,6 +235,26 @@ def test_gradients_of_functions_of_any_size(hopper_kernels, numbers):
 def test_gradients_that_stay_with_mma_sync(hopper_kernels, kind):
     """A key has no one factor beside grouped keys and a decay of each query head, and tiles of some widths have no kernel."""
     check_gradients(warpgroups=False, **kind)
+
+
+@pytest.mark.parametrize("kind", [
+    {}, {"segments": "left"}, {"decay": "key_token", "head_dim": 32, "value_dim": 64},
+    {"length": 4096, "heads": 1, "head_dim": 32, "value_dim": 32},
+], ids=str)  # fmt: skip
+def test_what_a_decay_leaves_nothing_of_is_not_met(hopper_kernels, kind):
+    assert_far_tokens_are_not_met(**kind)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_where_weights_may_vanish_every_key_is_met(hopper_kernels, normalize):
+    assert_far_tokens_are_met(normalize)
+
+
+def test_long_sequences_whose_decay_forgets(hopper_kernels):
+    """Of chunks, their sums and what is read of states, most is out of reach."""
+    shape = {"length": 3600, "heads": 1, "head_dim": 32, "value_dim": 32}
+    check_gradients(**shape, decay="key_token", strengths=(1.0, 0.02))
+    check_gradients(**shape | {"heads": 2}, decay="key_head", segments="middle")
 
 
 # ---- one pass over 16 features

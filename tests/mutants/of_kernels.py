@@ -42,5 +42,7 @@ MUTANTS = [
         ("a plan of padded rows launched with others", "kernels/plan.cu", "engine.engine == plan.engine && plan.padded_dim == 0",
          "engine.engine == plan.engine",
          "kernels/test_emulated_padding.py::test_a_plan_of_padded_rows_is_not_launched_with_others"),
+        ("a reach of scores without a bound", "kernels/pairs/reach.cuh", "p.normalize_qk && least", "least",
+         "kernels/test_emulated.py::test_where_weights_may_vanish_every_key_is_met"),
     ),
 ]  # fmt: skip
