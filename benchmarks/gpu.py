@@ -114,17 +114,31 @@ def dtype_rows(bandwidth: float) -> Iterator[Row]:
             yield row_of(name, case, measure(partial(ours, **options), case, bandwidth))
 
 
+def decays_of_key_heads(key_heads: int) -> dict[str, Tensor]:
+    """Their log, by name. The second degree does not meet keys of which a decay leaves nothing: those beyond 260 tokens or more of the
+    first decay, none of the slow one; the third is what layers of a model of 2,048 positions start with."""
+    rates = {
+        "": -0.1 * torch.rand(key_heads), ", a slow decay": torch.full((key_heads,), -1e-4),
+        ", decays as layers start": -1 / (1.5 * (2048 / 1.5) ** torch.linspace(0, 1, key_heads)),
+    }  # fmt: skip
+    return {name: rate.cuda() for name, rate in rates.items()}
+
+
 def converted_rows(bandwidth: float) -> Iterator[Row]:
     """What converted models run: the second degree beside a decay a key head, of whole keys or of learned features, and softmax."""
     for shape, key_heads in (((8, 32, 2048, 64), 32), ((16, 9, 1024, 64), 3), ((4, 32, 8192, 64), 8), ((1, 32, 32768, 64), 32)):
         batch, heads, length, _ = shape
-        rate = -0.1 * torch.rand(key_heads, device="cuda")
+        decays = decays_of_key_heads(key_heads)
+        rate, slow = decays[""], decays[", a slow decay"]
         packed = (torch.arange(length, device="cuda") // 400 + 1).expand(batch, -1).contiguous()
         padded = (torch.arange(length, device="cuda") < length - 100).int().expand(batch, -1).contiguous()
         second = partial(ours, c=0.5, log_decay=rate)
         forms: dict[str, tuple[Form, int | None]] = {
-            "second degree": (second, None), "second degree, packed by 400": (partial(second, segment_ids=packed), None),
-            "second degree, padded": (partial(second, segment_ids=padded), None), "second degree of 32 features": (second, 32),
+            **{f"second degree{name}": (partial(ours, c=0.5, log_decay=decay), None) for name, decay in decays.items()},
+            "second degree, packed by 400": (partial(second, segment_ids=packed), None),
+            "second degree, padded": (partial(second, segment_ids=padded), None),
+            "second degree, padded, a slow decay": (partial(ours, c=0.5, log_decay=slow, segment_ids=padded), None),
+            "second degree of 32 features": (second, 32),
             "second degree of 16 features": (second, 16),
             "second degree of 16 features, behind a window of 64": (partial(second, lag=64), 16),
             "first degree": (partial(ours, log_decay=rate), None),
@@ -246,6 +260,8 @@ def page(about: dict, sections: dict[str, list[Row]], libraries: dict[str, str])
         "bfloat16 where nothing else is said, causal. Medians of CUDA graph replays, as multiples of the memory-traffic floor and of "
         "cuDNN's softmax (bfloat16, no decay) in the same run, and of eager calls, forward · forward+backward; the peak of what these "
         f"add, in tensors. {conditions}.",
+        "A decay has time constants of 10 tokens and more where it is not said to be slow (10,000) or what layers start with (1.5 to 2,048 "
+        "in equal ratios): beside the second degree times go by it, since keys of which it leaves nothing are not met.",
         *([BESIDE_FLA] if "FLA" in libraries else []),
     ]
     if libraries:
