@@ -195,12 +195,11 @@ __global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_B
   const int of_chunk = static_cast<int>((STATE ? chunk * State<K>::CHUNK : own.begin / args.chunk * args.chunk) / kKeys);
   const KeyStream<K, V, GATES> keys(args, maps, own, shared);
   const RateReader queries(args.gates, p, true, own.batch, own.head, own.begin + kRows / 2 * (thread / (kGroupThreads / 2)) - 1);
-  auto reach = keys_in_reach(p, queries, own.head, own.begin, of_chunk);
-  OutputWalk<T, K, V, GATES> walk{keys, p, of_chunk, own.tiles, of_chunk};
+  const int first = GATES == DECAY ? keys_in_reach(p, queries, own.head, own.begin, of_chunk).find() : of_chunk;  // beside runs it would be one more wait
+  OutputWalk<T, K, V, GATES> walk{keys, p, first, own.tiles, first};
   if (thread == 0) keys.make_barriers(own.rows > kRows / 2 ? 8 : 4);
   const bool by_state = STATE && chunk > 0;
   if constexpr (GATES == RUNS) walk.look(own, queries, thread);
-  if constexpr (GATES != NO_GATES) walk.first = max(walk.first, reach.find());
   if (thread == 0 && !by_state) walk.start();
   if constexpr (GATES == DECAY) walk.look(own, queries, thread);
   const Numbers numbers(p, own.head);

@@ -9,27 +9,28 @@ namespace linattn_pairs {
 
 constexpr float kNothing = 0x1p-24f;  // in float32
 
-// Of a query head: what a decay leaves of a key at the least is `some` / `of`, without a division, which blocks would wait for.
+// What a decay leaves of a key, at the least, that is in reach of a query head: `some` / `of`, without a division, which blocks would wait for.
 struct Least {
-  float some = 0.f, of = 0.f;
+  float some = 0.f, of = 1.f;  // everything is
   __device__ __forceinline__ Least() {}
   __device__ __forceinline__ Least(const linattn_problem &p, int head) {
     const float *const of_head = p.coefficients + head;
     const float a = of_head[0], b = of_head[p.query_heads], c = of_head[2 * p.query_heads], most_of_s = of_head[3 * p.query_heads];
     const bool inside = c > 0.f && fabsf(b) < 2.f * c * most_of_s;  // f is least at -b / 2c, where it is (4 a c - b^2) / 4c
     const float unit = inside ? 4.f * c : 1.f, least = inside ? fmaf(4.f * a, c, -b * b) : fmaf(fmaf(c, most_of_s, -fabsf(b)), most_of_s, a);
-    const float most = unit * (fabsf(a) + (fabsf(b) + fabsf(c) * most_of_s) * most_of_s);
-    const bool bound = p.normalize_qk && least > 0x1p-20f * most;
-    some = bound ? least * kNothing : 0.f, of = most * static_cast<float>(p.length);
+    const float most = unit * (fabsf(a) + (fabsf(b) + fabsf(c) * most_of_s) * most_of_s), all = most * static_cast<float>(p.length);
+    if (p.normalize_qk && least > 0x1p-20f * most && all < INFINITY) some = least * kNothing, of = all;
   }
-  // What is left by so many halvings; NaN, of numbers beyond float32, is in reach.
-  __device__ __forceinline__ bool reaches(double halvings) const { return !(exp2_fast(-static_cast<float>(halvings)) * of < some); }
+  __device__ __forceinline__ bool reaches(double halvings) const { return exp2_fast(-static_cast<float>(halvings)) * of >= some; }
 };
-// Of heads that share a key, the first of which has been read.
-__device__ __forceinline__ bool reaches(const linattn_problem &p, const Least &first, int head, int heads, double halvings) {
-  bool any = first.reaches(halvings);
-  for (int i = 1; i < heads; ++i) any = any || Least(p, head + i).reaches(halvings);
-  return any;
+// Of the head that reaches farthest of those that share a key.
+__device__ __forceinline__ Least farthest(const linattn_problem &p, int head, int heads) {
+  Least found(p, head);
+  for (int i = 1; i < heads; ++i) {
+    const Least other(p, head + i);
+    if (other.some * found.of < found.some * other.of) found = other;
+  }
+  return found;
 }
 
 // Where tiles of keys, or of queries, begin or end to be in reach of a block's own tokens: found by a warp, whose lanes look at 32 tiles at a time. What they read of the first
@@ -37,8 +38,6 @@ __device__ __forceinline__ bool reaches(const linattn_problem &p, const Least &f
 template <bool KEYS, typename Reader> class Reach {
   const Reader decay;
   int begin, end;  // tiles between which the edge lies
-  const linattn_problem &p;
-  const int head, heads;
   double edge = 0, sum = 0;
   Least least;
 
@@ -50,19 +49,18 @@ template <bool KEYS, typename Reader> class Reach {
 
  public:
   // at: the token before a block's own queries, or the last of its own keys; head, heads: the query heads whose pairs are meant; from `begin` to `end` other tiles lie away.
-  __device__ __forceinline__ Reach(const linattn_problem &p, const Reader &decay, int64_t at, int head, int heads, int begin, int end)
-      : decay(decay), begin(begin), end(end), p(p), head(head), heads(heads) {
+  __device__ __forceinline__ Reach(const linattn_problem &p, const Reader &decay, int64_t at, int head, int heads, int begin, int end) : decay(decay), begin(begin), end(end) {
     if (!p.log_decay || !p.causal || begin >= end) {
       (KEYS ? this->end : this->begin) = KEYS ? begin : end;  // all are in reach
       return;
     }
     read();
-    edge = decay.sum_of(at), least = Least(p, head);
+    edge = decay.sum_of(at), least = farthest(p, head, heads);
   }
   // The first tile of keys that is in reach, or of queries that is not.
   __device__ __forceinline__ int find() {
     while (begin < end) {
-      const bool seen = reaches(p, least, head, heads, KEYS ? sum - edge : edge - sum);
+      const bool seen = least.reaches(KEYS ? sum - edge : edge - sum);
       const int last = __reduce_max_sync(0xffffffffu, own() < end && seen != KEYS ? own() : begin - 1), next = min(end, last + step());
       if (last < begin) return begin;
       begin = last + 1, end = next;

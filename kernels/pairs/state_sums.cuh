@@ -73,7 +73,7 @@ __device__ __forceinline__ bool is_out_of_reach(const Gradients &g, bool queries
   if (!p.log_decay) return false;
   const int64_t chunk_begin = begin / g.chunk * g.chunk, edge = queries ? chunk_begin - 1 : min(chunk_begin + g.chunk, p.length) - 1;
   const GateReader gates(g.gates, p, queries, batch, head, edge);
-  return !reaches(p, Least(p, head), head, heads, queries ? gates.edge() - gates.sum_of(begin) : gates.sum_of(begin + rows - 1) - gates.edge());
+  return !farthest(p, head, heads).reaches(queries ? gates.edge() - gates.sum_of(begin) : gates.sum_of(begin + rows - 1) - gates.edge());
 }
 // What such tokens get.
 template <typename T> __device__ __forceinline__ void zero_rows(T *rows, int64_t stride, int count, int pieces, int thread, int threads) {
