@@ -19,6 +19,10 @@ inline int64_t tile_length(const linattn_problem &problem, const Plan &plan) {
   return (chunks + plan.row_tiles - 1) / plan.row_tiles * plan.chunk;
 }
 
+// Whether a block works on the rows of a whole head, several chunks at once: where heads are about as many as multiprocessors, and so many are faster
+// than tiles of them whose states a kernel sums before.
+bool rows_are_wide(const linattn_problem &problem, const Plan &plan);
+
 // Offsets in floats, each on a 256-byte boundary.
 struct ForwardWorkspace {
   int64_t states, keeps, decay, floats;
@@ -35,7 +39,7 @@ template <typename T, int D> cudaError_t forward(const linattn_problem &problem,
 template <typename T, int D> cudaError_t backward(const linattn_problem &problem, const linattn_backward_data &data, const Plan &plan);
 
 // Shared memory of the block that takes most, as its struct says.
-template <typename T, int D> int forward_shared(const Plan &plan);
+template <typename T, int D> int forward_shared(const linattn_problem &problem, const Plan &plan);
 template <typename T, int D> int backward_shared(const Plan &plan);
 
 }  // namespace linattn_stream

@@ -67,6 +67,12 @@ Plan cut(const linattn_problem &problem) {
 
 }  // namespace
 
+bool rows_are_wide(const linattn_problem &problem, const Plan &plan) {
+  const int64_t heads = states_of(problem), processors = linattn::card(cudaDevAttrMultiProcessorCount, 108);
+  const bool fits = problem.dtype == LINATTN_BFLOAT16 && problem.head_dim == 64 && linattn::shared_memory() >= 227 << 10;
+  return fits && plan.states && problem.causal && problem.query_heads == problem.state_heads && heads <= processors && 3 * heads > 2 * processors;
+}
+
 ForwardWorkspace::ForwardWorkspace(const linattn_problem &problem, const Plan &plan) {
   const int64_t segments = plan.states ? states_of(problem) * plan.segments : 0;
   states = 0;
@@ -115,7 +121,7 @@ using namespace linattn_stream;
 namespace {
 
 int forward_shared_bytes(const linattn_problem &problem, const linattn_plan &plan) {
-#define LINATTN_CALL(T, D) (forward_shared<T, D>(plan))
+#define LINATTN_CALL(T, D) (forward_shared<T, D>(problem, plan))
   LINATTN_STREAM_BY_DIM(__nv_bfloat16, LINATTN_CALL)
 #undef LINATTN_CALL
 }

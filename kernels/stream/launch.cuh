@@ -45,7 +45,22 @@ inline Gates gates_of(const linattn_problem &problem, const float *decay) {
 
 // Whether the rows of the output have a third stage of tiles: where it does not cost the second block on a multiprocessor, and by measurement at
 // D = 64 alone.
-template <int D, bool GATED> bool rows_are_deep() { return D == 64 && 2 * RowShape<D, false, GATED, true>::SHARED <= linattn::shared_memory(); }
+template <int D, bool GATED> bool rows_are_deep() { return D == 64 && 2 * RowShape<D, false, GATED, RowForm::kDeep>::SHARED <= linattn::shared_memory(); }
+
+template <typename T, int D> constexpr bool kWideRows = D == 64 && !Element<T>::kNarrow;
+template <RowForm FORM> using Form = std::integral_constant<RowForm, FORM>;
+
+// The output, and the states ahead of the tiles that backward cuts heads into.
+template <typename T, int D, bool GATED>
+cudaError_t launch_wide_rows(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan, const Gates &gates, float *states) {
+  using Shape = RowShape<D, false, GATED, RowForm::kWide>;
+  RowArguments rows{};
+  rows.problem = problem, rows.result = result.out, rows.mass_out = result.mass, rows.final_state = result.state;
+  rows.segments = rows.states_each = 1, rows.segment_length = problem.length, rows.gates = gates;
+  rows.tile_states = states, rows.tiles = plan.row_tiles, rows.tile_each = segments_each(plan), rows.tile_length = tile_length(problem, plan);
+  return launch(rows_kernel<T, D, false, GATED, RowForm::kWide, false>, problem.batch * problem.state_heads, Shape::THREADS, Shape::SHARED,
+                static_cast<cudaStream_t>(problem.stream), rows);
+}
 
 template <typename T, int D, bool GATED> cudaError_t forward_by(const linattn_problem &problem, const linattn_forward_result &result, const Plan &plan) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
@@ -55,6 +70,8 @@ template <typename T, int D, bool GATED> cudaError_t forward_by(const linattn_pr
   float *const keeps = GATED ? base + workspace.keeps : nullptr;
   const Gates gates = gates_of(problem, base + workspace.decay);
   if (gates.decay) LINATTN_TRY(launch_chunk_decay(problem, plan.chunk, base + workspace.decay));
+  if constexpr (kWideRows<T, D>)
+    if (rows_are_wide(problem, plan)) return launch_wide_rows<T, D, GATED>(problem, result, plan, gates, states);
   if (states) {
     const SegmentArguments segments = segments_of(problem, plan, states, !problem.causal || result.state, gates, keeps);
     using Shape = SegmentShape<D>;
@@ -65,13 +82,13 @@ template <typename T, int D, bool GATED> cudaError_t forward_by(const linattn_pr
   rows.problem = problem, rows.result = result.out, rows.mass_out = result.mass, rows.states = states;
   rows.final_state = states ? nullptr : result.state;
   rows.segments = plan.row_tiles, rows.states_each = segments_each(plan), rows.segment_length = tile_length(problem, plan), rows.gates = gates;
-  const auto work_on_rows = [&](auto deep) {
-    using Shape = RowShape<D, false, GATED, deep.value>;
-    return launch(rows_kernel<T, D, false, GATED, deep.value, false>, blocks, Shape::THREADS, Shape::SHARED, stream, rows);
+  const auto work_on_rows = [&](auto form) {
+    using Shape = RowShape<D, false, GATED, form.value>;
+    return launch(rows_kernel<T, D, false, GATED, form.value, false>, blocks, Shape::THREADS, Shape::SHARED, stream, rows);
   };
   if constexpr (D == 64)
-    if (rows_are_deep<D, GATED>()) return work_on_rows(std::true_type{});
-  return work_on_rows(std::false_type{});
+    if (rows_are_deep<D, GATED>()) return work_on_rows(Form<RowForm::kDeep>{});
+  return work_on_rows(Form<RowForm::kShallow>{});
 }
 
 // Whether the rows of the gradient sum queries and W beside: elsewhere registers lack, and in float16 W is brought into range chunk by chunk.
@@ -108,10 +125,10 @@ template <typename T, int D, bool GATED> cudaError_t backward_by(const linattn_p
       LINATTN_TRY(launch(segments_kernel<T, D, false, GATED>, blocks * keys.each, Segment::THREADS, Segment::template SHARED<GATED>, stream, keys));
       LINATTN_TRY(scan_segments<D>(states, keeps, problem, plan, problem.causal ? Scan::kPrefix : Scan::kTotal, problem.initial_state, nullptr));
     }
-    using Row = RowShape<D, true, GATED, false>;
+    using Row = RowShape<D, true, GATED, RowForm::kShallow>;
     if constexpr (kSumsBesideRows<T, D, GATED>)
-      if (rows.query_states) return launch(rows_kernel<T, D, true, GATED, false, true>, blocks, Row::THREADS, Row::SHARED, stream, rows);
-    return launch(rows_kernel<T, D, true, GATED, false, false>, blocks, Row::THREADS, Row::SHARED, stream, rows);
+      if (rows.query_states) return launch(rows_kernel<T, D, true, GATED, RowForm::kShallow, true>, blocks, Row::THREADS, Row::SHARED, stream, rows);
+    return launch(rows_kernel<T, D, true, GATED, RowForm::kShallow, false>, blocks, Row::THREADS, Row::SHARED, stream, rows);
   };
   LINATTN_TRY(noised ? launch_noised_gradient<T>(problem, data, error, query_scale) : work_on_rows());
 
@@ -161,18 +178,22 @@ template <typename T, int D> cudaError_t backward(const linattn_problem &problem
   return plan.gated ? backward_by<T, D, true>(problem, data, plan) : backward_by<T, D, false>(problem, data, plan);
 }
 
-template <int D, bool GATED> int forward_shared_by(bool states) {
-  return std::max(rows_are_deep<D, GATED>() ? RowShape<D, false, GATED, true>::SHARED : RowShape<D, false, GATED, false>::SHARED,
-                  states ? SegmentShape<D>::template SHARED<GATED> : 0);
+template <typename T, int D, bool GATED> int forward_shared_by(const linattn_problem &problem, const Plan &plan) {
+  if constexpr (kWideRows<T, D>)
+    if (rows_are_wide(problem, plan)) return RowShape<D, false, GATED, RowForm::kWide>::SHARED;
+  return std::max(rows_are_deep<D, GATED>() ? RowShape<D, false, GATED, RowForm::kDeep>::SHARED : RowShape<D, false, GATED, RowForm::kShallow>::SHARED,
+                  plan.states ? SegmentShape<D>::template SHARED<GATED> : 0);
 }
 template <int D, bool GATED> constexpr int backward_shared_by(bool states) {
-  return std::max({RowShape<D, true, GATED, false>::SHARED, ColumnShape<D>::template SHARED<GATED>, states ? SegmentShape<D>::template SHARED<GATED> : 0});
+  return std::max({RowShape<D, true, GATED, RowForm::kShallow>::SHARED, ColumnShape<D>::template SHARED<GATED>, states ? SegmentShape<D>::template SHARED<GATED> : 0});
 }
-template <typename T, int D> int forward_shared(const Plan &plan) { return plan.gated ? forward_shared_by<D, true>(plan.states) : forward_shared_by<D, false>(plan.states); }
+template <typename T, int D> int forward_shared(const linattn_problem &problem, const Plan &plan) {
+  return plan.gated ? forward_shared_by<T, D, true>(problem, plan) : forward_shared_by<T, D, false>(problem, plan);
+}
 template <typename T, int D> int backward_shared(const Plan &plan) { return plan.gated ? backward_shared_by<D, true>(plan.states) : backward_shared_by<D, false>(plan.states); }
 
 #define LINATTN_STREAM_INSTANTIATE(T, D)                                                                     \
-  template int forward_shared<T, D>(const Plan &);                                                           \
+  template int forward_shared<T, D>(const linattn_problem &, const Plan &);                                  \
   template int backward_shared<T, D>(const Plan &);                                                          \
   template cudaError_t forward<T, D>(const linattn_problem &, const linattn_forward_result &, const Plan &); \
   template cudaError_t backward<T, D>(const linattn_problem &, const linattn_backward_data &, const Plan &);

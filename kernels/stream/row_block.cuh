@@ -26,27 +26,37 @@ struct RowArguments {
   bool noised;                            // gradient: grad_out holds W times the noise, and error what W itself gave
   float *row_sums;                        // gradient: (batch, query_heads, length): sum of A dA over the row's keys, or null
   float *query_states;                    // gradient: each segment's sum of queries and W, as the workspace holds states, or null
+  float *tile_states;                     // wide: the state ahead of every tile, as the workspace holds states
+  int32_t tiles, tile_each;               // tile_each: segments of a tile
+  int64_t tile_length;
   float *final_sums;                      // gradient: the state behind the last token, transposed, as the workspace holds states, or null
 };
 
-// DEEP: a third stage of tiles, where the card has room for two blocks of it on a multiprocessor.
-template <int D, bool GRAD, bool GATED, bool DEEP> struct RowShape {
+// kDeep: a third stage of tiles, where the card has room for two blocks of it on a multiprocessor. kWide: one block on a multiprocessor, which works
+// on several chunks at once, a round, while the states ahead of the next round's are made; for a query head to each state.
+enum class RowForm { kShallow, kDeep, kWide };
+
+template <int D, bool GRAD, bool GATED, RowForm FORM> struct RowShape {
+  static constexpr bool kWide = FORM == RowForm::kWide;
   static constexpr int C = D == 32 || D == 128 ? 64 : D;
   static constexpr int STRIPES = C / 16, BLOCKS = D / 16;  // 16-wide blocks along the tokens and along D
   static constexpr int HALVES = D == 128 ? 2 : 1;          // warps that share out the columns of a stripe's results
-  static constexpr int RESULT_WARPS = STRIPES * HALVES, STATE_WARPS = BLOCKS, WARPS = RESULT_WARPS + STATE_WARPS;
+  static constexpr int GROUPS = kWide ? 2 : 1;  // chunks to a round
+  static constexpr int CHUNK_WARPS = STRIPES * HALVES, RESULT_WARPS = GROUPS * CHUNK_WARPS;
+  static constexpr int STATE_WARPS = BLOCKS, WARPS = RESULT_WARPS + STATE_WARPS;
   static constexpr int STATE_THREADS = 32 * STATE_WARPS, THREADS = 32 * WARPS;
   static constexpr int OUT_PAIRS = BLOCKS / HALVES;
-  static constexpr int STAGES = DEEP ? 3 : 2;
+  static constexpr int ROUNDS = FORM == RowForm::kShallow ? 2 : 3, STAGES = ROUNDS * GROUPS;
   static constexpr int ROW_TILES = GRAD ? 3 : 1;           // x; and o, q for the gradient
   static constexpr int TILE = C * D * 2;
   static constexpr int STATE_TILE = D * D * 2;
-  static constexpr int MIN_BLOCKS = D == 32 ? 4 : D == 64 ? 2 : 1;
-  static constexpr int BUFFERS = DEEP ? 2 : 1;  // of what keys count, measured a chunk ahead
+  static constexpr int MIN_BLOCKS = kWide ? 1 : D == 32 ? 4 : D == 64 ? 2 : 1;
+  static constexpr int BUFFERS = FORM == RowForm::kShallow ? 1 : 2 * GROUPS;  // of what keys count, measured a round ahead
+  static constexpr int STATES = kWide ? BUFFERS : 1;                          // rounded, ahead of a chunk each
   struct Small {
-    alignas(16) float key_scale[BUFFERS][C], line[D], numbers[STAGES][2][C], exchange[2][C];
-    alignas(16) uint16_t key_high[BUFFERS][C], key_low[BUFFERS][C], column_high[D], column_low[D], zeros[C > D ? C : D];
-    float totals[STRIPES][kMaxGroup][2], coefficients[kMaxGroup][2];
+    alignas(16) float key_scale[BUFFERS][C], line[STATES][D], numbers[GRAD ? STAGES : 1][2][C], exchange[2][C];
+    alignas(16) uint16_t key_high[BUFFERS][C], key_low[BUFFERS][C], column_high[STATES][D], column_low[STATES][D], zeros[C > D ? C : D];
+    float totals[GRAD ? STRIPES : 1][kMaxGroup][2], coefficients[kMaxGroup][2];
     float peaks[STATE_WARPS], state_worth;  // of the state's rounded elements
   };
   struct SumsSmall : Small {
@@ -56,11 +66,11 @@ template <int D, bool GRAD, bool GATED, bool DEEP> struct RowShape {
   struct GatedSmall : Small {
     GateTiles<C, STAGES> gates;
     alignas(16) uint16_t leave_high[BUFFERS][C], leave_low[BUFFERS][C];
-    alignas(16) float leave[BUFFERS][C], factor[BUFFERS][C], scale_by_factor[BUFFERS][DEEP ? C : 1];  // factor: of the keys, where a pair's gate is a product
-    float count;
+    alignas(16) float leave[BUFFERS][C], factor[BUFFERS][C], scale_by_factor[BUFFERS][BUFFERS > 1 ? C : 1];  // factor: of the keys, where a pair's gate is a product
+    float count[STATES];
   };
   using AllSmall = std::conditional_t<GATED, GatedSmall, std::conditional_t<GRAD, SumsSmall, Small>>;
-  static constexpr int SHARED = STAGES * (ROW_TILES + 2) * TILE + STATE_TILE + static_cast<int>(sizeof(AllSmall));
+  static constexpr int SHARED = STAGES * (ROW_TILES + 2) * TILE + STATES * STATE_TILE + static_cast<int>(sizeof(AllSmall));
 };
 
 // In place of a part that a kernel has not.
@@ -69,17 +79,17 @@ struct RowNothing {
 };
 
 // What all threads of a block know of it: where its head and segment lie, and its tiles in shared memory.
-template <typename T, int D, bool GRAD, bool GATED, bool DEEP> struct RowBlock {
-  using Shape = RowShape<D, GRAD, GATED, DEEP>;
+template <typename T, int D, bool GRAD, bool GATED, RowForm FORM> struct RowBlock {
+  using Shape = RowShape<D, GRAD, GATED, FORM>;
   using Small = typename Shape::AllSmall;
   static constexpr int C = Shape::C, STAGES = Shape::STAGES, TILE = Shape::TILE, ROW_TILES = Shape::ROW_TILES;
-  static constexpr bool kAhead = DEEP && !Element<T>::kNarrow;  // whether keys are measured a chunk ahead: in float16 they are lifted first
-  static constexpr int kWaiting = STAGES - (kAhead ? 3 : 2);  // copies that may be on their way when a chunk begins
+  static constexpr bool kAhead = FORM != RowForm::kShallow && !Element<T>::kNarrow;  // whether keys are measured a round ahead: in float16 they are lifted first
+  static constexpr int kWaiting = Shape::ROUNDS - (kAhead ? 3 : 2);                  // copies that may be on their way when a round begins
 
   const RowArguments &args;
   unsigned char *const shared;
   Small &small;
-  const uint32_t row_tiles, key_tiles, state_tile;  // (stage, ROW_TILES); (stage, y and z)
+  const uint32_t row_tiles, key_tiles, state_tiles;  // (stage, ROW_TILES); (stage, y and z); (buffer)
   const int head_pair, segment, batch, key_head, heads;
   const int memory_head;                            // whose keys and values these are
   const int64_t begin, end;
@@ -87,11 +97,11 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP> struct RowBlock {
   const StateView<D> source;
 
   __device__ __forceinline__ RowBlock(const RowArguments &args, unsigned char *shared)
-      : args(args), shared(shared), small(*reinterpret_cast<Small *>(shared + STAGES * (ROW_TILES + 2) * TILE + Shape::STATE_TILE)), row_tiles(shared_address(shared)),
-        key_tiles(row_tiles + STAGES * ROW_TILES * TILE), state_tile(key_tiles + STAGES * 2 * TILE), head_pair(blockIdx.x / args.segments), segment(blockIdx.x % args.segments),
-        batch(head_pair / args.problem.state_heads), key_head(head_pair % args.problem.state_heads), heads(args.problem.query_heads / args.problem.state_heads),
-        memory_head(key_head / (args.problem.state_heads / args.problem.key_heads)), begin(segment * args.segment_length),
-        end(min(args.problem.length, begin + args.segment_length)), iterations(static_cast<int>((end - begin + C - 1) / C) * heads),
+      : args(args), shared(shared), small(*reinterpret_cast<Small *>(shared + STAGES * (ROW_TILES + 2) * TILE + Shape::STATES * Shape::STATE_TILE)),
+        row_tiles(shared_address(shared)), key_tiles(row_tiles + STAGES * ROW_TILES * TILE), state_tiles(key_tiles + STAGES * 2 * TILE), head_pair(blockIdx.x / args.segments),
+        segment(blockIdx.x % args.segments), batch(head_pair / args.problem.state_heads), key_head(head_pair % args.problem.state_heads),
+        heads(args.problem.query_heads / args.problem.state_heads), memory_head(key_head / (args.problem.state_heads / args.problem.key_heads)),
+        begin(segment * args.segment_length), end(min(args.problem.length, begin + args.segment_length)), iterations(static_cast<int>((end - begin + C - 1) / C) * heads),
         source(args.states ? StateView<D>::of_segment(args.states, head_pair, args.segments * args.states_each, args.problem.causal ? segment * args.states_each : 0)
                            : StateView<D>::of_caller(args.problem.initial_state, head_pair)) {}
 
@@ -99,7 +109,12 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP> struct RowBlock {
   __device__ __forceinline__ SplitWeights<T> key_weights(int buffer = 0) const {
     return {reinterpret_cast<T *>(small.key_high[buffer]), reinterpret_cast<T *>(small.key_low[buffer])};
   }
-  __device__ __forceinline__ SplitWeights<T> column_parts() const { return {reinterpret_cast<T *>(small.column_high), reinterpret_cast<T *>(small.column_low)}; }
+  // Which of the rounded states stands ahead of a chunk whose keys are measured in `buffer`.
+  static __device__ __forceinline__ int state_of(int buffer) { return Shape::STATES > 1 ? buffer : 0; }
+  __device__ __forceinline__ uint32_t state_tile(int buffer) const { return state_tiles + state_of(buffer) * Shape::STATE_TILE; }
+  __device__ __forceinline__ SplitWeights<T> column_parts(int buffer = 0) const {
+    return {reinterpret_cast<T *>(small.column_high[state_of(buffer)]), reinterpret_cast<T *>(small.column_low[state_of(buffer)])};
+  }
   __device__ __forceinline__ SplitWeights<T> leave_weights(int buffer = 0) const {
     if constexpr (GATED) return {reinterpret_cast<T *>(small.leave_high[buffer]), reinterpret_cast<T *>(small.leave_low[buffer])};
     else return key_weights(buffer);
@@ -117,7 +132,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP> struct RowBlock {
     const linattn_problem &p = args.problem;
     const int thread = threadIdx.x;
     for (int i = thread; i < (C > D ? C : D); i += Shape::THREADS) small.zeros[i] = 0;
-    for (int i = thread; i < Shape::STRIPES * kMaxGroup * 2; i += Shape::THREADS) (&small.totals[0][0][0])[i] = 0.f;
+    for (int i = thread; GRAD && i < Shape::STRIPES * kMaxGroup * 2; i += Shape::THREADS) (&small.totals[0][0][0])[i] = 0.f;
     if (GRAD && !args.grad_mass)
       for (int i = thread; i < STAGES * C; i += Shape::THREADS) small.numbers[i / C][1][i % C] = 0.f;
     if (thread < heads) {
@@ -156,6 +171,15 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP> struct RowBlock {
         __syncthreads();
       }
     return factors;
+  }
+
+  // The same where a round was prepared by those who made its states: whether the gates of a chunk's pairs are products.
+  __device__ __forceinline__ bool prepared(int key_stage, int tokens) const {
+    if constexpr (GATED) {
+      const ChunkGates<C> gates(small.gates, key_stage, tokens);
+      return gates.template factors<T>(args.gates.key_runs && gates.padded());
+    }
+    return true;
   }
 
   // 1 / |k| of 16 keys of a chunk, and what each of them leaves in the state behind the chunk. A chunk ahead nobody knows yet whether its gates are

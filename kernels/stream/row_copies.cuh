@@ -4,9 +4,9 @@
 
 namespace linattn_stream {
 
-// What a block fetches, ahead of the products: rows for each chunk and head, keys and values for each chunk.
-template <typename T, int D, bool GRAD, bool GATED, bool DEEP> struct RowCopies {
-  using Block = RowBlock<T, D, GRAD, GATED, DEEP>;
+// What a block fetches, a round at a time, ahead of the products: rows for each chunk and head, keys and values for each chunk.
+template <typename T, int D, bool GRAD, bool GATED, RowForm FORM> struct RowCopies {
+  using Block = RowBlock<T, D, GRAD, GATED, FORM>;
   using Shape = typename Block::Shape;
   using Copy = TileCopy<T, D, Block::C, Shape::STATE_THREADS>;
   static constexpr int C = Block::C, STAGES = Block::STAGES, TILE = Block::TILE, ROW_TILES = Block::ROW_TILES;
@@ -23,20 +23,21 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP> struct RowCopies 
       : job(job), args(job.args), p(args.problem), x(GRAD ? args.grad_out : p.query), y(GRAD ? p.value : p.key), z(GRAD ? p.key : p.value), helper(helper), heads(job.heads),
         left(job.end - job.begin) {
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; ++i) prefetch();
+    for (int i = 0; i < Shape::ROUNDS - 1; ++i) prefetch();
   }
 
-  // The next chunk and head, if there is one.
+  // The next chunks and heads, as far as there are any.
   __device__ __forceinline__ void prefetch() {
-    if (iteration < job.iterations) {
-      const int count = static_cast<int>(min(left, static_cast<int64_t>(C)));
-      if (p.causal && head == 0) start_keys(count);
-      if constexpr (GATED)
-        if (head == 0) job.small.gates.start(args.gates, job.batch, job.head_pair, p.length, job.end - left, count, key_stage, helper);
-      start_rows(count);
-      advance();
-    }
-    ++iteration;
+#pragma unroll 1
+    for (int i = 0; i < Shape::GROUPS; ++i, ++iteration)
+      if (iteration < job.iterations) {
+        const int count = static_cast<int>(min(left, static_cast<int64_t>(C)));
+        if (p.causal && head == 0) start_keys(count);
+        if constexpr (GATED)
+          if (head == 0) job.small.gates.start(args.gates, job.batch, job.head_pair, p.length, job.end - left, count, key_stage, helper);
+        start_rows(count);
+        advance();
+      }
     copy_commit();
   }
 

@@ -13,12 +13,12 @@ struct RowScales {
 };
 
 // One of these warps, from chunk to chunk and head to head. Every step is made part of `run`, and every member is a register.
-template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct RowResults {
-  using Block = RowBlock<T, D, GRAD, GATED, DEEP>;
+template <typename T, int D, bool GRAD, bool GATED, RowForm FORM, bool SUMS> struct RowResults {
+  using Block = RowBlock<T, D, GRAD, GATED, FORM>;
   using Shape = typename Block::Shape;
   using E = Element<T>;
   static constexpr int C = Block::C, BLOCKS = Shape::BLOCKS, STAGES = Block::STAGES, TILE = Block::TILE, ROW_TILES = Block::ROW_TILES;
-  static constexpr int kStripeBytes = Tile<D>::kBlockBytes, OUT_PAIRS = Shape::OUT_PAIRS;
+  static constexpr int kStripeBytes = Tile<D>::kBlockBytes, OUT_PAIRS = Shape::OUT_PAIRS, kRound = Shape::GROUPS * C;
   static constexpr bool kGroups = kWarpgroups<D>, kFactors = !GRAD || E::kNarrow;
   // By warpgroups the scores of all keys at once, beside the product with the state; elsewhere later and in two parts, for want of registers.
   static constexpr bool kBeside = kGroups && (D == 64 || (D == 128 && !GATED && !E::kNarrow));
@@ -30,6 +30,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
   const linattn_problem &p;
   typename Block::Small &small;
   const int lane_id, warp, group, place;
+  const int turn;  // which of a round's chunks is the warp's
   const uint32_t down, across;
   const int batch, key_head, heads;
   const int64_t begin, end;
@@ -41,7 +42,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
   const int half, first_block;
   const uint32_t half_bytes;
   const T *const column_vector;
-  int head = 0, stage = 0, key_stage = 0, buffer = 0, stripe;
+  int head = 0, stage, key_stage, buffer, stripe;
 
   // Of the chunk and head at hand.
   int tokens, local0, local1;
@@ -55,24 +56,32 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
   // Later stripes see more keys; turning them every chunk evens the load of the four schedulers.
   __device__ __forceinline__ explicit RowResults(const Block &job)
       : job(job), args(job.args), p(args.problem), small(job.small), lane_id(threadIdx.x & 31), warp(warp_number()), group(lane_id >> 2), place(lane_id & 3),
-        down(lane_down<D>(lane_id)), across(lane_across<D>(lane_id)), batch(job.batch), key_head(job.key_head), heads(job.heads), begin(job.begin), end(job.end), causal(p.causal),
-        unit(p.normalize_qk), result_rows(head_of<T>(args.result, batch, key_head * heads) + begin * args.result.token_stride),
-        first_number((static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin), left(end - begin), before(job.source.data ? job.source.count() : 0.f),
-        half(Shape::HALVES > 1 ? warp / Shape::STRIPES : 0), first_block(half * OUT_PAIRS), half_bytes(Tile<D>::columns_at(2 * first_block)),
-        column_vector(WeightReader<T>(job.column_parts(), job.zeros(), lane_id).vector),
-        stripe(half && !kGroups ? Shape::STRIPES - 1 - warp % Shape::STRIPES : warp % Shape::STRIPES) {}
+        turn(Shape::kWide ? warp / Shape::CHUNK_WARPS : 0), down(lane_down<D>(lane_id)), across(lane_across<D>(lane_id)), batch(job.batch), key_head(job.key_head),
+        heads(job.heads), begin(job.begin), end(job.end), causal(p.causal), unit(p.normalize_qk),
+        result_rows(head_of<T>(args.result, batch, key_head * heads) + (begin + turn * C) * args.result.token_stride),
+        first_number((static_cast<int64_t>(batch) * p.query_heads + key_head * heads) * p.length + begin + turn * C), left(end - begin - turn * C),
+        before((job.source.data ? job.source.count() : 0.f) + turn * C), half(Shape::HALVES > 1 ? warp / Shape::STRIPES : 0), first_block(half * OUT_PAIRS),
+        half_bytes(Tile<D>::columns_at(2 * first_block)), column_vector(WeightReader<T>(job.column_parts(), job.zeros(), lane_id).vector), stage(turn), key_stage(turn),
+        buffer(turn), stripe(half && !kGroups ? Shape::STRIPES - 1 - warp % Shape::STRIPES : warp % Shape::STRIPES) {}
 
   __device__ __forceinline__ void run() {
-    for (int iteration = 0; iteration < job.iterations; ++iteration) {
+    for (int iteration = 0; iteration < job.iterations; iteration += Shape::GROUPS) {
       tokens = static_cast<int>(min(left, static_cast<int64_t>(C)));
       local0 = 16 * stripe + group, local1 = local0 + 8;
       rows = job.row_tiles + stage * ROW_TILES * TILE, y_tile = job.key_tiles + key_stage * 2 * TILE, z_tile = y_tile + TILE;
 
-      factors = job.prepare(stage, key_stage, causal && head == 0, tokens, C);  // the tiles and the rounded state are here
+      // the tiles and the rounded state are here
+      if constexpr (Shape::kWide) {
+        __syncthreads();
+        if (left <= 0) break;  // in the last round
+        factors = job.prepared(key_stage, tokens);
+      } else {
+        factors = job.prepare(stage, key_stage, causal && head == 0, tokens, C);
+      }
       RowScales scales;
       if constexpr (GATED) {
         const ChunkGates<C> gates(small.gates, key_stage, tokens);
-        scales.carry0 = gates.carry(local0), scales.carry1 = gates.carry(local1), before = small.count;
+        scales.carry0 = gates.carry(local0), scales.carry1 = gates.carry(local1), before = small.count[Block::state_of(buffer)];
       }
       const Blocks<D> x_blocks(rows + stripe * kStripeBytes, down), x_across(rows + stripe * kStripeBytes, across);
 #pragma unroll
@@ -82,7 +91,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) {
         uint32_t b0, b1;
-        WeightReader<T>::two(b0, b1, column_vector, 16 * block);
+        WeightReader<T>::two(b0, b1, Shape::STATES > 1 ? WeightReader<T>(job.column_parts(buffer), job.zeros(), lane_id).vector : column_vector, 16 * block);
         E::mma(margin, xs[block], b0, b1);
       }
       measure(scales, x_blocks, x_across);
@@ -91,7 +100,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
       if (!Block::kAhead && causal && head == 0) barrier_sync<kScalesReady, Shape::THREADS>();
       if constexpr (kBeside) weigh_scores(scales);
       enter(scales, margin);
-      if (causal && head == heads - 1) barrier_arrive<kStateRead, Shape::THREADS>();
+      if (!Shape::kWide && causal && head == heads - 1) barrier_arrive<kStateRead, Shape::THREADS>();
       if (causal) add_pairs(scales);
       if constexpr (GRAD) finish_gradient(scales);
       else finish_output(scales);
@@ -199,7 +208,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block)
         WarpgroupProduct<T, 16 * OUT_PAIRS, true>::run(acc, left_factor<kHeldLonger>(block),
-                                                       warpgroup_operand<D>(job.state_tile + Tile<D>::rows_at(block) + half_bytes, Tile<D>::kPanelBytes), block > 0);
+                                                       warpgroup_operand<D>(job.state_tile(buffer) + Tile<D>::rows_at(block) + half_bytes, Tile<D>::kPanelBytes), block > 0);
       warpgroup_commit();
       if constexpr (!kBeside) {
         warpgroup_wait<0>();
@@ -207,7 +216,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
         release<kHeldLonger>();
       }
     } else {
-      const Blocks<D> state_blocks(job.state_tile + half_bytes, down);
+      const Blocks<D> state_blocks(job.state_tile(buffer) + half_bytes, down);
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block)
 #pragma unroll
@@ -309,7 +318,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
     for (int q = 0; q < OUT_PAIRS; ++q)
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const float2 line = *reinterpret_cast<const float2 *>(small.line + 16 * (first_block + q) + 8 * t + 2 * place);
+        const float2 line = *reinterpret_cast<const float2 *>(small.line[Block::state_of(buffer)] + 16 * (first_block + q) + 8 * t + 2 * place);
         if constexpr (kFactors) acc[2 * q + t][0] *= enter0, acc[2 * q + t][1] *= enter0, acc[2 * q + t][2] *= enter1, acc[2 * q + t][3] *= enter1;
         acc[2 * q + t][0] += of.shift0 * line.x, acc[2 * q + t][1] += of.shift0 * line.y;
         acc[2 * q + t][2] += of.shift1 * line.x, acc[2 * q + t][3] += of.shift1 * line.y;
@@ -507,18 +516,20 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
                                       [&](int i) { return 2 * first_block + i; });
   }
 
-  // To the group's next head, or the next chunk.
+  static __device__ __forceinline__ int next(int i, int count) { return i >= count - Shape::GROUPS ? i - (count - Shape::GROUPS) : i + Shape::GROUPS; }
+
+  // To the group's next head, or the next round.
   __device__ __forceinline__ void advance() {
-    stage = stage == STAGES - 1 ? 0 : stage + 1;
+    stage = next(stage, STAGES);
     if (head == heads - 1) {
       head = 0;
-      key_stage = key_stage == STAGES - 1 ? 0 : key_stage + 1;
-      if constexpr (Block::kAhead) buffer ^= 1;
+      key_stage = next(key_stage, STAGES);
+      if constexpr (Block::kAhead) buffer = next(buffer, Shape::BUFFERS);
       if (!kGroups) stripe = Shape::STRIPES - 1 - stripe;
-      left -= C;
-      first_number += C - (heads - 1) * p.length;
-      result_rows += C * args.result.token_stride - (heads - 1) * args.result.head_stride;
-      if (causal && !GATED) before += C;
+      left -= kRound;
+      first_number += kRound - (heads - 1) * p.length;
+      result_rows += kRound * args.result.token_stride - (heads - 1) * args.result.head_stride;
+      if (causal && !GATED) before += kRound;
     } else {
       ++head;
       first_number += p.length;

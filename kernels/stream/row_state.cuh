@@ -6,8 +6,8 @@
 namespace linattn_stream {
 
 // One of these warps, from chunk to chunk. Every step is made part of `run`, and every member is a register.
-template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct RowState {
-  using Block = RowBlock<T, D, GRAD, GATED, DEEP>;
+template <typename T, int D, bool GRAD, bool GATED, RowForm FORM, bool SUMS> struct RowState {
+  using Block = RowBlock<T, D, GRAD, GATED, FORM>;
   using Shape = typename Block::Shape;
   using E = Element<T>;
   using State = StateTile<T, Shape::BLOCKS>;
@@ -23,7 +23,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
   const int heads;
   const bool causal;
   const int helper;
-  RowCopies<T, D, GRAD, GATED, DEEP> copies;
+  RowCopies<T, D, GRAD, GATED, FORM> copies;
   const StatePlace<D, false> at;
   std::conditional_t<SUMS, RowSums<T, D>, RowNothing> sums;
   const WeightReader<T> keys;
@@ -88,7 +88,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
   // The state as it is, rounded, for the warps that compute.
   __device__ __forceinline__ void publish(const State &state) {
     if constexpr (GATED)
-      if (helper == 0) small.count = count;
+      if (helper == 0) small.count[0] = count;
     float lift = 1.f;
     if constexpr (E::kNarrow) {
       small.peaks[at.row] = state_peak(state, BLOCKS, true);
@@ -97,7 +97,7 @@ template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS> struct
       lift = whole.up;
       if (helper == 0) small.state_worth = whole.down;
     }
-    publish_state<T, D>(state, at, Blocks<D>(job.state_tile, down), lift, small.line, lane_id, [&](int row, float sum) { job.column_parts().set(row, sum * lift); });
+    publish_state<T, D>(state, at, Blocks<D>(job.state_tiles, down), lift, small.line[0], lane_id, [&](int row, float sum) { job.column_parts().set(row, sum * lift); });
   }
 
   // What the chunk's keys count.

@@ -7,7 +7,7 @@ namespace linattn_stream {
 
 // A warp's part in it. Every member is a register.
 template <typename T, int D> struct RowSums {
-  using Block = RowBlock<T, D, true, false, false>;
+  using Block = RowBlock<T, D, true, false, RowForm::kShallow>;
   using Shape = typename Block::Shape;
   static constexpr int BLOCKS = Shape::BLOCKS, TILE = Block::TILE;
 

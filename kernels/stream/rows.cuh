@@ -6,19 +6,21 @@
 // Inside a chunk through the masked matrix of pairs, before it through the state sum_n r_n y_n z_n^T (float32 in registers, rounded once a chunk).
 #pragma once
 #include "stream/row_results.cuh"
+#include "stream/row_rounds.cuh"
 #include "stream/row_state.cuh"
 
 namespace linattn_stream {
 
 // Two kinds of warps: some compute a stripe of 16 rows of results each, the others copy, scale and keep the state, 16 rows of it each.
-template <typename T, int D, bool GRAD, bool GATED, bool DEEP, bool SUMS>
-__global__ void __launch_bounds__(RowShape<D, GRAD, GATED, DEEP>::THREADS, RowShape<D, GRAD, GATED, DEEP>::MIN_BLOCKS) rows_kernel(const __grid_constant__ RowArguments args) {
-  using Shape = RowShape<D, GRAD, GATED, DEEP>;
+template <typename T, int D, bool GRAD, bool GATED, RowForm FORM, bool SUMS>
+__global__ void __launch_bounds__(RowShape<D, GRAD, GATED, FORM>::THREADS, RowShape<D, GRAD, GATED, FORM>::MIN_BLOCKS) rows_kernel(const __grid_constant__ RowArguments args) {
+  using Shape = RowShape<D, GRAD, GATED, FORM>;
   extern __shared__ __align__(1024) unsigned char shared[];
-  const RowBlock<T, D, GRAD, GATED, DEEP> job(args, shared);
+  const RowBlock<T, D, GRAD, GATED, FORM> job(args, shared);
   job.clear();
-  if (warp_number() < Shape::RESULT_WARPS) RowResults<T, D, GRAD, GATED, DEEP, SUMS>(job).run();
-  else RowState<T, D, GRAD, GATED, DEEP, SUMS>(job).run();
+  using State = std::conditional_t<Shape::kWide, RowRounds<T, D, GATED>, RowState<T, D, GRAD, GATED, FORM, SUMS>>;
+  if (warp_number() < Shape::RESULT_WARPS) RowResults<T, D, GRAD, GATED, FORM, SUMS>(job).run();
+  else State(job).run();
   if constexpr (GRAD) {
     __syncthreads();
     const int thread = threadIdx.x;

@@ -95,6 +95,12 @@ template <int C> struct ChunkGates {
     const bool first = key_runs[0] == run_ahead & query_runs[0] == run_ahead, last = key_runs[count - 1] == run_ahead & query_runs[count - 1] == run_ahead;
     return !padded & total >= kSteepest & first & last;  // not one after the other: each is a load
   }
+  // Whether any of the chunk's tokens is padding, by all lanes of a warp.
+  __device__ __forceinline__ bool padded() const {
+    bool any = false;
+    for (int token = threadIdx.x & 31; token < count; token += 32) any |= min(query_runs[token], key_runs[token]) <= 0;
+    return __any_sync(0xffffffffu, any);
+  }
   __device__ __forceinline__ float inverse_carry(int key) const { return select(key < count, exp2_fast(-decay[key])); }
   __device__ __forceinline__ float inverse_leave(int row) const { return select(row < count, exp2_fast(decay[row] - total)); }
   // Both sides are made, so that loads need not wait for each other.

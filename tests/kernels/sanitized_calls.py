@@ -76,6 +76,10 @@ if __name__ == "__main__":
             run(cuda, inputs, upstream, False)
             torch.cuda.synchronize()
             print("in one pass", kind, flush=True)
+        whole = {"length": 520, "batch": 4, "heads": torch.cuda.get_device_properties(0).multi_processor_count // 4, "decay": "key_head"}
+        cuda.forward(Call(*next(case(dtype, head_dim, **whole | {"key_heads": whole["heads"]}))), False)  # of a block each
+        torch.cuda.synchronize()
+        print(whole, flush=True)
     if dtype == torch.bfloat16 and head_dim in (64, 128):
         for features in (16, 24):
             narrow = {"degree": 2, "length": 150, "batch": 1, "decay": "key_head", "value_dim": head_dim}

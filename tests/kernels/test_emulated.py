@@ -94,13 +94,14 @@ def test_sequences_cut_into_segments(kernels, kind, head_dim):
 
 @pytest.mark.parametrize("kind, segments", [
     ({"head_dim": 64, "decay": "key_token", "segments": "packed", "stateful": True, "heads": 2, "length": 1300}, 4),
-    ({"head_dim": 64, "decay": "query_head", "strengths": (0.02,), "heads": 2, "length": 1100}, 4),
+    ({"head_dim": 64, "decay": "query_head", "strengths": (0.02,), "heads": 2, "length": 1600, "processors": 3}, 6),
     ({"head_dim": 128, "length": 1100}, 4), ({"head_dim": 128, "decay": "key_head", "stateful": True, "length": 1100}, 4),
     ({"head_dim": 80, "length": 1300}, 4), ({"head_dim": 128, "causal": False, "stateful": True, "length": 1100}, 4),
 ], ids=str)  # fmt: skip
 def test_tiles_cut_into_segments(kernels, monkeypatch, kind, segments):
-    """On a card of two multiprocessors: several segments to each tile of rows, the last of them short or empty."""
-    monkeypatch.setenv("EMULATED_PROCESSORS", "2")
+    """On a card of two multiprocessors, or of more than heads: several segments to each tile of rows, the last of them short or empty."""
+    kind = dict(kind)
+    monkeypatch.setenv("EMULATED_PROCESSORS", str(kind.pop("processors", 2)))
     kind = {"heads": 1, "key_heads": 1, "batch": 1, "device": "cpu", "value_dim": kind["head_dim"]} | kind
     query, key, value, _, log_decay, runs, *_ = operator_case(torch.bfloat16, **kind)[0]
     plans = cuda.plans(query, key, value, causal=kind.get("causal", True), log_decay=log_decay, segments=runs)
@@ -109,9 +110,30 @@ def test_tiles_cut_into_segments(kernels, monkeypatch, kind, segments):
 
 
 @pytest.mark.parametrize("kind", [
+    {"length": 1000}, {"length": 1024, "stateful": True}, {"decay": "query_head", "strengths": (0.02, 1.0), "length": 700},
+    {"decay": "key_token", "segments": "packed", "stateful": True, "length": 900},
+    {"decay": "key_token", "strengths": (0.02, 1.0), "segments": "left", "length": 600}, {"noisy": True, "length": 530},
+], ids=str)  # fmt: skip
+def test_whole_heads_to_a_block(kernels, monkeypatch, kind):
+    """As many heads as multiprocessors: several chunks at once, the last round short, and the states that backward takes over."""
+    monkeypatch.setenv("EMULATED_PROCESSORS", "2")
+    kind = {"heads": 2, "key_heads": 2, "batch": 1, "device": "cpu", "head_dim": 64, "value_dim": 64} | kind
+    inputs, upstream = operator_case(torch.bfloat16, **kind)
+    call = operators.Call(*inputs)
+    plan, _ = cuda.plans(call.query, call.key, call.value, log_decay=call.log_decay, segments=call.key_segments)
+    assert plan.shared_bytes > 160 << 10  # more than tiles of rows take
+    check(torch.bfloat16, **kind)
+
+    (out, mass, _), kept = cuda.forward_keeping(call, kind.get("stateful", False))
+    taken, remade = (cuda.backward(call, out, mass, *upstream, states) for states in (kept, None))
+    for some, others in zip(taken, remade, strict=True):  # summed in another order
+        assert some is None or accuracy_bar.distance(some, others.double()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", [
     {}, {"causal": False, "stateful": True}, {"noisy": True}, {"head_dim": 24, "value_dim": 24},
     {"decay": "key_token", "segments": "packed", "stateful": True},
-    {"decay": "query_head", "heads": 2, "head_dim": 64, "value_dim": 64, "length": 1300, "processors": 2},
+    {"decay": "query_head", "heads": 2, "head_dim": 64, "value_dim": 64, "length": 1600, "processors": 3},
 ], ids=str)  # fmt: skip
 def test_backward_takes_over_the_states_of_segments(kernels, monkeypatch, kind):
     """Those that forward made: the same bits as from states made again, and not read where they are of another cut."""

@@ -88,6 +88,13 @@ def test_noise(dtype, head_dim, case):
     compare(dtype, head_dim=head_dim, value_dim=head_dim, length=500, noisy=True, **case)
 
 
+@pytest.mark.parametrize("kind", [{}, {"decay": "query_head"}, {"decay": "key_token", "segments": "packed", "stateful": True}], ids=str)
+def test_whole_heads_to_a_block(kind):
+    """About as many heads as multiprocessors: none is cut for the output, and backward takes over the states ahead of its tiles."""
+    heads = torch.cuda.get_device_properties(0).multi_processor_count // 4
+    compare(torch.bfloat16, head_dim=64, value_dim=64, length=1100, batch=4, heads=heads, key_heads=heads, **kind)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", STATEFUL[:5], ids=str)
 def test_sequences_cut_into_segments(dtype, case):
