@@ -37,7 +37,15 @@ class Conversion(Chain):
         super().__init__(out, to_dict(recipe), "recipe", "choose another output", debug)
 
     def run(self) -> None:
-        """Do what is not done yet."""
+        """Do what is not done yet.
+
+        Raises:
+            RecipeError: another command works in the output.
+        """
+        with self.working():
+            self._run_all()
+
+    def _run_all(self) -> None:
         recipe = self.recipe
         self.console.print(self._ahead())
         if recipe.calibrate is not None and any(student.is_window_only for student in recipe.students()):

@@ -17,6 +17,7 @@ from accelerate.commands.config import config_args
 from recipes.common.chain import PROJECT, Chain
 from recipes.common.errors import RecipeError
 from recipes.common.files import staged_directory
+from recipes.common.reading import read_json
 
 REMEDY = "choose another folder"
 
@@ -86,6 +87,7 @@ def test_what_is_there_is_not_made_again(tmp_path: Path, capfd: pytest.CaptureFi
 def test_another_chains_folder_is_refused(tmp_path: Path) -> None:
     chain(tmp_path / "out", model="a", steps=3)
     chain(tmp_path / "out", model="a", steps=3)
+    (tmp_path / "out" / "made").mkdir()
     with pytest.raises(RecipeError, match=rf"a trial with another steps \(3, now 4\); {REMEDY}, or remove the folder"):
         chain(tmp_path / "out", model="a", steps=4)
     (tmp_path / "out" / "trial.json").write_text("[1]")
@@ -95,6 +97,22 @@ def test_another_chains_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes").write_text("")
     with pytest.raises(RecipeError, match=f"holds something else; {REMEDY}"):
         chain(tmp_path / "mine")
+
+
+def test_another_chain_takes_the_place_of_one_by_which_nothing_was_made(tmp_path: Path) -> None:
+    chain(tmp_path / "out", model="a", steps=3)
+    (tmp_path / "out" / ".first.partial-1").mkdir()  # as a command that was killed leaves it
+    made = chain(tmp_path / "out", model="a", steps=4)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"trial.json"}
+    assert read_json(tmp_path / "out" / "trial.json") == {"model": "a", "steps": 4}
+    with made.working(), pytest.raises(RecipeError, match="another steps"):
+        chain(tmp_path / "out", model="a", steps=5)
+    with made.working(), pytest.raises(RecipeError), chain(tmp_path / "out", model="a", steps=4).working():
+        pass
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "trial.json").write_text('{"mine": 1}')
+    with pytest.raises(RecipeError, match="another model"):
+        chain(tmp_path / "foreign", model="a")
 
 
 @pytest.mark.parametrize("told", ["nothing", "a configuration", "a device", "by the user"])
