@@ -1,7 +1,7 @@
 """A cache of constant size: each linear layer keeps what its form of attention says instead of its keys and values.
 
 Transformers asks one function, `cache_utils.get_layer_types_and_kwargs`, which layer a cache holds for each layer of a model.
-Wrapping it is the only patch. `update()` cannot compute attention, for it has no query: it hands itself to the attention
+Wrapping it is the only patch here. `update()` cannot compute attention, for it has no query: it hands itself to the attention
 function on the tensors it returns (see `hand_over`).
 """
 

@@ -20,6 +20,12 @@ logger = logging.get_logger(__name__)
 
 CROSSES = "_linattn_crosses"
 """Of an attention module: its config, and whether it is cross-attention by it."""
+KEEPS_KEYS = (
+    "Make it from the model's config, DynamicCache(config=model.config), after the model got "
+    'attn_implementation="linattn", and leave quantized caches out. Prefix tuning of PEFT fills such a cache with learned keys, '
+    "and linear attention has no place for them: train with LoRA or prompt tuning instead."
+)
+"""What to do about a cache of keys and values."""
 OTHER_STATES = {"encoder_hidden_states", "encoder_states", "key_value_states", "cross_attention_states", "context", "key", "value"}
 
 
@@ -47,12 +53,7 @@ def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: 
                 f"{name} belongs to a model that makes a cache of its own, {own}, which keeps keys and values and not the state of linear "
                 'attention; give use_cache=False, or load the model with attn_implementation="sdpa".'
             )
-        raise ValueError(
-            f"Linear attention was given {keys} keys for {queries} queries: the cache keeps keys and values. "
-            "Make it from the model's config, DynamicCache(config=model.config), after the model got "
-            'attn_implementation="linattn", and leave quantized caches out. Prefix tuning of PEFT fills such a cache with learned keys, '
-            "and linear attention has no place for them: train with LoRA or prompt tuning instead."
-        )
+        raise ValueError(f"Linear attention was given {keys} keys for {queries} queries: the cache keeps keys and values. {KEEPS_KEYS}")
 
 
 def _is_cross_attention(module: nn.Module) -> bool:

@@ -25,12 +25,36 @@ from hf_linattn.models import config_class_for
 
 
 @torch.no_grad()
-def test_a_cache_without_the_models_config():
+@pytest.mark.parametrize("how", ["a call", "a call of the part", "generation", "offloaded", "filled"])
+@pytest.mark.parametrize("converted", [False, True], ids=["chosen", "converted"])
+def test_a_cache_without_the_models_config(converted, how):
+    """At the first tokens, which such a cache would give back as if there were none."""
     model, ids = tiny_model("llama"), tiny_tokens()
+    if converted:
+        sizes = model.config.to_diff_dict() | {"model_type": "linattn_llama"}
+        model = AutoModelForCausalLM.from_config(config_class_for("llama").from_dict(sizes))
+    cache = DynamicCache(offloading=how == "offloaded")
+    if how == "filled":
+        cache = tiny_model("llama", "sdpa")(ids[:, :10]).past_key_values
+    with pytest.raises(ValueError, match=r"the cache keeps keys and values.*DynamicCache\(config=model.config\)"):
+        if how == "generation":
+            model.generate(ids, max_new_tokens=1, past_key_values=cache, pad_token_id=0)
+        else:
+            (model.model if "part" in how else model)(ids, past_key_values=cache)
+    assert how == "filled" or cache.get_seq_length() == 0
+    own = DynamicCache(config=model.config)
+    model(ids, past_key_values=own)
+    assert own.get_seq_length() == ids.shape[1]
+
+
+@torch.no_grad()
+def test_a_cache_of_a_model_all_of_whose_layers_stay_softmax():
+    model, ids = tiny_model("llama"), tiny_tokens()
+    model.config.linattn = {"softmax_layers": list(range(model.config.num_hidden_layers))}
     cache = DynamicCache()
+    whole = model(ids).logits
     model(ids[:, :10], past_key_values=cache)
-    with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
-        model(ids[:, 10:], past_key_values=cache)
+    torch.testing.assert_close(model(ids[:, 10:], past_key_values=cache).logits, whole[:, 10:])
 
 
 @torch.no_grad()
