@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from recipes.common import cli
-from recipes.common.errors import RecipeError
+from recipes.common.errors import STATUS_FILE, RecipeError
 from recipes.common.files import clear_up, hold, write_json
 from recipes.common.lock import lock
 from recipes.common.marks import LOCK
@@ -92,8 +93,9 @@ class Chain:
         """Run a training script of the project by `accelerate launch`, on what it is configured for."""
         arguments += ("--debug",) * self.debug
         self.console.print(f"accelerate launch -m {shlex.join([module, *arguments])}", style="dim")
+        told, threads = _unconfigured()
         # quiet: the training has said what went wrong, and accelerate's own traceback says nothing more
-        self._run(module, ["accelerate.commands.launch", "--quiet", "-m", module, *arguments], **_threads())
+        self._run(module, ["accelerate.commands.launch", "--quiet", *told, "-m", module, *arguments], **threads)
 
     def tell_minutes(self) -> None:
         """Print what each step took."""
@@ -104,7 +106,12 @@ class Chain:
         paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         # PYTHONSAFEPATH: else what lies in the working directory, a checkout of this for one, would stand before what is installed
         environment = {**environment, **os.environ, "PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
-        status = subprocess.run([sys.executable, "-m", *command], env=environment).returncode
+        with TemporaryDirectory(prefix="linattn-status-") as folder:
+            told = Path(folder) / "status"
+            environment[STATUS_FILE] = str(told)
+            status = subprocess.run([sys.executable, "-m", *command], env=environment).returncode
+            if status == 1 and told.is_file():  # accelerate has 1 for whatever the training ended with
+                status = int(told.read_text(encoding="utf-8"))
         if status:
             self.console.print(f"{module} stopped with status {status}; start again to go on from there", style="bold")
             raise SystemExit(2 if status == 2 else 1)
@@ -122,12 +129,19 @@ def _holds_more(state: Path) -> bool:
         held.release()
 
 
-def _threads() -> dict[str, str]:
-    """All cores for a training without a device: accelerate that nobody has configured takes a single thread then."""
+def _unconfigured() -> tuple[list[str], dict[str, str]]:
+    """What `accelerate launch` is given where nobody has configured it, as arguments and as environment.
+
+    They are its own defaults, of which it gives notice where it is not told, and in a training without a device all cores: it takes a
+    single thread then.
+    """
     import psutil
     from accelerate.commands.config.config_args import default_config_file
-    from torch.accelerator import is_available  # late, as it imports torch
+    from torch import accelerator  # late, as it imports torch
 
-    if is_available() or Path(default_config_file).is_file():
-        return {}
-    return {"OMP_NUM_THREADS": str(psutil.cpu_count(logical=False) or 1)}
+    if Path(default_config_file).is_file():
+        return [], {}
+    devices = accelerator.device_count() if accelerator.is_available() else 0
+    told = {"num_processes": max(devices, 1), "num_machines": 1, "mixed_precision": "no", "dynamo_backend": "no"}
+    arguments = [f"--{name}={value}" for name, value in told.items()] + ["--multi_gpu"] * (devices > 1)
+    return arguments, {} if devices else {"OMP_NUM_THREADS": str(psutil.cpu_count(logical=False) or 1)}

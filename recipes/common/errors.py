@@ -11,9 +11,11 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+STATUS_FILE = "_HF_LINATTN_STATUS_FILE"
+"""In the environment: where a command writes its exit status if it fails, for whoever started it through a launcher that has its own."""
 _ROOT = Path(__file__).resolve().parents[2]
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
@@ -78,7 +80,15 @@ def exit_with_sentence(debug: bool = False, passing: tuple[type[Exception], ...]
             if debug:
                 traceback.print_exception(error)
             print(f"error: {message}", file=sys.stderr)
+        _tell_starter(status)
         raise SystemExit(status) from None
+
+
+def _tell_starter(status: int) -> None:
+    """Of several processes the first that fails counts: others then fail at its silence."""
+    if told := os.environ.get(STATUS_FILE):
+        with suppress(OSError), open(told, "x", encoding="utf-8") as file:
+            file.write(str(status))
 
 
 def _told(error: Exception) -> tuple[str, int]:

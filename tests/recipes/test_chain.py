@@ -34,6 +34,25 @@ def test_a_command_that_fails_ends_it_and_says_how_to_go_on(tmp_path: Path, capf
     assert "recipes.absent stopped with status 1; start again to go on from there" in " ".join(told.split())
 
 
+@pytest.mark.parametrize("wrong", ["of the user", "of ours"])
+def test_a_training_that_fails_says_so_in_one_sentence_with_its_own_status(
+    wrong: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    """accelerate ends with 1 whatever the training ended with, and gives notice of what it was not told."""
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "absent"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    error = "RecipeError('no text; give some')" if wrong == "of the user" else "KeyError('absent')"
+    lines = ("from recipes.common.errors import RecipeError, exit_with_sentence", "with exit_with_sentence():", f"    raise {error}")
+    (tmp_path / "failing.py").write_text("\n".join(lines))
+    with pytest.raises(SystemExit) as ended:
+        chain(tmp_path / "out").launch("failing")
+    status, told = 2 if wrong == "of the user" else 1, capfd.readouterr()
+    assert ended.value.code == status and f"failing stopped with status {status}" in told.out
+    (line,) = told.err.strip().splitlines()
+    assert line == "error: no text; give some" if status == 2 else line.startswith("error: KeyError")
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
 def test_the_working_directory_does_not_stand_before_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a checkout's linattn.py would stand before an installed linattn."""
@@ -42,8 +61,10 @@ def test_the_working_directory_does_not_stand_before_what_is_installed(tmp_path:
     chain(tmp_path / "out").call("recipes.lra.listops", "--help")
 
 
-@pytest.mark.parametrize("debug", [False, True])
-def test_commands_are_run_as_they_are_shown(debug: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+@pytest.mark.parametrize(("debug", "devices"), [(False, 0), (True, 1), (False, 2)])
+def test_commands_are_run_as_they_are_shown(
+    debug: bool, devices: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
     ran, status = [], [0, 2, -9]
 
     def run(command: list[str], env: dict[str, str]) -> SimpleNamespace:
@@ -51,6 +72,9 @@ def test_commands_are_run_as_they_are_shown(debug: bool, tmp_path: Path, capfd: 
         return SimpleNamespace(returncode=status.pop(0))
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
+    monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "absent"))
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
     made, more = Chain(tmp_path / "out", {}, "trial", REMEDY, debug), ["--debug"] * debug
     made.launch("recipes.some", "--a", "b c")
@@ -58,13 +82,16 @@ def test_commands_are_run_as_they_are_shown(debug: bool, tmp_path: Path, capfd: 
         with pytest.raises(SystemExit) as ended:
             made.call("recipes.some", "x")
         assert ended.value.code == wanted
-    launched, called = ["-m", "accelerate.commands.launch", "--quiet", "-m", "recipes.some", "--a", "b c"], ["-m", "recipes.some", "x"]
+    told = [f"--num_processes={max(devices, 1)}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    told += ["--multi_gpu"] * (devices > 1)
+    launched = ["-m", "accelerate.commands.launch", "--quiet", *told, "-m", "recipes.some", "--a", "b c"]
+    called = ["-m", "recipes.some", "x"]
     assert [command for command, *_ in ran] == [[*launched, *more], [*called, *more], [*called, *more]]
     assert all(safe == "1" and paths == [str(Path(__file__).parents[2]), "elsewhere"] for _, safe, paths in ran)
-    told = " ".join(capfd.readouterr().out.split())
+    shown = " ".join(capfd.readouterr().out.split())
     flag = " --debug" * debug
-    assert told.startswith(f"accelerate launch -m recipes.some --a 'b c'{flag} python -m recipes.some x{flag}")
-    assert "recipes.some stopped with status -9; start again" in told
+    assert shown.startswith(f"accelerate launch -m recipes.some --a 'b c'{flag} python -m recipes.some x{flag}")
+    assert "recipes.some stopped with status -9; start again" in shown
     assert PROJECT == ""
 
 
@@ -118,6 +145,7 @@ def test_another_chain_takes_the_place_of_one_by_which_nothing_was_made(tmp_path
 @pytest.mark.parametrize("told", ["nothing", "a configuration", "a device", "by the user"])
 def test_a_training_without_a_device_has_every_core(told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: told == "a device")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     (tmp_path / "there").touch()
     monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / ("there" if told == "a configuration" else "absent")))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
