@@ -6,11 +6,13 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from convert import evaluate, linearize
 from convert.errors import ConversionError
+from convert.evaluation.options import require_lm_eval
 from convert.stages.options import CalibrateOptions, DistillOptions, StageOptions, TransferOptions
 from recipes.common.config import build
 from recipes.common.documents import Source
@@ -24,6 +26,8 @@ _CONTROLS: dict[str, dict[str, Any]] = {
     "finetuned_teacher": {"window_drop": 0.0, "control": True, "kl_weight": 0.0, "text_weight": 1.0},
 }
 """What a recipe may train beside its student, and which options of the stages are then others."""
+_TEXT = "text, or rows of JSON with a key text"
+_READ_BY_EVALUATE = {"data": _TEXT, "filler": _TEXT, "ranking": "what linattn select-layers wrote"}
 _COMMANDS: dict[str, Callable[..., Any]] = {"linearize": linearize.main, "evaluate": evaluate.main}
 
 
@@ -122,14 +126,21 @@ class Recipe:
         """Refuses, before anything is made, what a stage or the evaluation would refuse when its turn comes.
 
         Raises:
-            RecipeError: a text or the source is nowhere, or rows are longer than the source has positions.
+            RecipeError: a text or the source is nowhere, a package is missing, or rows are longer than the source has positions.
         """
         refuse_missing_folder(self.source)
         for name in (*self.data, *self.valid_data):
-            Source(name).files()
-        for name in _listed((self.evaluate or {}).get("data")):
-            if not user_path(name).is_file():
-                raise ConversionError(f"evaluate.data: {name}: no such file; give text, or rows of JSON with a key text")
+            Source(name).check()
+        evaluate = self.evaluate or {}
+        for key, wanted in _READ_BY_EVALUATE.items():
+            for name in _listed(evaluate.get(key)):
+                if not user_path(name).is_file():
+                    raise ConversionError(f"evaluate.{key}: {name}: no such file; give {wanted}")
+        if evaluate.get("tasks") not in (None, "", "none"):
+            require_lm_eval("evaluate.tasks", "")
+        for package in ("accelerate", "matplotlib"):
+            if find_spec(package) is None:
+                raise ConversionError(f"the stages need the package {package}: `pip install 'hf_linattn[convert]'`")
         config = user_path(self.source) / "config.json"
         positions = read_json(config).get("max_position_embeddings") if config.is_file() else None
         for student in self.students():

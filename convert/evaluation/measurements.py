@@ -15,11 +15,11 @@ from convert.evaluation.costs import STEPS, measure_costs
 from convert.evaluation.describe import describe
 from convert.evaluation.loss import measure_loss
 from convert.evaluation.models import Loaded, Models, check_length, stamp
-from convert.evaluation.options import EvaluationOptions, Subject
+from convert.evaluation.options import EvaluationOptions, Subject, require_lm_eval
 from convert.evaluation.prompts import Prompt, Prompts
 from convert.evaluation.recall import measure_recall
 from convert.evaluation.store import Store
-from convert.evaluation.tasks import local_rows, measure_task, require_lm_eval
+from convert.evaluation.tasks import local_rows, measure_task
 from convert.evaluation.text import Rows, first_rows
 
 _LIGHTER = 4

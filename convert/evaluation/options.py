@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from convert.commands import argument, option
@@ -54,6 +55,12 @@ def _many(values: Sequence[str] | None, option: str) -> tuple[str, ...]:
 
 def _lengths(text: str, option: str) -> tuple[int, ...]:
     return whole_numbers(text, option, 2)
+
+
+def require_lm_eval(option: str = "--tasks", again: str = " with --resume") -> None:
+    """Raises ConversionError where the package that `option` needs is missing."""
+    if find_spec("lm_eval") is None:
+        raise ConversionError(f"{option} needs the package lm-eval: `pip install lm-eval==0.4.13`, then run the command again{again}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,13 +6,13 @@ import lzma
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from convert.errors import ConversionError, stage
+from convert.evaluation.options import require_lm_eval
 from recipes.common.reading import open_file, user_path
 
 # By task: where lm-eval keeps it, and the metric that is usually quoted.
@@ -27,12 +27,6 @@ _STOCK = {
     "sciq": ("sciq/sciq.yaml", "acc"),
 }
 _HERE = "_of_local_rows"
-
-
-def require_lm_eval() -> None:
-    """Raises ConversionError where the package is missing."""
-    if find_spec("lm_eval") is None:
-        raise ConversionError("--tasks needs the package lm-eval: `pip install lm-eval==0.4.13`, then run the command again with --resume")
 
 
 def local_rows(folder: Path, task: str) -> Path:

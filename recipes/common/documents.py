@@ -12,6 +12,7 @@ import lzma
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,6 +68,16 @@ class Source:
         raise RecipeError(
             f"{self.name}: no such file; give a text file, a folder, or a data set's id on the hub such as roneneldan/TinyStories"
         )
+
+    def check(self) -> None:
+        """Refuses, before any of it is read, what could not be read.
+
+        Raises:
+            RecipeError: as of `files`, or it takes a library that is not installed.
+        """
+        files = self.files()
+        if files is None or any(_kind(file) in _TABLES for file in files):
+            _require_datasets(self.name)
 
     def stamp(self) -> list[Any]:
         """What changes when the source does: for local files their paths, sizes and times of change."""
@@ -196,10 +207,8 @@ def _lines(source: Source, path: Path, render: Render | None) -> Iterator[str]:
 
 def _rows(source: Source, path: Path | None, render: Render | None) -> Iterator[str]:
     """The column of a table, or of a data set on the hub."""
-    try:
-        import datasets
-    except ImportError:
-        raise RecipeError(f"{source.name} is read by the library datasets: `pip install datasets`, or give .txt or .jsonl files") from None
+    _require_datasets(source.name)
+    import datasets
 
     name = source.name if path is None else str(path)
     try:
@@ -212,6 +221,12 @@ def _rows(source: Source, path: Path | None, render: Render | None) -> Iterator[
     if source.column not in data.column_names:
         raise _no_column(name, source.column, data.column_names)
     return (part for batch in data.iter(_ROWS) for row in batch[source.column] for part in _parts(_text(row, name, render)))
+
+
+def _require_datasets(name: str) -> None:
+    spec = find_spec("datasets")
+    if spec is None or spec.origin is None:  # a folder of that name is no library
+        raise RecipeError(f"{name} is read by the library datasets: `pip install datasets`, or give .txt or .jsonl files")
 
 
 def _no_column(where: str, column: str, columns: Iterable[str]) -> RecipeError:

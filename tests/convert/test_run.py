@@ -13,10 +13,12 @@ import yaml
 from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
+from convert.evaluation import options
 from convert.recipe import RECIPES, Recipe, flags, recipe_file
 from convert.run import Conversion, main
 from convert.stages.costs import training_memory
 from convert.stages.options import DistillOptions
+from recipes.common import documents
 from recipes.common.config import build, load_config
 from recipes.common.errors import RecipeError
 
@@ -210,6 +212,10 @@ def test_memory_is_told_from_the_sizes_of_the_student(tiny):
         ({"valid_data": ["nothere.txt"]}, "nothere.txt: no such file"),
         ({"evaluate": {"data": ["nothere.txt"]}}, "evaluate.data: nothere.txt: no such file"),
         ({"evaluate": {"data": "nothere.txt"}}, "evaluate.data: nothere.txt: no such file"),
+        ({"evaluate": {"data": ["text.txt"], "filler": "nothere.txt"}}, "evaluate.filler: nothere.txt: no such file"),
+        ({"data": ["nobody/text"]}, "nobody/text is read by the library datasets: `pip install datasets`"),
+        ({"valid_data": ["tables"]}, "tables is read by the library datasets"),
+        ({"evaluate": {"data": ["text.txt"], "tasks": "piqa"}}, "evaluate.tasks needs the package lm-eval: `pip install lm-eval"),
         ({"source": "./nothere"}, "there is no folder ./nothere"),
         ({"training": {"length": 65}}, "length 65 is more than the 64 positions of .*; give --set training.length=64 or less"),
         ({"distill": {"length": 65}}, "distill: length 65 is more than the 64 positions"),
@@ -218,9 +224,26 @@ def test_memory_is_told_from_the_sizes_of_the_student(tiny):
 )
 def test_what_a_later_stage_would_refuse_is_refused_before_anything_is_made(recipe, called, tmp_path, monkeypatch, changes, said):
     monkeypatch.chdir(tmp_path)
+    for module in (documents, options):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)  # what the extra `convert` does not bring is not there
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "rows.parquet").touch()
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(**changes)))
     with pytest.raises(RecipeError, match=said):
         main(str(tmp_path / "recipe.yaml"))
     assert not called and not (tmp_path / "out").exists()
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(training={"length": 64})))
     load_config(Recipe, tmp_path / "recipe.yaml", []).check_inputs()
+
+
+def test_another_recipe_takes_the_place_of_one_that_ended_before_its_first_stage(recipe, called, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(transfer=None, evaluate=None, distill={"tokens": 128})))
+    called.fails = "convert.linearize"
+    with pytest.raises(SystemExit):
+        main(str(tmp_path / "recipe.yaml"))
+    called.fails = ""
+    main(str(tmp_path / "recipe.yaml"), ["training.length=16"])
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["training"]["length"] == 16
+    with pytest.raises(RecipeError, match="holds a recipe with another training"):
+        main(str(tmp_path / "recipe.yaml"))

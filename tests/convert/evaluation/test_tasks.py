@@ -16,7 +16,7 @@ import yaml
 from byte_models import byte_model, byte_tokenizer
 
 from convert.errors import ConversionError
-from convert.evaluation import tasks
+from convert.evaluation import options, tasks
 from convert.evaluation.options import TASKS
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the package lm-eval")
@@ -25,7 +25,7 @@ ROWS = [{"goal": goal, "sol1": "with a hammer", "sol2": "by waiting", "label": n
 
 
 def test_it_is_said_that_the_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "find_spec", lambda name: None)
+    monkeypatch.setattr(options, "find_spec", lambda name: None)
     with pytest.raises(ConversionError, match="pip install lm-eval==0.4.13"):
         tasks.measure_task(None, None, "piqa", None, None, 1)
 
@@ -50,7 +50,7 @@ class StandIn:
         parts = {"models": None, "models.huggingface": SimpleNamespace(HFLM=self._wrap), "tasks": SimpleNamespace(TaskManager=self._manage)}
         for name, module in {"lm_eval": place, **{f"lm_eval.{name}": part or SimpleNamespace() for name, part in parts.items()}}.items():
             monkeypatch.setitem(sys.modules, name, module)
-        monkeypatch.setattr(tasks, "find_spec", lambda name: place)
+        monkeypatch.setattr(options, "find_spec", lambda name: place)
 
     def _wrap(self, **told: Any) -> str:
         self.asked |= told
