@@ -6,8 +6,10 @@ imported as children of this module: the package's own import takes seconds, and
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
+from typing import Annotated
 
 try:
     import typer
@@ -51,7 +53,23 @@ def _run(ctx: typer.Context) -> None:
     _module("recipes.common.cli").app(_module(module).main)(ctx.args, prog_name=ctx.command_path)
 
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Linear attention: its stages.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        source = (_PACKAGE / "__init__.py").read_text(encoding="utf-8")  # as text: importing it takes seconds
+        print(re.findall(r'^__version__ = "(.+)"$', source, re.MULTILINE)[0])
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Say the version and exit.", is_eager=True, callback=_tell_version)] = False,
+) -> None:
+    """Linear attention: its stages."""
+
+
 for _name, (_, _line) in STAGES.items():
     app.command(_name, help=_line, cls=_Stage)(_run)
 

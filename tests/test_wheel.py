@@ -160,6 +160,7 @@ def run(installed: Path, folder: Path, *arguments: str | Path) -> tuple[int, str
     ("arguments", "status", "said"),
     [
         (["--help"], 0, list(STAGES)),
+        (["--version"], 0, [f"{hf_linattn.__version__}\nimported"]),
         (["chess"], 2, ["No such command 'chess'"]),
         (["convert", "--help"], 0, ["linattn convert", "--keep-softmax"]),
         (["convert", "./absent", "new"], 2, ["error: there is no folder"]),
