@@ -4,7 +4,7 @@ Each turn goes on from the state that the last one left, so nothing is read twic
 well: `linattn calibrate`, `transfer` and `distill` do that.
 """
 
-import sys
+import argparse
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,4 +58,7 @@ def prompt(tokenizer, messages: list[dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("MODEL", "OUTPUT"):
+        parser.add_argument(name)
+    main(*vars(parser.parse_args()).values())

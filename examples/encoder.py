@@ -1,6 +1,6 @@
 """An encoder with linear attention learns to classify sentences of several lengths: python examples/encoder.py [MODEL]."""
 
-import sys
+import argparse
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -11,7 +11,7 @@ GOOD = ["a lovely day", "what a kind and clever friend", "the best of all storie
 BAD = ["a dreadful day", "what a rude and dull neighbour", "the worst of all stories", "cold soup, bad company", "she wept and shouted"]
 
 
-def main(name: str = "google-bert/bert-base-uncased", steps: int = 30) -> float:
+def main(name: str, steps: int = 30) -> float:
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2, attn_implementation="linattn")
     batch = tokenizer(GOOD + BAD, padding=True, return_tensors="pt")  # a padded sentence gets what it gets alone
@@ -30,4 +30,6 @@ def main(name: str = "google-bert/bert-base-uncased", steps: int = 30) -> float:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("MODEL", nargs="?", default="google-bert/bert-base-uncased")
+    main(*vars(parser.parse_args()).values())

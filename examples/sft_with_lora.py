@@ -4,7 +4,7 @@ DATA are JSON lines, each a prompt and its completion (or `messages`, for a toke
 completions. The few numbers a head that conversion added learn in full beside the adapter's matrices, at a rate of their own.
 """
 
-import sys
+import argparse
 
 import torch
 from datasets import load_dataset
@@ -39,4 +39,7 @@ def main(name: str, data: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("MODEL", "DATA", "OUTPUT"):
+        parser.add_argument(name)
+    main(*vars(parser.parse_args()).values())

@@ -4,7 +4,7 @@ Noise takes the place of dropout (the paper's eq. 28) and is lowered to nothing 
 gets a rate of its own, or it would stay where it started.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import torch
@@ -38,4 +38,7 @@ def main(name: str, text: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("MODEL", "TEXT", "OUTPUT"):
+        parser.add_argument(name)
+    main(*vars(parser.parse_args()).values())

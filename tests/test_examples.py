@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +54,25 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_table_names_all_of_them() -> None:
     told = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     assert all(f"`{path.name}" in told for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_the_ways_they_are_called(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without what they take they say it in a line, the one that the table and their first line have."""
+    called = re.findall(rf"python examples/({path.name}(?: \[?[A-Z]+\]?)*)", path.read_text(encoding="utf-8"))[0]
+    assert f"| `{called}` |" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    if called == path.name:
+        return
+    if path.stem == "sft_with_lora":
+        pytest.importorskip("trl", reason="TRL is for Python 3.11 and later")
+    for given, status in (["--help"], 0), (["one", "word", "too", "many"], 2), ([], 2):
+        if "[" in called and not given:
+            continue
+        monkeypatch.setattr(sys, "argv", [str(path), *given])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(path), run_name="__main__")
+        told = capsys.readouterr()
+        assert ended.value.code == status and f"usage: {called.replace(' ', ' [-h] ', 1)}" in told.out + told.err
 
 
 def test_convert_and_chat(softmax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
