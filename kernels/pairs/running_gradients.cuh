@@ -23,7 +23,7 @@ template <Pass PASS> struct RunningSide : StateSide {
   }
   // s = x . x, d = y . y of half a tile of others.
   __device__ __forceinline__ void multiply(float (&s)[kStep / 8][4], float (&d)[kStep / 8][4], uint32_t others, int tile, int half) const {
-    overwritten(s), overwritten(d);
+    warpgroup_overwrites(s), warpgroup_overwrites(d);
     warpgroup_begin();
     WarpgroupProduct<T, kStep, false>::run(s, x, operand_in<kRunKeys>(keys_at(others, tile, half), 0), false);
 #pragma unroll

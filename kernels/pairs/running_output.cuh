@@ -68,7 +68,7 @@ template <bool GATED> struct RunningOutput {
     float s[COLUMNS][4];
     uint32_t weights[kKeys / 16][4];
     const uint32_t keys = others + Tile<kRunKeys>::rows_at(kKeys / 16 * tile), values = others + S::X + Tile<kRunValues>::rows_at(kKeys / 16 * tile);
-    overwritten(s);
+    warpgroup_overwrites(s);
     warpgroup_begin();
     WarpgroupProduct<T, kKeys, false>::run(s, side.x, operand_in<kRunKeys>(keys, 0), false);
     warpgroup_commit();

@@ -4,19 +4,6 @@
 
 namespace linattn_pairs {
 
-// Sums that a product is about to overwrite: their registers hold nothing until then, and nobody has to clear them.
-template <int TILES> __device__ __forceinline__ void overwritten(float (&d)[TILES][4]) {
-#pragma unroll
-  for (int i = 0; i < TILES; ++i)
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-#if defined(__CUDA_ARCH__)
-      asm volatile("" : "=f"(d[i][j]));
-#else
-      d[i][j] = NAN;
-#endif
-}
-
 // Both numbers of a word, each twice.
 __device__ __forceinline__ uint32_t first_twice(uint32_t two) { return (two & 0xffffu) | two << 16; }
 __device__ __forceinline__ uint32_t second_twice(uint32_t two) { return (two >> 16) | (two & 0xffff0000u); }
@@ -79,7 +66,7 @@ struct StateSide {
       }
       warpgroup_keep(of[part % 2]);
       if (part > 0) warpgroup_wait<0>(), warpgroup_keep(sums);
-      else overwritten(sums);
+      else warpgroup_overwrites(sums);
       warpgroup_begin();
 #pragma unroll
       for (int j = 0; j < 4; ++j) multiply_item(sums, of[part % 2][j], state, part == 2 ? 2 * (4 + j) + 1 : 4 * part + j, part > 0 || j > 0);
@@ -129,7 +116,7 @@ struct StateSide {
   __device__ __forceinline__ void multiply_values(float (&pairs)[2][4], float (&lines)[4][4], const uint32_t (&y)[kRunValues / 16][4], uint32_t state) const {
     float sums[2][4][4];  // of two a, and of the two behind them
     const auto multiply = [&](int i) {
-      overwritten(sums[i % 2]);
+      warpgroup_overwrites(sums[i % 2]);
       warpgroup_begin();
 #pragma unroll
       for (int n = 0; n < kRunValues / 16; ++n)
@@ -138,7 +125,7 @@ struct StateSide {
     };
 #pragma unroll
     for (int i = 0; i < 8; ++i) pairs[i / 4][i % 4] = 0.f;
-    overwritten(lines);
+    warpgroup_overwrites(lines);
     warpgroup_begin();
 #pragma unroll
     for (int n = 0; n < kRunValues / 16; ++n)

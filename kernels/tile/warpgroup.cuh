@@ -47,6 +47,13 @@ template <int TILES> __device__ __forceinline__ void warpgroup_keep(float (&d)[T
 #pragma unroll
     for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(d[i][j])::"memory");
 }
+// Sums that a product is about to overwrite: their registers hold nothing until then, and nobody has to clear them.
+template <int TILES> __device__ __forceinline__ void warpgroup_overwrites(float (&d)[TILES][4]) {
+#pragma unroll
+  for (int i = 0; i < TILES; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) asm volatile("" : "=f"(d[i][j]));
+}
 // Fragments are made before a group's products, not between them.
 template <int COUNT> __device__ __forceinline__ void warpgroup_keep(uint32_t (&a)[COUNT][4]) {
 #pragma unroll

@@ -16,6 +16,10 @@ template <int COUNT> void give_registers() {}
 template <int COUNT> void take_registers() {}
 template <int TILES> void warpgroup_keep(float (&)[TILES][4]) {}
 template <int COUNT> void warpgroup_keep(uint32_t (&)[COUNT][4]) {}
+template <int TILES> void warpgroup_overwrites(float (&d)[TILES][4]) {
+  for (auto &sums : d)
+    for (float &x : sums) x = NAN;
+}
 
 template <int D> uint64_t warpgroup_operand(uint32_t address, uint32_t panel = 0) {
   constexpr uint64_t kEightRows = 8 * Tile<D>::kRowBytes, kSwizzle = Tile<D>::kRowBytes == 32 ? 3 : Tile<D>::kRowBytes == 64 ? 2 : 1;
