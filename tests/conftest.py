@@ -10,6 +10,14 @@ def own_tokens(tmp_path_factory):
         yield
 
 
+@pytest.fixture(autouse=True)
+def large_memory_is_given_back():
+    """Processes that test on one GPU share its memory, and PyTorch keeps for its own process what a test of many tokens took."""
+    yield
+    if torch.cuda.is_initialized() and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
