@@ -17,7 +17,8 @@ ACTIVATIONS = (F.silu, F.gelu, F.mish, F.softplus, torch._C._nn.gelu, torch.sigm
 
 def make_once(graph: GraphModule) -> None:
     """Those of a graph on a GPU."""
-    vectors = dict.fromkeys(node.args[0] for node in graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear))
+    products = graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear)
+    vectors = dict.fromkeys(node.args[0] if node.args else node.kwargs.get("input") for node in products)
     for node in vectors:
         if isinstance(node, Node) and made.is_on_gpu(node) and any(part.target in ACTIVATIONS for part in (node, *node.all_input_nodes)):
             made.make_once(graph, node)

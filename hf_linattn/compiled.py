@@ -127,7 +127,7 @@ class CompiledStep:
         self.call = torch.compile(step, **options)
         self.hooks = list(_all_hooks(model))
         if self.watched is not None:
-            self.watched.joins = self.only_computes()  # other hooks may bring weights of their own
+            self.watched.joins = only_reads(model)  # others may bring weights of their own, or write between two products
 
     def serves(self, model: PreTrainedModel, config: Any) -> bool:
         """Whether it is this model's, compiled as this configuration says. PyTorch's guards leave out hooks."""

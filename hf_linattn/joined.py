@@ -38,8 +38,10 @@ class Joined(NamedTuple):
     def run(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
         """What takes the inputs that the graph had before."""
 
+        of_inputs = self.places  # not the inputs, which would live as long as what PyTorch compiled
+
         def run(*given: Any) -> Any:
-            parts = ([given[place] for place in places] for places in self.places)
+            parts = ([given[place] for place in places] for places in of_inputs)
             return compiled(*(some[0] if len(some) == 1 else as_one(some) for some in parts))
 
         return run
@@ -119,7 +121,7 @@ def _is_a_products(node: Any, of_place: dict[Any, Any]) -> bool:
 def _writes(user: Any) -> bool:
     """Whether it may write into what it is given, between two products of that."""
     name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
-    return name.endswith("_") or getattr(operator, name, None) in _IN_PLACE or "out" in user.kwargs
+    return name.endswith("_") or getattr(operator, name, None) in _IN_PLACE or "out" in user.kwargs or bool(user.kwargs.get("inplace"))
 
 
 def _lie_together(parts: Sequence[Tensor]) -> bool:

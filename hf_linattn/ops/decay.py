@@ -75,7 +75,7 @@ def _gradient(grad: Tensor, segments: Tensor, each: bool) -> Tensor:
 
 
 def _compiled(rate: Tensor, segments: Tensor) -> Tensor:
-    return runs_cuda.decay_at_tokens(rate, segments) if runs_cuda.takes_decay(rate) else _decay(rate, segments)
+    return runs_cuda.decay_at_tokens(rate, segments) if segments.numel() and runs_cuda.takes_decay(rate) else _decay(rate, segments)
 
 
 def _compiled_gradient(grad: Tensor, segments: Tensor, each: bool) -> Tensor:

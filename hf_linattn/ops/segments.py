@@ -25,18 +25,20 @@ def canonical_segments(segment_ids: Tensor, batch: int, length: int) -> Tensor:
     if not isinstance(segment_ids, Tensor) or tuple(segment_ids.shape) != (batch, length):
         shape = tuple(segment_ids.shape) if isinstance(segment_ids, Tensor) else type(segment_ids).__name__
         raise ValueError(f"segment_ids must be a tensor of shape ({batch}, {length}), one a token, not {shape}.")
-    if segment_ids.is_floating_point():
+    if segment_ids.is_floating_point() or segment_ids.is_complex():
         raise TypeError(f"segment_ids must be integers (0 for padding) or bool (False for padding), not {segment_ids.dtype}.")
     if values_are_readable(segment_ids):
-        _check(segment_ids.to(torch.int32))
+        _check(segment_ids)
     if not reach_kernels(segment_ids.device.type, (segment_ids,)):
         return torch.ops.linattn.runs(segment_ids)
     return _KERNELS[segment_ids.device.type](segment_ids)
 
 
 def _check(ids: Tensor) -> None:
-    highest = _highest(ids)
-    if bool(((ids > 0) & (ids < highest)).any() | (ids < 0).any()):
+    ids = ids.to(torch.int64)
+    if bool((ids > torch.iinfo(torch.int32).max).any()):
+        raise ValueError("segment_ids must be below 2**31: number the segments of a row from 1 on.")
+    if bool(((ids > 0) & (ids < _highest(ids))).any() | (ids < 0).any()):
         raise ValueError("segment_ids must be 0 for padding and, apart from zeros, never fall along a row.")
 
 

@@ -15,9 +15,7 @@ from typing import Any
 
 from recipes.common import cli
 from recipes.common.errors import STATUS_FILE, RecipeError
-from recipes.common.files import clear_up, hold, write_json
-from recipes.common.lock import lock
-from recipes.common.marks import LOCK
+from recipes.common.files import hold, write_json
 from recipes.common.reading import read_json
 from recipes.common.state import check_written
 
@@ -30,7 +28,7 @@ class Chain:
 
     Args:
         out: where it is, or will be.
-        asked: what decides the chain, plain values; a folder where something was made by others is refused.
+        asked: what decides the chain, plain values; a folder of others is refused.
         name: what such a chain is called; its file NAME.json in `out` holds `asked`.
         remedy: how another folder is given.
         debug: whether commands that fail show their traceback.
@@ -47,13 +45,11 @@ class Chain:
             if (old := read_json(state)) != asked:
                 if not isinstance(old, dict):
                     raise RecipeError(f"{state} is damaged; {remedy}, or remove the folder")
-                if not old.keys() & asked.keys() or _holds_more(state):
-                    different = next((key for key in [*asked, *old] if old.get(key) != asked.get(key)), name)
-                    raise RecipeError(
-                        f"{out} holds a {name} with another {different} ({old.get(different)!s:.200}, now {asked.get(different)!s:.200}); "
-                        f"{remedy}, or remove the folder"
-                    )
-                write_json(state, asked)  # nothing was made by the old one yet
+                different = next((key for key in [*asked, *old] if old.get(key) != asked.get(key)), name)
+                raise RecipeError(
+                    f"{out} holds a {name} with another {different} ({old.get(different)!s:.200}, now {asked.get(different)!s:.200}); "
+                    f"{remedy}, or remove the folder"
+                )
         elif out.exists() and any(out.iterdir()):
             raise RecipeError(f"{out} exists and holds something else; {remedy}")
         else:
@@ -115,18 +111,6 @@ class Chain:
         if status:
             self.console.print(f"{module} stopped with status {status}; start again to go on from there", style="bold")
             raise SystemExit(2 if status == 2 else 1)
-
-
-def _holds_more(state: Path) -> bool:
-    """Whether something lies beside the file that says what was asked, or is being made there."""
-    held = lock(state.parent)
-    if held is None:
-        return True
-    try:
-        clear_up(state.parent)
-        return any(path != state and path.name != LOCK for path in state.parent.iterdir())
-    finally:
-        held.release()
 
 
 def _unconfigured() -> tuple[list[str], dict[str, str]]:

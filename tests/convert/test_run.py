@@ -237,13 +237,14 @@ def test_what_a_later_stage_would_refuse_is_refused_before_anything_is_made(reci
     load_config(Recipe, tmp_path / "recipe.yaml", []).check_inputs()
 
 
-def test_another_recipe_takes_the_place_of_one_that_ended_before_its_first_stage(recipe, called, tmp_path):
+def test_another_recipe_is_refused_where_the_first_one_ended_before_its_first_stage(recipe, called, tmp_path):
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(transfer=None, evaluate=None, distill={"tokens": 128})))
     called.fails = "convert.linearize"
     with pytest.raises(SystemExit):
         main(str(tmp_path / "recipe.yaml"))
     called.fails = ""
-    main(str(tmp_path / "recipe.yaml"), ["training.length=16"])
-    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["training"]["length"] == 16
+    before = (tmp_path / "out" / "recipe.json").read_text()
     with pytest.raises(RecipeError, match="holds a recipe with another training"):
-        main(str(tmp_path / "recipe.yaml"))
+        main(str(tmp_path / "recipe.yaml"), ["training.length=16"])
+    assert (tmp_path / "out" / "recipe.json").read_text() == before
+    main(str(tmp_path / "recipe.yaml"))

@@ -25,6 +25,19 @@ def test_reversed_runs_rise_too():
     assert reversed_segments(canonical_segments(ids, 2, 6)).tolist() == [[1, 1, -4, 4, 4, -4], [1, -3, -3, 3, 4, 4]]
 
 
+@pytest.mark.parametrize("ids", [[1, 2**32 + 1], [5, 2**33], [1, 2**31]], ids=str)
+def test_numbers_that_runs_cannot_hold_are_refused(ids):
+    with pytest.raises(ValueError, match="below 2\\*\\*31"):
+        canonical_segments(torch.tensor([ids]), 1, 2)
+
+
+def test_numbers_that_would_wrap_to_what_they_are_not_are_refused():
+    with pytest.raises(ValueError, match="never fall"):
+        canonical_segments(torch.tensor([[1 - 2**32, 1]]), 1, 2)
+    with pytest.raises(TypeError, match="complex64"):
+        canonical_segments(torch.ones(1, 2, dtype=torch.complex64), 1, 2)
+
+
 @pytest.mark.parametrize("kind", ["left", "packed", "mask"])
 def test_opcheck(kind):
     ids = make_segments(kind, 2, 9)

@@ -6,7 +6,7 @@ from compiling import TOKENS, converted, generate_compiled
 from generating import generate
 from tiny_models import tiny_tokens
 
-from hf_linattn import captured, made
+from hf_linattn import activations, captured, made
 
 MADE = torch.ops.linattn.made.default
 
@@ -57,3 +57,14 @@ def test_inductor_copies_nothing(monkeypatch):
         out, (code,) = torch._inductor.utils.run_and_get_code(torch.compile(product), gate, up, matrix)
     torch.testing.assert_close(out, product(gate, up, matrix))
     assert "linattn.made" not in code and code.count(".exp(") + code.count("exp_") <= 2
+
+
+def test_a_product_that_names_its_arguments(monkeypatch):
+    monkeypatch.setattr(made, "is_on_gpu", lambda node: True)
+
+    def of_names(x, weight):
+        return torch.nn.functional.linear(input=torch.sigmoid(x), weight=weight)
+
+    graph = torch.fx.symbolic_trace(of_names)
+    activations.make_once(graph)
+    assert len(graph.graph.find_nodes(op="call_function", target=MADE)) == 1

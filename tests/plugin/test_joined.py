@@ -1,7 +1,9 @@
 """Matrices that meet the same vectors are one behind the other, are multiplied by at once, and are parameters as they were."""
 
+import gc
 import os
 import threading
+import weakref
 
 import pytest
 import torch
@@ -206,3 +208,36 @@ def test_a_backend_that_fails_at_it_is_given_the_graph_as_it_was(products, monke
     monkeypatch.setattr(captured, "improved", of_few_products)
     assert torch.equal(generate_compiled(model, ids), generate(model, ids, **TOKENS))
     assert products == [(5, 8)]
+
+
+def test_nothing_of_a_model_outlives_it(products):
+    model, ids = converted(layers=1, decay="head"), tiny_tokens()
+    weights = {name: weakref.ref(weight) for name, weight in model.named_parameters()}
+    generate_compiled(model, ids)
+    assert products == [(5, 8)]
+    del model
+    gc.collect()
+    assert not [name for name, weight in weights.items() if weight() is not None]
+
+
+class Writing(nn.Module):
+    """The user's own: what its second product meets is not what the first one met."""
+
+    def __init__(self, mlp, write):
+        super().__init__()
+        self.mlp, self.write = mlp, write
+
+    def forward(self, x):
+        gate = self.mlp.gate_proj(x)
+        self.write(x)
+        return self.mlp.down_proj(gate * self.mlp.up_proj(x))
+
+
+@pytest.mark.parametrize("write", [lambda x: x.view(-1).mul_(-2.0), lambda x: nn.functional.relu(x, inplace=True)], ids=["view", "inplace"])
+def test_vectors_that_a_users_module_writes_into(products, write):
+    model, ids = converted(layers=1, decay="head"), tiny_tokens()
+    layer_of(model).mlp = Writing(layer_of(model).mlp, write)
+    expected, out = generate(model, ids, **TOKENS, **SCORES), generate_compiled(model, ids, **SCORES)
+    assert torch.equal(out.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(out.scores), torch.stack(expected.scores))
+    assert not products
