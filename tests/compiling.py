@@ -6,10 +6,11 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import GROUPED, TEXT, tiny_tokens
 from transformers import CompileConfig
 
-from hf_linattn import LinAttnConfig
+from hf_linattn import LinAttnConfig, captured, made
 from hf_linattn.models import config_class_for, model_class_for
 
 TOKENS = {"max_new_tokens": 16, "min_new_tokens": 16}
+MADE = torch.ops.linattn.made.default
 WINDOW = {"form": "window", "window": 5, "sinks": 2, "gate": "token", "decay": "head"}
 
 
@@ -97,3 +98,18 @@ CHANGES = {
     "scaling": lambda model: [setattr(layer.input_layernorm, "variance_epsilon", 3.0) for layer in model.model.layers],
     "embeddings": lambda model: model.set_input_embeddings(torch.nn.Embedding.from_pretrained(torch.randn(97, 64))),
 }
+
+
+def graphs_as_on_a_gpu(monkeypatch, compiled):
+    """A list of the graphs to come; `compiled(backend, graph, inputs, joins)` changes one as it would be there, and returns what runs."""
+    torch._dynamo.reset()
+    changed = []
+
+    def compile_graph(backend, graph, inputs, joins):
+        changed.append(graph)
+        return compiled(backend, graph, inputs, joins)
+
+    monkeypatch.setattr(made, "is_on_gpu", lambda node: True)
+    monkeypatch.setattr(captured, "the_gpu", lambda now: None)
+    monkeypatch.setattr(captured, "compile_graph", compile_graph)
+    return changed

@@ -2,29 +2,17 @@
 
 import pytest
 import torch
-from compiling import TOKENS, converted, generate_compiled
+from compiling import MADE, TOKENS, converted, generate_compiled, graphs_as_on_a_gpu
 from generating import generate
 from tiny_models import tiny_tokens
 
 from hf_linattn import activations, captured, made
 
-MADE = torch.ops.linattn.made.default
-
 
 @pytest.fixture
 def graphs(monkeypatch):
     """Those that were changed, as on a GPU."""
-    torch._dynamo.reset()
-    changed = []
-
-    def compile_graph(backend, graph, inputs, joins):
-        changed.append(graph)
-        return captured.improved(backend, graph, inputs, joins)
-
-    monkeypatch.setattr(made, "is_on_gpu", lambda node: True)
-    monkeypatch.setattr(captured, "the_gpu", lambda now: None)
-    monkeypatch.setattr(captured, "compile_graph", compile_graph)
-    return changed
+    return graphs_as_on_a_gpu(monkeypatch, captured.improved)
 
 
 def made_before_products(graph):
