@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from . import activations, joined, waves
+from . import joined, sums, vectors, waves
 
 logger = logging.get_logger(__name__)
 KEPT = 4
@@ -74,7 +74,7 @@ def compile_graph(backend: Callable[..., Any], graph: Any, inputs: list[Any], jo
 
     patches = {"graph_partition": False}  # so that it is asked of the whole graph
     if multiplies_one_row(graph):
-        patches["coordinate_descent_tuning"] = True
+        patches |= {"coordinate_descent_tuning": True, "inplace_buffers": False}  # a search times copies of what a kernel writes in place
     theirs, compile_fx.cudagraphify = compile_fx.cudagraphify, cudagraphify
     try:
         with config.patch(patches):  # what the user says in options is said after, by the backend
@@ -85,13 +85,14 @@ def compile_graph(backend: Callable[..., Any], graph: Any, inputs: list[Any], jo
 
 
 def improved(backend: Callable[..., Any], graph: Any, inputs: list[Any], joins: bool) -> Callable[..., Any]:
-    """Of a graph in which waves and activations are made once, with joined matrices and with small kernels that do not wait for one another
-    as one, which saves three a layer; each left out where a backend fails at it."""
+    """Of a graph in which waves, sums and what meets a matrix with one row are made once, with joined matrices and with small kernels that
+    do not wait for one another as one, which saves three a layer; each left out where a backend fails at it."""
     from torch._inductor import config
 
     waves.make_once(graph)
+    sums.make_once(graph)
     if multiplies_one_row(graph):
-        activations.make_once(graph)
+        vectors.make_once(graph)
     if joins and (one := joined.join(graph, inputs)) is not None:
         for combo_kernels in (True, False):
             with suppress(Exception), config.patch(combo_kernels=combo_kernels):  # of whichever kind a code generator's bug is

@@ -16,13 +16,14 @@ _library = torch.library.Library("linattn", "FRAGMENT")
 _library.define("made(Tensor x) -> Tensor")
 _library.impl("made", lambda x: x.clone(), "CompositeExplicitAutograd")
 torch.library.register_fake("linattn::made", torch.empty_like)
+MADE = torch.ops.linattn.made.default
 
 
 def make_once(graph: GraphModule, node: Node) -> None:
     """Puts the operator behind a node."""
     _tell_inductor()
     with graph.graph.inserting_after(node):
-        made = graph.graph.call_function(torch.ops.linattn.made.default, (node,))
+        made = graph.graph.call_function(MADE, (node,))
     made.meta["example_value"] = value_of(node)
     node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)  # type: ignore[misc]
 
@@ -32,7 +33,7 @@ def _tell_inductor() -> None:
     """That nothing is to be copied."""
     from torch._inductor import lowering
 
-    @lowering.register_lowering(torch.ops.linattn.made.default, type_promotion_kind=None)
+    @lowering.register_lowering(MADE, type_promotion_kind=None)
     def made(x: Any) -> Any:
         x.realize()
         return x

@@ -10,7 +10,7 @@ from hf_linattn import LinAttnConfig, captured, made
 from hf_linattn.models import config_class_for, model_class_for
 
 TOKENS = {"max_new_tokens": 16, "min_new_tokens": 16}
-MADE = torch.ops.linattn.made.default
+MADE = made.MADE
 WINDOW = {"form": "window", "window": 5, "sinks": 2, "gate": "token", "decay": "head"}
 
 

@@ -1,4 +1,4 @@
-"""What a matrix meets with one row is made once where it holds an activation, and the tokens are the same."""
+"""What a matrix meets with one row is made once, and the tokens are the same."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from compiling import MADE, TOKENS, converted, generate_compiled, graphs_as_on_a
 from generating import generate
 from tiny_models import tiny_tokens
 
-from hf_linattn import activations, captured, made
+from hf_linattn import captured, made, sums, vectors
 
 
 @pytest.fixture
@@ -19,11 +19,11 @@ def made_before_products(graph):
     return [node for node in graph.graph.nodes if node.target is MADE and any(user.target is torch._C._nn.linear for user in node.users)]
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "phi"])
-def test_the_same_tokens_of_one_sequence(name, graphs):
+@pytest.mark.parametrize(("name", "a_layer"), [("llama", 4), ("gpt_neox", 4), ("gemma2", 4), ("phi", 3)])
+def test_the_same_tokens_of_one_sequence(name, a_layer, graphs):
     model, ids = converted(name, decay="head"), tiny_tokens(1)
     assert torch.equal(generate_compiled(model, ids), generate(model, ids, **TOKENS))
-    assert len(made_before_products(graphs[0])) == (2 if name in ("llama", "gpt_neox") else len(made_before_products(graphs[0])))
+    assert len(made_before_products(graphs[0])) == 2 * a_layer + 1
 
 
 def test_of_several_sequences_nothing_is(graphs):
@@ -54,5 +54,18 @@ def test_a_product_that_names_its_arguments(monkeypatch):
         return torch.nn.functional.linear(input=torch.sigmoid(x), weight=weight)
 
     graph = torch.fx.symbolic_trace(of_names)
-    activations.make_once(graph)
+    vectors.make_once(graph)
+    assert len(graph.graph.find_nodes(op="call_function", target=MADE)) == 1
+
+
+def test_a_sum_that_a_matrix_meets_is_made_once(monkeypatch):
+    monkeypatch.setattr(made, "is_on_gpu", lambda node: True)
+
+    def residual(x, weight):
+        x = x + torch.nn.functional.linear(x, weight)
+        return x + torch.nn.functional.linear(x, weight)
+
+    graph = torch.fx.symbolic_trace(residual)
+    sums.make_once(graph)
+    vectors.make_once(graph)
     assert len(graph.graph.find_nodes(op="call_function", target=MADE)) == 1

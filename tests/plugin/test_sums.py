@@ -1,0 +1,72 @@
+"""Sums of the residual stream are made once, so that layers are the same kernels, and the tokens are the same."""
+
+import pytest
+import torch
+from compiling import MADE, TOKENS, converted, generate_compiled, graphs_as_on_a_gpu
+from generating import generate
+from tiny_models import tiny_tokens
+
+from hf_linattn import captured, made, sums
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Those that were changed, as on a GPU."""
+
+    def compiled(backend, graph, inputs, joins):
+        sums.make_once(graph)
+        return captured.Captured(backend(graph, inputs))
+
+    return graphs_as_on_a_gpu(monkeypatch, compiled)
+
+
+def made_in(graph):
+    return [node for node in graph.graph.nodes if node.target is MADE]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("name", "count"), [("llama", 5), ("gpt_neox", 2), ("gemma2", 6), ("phi", 2)])
+def test_the_same_tokens(name, count, batch, graphs):
+    """Each layer's sums, but for the last where the last norm reads it once."""
+    model, ids = converted(name, layers=3, decay="head"), tiny_tokens(batch)
+    assert torch.equal(generate_compiled(model, ids), generate(model, ids, **TOKENS))
+    assert len(made_in(graphs[0])) == count
+
+
+def test_sums_of_learned_numbers_are_left(monkeypatch):
+    monkeypatch.setattr(made, "is_on_gpu", lambda node: True)
+
+    def scaled(x, weight, one, other):
+        both = one + other
+        return torch.nn.functional.linear(x * both, weight) * both
+
+    graph = torch.fx.symbolic_trace(scaled)
+    sums.make_once(graph)
+    assert not made_in(graph)
+
+
+def kernels_of(layers, once):
+    """How many loops Inductor writes for layers of a norm and a product; those that are the same are one."""
+
+    def residual(x, weights):
+        for weight in weights:
+            x = x + torch.nn.functional.linear((x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), weight)
+        return x
+
+    def backend(graph, inputs):
+        if once:
+            made._tell_inductor()
+            sums.make_once(graph)
+        return torch._inductor.compile(graph, inputs)
+
+    torch._dynamo.reset()
+    x, weights = torch.randn(2, 1, 64), [torch.randn(64, 64) / 8 for _ in range(layers)]
+    with torch.no_grad():
+        out, (code,) = torch._inductor.utils.run_and_get_code(torch.compile(residual, backend=backend), x, weights)
+    torch.testing.assert_close(out, residual(x, weights), rtol=1e-4, atol=1e-4)
+    return code.count("async_compile.cpp_pybinding(")
+
+
+def test_layers_share_kernels(monkeypatch):
+    monkeypatch.setattr(made, "is_on_gpu", lambda node: True)
+    assert kernels_of(8, once=True) == 4 < kernels_of(8, once=False)  # the first, the second, that of all others, and the sum behind them
