@@ -66,7 +66,7 @@ def linattn_attention(
         if made is not None and is_packed(attention_mask):
             is_causal, attention_mask = is_causal if made.causal is None else made.causal, None
         return softmax_attention(module, query, key, value, attention_mask, starts, scaling, dropout, is_causal, kwargs)
-    refuse_unknown_calls(module, query, key, kwargs)
+    refuse_unknown_calls(module, length, key.shape[2], kwargs)
     warn_about_dropped(module, kwargs)
     first = layer is None or layer.is_first(length)
     pattern = pattern_of(attention_mask, length, 0 if layer is None else layer.seen_before(length), module, is_causal)
@@ -79,7 +79,8 @@ def linattn_attention(
     segments = segments_of(pattern, position_ids, cu_seq_lens_q, length, query.shape[0])
     form, parameters = options.attention, parameters_of(module, options)
     hidden = None if parameters is None else parameters.take_hidden_states()
-    kept = None if layer is None else layer.made(parameters, length <= few(form))
+    is_few = layer is not None and length <= few(form)
+    kept = None if layer is None else layer.made(parameters, is_few)
     call = Call(query, key, value, segments, causal, scaling, noise(module, options, dropout), hidden, window_drop(module), kept)
     numbers = form.numbers(call, parameters)
     if layer is None or not form.keeps_state(call, numbers):
@@ -87,7 +88,7 @@ def linattn_attention(
             layer.is_incomplete = True
         out = form.attend(call, numbers)
     else:
-        out = attend_with_state(form, layer, first, call, numbers)
+        out = attend_with_state(form, layer, first, is_few, call, numbers)
         if pattern.real is not None:
             layer.leave_out(~pattern.real.expand(query.shape[0], -1))
     return out.transpose(1, 2).contiguous(), None
@@ -102,17 +103,16 @@ def segments_of(pattern: Pattern, position_ids: Tensor | None, cu_seq_lens: Tens
     return segment_ids(pattern.real, starts, batch)
 
 
-def attend_with_state(form: Form, layer: LinearStateLayer, first: bool, call: Call, numbers: Numbers) -> Tensor:
+def attend_with_state(form: Form, layer: LinearStateLayer, first: bool, is_few: bool, call: Call, numbers: Numbers) -> Tensor:
     """Attention over the state and the new tokens; leaves the state after them in `layer`."""
-    length = call.query.shape[2]
     layer.be_of(form)
-    before = None if first else layer.allocate(form, lambda: call.sizes, length)
+    before = None if first else layer.allocate(form, lambda: call.sizes, call.query.shape[2])
     if call.is_packed:
         layer.forget_recent()
     else:
         layer.record(form, call, numbers, before)
     is_plain = not (call.is_packed or call.noise or _needs_grad(call.query, call.key, call.value, *numbers.values()))
-    if before is not None and length <= few(form) and is_plain:
+    if before is not None and is_few and is_plain:
         return form.step(call, numbers, before)
     out, after = form.attend_from(call, numbers, before)
     layer.write(after)

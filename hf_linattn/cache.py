@@ -128,18 +128,19 @@ class LinearStateLayer(CacheLayerMixin):
             ValueError: the state is of more or fewer sequences.
         """
         key_states, value_states = _received_by_update(key_states), _received_by_update(value_states)
+        shape = key_states.shape
         if self._reads == 0:
             raise RuntimeError(FILLED if self._may_grow else NEVER_READ)
         if self._reads is not None and self._reads != 1 + len(self._more):
             raise RuntimeError(_reads_differ(self._reads, 1 + len(self._more)))
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        elif not is_compiling() and self.state is not None and key_states.shape[0] != self.batch_size:
+        elif not is_compiling() and self._state is not None and shape[0] != self.batch_size:
             raise ValueError(
-                f"The cache holds {self.batch_size} sequences, and {key_states.shape[0]} are to go on from it; repeat those of the cache "
+                f"The cache holds {self.batch_size} sequences, and {shape[0]} are to go on from it; repeat those of the cache "
                 "(cache.batch_repeat_interleave, or copies of load_cache), or give as many as it holds."
             )
-        self._advance(key_states.shape[-2])
+        self._advance(shape[-2])
         self._may_grow, self._reads = self._reads is None, 0
         return hand_over(key_states, self), hand_over(value_states, self)
 

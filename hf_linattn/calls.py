@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.compiler import is_compiling
 from transformers import Cache
 from transformers.utils import logging
@@ -29,13 +29,13 @@ KEEPS_KEYS = (
 OTHER_STATES = {"encoder_hidden_states", "encoder_states", "key_value_states", "cross_attention_states", "context", "key", "value"}
 
 
-def refuse_unknown_calls(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
+def refuse_unknown_calls(module: nn.Module, queries: int, keys: int, kwargs: dict[str, Any]) -> None:
     """Refuses what linear attention is not: it attends from new tokens to themselves and to a state of those before.
 
     Raises:
         ValueError: cross-attention, a relative position bias, or a cache of keys and values.
     """
-    name, queries, keys = type(module).__name__, query.shape[-2], key.shape[-2]
+    name = type(module).__name__
     if _is_cross_attention(module) or (keys != queries and not getattr(module, "is_causal", True)):
         raise ValueError(
             f"{name} is cross-attention, from {queries} tokens to {keys} others, which linear attention does not serve; "

@@ -56,8 +56,8 @@ class Kept:
             return None
         written = [_steps, torch.is_inference_mode_enabled()]  # what was made inside cannot be trained through outside
         for x in tensors:
-            written += id(x), x._version, x.data_ptr()
-        if self._written != written:
+            written += x._version, x.data_ptr()
+        if not is_known or self._written != written:
             self._made, self._tensors, self._written = {}, tensors, written
             self._memory = [x.untyped_storage() for x in tensors]
         return self._made

@@ -53,7 +53,8 @@ def attention(call: Call, numbers: Numbers, late: int = 0, **options: Any) -> tu
 def attention_step(call: Call, numbers: Numbers, sums: Tensor) -> Tensor:
     """`linear_attention_step`: `sums` is moved on in place."""
     given, rest = _given(call, numbers)
-    own = per_token(rest).get("log_decay")
+    decay = rest.get("log_decay")
+    own = decay if isinstance(decay, Tensor) and decay.dim() == 3 else None
     weights = once(call.made, ("weights", call.scaling, call.query.dtype), lambda: _weights(given, rest, own is None))
     out = step_by(weights, given.query, given.key, given.value, sums, own, call.segments)
     return output_map.mapped(quotient(out) if input_gate.NAME in numbers else out, numbers)

@@ -13,6 +13,7 @@ Forward = tuple[Tensor, Tensor, Tensor | None]  # out, mass and, where it is ask
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of a call's tensors that have one, in their order
 
 TENSORS = 10  # of a call's fields, the first ones
+OF_A_STEP = 6  # of these, those of a few new tokens, whose segments are the same on both sides
 
 
 class Call(NamedTuple):
@@ -35,6 +36,10 @@ class Call(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self[:TENSORS]  # type: ignore[return-value]
+
+    @property
+    def tensors_of_a_step(self) -> tuple[Tensor | None, ...]:
+        return self[:OF_A_STEP]  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -315,8 +315,7 @@ class _Launch:
 
 
 def _raise_if(code: int, name: str) -> None:
-    library, _ = load_library()
-    if code and library is not None:
+    if code and (library := load_library()[0]) is not None:
         raise RuntimeError(f"the {name} kernels of linear attention failed: {library.linattn_error_string(code).decode()}.")
 
 
@@ -501,7 +500,7 @@ def _backward_anew(call: Call, out: Tensor, mass: Tensor, grad_out: Tensor, grad
 
 def step(call: Call, state: Tensor) -> Tensor:
     """As `one_token.step`, on a CUDA device."""
-    known = known_step((*call.tensors, state), call[TENSORS:])
+    known = known_step((*call.tensors_of_a_step, state), call[TENSORS:])
     return _step_anew(call, state) if known is None else step_again(known, call, state)
 
 
@@ -522,7 +521,7 @@ def step_again(known: Known, call: Call, state: Tensor) -> Tensor:
 def _step_anew(call: Call, state: Tensor) -> Tensor:
     if falls_back(call):
         return one_token.step(call, state)
-    given = layout((*call.tensors, state), call[TENSORS:])
+    given = layout((*call.tensors_of_a_step, state), call[TENSORS:])
     out, dense = call.empty_out(), state.contiguous()
     launch, results = _Launch(call), _ForwardResult(_describe(out), None, dense.data_ptr())
     plan = launch.plan("step", results)

@@ -197,7 +197,7 @@ def step(call: Call, state: Tensor) -> Tensor:
     Raises:
         ValueError, TypeError: as `checks.check_step`.
     """
-    given, on = (*call.tensors, state), call.query.device.type
+    given, on = (*call.tensors_of_a_step, state), call.query.device.type
     is_straight = reach_kernels(on, given) and are_written_alike(given, state)
     find = _KNOWN_STEP.get(on) if is_straight else None
     if find is not None and (known := find(given, call[TENSORS:])) is not None:  # it was checked when it was launched first
