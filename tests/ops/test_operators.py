@@ -3,6 +3,7 @@
 import pytest
 import torch
 from operator_cases import gradients, make_inputs
+from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -88,7 +89,7 @@ def test_inductor_compiles_forward_backward_and_step():
 def test_a_schedule_does_not_recompile():
     torch._dynamo.reset()
     tensors, _ = make_inputs(length=20, dtype=torch.float32, learned=False, grad=False)
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
     compiled = torch.compile(lambda p: linear_attention(*tensors, dropout_p=p, seed=1), fullgraph=True, backend=counter)
     for p in (0.2, 0.1, 0.0):
         compiled(torch.tensor(p))
