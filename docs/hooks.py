@@ -1,4 +1,4 @@
-"""What mkdocs asks when it builds the site: which files it has, and what stands where a page says `<!-- options: NAME -->`."""
+"""What mkdocs asks when it builds the site: which files it has."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import option_tables
 from mkdocs.structure.files import File, Files
 
 FOLDERS = ("docs", "convert", "recipes", "kernels", "examples", "benchmarks", "tests")
 LINK = re.compile(r"\]\(([^)\s#:]+)[^)]*\)")
-MARKER = re.compile(r"<!-- options: (\S+) -->")
 
 
 def markdown_files(root: Path) -> list[Path]:
@@ -31,10 +29,6 @@ def on_files(files: Files, config: Any) -> Files:
     pages = markdown_files(root)
     paths = [*pages, *sorted(set().union(*map(linked_files, pages)))]
     return Files([*_of_the_theme(files), *(_file(path.relative_to(root).as_posix(), root, config) for path in paths)])
-
-
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    return MARKER.sub(lambda found: option_tables.table(found[1]), markdown)
 
 
 def _of_the_theme(files: Files) -> list[File]:

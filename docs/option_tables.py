@@ -1,10 +1,14 @@
-"""Tables of options, made from what reads them: a command's from its signature, a class's from its fields and docstrings."""
+"""Tables of options, made from what reads them: a command's from its signature, a class's from its fields and docstrings.
+
+python docs/option_tables.py puts them where `options.md` says `<!-- options: NAME -->`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import itertools
+import re
 import types
 from collections.abc import Iterator
 from enum import Enum
@@ -18,6 +22,8 @@ from typer.utils import get_params_from_function
 
 import linattn
 
+PAGE = Path(__file__).with_name("options.md")
+_TABLE = re.compile(r"(?<=<!-- options: )(\S+) -->\n(\n\|[^\n]*(?:\n\|[^\n]*)*\n)?")
 WORDS = {str: "text", Path: "path", bool: "true, false", int: "whole number", float: "number", dict: "mapping"}
 
 
@@ -38,6 +44,11 @@ def table(name: str) -> str:
         cells = (", ".join(row.option for row in alike), alike[0].takes, default, text)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def filled(page: str) -> str:
+    """A page with the tables that its comments name, in the place of those that stood there."""
+    return _TABLE.sub(lambda found: f"{found[1]} -->\n\n{table(found[1])}\n", page)
 
 
 def _of_command(name: str) -> Iterator[Row]:
@@ -99,3 +110,7 @@ def _shown(default: Any) -> str:
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
     return f"`{default.value if isinstance(default, Enum) else f'{default:_}' if isinstance(default, int) else default}`"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
