@@ -91,12 +91,15 @@ def improved(backend: Callable[..., Any], graph: Any, inputs: list[Any], joins: 
 
     waves.make_once(graph)
     sums.make_once(graph)
-    if multiplies_one_row(graph):
-        vectors.make_once(graph)
+    is_one_row = multiplies_one_row(graph)
     if joins and (one := joined.join(graph, inputs)) is not None:
+        if is_one_row:
+            vectors.make_once(one.graph)
         for combo_kernels in (True, False):
             with suppress(Exception), config.patch(combo_kernels=combo_kernels):  # of whichever kind a code generator's bug is
                 return one.run(backend(one.graph, one.inputs))
+    if is_one_row:
+        vectors.make_once(graph)
     with suppress(Exception), config.patch(combo_kernels=True):
         return backend(graph, inputs)  # type: ignore[no-any-return]
     return backend(graph, inputs)  # type: ignore[no-any-return]  # what is wrong otherwise is raised again

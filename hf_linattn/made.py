@@ -20,12 +20,23 @@ MADE = torch.ops.linattn.made.default
 
 
 def make_once(graph: GraphModule, node: Node) -> None:
-    """Puts the operator behind a node."""
-    _tell_inductor()
+    """Puts the operator behind a node, for all that use it."""
     with graph.graph.inserting_after(node):
-        made = graph.graph.call_function(MADE, (node,))
-    made.meta["example_value"] = value_of(node)
+        made = _made(graph, node)
     node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)  # type: ignore[misc]
+
+
+def make_for(graph: GraphModule, node: Node, user: Node) -> None:
+    """Puts the operator between a node and one of those that use it."""
+    with graph.graph.inserting_before(user):
+        user.replace_input_with(node, _made(graph, node))
+
+
+def _made(graph: GraphModule, node: Node) -> Node:
+    _tell_inductor()
+    made = graph.graph.call_function(MADE, (node,))
+    made.meta["example_value"] = value_of(node)
+    return made
 
 
 @functools.cache

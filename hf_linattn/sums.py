@@ -22,7 +22,7 @@ def make_once(graph: GraphModule) -> None:
     for node in list(graph.graph.nodes):
         if node.target is torch._C._nn.linear or not follow.isdisjoint(node.all_input_nodes):
             follow.add(node)
-            if node.target in SUMS and len(node.users) > 1 and made.is_on_gpu(node):
+            if node.target in SUMS and "out" not in node.kwargs and len(node.users) > 1 and made.is_on_gpu(node):
                 made.make_once(graph, node)
                 follow.update(node.users)
     graph.recompile()

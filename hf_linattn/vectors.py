@@ -13,9 +13,9 @@ from . import made
 
 
 def make_once(graph: GraphModule) -> None:
-    """Those of a graph on a GPU."""
-    products = graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear)
-    for node in dict.fromkeys(node.args[0] if node.args else node.kwargs.get("input") for node in products):
+    """Those of a graph on a GPU, for its products alone: a vector may be a view of what others write, or be written itself."""
+    for product in graph.graph.find_nodes(op="call_function", target=torch._C._nn.linear):
+        node = product.args[0] if product.args else product.kwargs.get("input")
         if isinstance(node, Node) and node.op != "placeholder" and node.target is not made.MADE and made.is_on_gpu(node):
-            made.make_once(graph, node)
+            made.make_for(graph, node, product)
     graph.recompile()

@@ -45,6 +45,27 @@ def test_sums_of_learned_numbers_are_left(monkeypatch):
     assert not made_in(graph)
 
 
+def test_a_sum_in_memory_that_was_there_before_is_left(monkeypatch):
+    """Two names are the same tensor, and it is written."""
+    monkeypatch.setattr(made, "is_on_gpu", lambda node: True)
+
+    def added(x, weight):
+        there = torch.empty_like(x)
+        both = torch.add(torch.nn.functional.linear(x, weight), x, out=there)
+        both.mul_(2)
+        return both * 3, there
+
+    def backend(graph, inputs):
+        sums.make_once(graph)
+        return graph
+
+    torch._dynamo.reset()
+    given = torch.randn(2, 8), torch.randn(8, 8)
+    with torch.no_grad():
+        for out, right in zip(torch.compile(added, backend=backend)(*given), added(*given), strict=True):
+            torch.testing.assert_close(out, right)
+
+
 def kernels_of(layers, once):
     """How many loops Inductor writes for layers of a norm and a product; those that are the same are one."""
 

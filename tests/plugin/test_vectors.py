@@ -16,7 +16,10 @@ def graphs(monkeypatch):
 
 
 def made_before_products(graph):
-    return [node for node in graph.graph.nodes if node.target is MADE and any(user.target is torch._C._nn.linear for user in node.users)]
+    """The vectors that a matrix meets, each once."""
+    return {
+        node.args[0] for node in graph.graph.nodes if node.target is MADE and any(user.target is torch._C._nn.linear for user in node.users)
+    }
 
 
 @pytest.mark.parametrize(("name", "a_layer"), [("llama", 4), ("gpt_neox", 4), ("gemma2", 4), ("phi", 3)])
@@ -69,3 +72,44 @@ def test_a_sum_that_a_matrix_meets_is_made_once(monkeypatch):
     sums.make_once(graph)
     vectors.make_once(graph)
     assert len(graph.graph.find_nodes(op="call_function", target=MADE)) == 1
+
+
+def _the_whole_of_it(x, weight):
+    whole = x * 2
+    row = whole[:1]
+    out = torch.nn.functional.linear(row, weight)
+    whole.add_(1)
+    return out, row
+
+
+def _one_of_two_names(x, weight):
+    name = x * 2
+    other = torch.nn.functional.silu(name, inplace=True)
+    out = torch.nn.functional.linear(other, weight)
+    other.add_(1)
+    return out, name
+
+
+def _between_two_products(x, weight):
+    whole = x * 2
+    row = whole[:1]
+    out = torch.nn.functional.linear(row, weight)
+    whole.add_(1)
+    return out, torch.nn.functional.linear(row, weight)
+
+
+@pytest.mark.parametrize("written", [_the_whole_of_it, _one_of_two_names, _between_two_products], ids=lambda written: written.__name__)
+def test_what_is_written_behind_a_product(written, monkeypatch):
+    """A vector is a view of it."""
+    monkeypatch.setattr(made, "is_on_gpu", lambda node: True)
+    torch._dynamo.reset()
+
+    def backend(graph, inputs):
+        vectors.make_once(graph)
+        assert made_before_products(graph)
+        return graph
+
+    given = torch.randn(2, 8), torch.randn(8, 8)
+    with torch.no_grad():
+        for out, right in zip(torch.compile(written, backend=backend)(*given), written(*given), strict=True):
+            torch.testing.assert_close(out, right)
