@@ -19,6 +19,7 @@ from torch import Tensor
 from .counted import SAYS_NOTHING
 
 DTYPES = {True: torch.int32, False: torch.int64, None: torch.int16}
+CAUSAL = {dtype: causal for causal, dtype in DTYPES.items()}
 
 
 @dataclass
@@ -53,7 +54,7 @@ def pack(pattern: Pattern, length: int, device: torch.device | str) -> Tensor:
 
 def is_packed(mask: Tensor | None) -> bool:
     """Whether a mask is one that `pack` made."""
-    return mask is not None and mask.dim() == 4 and mask.dtype in DTYPES.values() and mask.shape[2] == 1
+    return mask is not None and mask.dim() == 4 and mask.dtype in CAUSAL and mask.shape[2] == 1
 
 
 def unpack(mask: Tensor, length: int) -> Pattern:
@@ -62,8 +63,7 @@ def unpack(mask: Tensor, length: int) -> Pattern:
     Raises:
         ValueError: the model has changed the mask on its way.
     """
-    causal = {dtype: known for known, dtype in DTYPES.items()}[mask.dtype]
-    planes, width = mask.shape[1], mask.shape[3]
+    causal, planes, width = CAUSAL[mask.dtype], mask.shape[1], mask.shape[3]
     if width < 2 and planes == 1:
         return Pattern(causal, past=None if width else 0)
     if width - length not in (1, 2):

@@ -12,7 +12,9 @@ from transformers.utils.import_utils import is_tracing
 
 def is_traced(x: Tensor) -> bool:
     """Transformers' `is_tracing`, which asks seven questions, behind the few that settle it for an ordinary tensor."""
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch._C._get_tracing_state() or not (x.is_cpu or x.is_cuda):
+    if torch.compiler.is_compiling():
+        return True
+    if type(x) is not Tensor or torch._C._get_tracing_state() or not (x.is_cpu or x.is_cuda):
         return is_tracing(x)
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
