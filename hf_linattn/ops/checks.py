@@ -75,17 +75,14 @@ def check_weights(a, b, c, temperature, heads: int, normalize_qk: bool) -> None:
     if type(a) is type(b) is type(c) is type(temperature) is float and not torch.compiler.is_compiling():
         _check_row(a, b, c, temperature, normalize_qk=normalize_qk)
         return
-    table: list = []
-    readable = True
-    for name, x in (("a", a), ("b", b), ("c", c), ("temperature", temperature)):
+    table = (a, b, c, temperature)
+    for name, x in zip(("a", "b", "c", "temperature"), table, strict=True):
         if isinstance(x, Tensor):
             if x.dim() > 1 or (x.dim() == 1 and x.shape[0] != heads):
                 raise ValueError(f"{name} must be a number or a tensor of shape ({heads},), one a query head, not {tuple(x.shape)}.")
-            readable = readable and values_are_readable(x)
         elif not isinstance(x, Real):
             raise TypeError(f"{name} must be a number or a tensor, not {type(x).__name__}.")
-        table.append(x)
-    if not readable or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not all(values_are_readable(x) for x in table if isinstance(x, Tensor)):
         return
     if not any(isinstance(x, Tensor) for x in table):  # one row says it all
         heads = 1

@@ -25,9 +25,8 @@ def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
         return tensors
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    given = all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors)
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)  # torch 2.11 cannot trace the question
-    if given and known and torch.is_autocast_enabled(device):
+    if known and torch.is_autocast_enabled(device) and all(isinstance(x, Tensor) and x.is_floating_point() for x in tensors):
         dtype = torch.get_autocast_dtype(device)
         return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in tensors)
     return tensors
