@@ -22,6 +22,9 @@ from . import joined, sums, vectors, waves
 logger = logging.get_logger(__name__)
 KEPT = 4
 """Captures of one graph: for as many caches that take turns. They hold no cache, and share the memory of what lies between."""
+SEARCHES_AGAIN = torch.__version__ < "2.13"
+"""Whether PyTorch, of kernels that its static launcher takes from the cache on disk, forgets which blocks were found best, and searches for
+them in each process anew (pytorch/pytorch#172819)."""
 _running = threading.local()
 """`tensors`: by identity, those that the model's call under way was given, which are others at the next."""
 
@@ -75,6 +78,8 @@ def compile_graph(backend: Callable[..., Any], graph: Any, inputs: list[Any], jo
     patches = {"graph_partition": False}  # so that it is asked of the whole graph
     if multiplies_one_row(graph):
         patches |= {"coordinate_descent_tuning": True, "inplace_buffers": False}  # a search times copies of what a kernel writes in place
+        if SEARCHES_AGAIN:
+            patches["use_static_cuda_launcher"] = False
     theirs, compile_fx.cudagraphify = compile_fx.cudagraphify, cudagraphify
     try:
         with config.patch(patches):  # what the user says in options is said after, by the backend

@@ -210,21 +210,23 @@ def test_a_users_options_go_to_the_backend_that_pytorch_makes_of_them():
         assert compiled._watched(given).backend.config == theirs.config
 
 
+@pytest.mark.parametrize("searches_again", [True, False])
 @pytest.mark.parametrize("rows, options, searched", [(1, {}, True), (2, {}, False), (1, {"coordinate_descent_tuning": False}, False)])
-def test_matrices_that_meet_one_row_are_multiplied_by_what_inductor_finds_best(rows, options, searched, monkeypatch):
+def test_matrices_that_meet_one_row_are_multiplied_by_what_inductor_finds_best(rows, options, searched, searches_again, monkeypatch):
     found = []
 
     def inductor(graph, inputs, config_patches, **_):
         with config.patch(config_patches):
-            found.append(config.coordinate_descent_tuning)
+            found.append((config.coordinate_descent_tuning, config.use_static_cuda_launcher))
         return graph
 
     monkeypatch.setattr(compile_fx, "compile_fx", inductor)
+    monkeypatch.setattr(captured, "SEARCHES_AGAIN", searches_again)
     watched = compiled._watched(CompileConfig(mode=None, options={"triton.cudagraphs": True, **options}).to_dict())
     torch._dynamo.reset()
     with torch.no_grad():
         torch.compile(torch.nn.Linear(4, 3), backend=watched)(torch.ones(rows, 1, 4))
-    assert found == [searched]
+    assert found == [(searched, not (rows == 1 and searches_again))]
 
 
 @pytest.mark.parametrize("select, known", [(lambda x: x[x[:, 0] > 0], False), (lambda x: x[:1], True)])
