@@ -5,6 +5,7 @@ from threading import Barrier
 
 import pytest
 import torch
+import transformers
 from byte_models import TOKENS, byte_tokenizer
 from generating import generate, left_padded
 from learned import learned_model
@@ -99,7 +100,10 @@ def test_an_assistant_model_drafts(model):
     assert torch.equal(generate(model, ids, assistant_model=assistant), generate(model, ids))
 
 
-@pytest.mark.parametrize("drafts", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}], ids=str)
+ends_early = pytest.mark.skipif(transformers.__version__ < "5.23", reason="Transformers 5.17 by itself ends such a text at its first token")
+
+
+@pytest.mark.parametrize("drafts", [pytest.param({"prompt_lookup_num_tokens": 3}, marks=ends_early), {"assistant_model": True}], ids=str)
 def test_an_encoder_and_its_decoder_draft_as_without_this_package(drafts):
     """Their cache holds two caches, and no layers of its own."""
     sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "vocab_size": 97}
