@@ -18,7 +18,7 @@ WAVES = ("cos", "sin", torch.cos, torch.sin)
 def make_once(graph: GraphModule) -> None:
     """Those of a graph on a GPU."""
     for node in list(graph.graph.nodes):
-        if node.target in WAVES and made.is_on_gpu(node):
+        if node.target in WAVES and "out" not in node.kwargs and made.is_on_gpu(node):
             made.make_once(graph, _before_it_is_shared(node))
     graph.recompile()
 

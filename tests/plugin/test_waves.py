@@ -50,3 +50,22 @@ def test_a_wave_that_is_the_result_itself(graphs):
     for wave, expected in zip(ours, (x.cos(), torch.sin(x) * 2, x.sin()), strict=True):
         assert torch.equal(wave, expected)
     assert len(made_in(found[0])) == 3
+
+
+def test_a_wave_in_memory_that_was_there_before_is_left(graphs):
+    """Two names are the same tensor, and it is written."""
+
+    def doubled(x):
+        there = torch.empty_like(x)
+        torch.cos(x, out=there).mul_(2)
+        wave = torch.sin(x, out=there)
+        wave.add_(1)
+        return there + wave
+
+    def backend(graph, inputs):
+        waves.make_once(graph)
+        return graph
+
+    x = torch.rand(5)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(doubled, backend=backend)(x), doubled(x))
