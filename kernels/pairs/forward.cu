@@ -127,6 +127,7 @@ cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_
   args.row_tiles = plan.row_tiles, args.heads_together = static_cast<int32_t>(together), args.chunks = by_state ? plan.segments : 1;
   args.blocks_together = Divider(args.heads_together * args.row_tiles), args.by_heads_together = Divider(args.heads_together);
   args.by_query_heads = Divider(problem.query_heads), args.by_group = Divider(problem.query_heads / problem.key_heads);
+  args.by_state = Divider(problem.query_heads / problem.state_heads);
   args.warpgroups = plan.warpgroups, args.gated = plan.gated, args.running = plan.states && plan.chunk == kRunTokens;
   args.chunk = by_state ? problem.length : plan.chunk, args.key_gates = reinterpret_cast<KeyGates *>(behind + decay_bytes(problem));
   args.states = behind + decay_bytes(problem) + key_gates_bytes(problem);

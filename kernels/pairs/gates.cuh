@@ -29,15 +29,17 @@ struct GateReader {
   int64_t length, edge_token;
   bool queries;
 
-  __device__ __forceinline__ GateReader(const SequenceGates &gates, const linattn_problem &p, bool queries, int64_t batch, int64_t head, int64_t edge_token)
-      : decay(gates.decay ? gates.decay + (batch * p.state_heads + head / (p.query_heads / p.state_heads)) * p.length : nullptr),
-        runs(!p.key_segments ? nullptr
-             : queries       ? p.query_segments + batch * p.query_segments_stride
-                             : p.key_segments + batch * p.key_segments_stride),
+  __device__ __forceinline__ GateReader(const double *decay, const linattn_problem &p, bool queries, int64_t batch, int64_t edge_token)
+      : decay(decay), runs(!p.key_segments ? nullptr
+                           : queries       ? p.query_segments + batch * p.query_segments_stride
+                                           : p.key_segments + batch * p.key_segments_stride),
         length(p.length), edge_token(edge_token), queries(queries) {}
+  __device__ __forceinline__ GateReader(const SequenceGates &gates, const linattn_problem &p, bool queries, int64_t batch, int64_t head, int64_t edge_token)
+      : GateReader(gates.decay ? gates.decay + (batch * p.state_heads + head / (p.query_heads / p.state_heads)) * p.length : nullptr, p, queries, batch, edge_token) {}
   __device__ __forceinline__ double edge() const { return edge_token >= 0 ? sum_of(edge_token) : 0.0; }  // R
   __device__ __forceinline__ double sum_of(int64_t token) const { return decay && token < length ? decay[token] : 0.0; }
-  __device__ __forceinline__ int32_t run_of(int64_t token) const { return token >= length ? 0 : runs ? max(runs[token], 0) : 1; }
+  __device__ __forceinline__ int32_t run_at(int64_t token) const { return token >= length ? 0 : runs ? runs[token] : 1; }  // below 0: padding
+  __device__ __forceinline__ int32_t run_of(int64_t token) const { return max(run_at(token), 0); }
 };
 
 // One thread a token: its gates leave memory while the tile before is in work, and are written down when that is done.

@@ -144,7 +144,7 @@ template <typename T, int D, typename Rows> __device__ __forceinline__ void add_
 // The gates of a tile of keys, by a warp, two tokens a lane. head: of the states, counted over the batch.
 __device__ __forceinline__ void make_gates(KeyGates &to, const Arguments &args, int64_t head, int64_t first, int lane) {
   const linattn_problem &p = args.problem;
-  const RateReader keys(args.gates, p, false, head / p.state_heads, head % p.state_heads * (p.query_heads / p.state_heads), min(first + kKeys, p.length) - 1);
+  const RateReader keys(args.gates, p, false, head / p.state_heads, head % p.state_heads, min(first + kKeys, p.length) - 1);
   const double edge = keys.edge(), level = floor(edge / kLevel);
   int32_t lowest = INT32_MAX, highest = 0, gaps = 0;
   for (int i = lane; i < kKeys; i += 32) {
@@ -192,23 +192,25 @@ __global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_B
                                      pieces_of<K, V>(p));
   copy_commit();
   const int64_t chunk = STATE ? own.begin / State<K>::CHUNK : 0;
-  const int of_chunk = static_cast<int>((STATE ? chunk * State<K>::CHUNK : own.begin / args.chunk * args.chunk) / kKeys);
+  const int of_chunk = static_cast<int>((STATE ? chunk * State<K>::CHUNK : own.begin < args.chunk ? 0 : own.begin / args.chunk * args.chunk) / kKeys);
   const KeyStream<K, V, GATES> keys(args, maps, own, shared);
-  const RateReader queries(args.gates, p, true, own.batch, own.head, own.begin + kRows / 2 * (thread / (kGroupThreads / 2)) - 1);
-  const int first = GATES == DECAY ? keys_in_reach(p, queries, own.head, own.begin, of_chunk).find() : of_chunk;  // beside runs it would be one more wait
-  OutputWalk<T, K, V, GATES> walk{keys, p, first, own.tiles, first};
+  const RateReader queries(args.gates, p, true, own.batch, args.by_state.of(own.head), own.begin + kRows / 2 * (thread / (kGroupThreads / 2)) - 1);
+  OutputWalk<T, K, V, GATES> walk{keys, p, of_chunk, own.tiles, of_chunk};
   if (thread == 0) keys.make_barriers(own.rows > kRows / 2 ? 8 : 4);
   const bool by_state = STATE && chunk > 0;
-  if constexpr (GATES == RUNS) walk.look(own, queries, thread);
-  if (thread == 0 && !by_state) walk.start();
-  if constexpr (GATES == DECAY) walk.look(own, queries, thread);
-  const Numbers numbers(p, own.head);
   OutputRows<T, K, V, GATES> rows(p, own, shared);
-  if constexpr (GATES != NO_GATES) rows.set_gates(queries);
-  copy_wait<0>();
-  __syncthreads();
-  if constexpr (GATES == RUNS) {
-    zero_own_padding<K, kGroupThreads>(shared, queries, own.begin, thread);
+  const Numbers numbers(p, own.head);
+  if constexpr (GATES != NO_GATES) {
+    OwnLook<GATES> by(queries, own.begin);
+    walk.look(own, by, numbers, thread);
+    if (thread == 0) walk.start();
+    rows.set_gates(by);
+    copy_wait<0>();
+    __syncthreads();
+    if constexpr (GATES == RUNS) rows.zero_padding(by);
+  } else {
+    if (thread == 0 && !by_state) walk.start();
+    copy_wait<0>();
     __syncthreads();
   }
   float scale[2];

@@ -44,6 +44,50 @@ struct RowWeights {
   }
 };
 
+// What a thread of a block beside gates reads of the block's own tokens: all of it is asked for before any of it is waited for.
+template <Gates GATES> struct OwnLook {
+  static constexpr int EACH = GATES == RUNS ? kRows / 32 : 0;
+  const RateReader &queries;
+  const int64_t begin, row;
+  double sums[4];         // of the decay: before the block, before the warpgroup's rows, and with the lane's rows
+  int32_t run[EACH + 1];  // of the block's tokens, by each warp; not above 0: padding, or behind the last token
+  int32_t of_row[2];      // of the lane's rows, -1 there
+  Least least;
+
+  __device__ __forceinline__ OwnLook(const RateReader &queries, int64_t begin) : queries(queries), begin(begin), row(begin + 16 * warp_number() + threadIdx.x % 32 / 4) {
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) run[i] = queries.run_at(begin + 32 * i + threadIdx.x % 32);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) of_row[half] = queries.run_at(row + 8 * half);
+    if (queries.decay) {
+      sums[0] = begin > 0 ? queries.sum_of(begin - 1) : 0.0, sums[1] = queries.edge();
+      sums[2] = queries.sum_of(row), sums[3] = queries.sum_of(row + 8);
+    }
+  }
+  // What waits for memory.
+  __device__ __forceinline__ void finish(const linattn_problem &p, const Numbers &f) {
+    if (!queries.decay) {
+      const double each = queries.rate();
+      sums[0] = each * static_cast<double>(begin), sums[1] = each * static_cast<double>(queries.edge_token + 1);
+      sums[2] = each * static_cast<double>(row + 1), sums[3] = each * static_cast<double>(row + 9);
+    }
+    if (p.causal && p.log_decay) least = Least(p, f.a, f.b, f.c, f.temperature);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) of_row[half] = of_row[half] > 0 ? of_row[half] : -1;
+  }
+  __device__ __forceinline__ double edge() const { return sums[1]; }
+  __device__ __forceinline__ float exponent(int half) const { return static_cast<float>(sums[2 + half] - sums[1]); }
+  // Whether a tile of keys is in reach of the block. sum: with its last token.
+  __device__ __forceinline__ bool reaches(double sum) const { return least.reaches(sum - sums[0]); }
+  // The runs that the block's tokens are of: they do not fall along a sequence but for padding.
+  __device__ __forceinline__ void range_of_runs(int32_t &low, int32_t &high) const {
+    low = INT32_MAX, high = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) low = min(low, run[i] > 0 ? run[i] : INT32_MAX), high = max(high, run[i]);
+    low = __reduce_min_sync(0xffffffffu, low), high = __reduce_max_sync(0xffffffffu, high);
+  }
+};
+
 // A warp's 16 rows.
 template <typename T, int K, int V, Gates GATES> struct OutputRows {
   static constexpr bool GATED = GATES != NO_GATES;
@@ -98,13 +142,22 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   }
   __device__ __forceinline__ double &edge() const { return stages->edge[warp / 4]; }
   __device__ __forceinline__ OwnRow &row_of(int half) const { return stages->rows[16 * warp + 8 * half + group]; }
-  template <typename Reader> __device__ __forceinline__ void set_gates(const Reader &queries) const {
-    if (lane == 0 && warp % 4 == 0) edge() = queries.edge();
-    OwnGates<1> own;
-    own.load(queries, group_begin + 16 * (warp % 4) + group);
+  __device__ __forceinline__ void set_gates(const OwnLook<GATES> &own) const {
+    if (lane == 0 && warp % 4 == 0) edge() = own.edge();
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      if (place == 0) row_of(half).exponent = own.exponent[0][half], row_of(half).run = own.run[0][half];
+      if (place == 0) row_of(half).exponent = own.exponent(half), row_of(half).run = own.of_row[half];
+  }
+  // Padding among a warp's own queries reads as zero, NaN in memory or not.
+  __device__ __forceinline__ void zero_padding(const OwnLook<GATES> &own) const {
+    if (!__any_sync(0xffffffffu, own.of_row[0] < 0 || own.of_row[1] < 0)) return;
+    __syncwarp();
+#pragma unroll 1
+    for (int i = lane; i < 16 * (K / 8); i += 32) {
+      const int row = 16 * warp + i / (K / 8);
+      if (stages->rows[row].run < 0) *reinterpret_cast<uint4 *>(shared + Tile<K>::at(row, i % (K / 8))) = make_uint4(0, 0, 0, 0);
+    }
+    __syncwarp();
   }
   // A query is multiplied by a power of two, which loses nothing, so that no product with a key that float32 holds is beyond it; one whose scale is 0 becomes 0.
   static __device__ __forceinline__ float power_below(float scale) { return E::kNarrow ? 1.f : __uint_as_float(__float_as_uint(scale) & 0x7f800000u); }
@@ -302,25 +355,30 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
   int first, end;
   const int base;  // first, before it was known what is seen
 
-  // What there is to know of gated tiles: what each holds, and, of runs, the first that holds a key of the block's and behind the last. Causal walks go on to the block's
-  // own tokens, where sums take the rows' own factors.
-  __device__ __forceinline__ void look(const Place &own, const GateReader &queries, int thread) {
+  // What there is to know of gated tiles: what each holds, the first that holds a key of the block's runs within a decay's reach, and behind the last. Causal walks go on to
+  // the block's own tokens, where sums take the rows' own factors.
+  __device__ __forceinline__ void look(const Place &own, OwnLook<GATES> &by, const Numbers &f, int thread) {
     typename S::Stages &stages = *keys.stages;
+    int4 it{};
+    double sum = 0;
+    const auto read = [&](int tile) {
+      if (tile < end) it = keys.gates[tile].told, sum = keys.gates[tile].edge;
+    };
+    read(first + thread);
+    by.finish(p, f);
     int32_t low = 1, high = 1;
-    if constexpr (GATES == RUNS) range_of_runs<kGroupThreads>(stages, queries, own.begin, own.rows, low, high, thread);
+    if constexpr (GATES == RUNS) by.range_of_runs(low, high);
     int begin = end, behind = first;
-    for (int tile = first + thread; tile < end; tile += kGroupThreads) {
-      const int4 it = keys.gates[tile].told;
+#pragma unroll 1
+    for (int tile = first + thread; tile < end; read(tile += kGroupThreads)) {
       stages.told[tile - base] = (it.x << kLevelShift) | (it.y & HOLES) | (GATES == RUNS && (it.y || it.z != low || it.w != high || low != high) ? NEAR_TILE : 0);
-      if (it.w >= low && it.z <= high) begin = min(begin, tile), behind = tile + 1;
+      if (it.w >= low && it.z <= high && by.reaches(sum)) begin = min(begin, tile), behind = tile + 1;
     }
-    if constexpr (GATES == RUNS) {
-      begin = __reduce_min_sync(0xffffffffu, begin), behind = __reduce_max_sync(0xffffffffu, behind);
-      if (thread % 32 == 0) stages.begin[thread / 32] = begin, stages.behind[thread / 32] = behind;
-      __syncthreads();
-      first = __reduce_min_sync(0xffffffffu, stages.begin[thread % (kGroupThreads / 32)]), end = __reduce_max_sync(0xffffffffu, stages.behind[thread % (kGroupThreads / 32)]);
-      if (p.causal && first < end) end = own.tiles;
-    }
+    begin = __reduce_min_sync(0xffffffffu, begin), behind = __reduce_max_sync(0xffffffffu, behind);
+    if (thread % 32 == 0) stages.begin[thread / 32] = begin, stages.behind[thread / 32] = behind;
+    __syncthreads();
+    first = __reduce_min_sync(0xffffffffu, stages.begin[thread % (kGroupThreads / 32)]), end = __reduce_max_sync(0xffffffffu, stages.behind[thread % (kGroupThreads / 32)]);
+    if (p.causal && first < end) end = own.tiles;
   }
   __device__ __forceinline__ int32_t told(int tile) const { return GATES ? __reduce_max_sync(0xffffffffu, keys.stages->told[tile - base]) : 0; }  // all lanes' is the same
 

@@ -18,11 +18,13 @@ enum Gates { NO_GATES, DECAY, RUNS };  // what multiplies weights: nothing; a de
 
 // The sum of a decay that is the same at every token needs no memory.
 struct RateReader : GateReader {
-  double rate;  // log2
-  __device__ __forceinline__ RateReader(const SequenceGates &gates, const linattn_problem &p, bool queries, int64_t batch, int64_t head, int64_t edge_token)
-      : GateReader(gates, p, queries, batch, head, edge_token), rate(gates.rate ? kLog2E * real_decay(gates.rate[head / (p.query_heads / p.state_heads)]) : 0.0) {}
+  float log_decay;  // of every token
+  __device__ __forceinline__ RateReader(const SequenceGates &gates, const linattn_problem &p, bool queries, int64_t batch, int64_t state, int64_t edge_token)
+      : GateReader(gates.decay ? gates.decay + (batch * p.state_heads + state) * p.length : nullptr, p, queries, batch, edge_token),
+        log_decay(gates.rate ? gates.rate[state] : 0.f) {}
+  __device__ __forceinline__ double rate() const { return kLog2E * real_decay(log_decay); }
   __device__ __forceinline__ double edge() const { return edge_token >= 0 ? sum_of(edge_token) : 0.0; }
-  __device__ __forceinline__ double sum_of(int64_t token) const { return decay ? GateReader::sum_of(token) : token < length ? rate * static_cast<double>(token + 1) : 0.0; }
+  __device__ __forceinline__ double sum_of(int64_t token) const { return decay ? GateReader::sum_of(token) : token < length ? rate() * static_cast<double>(token + 1) : 0.0; }
 };
 
 // The gates of a tile of keys, the same for all who read them. With G the running sum of log2 decay, a key has the factor exp2(kLevel level - G), at most 1, where the
@@ -57,7 +59,7 @@ template <int K, Gates GATES> struct KeyStages {
   uint64_t here[kKeyStages], read[kKeyStages];
   double edge[2];  // R, the sum of the decay before a warpgroup's own tokens
   OwnRow rows[kRows];
-  int32_t lowest[kGroupThreads / 32], highest[kGroupThreads / 32], begin[kGroupThreads / 32], behind[kGroupThreads / 32];
+  int32_t begin[kGroupThreads / 32], behind[kGroupThreads / 32];
   int32_t told[MOST_TILES + 2];  // of each tile: its level, shifted, and NEAR_TILE, HOLES
 };
 
@@ -90,9 +92,7 @@ template <int K, int V, Gates GATES> struct KeyStream {
 
   __device__ __forceinline__ KeyStream(const Arguments &args, const KeyMaps &maps, const Place &own, unsigned char *shared)
       : maps(maps), scales(args.key_scale + (static_cast<int64_t>(own.batch) * args.problem.key_heads + own.key_head) * args.padded),
-        gates(GATES ? args.key_gates +
-                          (static_cast<int64_t>(own.batch) * args.problem.state_heads + own.head / (args.problem.query_heads / args.problem.state_heads)) * (args.padded / kKeys)
-                    : nullptr),
+        gates(GATES ? args.key_gates + (static_cast<int64_t>(own.batch) * args.problem.state_heads + args.by_state.of(own.head)) * (args.padded / kKeys) : nullptr),
         shared(shared_address(shared)), stages(reinterpret_cast<Stages *>(shared + S::STAGES_AT)), batch(own.batch), head(own.key_head) {}
 
   __device__ __forceinline__ uint32_t tile_at(Stage stage) const { return shared + S::ROW_TILE + stage.number * S::STAGE; }

@@ -54,7 +54,7 @@ struct Arguments {
   bool warpgroups, gated;  // by Hopper's kernels, by those that know gates and keys narrower than values
   SequenceGates gates;
   KeyGates *key_gates;     // (batch, state heads, tiles of keys), or null
-  Divider blocks_together, by_heads_together, by_query_heads, by_group;  // blocks of heads together; those; heads of a sequence; query heads to a key head
+  Divider blocks_together, by_heads_together, by_query_heads, by_group, by_state;  // blocks of heads together; those; heads of a sequence; query heads to a key head, to a state
 };
 
 // 1 / |k| of a token, by four lanes side by side, which all get it; 1 where keys are used as they are, 0 behind the last. head: counted over the batch.

@@ -13,9 +13,9 @@ constexpr float kNothing = 0x1p-24f;  // in float32
 struct Least {
   float some = 0.f, of = 1.f;  // everything is
   __device__ __forceinline__ Least() {}
-  __device__ __forceinline__ Least(const linattn_problem &p, int head) {
-    const float *const of_head = p.coefficients + head;
-    const float a = of_head[0], b = of_head[p.query_heads], c = of_head[2 * p.query_heads], most_of_s = of_head[3 * p.query_heads];
+  __device__ __forceinline__ Least(const linattn_problem &p, int head)
+      : Least(p, p.coefficients[head], p.coefficients[head + p.query_heads], p.coefficients[head + 2 * p.query_heads], p.coefficients[head + 3 * p.query_heads]) {}
+  __device__ __forceinline__ Least(const linattn_problem &p, float a, float b, float c, float most_of_s) {
     const bool inside = c > 0.f && fabsf(b) < 2.f * c * most_of_s;  // f is least at -b / 2c, where it is (4 a c - b^2) / 4c
     const float unit = inside ? 4.f * c : 1.f, least = inside ? fmaf(4.f * a, c, -b * b) : fmaf(fmaf(c, most_of_s, -fabsf(b)), most_of_s, a);
     const float most = unit * (fabsf(a) + (fabsf(b) + fabsf(c) * most_of_s) * most_of_s), all = most * static_cast<float>(p.length);
