@@ -167,6 +167,7 @@ __device__ __forceinline__ void make_gates(KeyGates &to, const Arguments &args, 
 
 // What there is to know of a tile of keys, by a block: their scales, and the gates of all states that they enter.
 template <typename T> __global__ void key_tile_kernel(const __grid_constant__ Arguments args, bool has_scales) {
+  let_next_begin();
   const linattn_problem &p = args.problem;
   const int64_t tiles = args.padded / kKeys, head = blockIdx.x / tiles, tile = blockIdx.x % tiles, first = tile * kKeys;
   const int states = p.state_heads / p.key_heads, thread = threadIdx.x;
@@ -202,6 +203,7 @@ __global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_B
   const Numbers numbers(p, own.head);
   if constexpr (GATES != NO_GATES) {
     OwnLook<GATES> by(queries, own.begin);
+    wait_for_kernel_before();
     walk.look(own, by, numbers, thread);
     if (thread == 0) walk.start();
     rows.set_gates(by);
@@ -209,6 +211,7 @@ __global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_B
     __syncthreads();
     if constexpr (GATES == RUNS) rows.zero_padding(by);
   } else {
+    wait_for_kernel_before();
     if (thread == 0 && !by_state) walk.start();
     copy_wait<0>();
     __syncthreads();
@@ -247,8 +250,7 @@ template <typename T, int K, int V, Gates GATES, bool STATE = false> cudaError_t
     if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
   }
   if (const cudaError_t failed = cudaFuncSetAttribute(groups_kernel<T, K, V, GATES, STATE>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;
-  groups_kernel<T, K, V, GATES, STATE><<<p.batch * p.query_heads * args.row_tiles, kGroupThreads, kShared, stream>>>(args, maps);
-  return cudaPeekAtLastError();
+  return launch_early(groups_kernel<T, K, V, GATES, STATE>, p.batch * p.query_heads * args.row_tiles, kGroupThreads, kShared, stream, args, maps);
 }
 
 // `call` with the widths of the tiles and what multiplies weights, as constants.

@@ -1,5 +1,5 @@
 // Hopper's bulk copies: one thread asks for a tile of rows, or for bytes, and a barrier in shared memory tells all who wait when they are here.
-// tests/emulation has a second form of this file.
+// And kernels that begin beside the end of the one before. tests/emulation has a second form of this file.
 #pragma once
 #include <cuda.h>
 
@@ -44,7 +44,20 @@ template <int D> cudaError_t map_tensor(TensorMap &result, const linattn_tensor 
              : cudaSuccess;
 }
 
+// A launch whose blocks may begin as soon as all of the kernel before have begun and said so, or ended.
+template <typename... Given> cudaError_t launch_early(void (*kernel)(Given...), int blocks, int threads, int shared, cudaStream_t stream, const Given &...given) {
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(blocks), config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream, config.attrs = &early, config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, given...);
+}
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// Said by a kernel: the next one may begin.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+// Until the kernel before has ended, and what it has written is seen.
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // A barrier of 8 bytes opens once as often as `arrivals` and the bytes that were promised are here; what comes next is of the next turn.
 __device__ __forceinline__ void bulk_barrier(uint32_t barrier, int arrivals) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory"); }
 // Between the making of barriers and the block's barrier behind which they are used.
@@ -70,6 +83,8 @@ __device__ __forceinline__ void bulk_copy(uint32_t shared, const void *global, i
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
 }
 #else
+__device__ __forceinline__ void let_next_begin() {}
+__device__ __forceinline__ void wait_for_kernel_before() {}
 __device__ __forceinline__ void bulk_barrier(uint32_t, int) {}
 __device__ __forceinline__ void bulk_barriers_made() {}
 __device__ __forceinline__ void bulk_arrive(uint32_t) {}

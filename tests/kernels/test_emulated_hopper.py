@@ -238,11 +238,19 @@ def test_gradients_that_stay_with_mma_sync(hopper_kernels, kind):
 
 
 @pytest.mark.parametrize("kind", [
-    {}, {"segments": "left"}, {"decay": "key_token", "head_dim": 32, "value_dim": 64},
-    {"length": 4096, "heads": 1, "head_dim": 32, "value_dim": 32},
+    {}, {"segments": "left"}, {"segments": "right"}, {"segments": "packed", "length": 1200, "heads": 1, "decay": "key_token"},
+    {"decay": "key_token", "head_dim": 32, "value_dim": 64}, {"length": 4096, "heads": 1, "head_dim": 32, "value_dim": 32},
 ], ids=str)  # fmt: skip
 def test_what_a_decay_leaves_nothing_of_is_not_met(hopper_kernels, kind):
     assert_far_tokens_are_not_met(**kind)
+
+
+@pytest.mark.parametrize("segments", ["packed", "middle", "right"])
+@pytest.mark.parametrize("decay", ["key_head", "query_token"])
+def test_the_reach_of_a_decay_beside_runs(hopper_kernels, decay, segments):
+    """Of heads that reach a few tiles, and one tile, and all: it ends inside a run, or behind padding, which does not decay."""
+    shape = {"head_dim": 64, "length": 900, "heads": 3, "key_heads": 3}
+    check(torch.bfloat16, decay=decay, segments=segments, strengths=(0.08, 0.6, 1e-3), **shape)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
