@@ -140,7 +140,8 @@ cudaError_t pairs_forward(const linattn_problem &problem, const linattn_forward_
     args.gates.rate = problem.log_decay;
   } else if (problem.log_decay) {
     args.gates.decay = reinterpret_cast<double *>(behind);
-    if (const cudaError_t failed = launch_running_decay(problem, args.gates.decay)) return failed;
+    if (!hopper_sums_decay(args))
+      if (const cudaError_t failed = launch_running_decay(problem, args.gates.decay)) return failed;
   }
   return problem.dtype == LINATTN_BFLOAT16 ? launch<__nv_bfloat16>(args, stream) : launch<__half>(args, stream);
 }

@@ -142,7 +142,7 @@ template <typename T, int D, typename Rows> __device__ __forceinline__ void add_
 }
 
 // The gates of a tile of keys, by a warp, two tokens a lane. head: of the states, counted over the batch.
-__device__ __forceinline__ void make_gates(KeyGates &to, const Arguments &args, int64_t head, int64_t first, int lane) {
+__device__ __forceinline__ void make_gates(KeyGates &to, const Arguments &args, int head, int64_t first, int lane) {
   const linattn_problem &p = args.problem;
   const RateReader keys(args.gates, p, false, head / p.state_heads, head % p.state_heads, min(first + kKeys, p.length) - 1);
   const double edge = keys.edge(), level = floor(edge / kLevel);
@@ -165,18 +165,53 @@ __device__ __forceinline__ void make_gates(KeyGates &to, const Arguments &args, 
   if (lane == 0) to.edge = edge, to.unused = 0.0, to.told = make_int4(static_cast<int32_t>(level), gaps, lowest, highest);
 }
 
+// The sums of a decay a token up to a tile's tokens, by a block, which adds up all before them itself. head: of the states, counted over the batch.
+__device__ __forceinline__ void sum_decay(const Arguments &args, int head, int64_t first) {
+  __shared__ double parts[kGroupThreads / 32];
+  const linattn_problem &p = args.problem;
+  const int thread = threadIdx.x;
+  const float *const log_decay = p.log_decay + static_cast<int64_t>(head) * p.length;
+  double before = 0;
+#pragma unroll 4
+  for (int64_t token = thread; token < first; token += kGroupThreads) before += real_decay(log_decay[token]);
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) before += __shfl_xor_sync(0xffffffffu, before, step);
+  if (thread % 32 == 0) parts[thread / 32] = before;
+  __syncthreads();
+  if (thread < 32) {
+    const int64_t token = first + 2 * thread;
+    const double one = token < p.length ? real_decay(log_decay[token]) : 0.0, two = one + (token + 1 < p.length ? real_decay(log_decay[token + 1]) : 0.0);
+    double sum = two;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const double other = __shfl_up_sync(0xffffffffu, sum, step);
+      if (thread >= step) sum += other;
+    }
+    sum -= two;
+#pragma unroll
+    for (int warp = 0; warp < kGroupThreads / 32; ++warp) sum += parts[warp];
+    double *const decay = args.gates.decay + static_cast<int64_t>(head) * p.length;
+    if (token < p.length) decay[token] = kLog2E * (sum + one);
+    if (token + 1 < p.length) decay[token + 1] = kLog2E * (sum + two);
+  }
+  __syncthreads();
+}
+
 // What there is to know of a tile of keys, by a block: their scales, and the gates of all states that they enter.
-template <typename T> __global__ void key_tile_kernel(const __grid_constant__ Arguments args, bool has_scales) {
+template <typename T, bool SUMS_DECAY> __global__ void key_tile_kernel(const __grid_constant__ Arguments args, bool has_scales) {
   let_next_begin();
   const linattn_problem &p = args.problem;
-  const int64_t tiles = args.padded / kKeys, head = blockIdx.x / tiles, tile = blockIdx.x % tiles, first = tile * kKeys;
-  const int states = p.state_heads / p.key_heads, thread = threadIdx.x;
+  const int tiles = static_cast<int>(args.padded / kKeys), head = blockIdx.x / tiles, tile = blockIdx.x - head * tiles, states = p.state_heads / p.key_heads, thread = threadIdx.x;
+  const int64_t first = static_cast<int64_t>(tile) * kKeys;
+  KeyGates *const gates = args.key_gates + static_cast<int64_t>(head) * states * tiles + tile;
+  if constexpr (SUMS_DECAY)
+    for (int state = 0; state < states; ++state) sum_decay(args, head * states + state, first);
   for (int state = thread / 32; state < states; state += kGroupThreads / 32)
-    make_gates(args.key_gates[(head * states + state) * tiles + tile], args, head * states + state, first, thread % 32);
+    make_gates(gates[static_cast<int64_t>(state) * tiles], args, head * states + state, first, thread % 32);
   const int key = thread / 4;
   const float scale = has_scales ? args.key_scale[head * args.padded + first + key] : key_scale_of<T>(p, head, first + key);
   if (thread % 4 != 0) return;
-  for (int state = 0; state < states; ++state) reinterpret_cast<float *>(&args.key_gates[(head * states + state) * tiles + tile].scale_and_factor[key / 2][0])[key % 2] = scale;
+  for (int state = 0; state < states; ++state) reinterpret_cast<float *>(&gates[static_cast<int64_t>(state) * tiles].scale_and_factor[key / 2][0])[key % 2] = scale;
 }
 
 template <typename T, int K, int V, Gates GATES, bool STATE>
@@ -202,8 +237,8 @@ __global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_B
   OutputRows<T, K, V, GATES> rows(p, own, shared);
   const Numbers numbers(p, own.head);
   if constexpr (GATES != NO_GATES) {
-    OwnLook<GATES> by(queries, own.begin);
     wait_for_kernel_before();
+    OwnLook<GATES> by(queries, own.begin);
     walk.look(own, by, numbers, thread);
     if (thread == 0) walk.start();
     rows.set_gates(by);
@@ -246,7 +281,8 @@ template <typename T, int K, int V, Gates GATES, bool STATE = false> cudaError_t
   if (const cudaError_t failed = map_tensor<K>(maps.keys, p.key, p.batch, p.key_heads, p.length, p.head_dim)) return failed;
   if (const cudaError_t failed = map_tensor<V>(maps.values, p.value, p.batch, p.key_heads, p.length, p.value_dim)) return failed;
   if (GATES != NO_GATES) {
-    key_tile_kernel<T><<<static_cast<int>(p.batch * p.key_heads * (args.padded / kKeys)), kGroupThreads, 0, stream>>>(args, !hopper_makes_scales(args));
+    const auto kernel = hopper_sums_decay(args) ? key_tile_kernel<T, true> : key_tile_kernel<T, false>;
+    kernel<<<static_cast<int>(p.batch * p.key_heads * (args.padded / kKeys)), kGroupThreads, 0, stream>>>(args, !hopper_makes_scales(args));
     if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
   }
   if (const cudaError_t failed = cudaFuncSetAttribute(groups_kernel<T, K, V, GATES, STATE>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;

@@ -58,7 +58,7 @@ struct Arguments {
 };
 
 // 1 / |k| of a token, by four lanes side by side, which all get it; 1 where keys are used as they are, 0 behind the last. head: counted over the batch.
-template <typename T> __device__ __forceinline__ float key_scale_of(const linattn_problem &p, int64_t head, int64_t token) {
+template <typename T> __device__ __forceinline__ float key_scale_of(const linattn_problem &p, int head, int64_t token) {
   float square = 0.f;
   if (token < p.length && p.normalize_qk) {
     const T *const row = head_of<const T>(p.key, head / p.key_heads, head % p.key_heads) + token * p.key.token_stride;
@@ -185,12 +185,16 @@ struct RunningMemory {
 };
 cudaError_t running_output_launch(const Arguments &args, void *workspace, cudaStream_t stream);
 
+constexpr int64_t kSummedByTiles = 1024;
+
 // Hopper's warpgroups: head dims 32, 64 and 128.
 bool hopper_takes(const linattn_problem &problem);
 int hopper_shared_bytes(const linattn_problem &problem);
 int64_t key_gates_bytes(const linattn_problem &problem);
 // Whether hopper_launch makes the keys' scales, beside their gates; not where kernels of states ask for them before.
 inline bool hopper_makes_scales(const Arguments &args) { return args.warpgroups && is_gated(args.problem) && args.chunk >= args.problem.length; }
+// Whether it makes the sums of a decay a token, too: in short sequences, whose tokens each tile may count once more.
+inline bool hopper_sums_decay(const Arguments &args) { return args.gates.decay && hopper_makes_scales(args) && args.problem.length <= kSummedByTiles; }
 cudaError_t hopper_launch(const Arguments &args, cudaStream_t stream);
 
 // What is known of all tokens before a chunk: sum k_a k_b v, by blocks of 16 x 16 of (a, b), each pair of blocks once and with both its
