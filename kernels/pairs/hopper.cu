@@ -142,28 +142,45 @@ template <typename T, int D, typename Rows> __device__ __forceinline__ void add_
 }
 
 // The gates of a tile of keys, by a warp, two tokens a lane. head: of the states, counted over the batch.
-__device__ __forceinline__ void make_gates(KeyGates &to, const Arguments &args, int head, int64_t first, int lane) {
-  const linattn_problem &p = args.problem;
-  const RateReader keys(args.gates, p, false, head / p.state_heads, head % p.state_heads, min(first + kKeys, p.length) - 1);
-  const double edge = keys.edge(), level = floor(edge / kLevel);
-  int32_t lowest = INT32_MAX, highest = 0, gaps = 0;
-  for (int i = lane; i < kKeys; i += 32) {
-    const bool real = first + i < p.length;
-    const int32_t run = keys.run_of(first + i);
-    const double sum = real ? keys.sum_of(first + i) : edge, whole = floor(kLevel * level - sum);
-    to.exponent[i] = static_cast<float>(edge - sum), to.run[i] = run;
-    reinterpret_cast<float *>(&to.scale_and_factor[i / 2][1])[i % 2] =
-        run ? exp2_fast(static_cast<float>(kLevel * level - sum - whole)) * exp2_fast(static_cast<float>(whole)) : 0.f;
-    if (run) lowest = min(lowest, run), highest = max(highest, run);
-    else gaps |= real ? HOLES : BEHIND;
+struct TwoKeys {
+  RateReader keys;
+  int64_t first;  // of the tile
+  double edge, sum[2];
+  int32_t run[2];
+
+  __device__ __forceinline__ TwoKeys(const Arguments &args, int head, int64_t first, int lane)
+      : keys(args.gates, args.problem, false, head / args.problem.state_heads, head % args.problem.state_heads, min(first + kKeys, args.problem.length) - 1), first(first) {
+    const int64_t own = first + 2 * lane;
+    run[0] = keys.run_of(own), run[1] = keys.run_of(own + 1);
+    if (keys.decay) edge = keys.edge(), sum[0] = keys.sum_of(own), sum[1] = keys.sum_of(own + 1);
   }
+  __device__ __forceinline__ void write(KeyGates &to, int lane) {
+    if (!keys.decay) {
+      const double each = keys.rate();
+      edge = each * static_cast<double>(keys.edge_token + 1);
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) {
-    lowest = min(lowest, __shfl_xor_sync(0xffffffffu, lowest, step)), highest = max(highest, __shfl_xor_sync(0xffffffffu, highest, step));
-    gaps |= __shfl_xor_sync(0xffffffffu, gaps, step);
+      for (int i = 0; i < 2; ++i) sum[i] = each * static_cast<double>(first + 2 * lane + i + 1);
+    }
+    const double level = floor(edge / kLevel);
+    int32_t lowest = INT32_MAX, highest = 0, gaps = 0;
+    float exponent[2], factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool real = first + 2 * lane + i < keys.length;
+      const double own = real ? sum[i] : edge, above = kLevel * level - own, whole = floor(above);
+      exponent[i] = static_cast<float>(edge - own);
+      factor[i] = run[i] ? exp2_fast(static_cast<float>(above - whole)) * exp2_fast(static_cast<float>(whole)) : 0.f;
+      if (run[i]) lowest = min(lowest, run[i]), highest = max(highest, run[i]);
+      else gaps |= real ? HOLES : BEHIND;
+    }
+    reinterpret_cast<float2 *>(to.exponent)[lane] = make_float2(exponent[0], exponent[1]);
+    reinterpret_cast<int2 *>(to.run)[lane] = make_int2(run[0], run[1]);
+    to.scale_and_factor[lane][1] = make_float2(factor[0], factor[1]);
+    lowest = __reduce_min_sync(0xffffffffu, lowest), highest = __reduce_max_sync(0xffffffffu, highest);
+    gaps = (__any_sync(0xffffffffu, gaps & HOLES) ? HOLES : 0) | (__any_sync(0xffffffffu, gaps & BEHIND) ? BEHIND : 0);
+    if (lane == 0) to.edge = edge, to.unused = 0.0, to.told = make_int4(static_cast<int32_t>(level), gaps, lowest, highest);
   }
-  if (lane == 0) to.edge = edge, to.unused = 0.0, to.told = make_int4(static_cast<int32_t>(level), gaps, lowest, highest);
-}
+};
 
 // The sums of a decay a token up to a tile's tokens, by a block, which adds up all before them itself. head: of the states, counted over the batch.
 __device__ __forceinline__ void sum_decay(const Arguments &args, int head, int64_t first) {
@@ -206,10 +223,12 @@ template <typename T, bool SUMS_DECAY> __global__ void key_tile_kernel(const __g
   KeyGates *const gates = args.key_gates + static_cast<int64_t>(head) * states * tiles + tile;
   if constexpr (SUMS_DECAY)
     for (int state = 0; state < states; ++state) sum_decay(args, head * states + state, first);
-  for (int state = thread / 32; state < states; state += kGroupThreads / 32)
-    make_gates(gates[static_cast<int64_t>(state) * tiles], args, head * states + state, first, thread % 32);
-  const int key = thread / 4;
+  const int warp = thread / 32, lane = thread % 32, key = thread / 4;
+  TwoKeys two(args, head * states + min(warp, states - 1), first, lane);  // on its way beside the keys
   const float scale = has_scales ? args.key_scale[head * args.padded + first + key] : key_scale_of<T>(p, head, first + key);
+  if (warp < states) two.write(gates[static_cast<int64_t>(warp) * tiles], lane);
+  for (int state = warp + kGroupThreads / 32; state < states; state += kGroupThreads / 32)
+    TwoKeys(args, head * states + state, first, lane).write(gates[static_cast<int64_t>(state) * tiles], lane);
   if (thread % 4 != 0) return;
   for (int state = 0; state < states; ++state) reinterpret_cast<float *>(&gates[static_cast<int64_t>(state) * tiles].scale_and_factor[key / 2][0])[key % 2] = scale;
 }
