@@ -185,15 +185,14 @@ struct RunningMemory {
 };
 cudaError_t running_output_launch(const Arguments &args, void *workspace, cudaStream_t stream);
 
-constexpr int64_t kSummedByTiles = 1024;
-
 // Hopper's warpgroups: head dims 32, 64 and 128.
 bool hopper_takes(const linattn_problem &problem);
 int hopper_shared_bytes(const linattn_problem &problem);
 int64_t key_gates_bytes(const linattn_problem &problem);
 // Whether hopper_launch makes the keys' scales, beside their gates; not where kernels of states ask for them before.
 inline bool hopper_makes_scales(const Arguments &args) { return args.warpgroups && is_gated(args.problem) && args.chunk >= args.problem.length; }
-// Whether it makes the sums of a decay a token, too: in short sequences, whose tokens each tile may count once more.
+// Whether it makes the sums of a decay a token, too: in short sequences, where every tile adds up all tokens before it rather than that a kernel is launched ahead.
+constexpr int64_t kSummedByTiles = 1024;
 inline bool hopper_sums_decay(const Arguments &args) { return args.gates.decay && hopper_makes_scales(args) && args.problem.length <= kSummedByTiles; }
 cudaError_t hopper_launch(const Arguments &args, cudaStream_t stream);
 
