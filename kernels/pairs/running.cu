@@ -29,13 +29,13 @@ struct Cut {
   }
 };
 
-// Whether all pairs take longer, by microseconds on an H200 at 512 to 2,048 tokens of 144 and 256 heads.
+// Whether all pairs take longer, by microseconds on an H100 at 512 to 32,768 tokens of 32 to 256 heads.
 bool costs_less(const linattn_problem &problem, bool gradients) {
   const double heads = static_cast<double>(problem.batch) * problem.query_heads, tokens = static_cast<double>(problem.length);
   const double share = 132.0 / linattn::card(cudaDevAttrMultiProcessorCount, 1), rows = Cut(problem, problem.query_heads).cost;
-  if (!gradients) return 5.0 * rows < 12.0 + share * 3e-7 * heads * tokens * tokens;
-  const double group = problem.query_heads / problem.key_heads, both = 7.5 * rows + (4.7 + 6.9 * group) * Cut(problem, problem.key_heads).cost;
-  return (is_gated(problem) ? both : 0.75 * both) < share * heads * tokens * (1e-6 * tokens + 9e-4);
+  if (!gradients) return 3.75 * rows + 2.0 < (is_gated(problem) ? 30.0 : 20.0) + share * 2.6e-7 * heads * tokens * tokens;
+  const double group = problem.query_heads / problem.key_heads, both = 6.5 * rows + (4.6 + 1.6 * group) * Cut(problem, problem.key_heads).cost + 12.0;
+  return (is_gated(problem) ? both : 0.83 * both) < share * heads * tokens * (9e-7 * tokens + 8e-4);
 }
 
 template <typename Kernel> cudaError_t launch(Kernel kernel, int heads, int shared, const Running &args, cudaStream_t stream, int threads = kRunThreads) {
