@@ -284,6 +284,8 @@ def one_pass(monkeypatch, cuts=1, **kind):
     {"length": 1025, "heads": 3}, {"length": 1150, "head_dim": 8, "decay": "key_head", "strengths": (0.01,)},
     {"length": 1100, "decay": "key_token", "strengths": (0.01, 50.0, 0.0), "segments": "middle", "heads": 4, "key_heads": 2},
     {"length": 1050, "segments": "packed", "key_heads": 2}, {"length": 1200, "segments": "left", "decay": "key_token"},
+    {"length": 650, "heads": 3, "key_heads": 3, "decay": "key_head"},
+    {"length": 650, "heads": 4, "key_heads": 2, "decay": "key_token", "segments": "right"},
 ], ids=str)  # fmt: skip
 def test_one_pass(hopper_kernels, monkeypatch, kind):
     """A state beside the pairs of 128 tokens."""
