@@ -5,6 +5,7 @@ import torch
 import transformers
 from tiny_models import CAUSAL, TEXT, tiny_config, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_linattn import LinearStateLayer
 from hf_linattn.models import config_class_for
@@ -108,6 +109,14 @@ def test_the_kept_layer_is_softmax():
     outputs = [tiny_model("llama", softmax_layers=layers)(ids).logits for layers in ([], [1], [0, 1, 2])]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-3 and (outputs[1] - outputs[2]).abs().max() > 1e-3
     close(outputs[2], tiny_model("llama", "sdpa")(ids).logits)
+
+
+@torch.no_grad()
+def test_the_kept_layer_runs_pytorchs_sdpa(monkeypatch):
+    calls, sdpa = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", lambda module, *x, **y: calls.append(module.layer_idx) or sdpa(module, *x, **y))
+    tiny_model("llama", softmax_layers=[1])(tiny_tokens())
+    assert calls == [1]
 
 
 def test_a_layer_that_is_not_there():

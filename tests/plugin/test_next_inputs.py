@@ -7,7 +7,7 @@ import torch
 from compiling import TOKENS, converted
 from generating import generate, left_padded
 from tiny_models import tiny_tokens
-from transformers import GenerationMixin, StaticCache
+from transformers import GenerationMixin, Phi3ForCausalLM, StaticCache
 
 from hf_linattn import next_inputs
 
@@ -161,8 +161,10 @@ def test_generating_from_embeddings_and_beams():
 
 
 def test_an_architecture_with_a_way_of_its_own_keeps_it():
-    from hf_linattn.models import model_class_for
+    from hf_linattn.models import config_class_for, model_class_for
 
+    own = model_class_for(config_class_for("phi3")).prepare_inputs_for_generation
+    assert own is Phi3ForCausalLM.prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation
     model = converted(layers=1)
     assert type(model).prepare_inputs_for_generation is next_inputs.prepare_inputs_for_generation
     assert not hasattr(model_class_for(type(model.config), "LlamaModel"), "prepare_inputs_for_generation")
