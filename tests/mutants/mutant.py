@@ -7,7 +7,8 @@ from pathlib import Path
 
 OPERATOR, PLUGIN, CONVERTER, RECIPES, KERNELS = "operator", "plugin", "converter", "recipes", "kernels"
 
-# The tests of each source file, those that are quick and likely to see a slip first. The longest path that fits counts.
+_HERE = Path(__file__).parents[1]
+# The tests of each source file beside those that bear its name: quick ones, likely to see a slip first. The longest path that fits counts.
 TESTS = {
     "hf_linattn/ops/": ["ops/test_chunked.py", "ops/test_state.py", "ops/test_noise.py", "ops/test_bad_input.py", "ops/test_precision.py",
                         "ops/test_memory.py", "ops/test_operators.py"],
@@ -63,8 +64,8 @@ TESTS = {
     "hf_linattn/forms/window.py": ["forms/test_window.py", "forms/test_float64.py", "forms/test_words.py", "convert/test_window.py",
                                    "plugin/test_options.py", "convert/test_calibrate.py"],
     "hf_linattn/mask.py": ["plugin/test_masks.py", "plugin/test_sequences.py", "plugin/test_encoders.py", "plugin/test_export.py"],
-    "hf_linattn/models.py": ["convert/test_converted_models.py", "plugin/test_adapters.py", "convert/test_costs.py",
-                             "convert/test_linearize.py", "convert/test_more_architectures.py"],
+    "hf_linattn/models.py": ["plugin/test_next_inputs.py", "convert/test_converted_models.py", "plugin/test_adapters.py",
+                             "convert/test_costs.py", "convert/test_linearize.py", "convert/test_more_architectures.py"],
     "hf_linattn/packing.py": ["plugin/test_packing.py", "plugin/test_masks.py", "plugin/test_sequences.py"],
     "hf_linattn/pattern.py": ["plugin/test_pattern.py", "plugin/test_masks.py", "plugin/test_sequences.py", "plugin/test_export.py"],
     "hf_linattn/rollback.py": ["plugin/test_crop.py", "plugin/test_masks.py", "plugin/test_generate.py"],
@@ -158,8 +159,9 @@ class Mutant:
         if self.test:
             return [f"tests/{self.test}"]
         place = max((place for place in TESTS if self.file.startswith(place)), key=len)
+        of_its_name = [path.relative_to(_HERE).as_posix() for path in sorted(_HERE.glob(f"*/test_{Path(self.file).stem}.py"))]
         of_all = {OPERATOR: ["plugin/test_public.py"], PLUGIN: ["plugin/test_public.py"], KERNELS: []}.get(self.kind, ["test_defaults.py"])
-        return [f"tests/{name}" for name in [*TESTS[place], *of_all]]
+        return [f"tests/{name}" for name in dict.fromkeys([*of_its_name, *TESTS[place], *of_all])]
 
     def applied(self, root: Path) -> str:
         """The file's text with the slip in it.
