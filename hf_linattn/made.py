@@ -41,13 +41,14 @@ def _made(graph: GraphModule, node: Node) -> Node:
 
 @functools.cache
 def _tell_inductor() -> None:
-    """That nothing is to be copied."""
+    """That nothing is to be copied, but what the graph was given: it may be written later on."""
     from torch._inductor import lowering
+    from torch._inductor.virtualized import V
 
     @lowering.register_lowering(MADE, type_promotion_kind=None)
     def made(x: Any) -> Any:
         x.realize()
-        return x
+        return lowering.clone(x) if x.get_name() in V.graph.graph_inputs else x
 
 
 def value_of(node: Node) -> Any:

@@ -113,3 +113,24 @@ def test_what_is_written_behind_a_product(written, monkeypatch):
     with torch.no_grad():
         for out, right in zip(torch.compile(written, backend=backend)(*given), written(*given), strict=True):
             torch.testing.assert_close(out, right)
+
+
+def test_what_the_graph_was_given_is_written_behind_a_product(monkeypatch):
+    """Inductor may write it where it lies, before it comes to the second product."""
+    monkeypatch.setattr(made, "is_on_gpu", lambda node: True)
+    torch._dynamo.reset()
+
+    def written(x, weight, place):
+        row = x[:1]
+        out, before = torch.nn.functional.linear(row, weight), row.clone()
+        x.index_put_((place,), out)
+        return torch.nn.functional.linear(before, weight) + row
+
+    def backend(graph, inputs):
+        vectors.make_once(graph)
+        return torch._inductor.compile(graph, inputs)
+
+    x, weight, place = torch.randn(3, 64), torch.randn(64, 64) / 8, torch.tensor([0])
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        out = torch.compile(written, backend=backend)(x.clone(), weight, place)
+        torch.testing.assert_close(out, written(x.clone(), weight, place), atol=1e-4, rtol=1e-4)
