@@ -265,7 +265,6 @@ __global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_B
     __syncthreads();
     if constexpr (GATES == RUNS) rows.zero_padding(by);
   } else {
-    wait_for_kernel_before();
     if (thread == 0 && !by_state) walk.start();
     copy_wait<0>();
     __syncthreads();
@@ -299,13 +298,18 @@ template <typename T, int K, int V, Gates GATES, bool STATE = false> cudaError_t
   KeyMaps maps;
   if (const cudaError_t failed = map_tensor<K>(maps.keys, p.key, p.batch, p.key_heads, p.length, p.head_dim)) return failed;
   if (const cudaError_t failed = map_tensor<V>(maps.values, p.value, p.batch, p.key_heads, p.length, p.value_dim)) return failed;
-  if (GATES != NO_GATES) {
-    const auto kernel = hopper_sums_decay(args) ? key_tile_kernel<T, true> : key_tile_kernel<T, false>;
-    kernel<<<static_cast<int>(p.batch * p.key_heads * (args.padded / kKeys)), kGroupThreads, 0, stream>>>(args, !hopper_makes_scales(args));
+  const auto output = groups_kernel<T, K, V, GATES, STATE>;
+  const int blocks = p.batch * p.query_heads * args.row_tiles;
+  if (const cudaError_t failed = cudaFuncSetAttribute(output, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;
+  if constexpr (GATES == NO_GATES) {  // it asks for queries at once, and the kernel before may be the one that makes them
+    output<<<blocks, kGroupThreads, kShared, stream>>>(args, maps);
+    return cudaPeekAtLastError();
+  } else {
+    const auto of_tiles = hopper_sums_decay(args) ? key_tile_kernel<T, true> : key_tile_kernel<T, false>;
+    of_tiles<<<static_cast<int>(p.batch * p.key_heads * (args.padded / kKeys)), kGroupThreads, 0, stream>>>(args, !hopper_makes_scales(args));
     if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
+    return launch_early(output, blocks, kGroupThreads, kShared, stream, args, maps);
   }
-  if (const cudaError_t failed = cudaFuncSetAttribute(groups_kernel<T, K, V, GATES, STATE>, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;
-  return launch_early(groups_kernel<T, K, V, GATES, STATE>, p.batch * p.query_heads * args.row_tiles, kGroupThreads, kShared, stream, args, maps);
 }
 
 // `call` with the widths of the tiles and what multiplies weights, as constants.

@@ -44,7 +44,8 @@ template <int D> cudaError_t map_tensor(TensorMap &result, const linattn_tensor 
              : cudaSuccess;
 }
 
-// A launch whose blocks may begin as soon as all of the kernel before have begun and said so, or ended.
+// A launch whose blocks may begin as soon as all of the kernel before have begun and said so, or ended. What they read before they wait must have been
+// there when that kernel began: it is one of ours, launched as any other.
 template <typename... Given> cudaError_t launch_early(void (*kernel)(Given...), int blocks, int threads, int shared, cudaStream_t stream, const Given &...given) {
   cudaLaunchAttribute early{};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
