@@ -9,6 +9,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, NullFormatter
 
 from recipes.common.files import staged_file
 
@@ -34,6 +36,19 @@ def plot_curves(
 
 def save_figure(figure: plt.Figure, path: str | Path) -> None:
     """Write `figure` to the PNG `path`, whole or not at all, and close it."""
+    for axes in figure.axes:
+        _write_numbers(axes.xaxis)
+        _write_numbers(axes.yaxis)
     with staged_file(path) as aside:
         figure.savefig(aside, format="png", dpi=120)
     plt.close(figure)
+
+
+def _write_numbers(axis: Axis) -> None:
+    """Of a logarithmic axis in figures: Matplotlib would write powers of ten as formulas, which are not looked for in texts here."""
+    if not isinstance(axis.get_major_formatter(), LogFormatter):
+        return
+    if axis.get_major_locator()._base == 10:  # type: ignore[attr-defined]
+        axis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,g}"))
+    axis.set_minor_formatter(NullFormatter())
