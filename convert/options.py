@@ -73,7 +73,7 @@ class LinearizeOptions:
     kernel: Kernel | None = _perhaps("Attention weight a + b s (default), or a + b s + c s^2.")
     decay: Decay | None = _perhaps("What a learned decay is kept for (default: head).")
     keep_softmax: tuple[int, ...] = option(
-        (), "Layers that stay softmax, such as 0-5,8, or @FILE of convert.select_layers.", kind=str, told="", parse=_layers
+        (), "Layers that stay softmax, such as 0-5,8, or @FILE of linattn select-layers.", kind=str, told="", parse=_layers
     )
     temperature: float | None = _perhaps("Its start (default 0.98 linear, 2 quadratic).")
     features: int | None = _perhaps("Project queries and keys to so many.")
@@ -118,10 +118,14 @@ class LinearizeOptions:
         Raises:
             ConversionError: options that do not go together.
         """
-        from hf_linattn.config import LinAttnConfig  # late, since importing torch takes seconds
+        from hf_linattn.config import OPTIONS, LinAttnConfig  # late, since importing torch takes seconds
         from hf_linattn.forms import FORMS
 
         given = {name: getattr(self, name) for name in OF_THE_FORM}
+        for name, value in given.items():
+            if value is not None and name not in OPTIONS[self.form]:
+                takes = next(form for form in FORMS if name in OPTIONS[form])
+                raise ConversionError(f"--{name.replace('_', '-')} goes with --form {takes}; the form {self.form} has no such option")
         try:
             return LinAttnConfig(
                 **FORMS[self.form].converted(given),
@@ -156,5 +160,5 @@ def _chosen(path: Path) -> tuple[int, ...]:
     selection = read_json(path)
     layers = selection.get("chosen") if isinstance(selection, dict) else None
     if not isinstance(layers, list) or not all(type(layer) is int and 0 <= layer <= MOST_LAYERS for layer in layers):
-        raise ConversionError(f"--keep-softmax @{path}: the file names no layers as chosen; give what convert.select_layers wrote")
+        raise ConversionError(f"--keep-softmax @{path}: the file names no layers as chosen; give what linattn select-layers wrote")
     return tuple(sorted(set(layers)))

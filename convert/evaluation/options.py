@@ -91,7 +91,7 @@ class EvaluationOptions:
     needles: int = option(100, "Prompts of each kind and distance.", min=1)
     recall_length: int = option(1024, "Tokens of a prompt, where the distance does not need more.", min=64)
     filler: Path | None = option(None, "Text to hide keys in (default: the first --data).", show_default=False)
-    ranking: Path | None = option(None, "What convert.select_layers wrote, to be shown.", show_default=False)
+    ranking: Path | None = option(None, "What linattn select-layers wrote, to be shown.", show_default=False)
     runs: tuple[str, ...] = option(
         (), "Folder of a training run whose curves are shown, or NAME=FOLDER.", name="run", kind=list[str] | None, parse=_many
     )
@@ -121,7 +121,7 @@ class EvaluationOptions:
             if not user_path(path).is_file():
                 raise ConversionError(f"{path}: no such file; give text, or rows of JSON with a key text, as it is or packed by xz")
         if self.ranking and not user_path(self.ranking).is_file():
-            raise ConversionError(f"--ranking {self.ranking}: no such file; give what convert.select_layers wrote")
+            raise ConversionError(f"--ranking {self.ranking}: no such file; give what linattn select-layers wrote")
         for _, run in map(named_model, self.runs):
             if not (user_path(run) / "metrics.jsonl").is_file():
                 raise ConversionError(f"--run {run} holds no metrics.jsonl, so it is no folder of a training run; give one that is")

@@ -133,7 +133,7 @@ def read_ranking(path: Path) -> dict[str, Any]:
     layers = ranking.get("layers") if isinstance(ranking, dict) else None
     right = isinstance(layers, list) and all(isinstance(one, dict) and {"layer", "kl", "key_nats", "hits"} <= set(one) for one in layers)
     if not right or not isinstance(ranking.get("teacher"), dict) or not isinstance(ranking.get("chosen"), list):
-        raise ConversionError(f"{path} does not hold what layers lose alone; give the file that convert.select_layers wrote")
+        raise ConversionError(f"{path} does not hold what layers lose alone; give the file that linattn select-layers wrote")
     return dict(ranking)
 
 
