@@ -68,14 +68,15 @@ def _run(options: EvaluationOptions, out: Path, resume: bool, overwrite: bool) -
 
 
 def _show(console: Any, results: dict[str, dict[str, Any]]) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from convert.evaluation.tables import all_tables
 
     for number, table in enumerate(all_tables(results)):
         # The first has long headings and many of them: a model a column.
         cells = list(zip(*table.cells, strict=True)) if number == 0 else table.cells
-        shown = Table(*cells[0], title=table.title, title_justify="left")
+        columns = (Column(title, overflow="fold") for title in cells[0])  # on a narrow screen no digit is lost
+        shown = Table(*columns, title=table.title, title_justify="left")
         for row in cells[1:]:
             shown.add_row(*row)
         console.print(shown)

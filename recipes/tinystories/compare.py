@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from recipes.common import cli
 from recipes.common.errors import RecipeError, stage
@@ -40,7 +40,7 @@ def main(
         write_text(place / "comparison.md", "\n".join(lines) + "\n")
         write_json(place / "comparison.json", read)
         draw(place / "comparison.png", read)
-    table = Table(*TITLES)
+    table = Table(*(Column(title, overflow="fold") for title in TITLES))  # on a narrow screen no digit is lost
     for row in rows:
         table.add_row(*row)
     cli.console().print(table)

@@ -167,7 +167,7 @@ def show(conditions: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     for heading, rows in _tables(results):
         table = Table(title=heading, title_justify="left")
         for column, title in enumerate(rows[0]):
-            table.add_column(title, justify="right" if column > 1 else "left")
+            table.add_column(title, justify="right" if column > 1 else "left", overflow="fold")  # on a narrow screen no digit is lost
         for row in rows[1:]:
             table.add_row(*row)
         console.print(table)
