@@ -113,3 +113,18 @@ def graphs_as_on_a_gpu(monkeypatch, compiled):
     monkeypatch.setattr(captured, "the_gpu", lambda now: None)
     monkeypatch.setattr(captured, "compile_graph", compile_graph)
     return changed
+
+
+def graphs_changed_by(monkeypatch, change):
+    """The same, each of them changed by `change(graph)` alone."""
+
+    def compiled(backend, graph, inputs, joins):
+        change(graph)
+        return captured.Captured(backend(graph, inputs))
+
+    return graphs_as_on_a_gpu(monkeypatch, compiled)
+
+
+def made_in(graph):
+    """What is made once."""
+    return [node for node in graph.graph.nodes if node.target is MADE]

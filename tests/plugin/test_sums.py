@@ -2,26 +2,17 @@
 
 import pytest
 import torch
-from compiling import MADE, TOKENS, converted, generate_compiled, graphs_as_on_a_gpu
+from compiling import TOKENS, converted, generate_compiled, graphs_changed_by, made_in
 from generating import generate
 from tiny_models import tiny_tokens
 
-from hf_linattn import captured, made, sums
+from hf_linattn import made, sums
 
 
 @pytest.fixture
 def graphs(monkeypatch):
     """Those that were changed, as on a GPU."""
-
-    def compiled(backend, graph, inputs, joins):
-        sums.make_once(graph)
-        return captured.Captured(backend(graph, inputs))
-
-    return graphs_as_on_a_gpu(monkeypatch, compiled)
-
-
-def made_in(graph):
-    return [node for node in graph.graph.nodes if node.target is MADE]
+    return graphs_changed_by(monkeypatch, sums.make_once)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
