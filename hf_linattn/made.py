@@ -6,17 +6,22 @@ Inductor makes again whatever is quick to make, in every kernel that asks for it
 from __future__ import annotations
 
 import functools
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+_CODE = "as_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+"""The operator's overload. What Inductor made of a graph it finds again on disk by the names in it, also where other code made it, of an
+older version of this file; so the name is another where the file is."""
 _library = torch.library.Library("linattn", "FRAGMENT")
-_library.define("made(Tensor x) -> Tensor")
-_library.impl("made", lambda x: x.clone(), "CompositeExplicitAutograd")
-torch.library.register_fake("linattn::made", torch.empty_like)
-MADE = torch.ops.linattn.made.default
+_library.define(f"made.{_CODE}(Tensor x) -> Tensor")
+_library.impl(f"made.{_CODE}", lambda x: x.clone(), "CompositeExplicitAutograd")
+torch.library.register_fake(f"linattn::made.{_CODE}", torch.empty_like)
+MADE = getattr(torch.ops.linattn.made, _CODE)
 
 
 def make_once(graph: GraphModule, node: Node) -> None:

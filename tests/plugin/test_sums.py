@@ -1,5 +1,8 @@
 """Sums of the residual stream are made once, so that layers are the same kernels, and the tokens are the same."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from compiling import TOKENS, converted, generate_compiled, graphs_changed_by, made_in
@@ -82,3 +85,24 @@ def kernels_of(layers, once):
 def test_layers_share_kernels(monkeypatch):
     monkeypatch.setattr(made, "is_on_gpu", lambda node: True)
     assert kernels_of(8, once=True) == 4 < kernels_of(8, once=False)  # the first, the second, that of all others, and the sum behind them
+
+
+def test_what_another_version_compiled_is_not_found_on_disk(tmp_path):
+    """Inductor's cache there knows an operator by its name."""
+    changed = tmp_path / "made.py"
+    changed.write_text(Path(made.__file__).read_text().replace(" if x.get_name() in V.graph.graph_inputs else x", ""))
+    spec = importlib.util.spec_from_file_location("changed", changed)
+    another = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(another)
+
+    def misses(version):
+        version._tell_inductor()
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        x = torch.ones(4)
+        assert torch.equal(torch.compile(lambda x: version.MADE(x + 1) * 2)(x), (x + 1) * 2)
+        counts = torch._dynamo.utils.counters["inductor"]
+        return counts["fxgraph_cache_miss"], counts["fxgraph_cache_hit"]
+
+    with torch._inductor.utils.fresh_cache(), torch._functorch.config.patch(enable_autograd_cache=False):
+        assert [misses(version) for version in (made, made, another)] == [(1, 0), (0, 1), (1, 0)]
