@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axis import Axis
+from matplotlib.scale import LogTransform
 from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, NullFormatter
 
 from recipes.common.files import staged_file
@@ -48,7 +49,8 @@ def _write_numbers(axis: Axis) -> None:
     """Of a logarithmic axis in figures: Matplotlib would write powers of ten as formulas, which are not looked for in texts here."""
     if not isinstance(axis.get_major_formatter(), LogFormatter):
         return
-    if axis.get_major_locator()._base == 10:  # type: ignore[attr-defined]
+    scale = axis.get_transform()
+    if isinstance(axis.get_major_locator(), LogLocator) and isinstance(scale, LogTransform) and scale.base == 10:
         axis.set_major_locator(LogLocator(subs=(1, 3)))
     axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:,g}"))
     axis.set_minor_formatter(NullFormatter())

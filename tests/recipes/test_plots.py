@@ -32,3 +32,13 @@ def test_a_logarithmic_axis(monkeypatch, tmp_path):
 def test_powers_of_two(monkeypatch, tmp_path):
     labels = labels_of(monkeypatch, lambda: plots.plot_curves(tmp_path / "x.png", {"a$b$": [(1, 2), (4096, 5)]}, x="n", y="y", log_x=True))
     assert "4,096" in labels and not any("$" in label for label in labels)
+
+
+def test_numbers_that_were_chosen_stay(monkeypatch, tmp_path):
+    def draw():
+        figure, axes = plots.plt.subplots()
+        axes.plot([100, 4000], [1, 2])
+        axes.set(xscale="log", xticks=[128, 2048])
+        plots.save_figure(figure, tmp_path / "x.png")
+
+    assert {"128", "2,048"} <= labels_of(monkeypatch, draw)
