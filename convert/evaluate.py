@@ -68,18 +68,13 @@ def _run(options: EvaluationOptions, out: Path, resume: bool, overwrite: bool) -
 
 
 def _show(console: Any, results: dict[str, dict[str, Any]]) -> None:
-    from rich.table import Column, Table
-
     from convert.evaluation.tables import all_tables
+    from recipes.common.tables import ShownTable
 
     for number, table in enumerate(all_tables(results)):
         # The first has long headings and many of them: a model a column.
         cells = list(zip(*table.cells, strict=True)) if number == 0 else table.cells
-        columns = (Column(title, overflow="fold") for title in cells[0])  # on a narrow screen no digit is lost
-        shown = Table(*columns, title=table.title, title_justify="left")
-        for row in cells[1:]:
-            shown.add_row(*row)
-        console.print(shown)
+        console.print(ShownTable(cells, table.title))
 
 
 _OUT = parameter("out", Path, typer.Option(help="Folder of the results."), Path("out/evaluation"))

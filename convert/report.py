@@ -16,6 +16,7 @@ from convert.source import Source
 from convert.weights import stored_tensors
 from hf_linattn.config import LinAttnConfig
 from hf_linattn.forms import LinAttnParams
+from recipes.common.tables import pairs
 
 _PACKAGES = ("hf_linattn", "torch", "transformers", "safetensors")
 
@@ -63,7 +64,7 @@ def versions() -> dict[str, str]:
 
 def summary(output: Path, report: dict[str, Any]) -> Table:
     """The report as a table for the screen."""
-    table = Table(title=f"{report['source']} -> {output}", show_header=False, title_justify="left")
+    table = pairs(f"{report['source']} -> {output}")
     linattn, parameters = report["linattn"], report["parameters"]
     table.add_row("linear layers", f"{len(report['linear_layers'])}, {LinAttnConfig(**linattn).attention.describe()}")
     table.add_row("softmax layers", ", ".join(map(str, linattn["softmax_layers"])) or "none")

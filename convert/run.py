@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from convert.recipe import Recipe, Student, flags, recipe_file
 from convert.stages.options import StageOptions
@@ -20,6 +19,7 @@ from recipes.common import cli
 from recipes.common.chain import PROJECT, Chain
 from recipes.common.config import load_config, to_dict
 from recipes.common.files import check_apart, output_path
+from recipes.common.tables import ShownTable
 
 COMMAND = "convert.run"
 
@@ -81,19 +81,17 @@ class Conversion(Chain):
         places = [told.pop("student"), told.pop("output")]
         self.launch(f"{PROJECT}convert.{name}", *places, *flags(told), "--resume")
 
-    def _ahead(self) -> Table:
+    def _ahead(self) -> ShownTable:
         """What is to come, as a table."""
-        table = Table(
-            "stage", "tokens", "rows a step and process", f"minutes{self.recipe.measured_on and ' on ' + self.recipe.measured_on}"
-        )
+        cells = [["stage", "tokens", "rows a step and process", f"minutes{self.recipe.measured_on and ' on ' + self.recipe.measured_on}"]]
         for student in self.recipe.students():
             for name in student.stages:
                 options = self.recipe.stage(name, "student", student.control)
                 rate = self.recipe.tokens_per_second.get(name)
                 minutes = f"{options.tokens / rate / 60:.1f}" if rate else "not measured"
                 rows = f"{options.batch_size * options.gradient_accumulation} of {options.length:,} tokens"
-                table.add_row(_title(student, name), f"{options.tokens:,}", rows, minutes)
-        return table
+                cells.append([_title(student, name), f"{options.tokens:,}", rows, minutes])
+        return ShownTable(cells)
 
 
 def _title(student: Student, name: str) -> str:

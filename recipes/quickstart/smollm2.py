@@ -13,12 +13,11 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from rich.table import Table
-
 from recipes.common.chain import PROJECT, Chain
 from recipes.common.documents import Source, read_documents
 from recipes.common.errors import RecipeError
 from recipes.common.files import check_apart, staged_directory
+from recipes.common.tables import ShownTable
 from recipes.quickstart.corpus import MARK
 
 NAME = "smollm2"
@@ -41,20 +40,11 @@ MEASURED = (
 (the last is the mean of two seeds)."""
 
 
-def measured() -> Table:
+def measured() -> ShownTable:
     """How the recipe did on this model, on a shared H100 and a text of its own."""
-    table = Table(
-        "SmolLM2-135M, on an H100",
-        "tokens",
-        "nats above teacher",
-        "recall at 1,900",
-        "cache after 1,024",
-        title="A real language model by the same commands and many more tokens (make quickstart MODEL=smollm2 takes some)",
-        title_justify="left",
-    )
-    for row in MEASURED:
-        table.add_row(*row)
-    return table
+    titles = ("SmolLM2-135M, on an H100", "tokens", "nats above teacher", "recall at 1,900", "cache after 1,024")
+    title = "A real language model by the same commands and many more tokens (make quickstart MODEL=smollm2 takes some)"
+    return ShownTable([titles, *MEASURED], title)
 
 
 class SmolLM2(Chain):

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Column, Table
 
 from recipes.common import cli
 from recipes.common.errors import RecipeError, stage
 from recipes.common.files import check_target, staged_directory, write_json, write_text
 from recipes.common.reading import read_yaml
 from recipes.common.state import number, read_records
+from recipes.common.tables import ShownTable
 
 COMMAND = "recipes.tinystories.compare"
 TITLES = ["run", "attention", "noise", "steps", "tokens", "cross-entropy, nats a token", "tokens a second", "minutes"]
@@ -40,10 +40,7 @@ def main(
         write_text(place / "comparison.md", "\n".join(lines) + "\n")
         write_json(place / "comparison.json", read)
         draw(place / "comparison.png", read)
-    table = Table(*(Column(title, overflow="fold") for title in TITLES))  # on a narrow screen no digit is lost
-    for row in rows:
-        table.add_row(*row)
-    cli.console().print(table)
+    cli.console().print(ShownTable([TITLES, *rows]))
 
 
 def named_folder(named: str) -> tuple[str, Path]:

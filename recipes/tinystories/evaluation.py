@@ -12,7 +12,6 @@ import torch
 from matplotlib import pyplot as plt
 from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +19,7 @@ import hf_linattn
 from recipes.common import cli
 from recipes.common.errors import RecipeError
 from recipes.common.plots import save_figure
+from recipes.common.tables import ShownTable
 from recipes.common.tokenizing import load_tokenizer, start_token
 from recipes.common.tokens import by_size
 from recipes.tinystories.metrics import Prediction
@@ -165,12 +165,7 @@ def show(conditions: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     """The report on the screen."""
     console = cli.console()
     for heading, rows in _tables(results):
-        table = Table(title=heading, title_justify="left")
-        for column, title in enumerate(rows[0]):
-            table.add_column(title, justify="right" if column > 1 else "left", overflow="fold")  # on a narrow screen no digit is lost
-        for row in rows[1:]:
-            table.add_row(*row)
-        console.print(table)
+        console.print(ShownTable(rows, heading, right=range(2, len(rows[0]))))
     for sample in range(len(results[0]["samples"])):
         console.print(f"\n{_line(results[0]['samples'][sample]['prompt'])} ...", style="bold")
         for result in results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 
 from convert.card import with_evaluation, without_evaluation
+from convert.evaluate import _show
 from convert.evaluation.curves import Curves, read_curves
 from convert.evaluation.options import EvaluationOptions
 from convert.evaluation.report import write_report
 from convert.evaluation.tables import above_teacher, all_tables, card_section
 from convert.stages.result import _card as trained_card
+from recipes.common import cli
 
 WHERE = {"device": "a device", "torch": "2", "transformers": "5", "dtype": "float32"}
 
@@ -50,6 +53,16 @@ def test_what_a_student_keeps_and_costs() -> None:
     assert row["cache bytes"] == "1,500 at 200" and row["smaller cache from"] == "150 tokens"
     teacher = dict(zip(students[0], students[1], strict=True))
     assert teacher["needle, share of the teacher's at 40 / 400"] == "0.80 / 0.40" and teacher["smaller cache from"] == ""
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_no_number_is_cut_on_the_screen(columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _show(cli.console(), RESULTS)
+    shown = capsys.readouterr().out
+    there = set(re.split(r"[\s│┃]+", shown))
+    assert {word for table in all_tables(RESULTS) for row in table.cells for cell in row for word in cell.split()} <= there
+    assert max(map(len, shown.splitlines())) <= columns
 
 
 def test_differences_are_taken_row_by_row() -> None:
