@@ -32,7 +32,7 @@ from recipes.quickstart.corpus import stories
 PAGES = [ROOT / "README.md", ROOT / "convert" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- not run: (?P<why>.+?) -->\n)?^```(?P<kind>python|yaml)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 TEACHERS = ("EleutherAI/pythia-14m", "EleutherAI/pythia-410m")
-STUDENTS = ("OUTPUT", "out/distilled/model")
+STUDENTS = ("OUTPUT", "out/distilled/model", "out/quickstart/tuned/model")
 
 
 def blocks(page: Path, kind: str) -> Iterator[tuple[int, str]]:
