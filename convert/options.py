@@ -69,29 +69,41 @@ class LinearizeOptions:
         seed: of the random tokens that the check runs it on.
     """
 
-    form: Form = option("polynomial", "The attention: a polynomial, or a window of softmax beside it.")
-    kernel: Kernel | None = _perhaps("Attention weight a + b s (default), or a + b s + c s^2.")
-    decay: Decay | None = _perhaps("What a learned decay is kept for (default: head).")
-    keep_softmax: tuple[int, ...] = option(
-        (), "Layers that stay softmax, such as 0-5,8, or @FILE of linattn select-layers.", kind=str, told="", parse=_layers
+    form: Form = option(
+        "polynomial", "polynomial: linear attention to all tokens; window: softmax over the last ones, linear attention to those before."
     )
-    temperature: float | None = _perhaps("Its start (default 0.98 linear, 2 quadratic).")
-    features: int | None = _perhaps("Project queries and keys to so many.")
-    input_gate: InputGate | None = _perhaps("Learned weight of keys (default: none).")
-    feature_map: FeatureMap | None = _perhaps("Learned features in the place of f (default: none).")
-    output_map: OutputMap | None = _perhaps("Learned norm and gate of the linear attention's output (default: none).")
-    window: int | None = _perhaps("Tokens seen by softmax (default: 64).")
-    sinks: int | None = _perhaps("First tokens seen by softmax (default: 4).")
-    gate: Gate | None = _perhaps("The window's share per what (default: token).")
-    beside: Beside | None = _perhaps("What sees the tokens before the window (default: polynomial).")
-    dropout: float | None = _perhaps("Noise dropout in training (default: the model's own).")
-    learnable: bool = option(True, "Train the new parameters, or keep them as they start.")
-    dtype: DType | None = _perhaps("Store the weights as this (default: as they are).")
-    revision: str | None = option(None, "Branch, tag or commit of a hub id.")
+    kernel: Kernel | None = _perhaps(
+        "Weight of a key, by s, the scaled cosine of query and key: linear, a + b s (default); quadratic, a + b s + c s^2."
+    )
+    decay: Decay | None = _perhaps(
+        "Far tokens weigh less, at a learned rate for each query head, key head, or token and key head (default: head); none: they do not."
+    )
+    keep_softmax: tuple[int, ...] = option(
+        (), "Layers that stay softmax, such as 0-5,8, or @FILE, which linattn select-layers wrote.", kind=str, told="", parse=_layers
+    )
+    temperature: float | None = _perhaps(
+        "Where the learned factor of the cosine s starts (default: 0.98 for the linear kernel, 2 for the quadratic)."
+    )
+    features: int | None = _perhaps(
+        "Project queries and keys to so many learned numbers, fewer than a head has, for a smaller state (default: no projection)."
+    )
+    input_gate: InputGate | None = _perhaps("token: each key gets a learned weight as well, read off the hidden states (default: none).")
+    feature_map: FeatureMap | None = _perhaps("hedgehog: learned features of queries and keys in place of the kernel (default: none).")
+    output_map: OutputMap | None = _perhaps("Give the output of linear attention a learned norm, a learned gate, or both (default: none).")
+    window: int | None = _perhaps("Of --form window: how many tokens, the newest among them, softmax sees (default: 64).")
+    sinks: int | None = _perhaps("Of --form window: how many of a text's first tokens softmax sees from everywhere (default: 4).")
+    gate: Gate | None = _perhaps(
+        "Of --form window: its share of the output is learned for each head, or for each token and head (default: token)."
+    )
+    beside: Beside | None = _perhaps("Of --form window: what sees the tokens before it; none: nothing does (default: polynomial).")
+    dropout: float | None = _perhaps("Probability of noise dropout in training (default: the model's own attention dropout).")
+    learnable: bool = option(True, "Whether the new parameters can be trained, or stay as they start.")
+    dtype: DType | None = _perhaps("Type to store the weights in (default: the source's).")
+    revision: str | None = option(None, "Branch, tag or commit, where SOURCE is a hub id.")
     overwrite: bool = option(False, "Replace what this command wrote to OUTPUT before.", flag="--overwrite")
     large_state: bool = option(False, "Allow more than 1 GiB of state a sequence.", flag="--large-state")
     check: bool = option(True, "Load and run the result before it takes its place.")
-    seed: int = option(0, "Of the random tokens that the check runs it on.")
+    seed: int = option(0, "Seed of the random tokens that the check runs the result on.")
 
     def __post_init__(self) -> None:
         """Refuses what no checkpoint could make right; whether the layers and the temperature fit is seen with the source at hand.

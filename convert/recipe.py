@@ -58,7 +58,7 @@ class Recipe:
     source: str
     """The softmax checkpoint: a folder, a GGUF file or a hub id."""
     output: str
-    """Folder of swapped/, transfer/, distill/ and evaluation/."""
+    """Folder that gets swapped/, calibrate/, transfer/, distill/ and evaluation/."""
     data: list[str]
     """Text to train on: files, folders of them, or hub ids."""
     valid_data: list[str] = field(default_factory=list)
@@ -66,21 +66,22 @@ class Recipe:
     linearize: dict[str, Any] = field(default_factory=dict)
     """Options of `linattn convert`, `_` for `-`."""
     training: dict[str, Any] = field(default_factory=dict)
-    """Options of all stages that train."""
+    """Options that `calibrate`, `transfer` and `distill` share, each as far as it has them."""
     calibrate: dict[str, Any] | None = None
-    """Options of this stage; null: it is left out."""
+    """Options of the stage of this name, over those of `training`; null leaves it out."""
     transfer: dict[str, Any] | None = field(default_factory=dict)
-    """Options of this stage; null: it is left out."""
+    """Options of the stage of this name, over those of `training`; null leaves it out."""
     distill: dict[str, Any] | None = field(default_factory=dict)
-    """Options of this stage; null: it is left out."""
+    """Options of the stage of this name, over those of `training`; null leaves it out."""
     evaluate: dict[str, Any] | None = None
-    """With `data`, files of text that nothing was trained on."""
+    """Options of `linattn evaluate`, among them `data`: files of text that nothing was trained on; null leaves it out."""
     controls: list[str] = field(default_factory=list)
-    """What is trained on the same tokens beside it: window_only, the student without its branch; finetuned_teacher, on the text alone."""
+    """Models trained on the same tokens to hold the student against: window_only, a student that sees its window alone; finetuned_teacher,
+    the teacher, fine-tuned on the text."""
     tokens_per_second: dict[str, float] = field(default_factory=dict)
-    """Of transfer and of distill, as measured; from these the minutes are foretold. 0 was not measured, whatever the base says."""
+    """Measured speed of `transfer` and of `distill`, from which minutes are foretold; 0: not measured, whatever the base file says."""
     measured_on: str = ""
-    """The device of `tokens_per_second`."""
+    """Device that `tokens_per_second` was measured on."""
 
     def __post_init__(self) -> None:
         if not self.data:

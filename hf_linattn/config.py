@@ -31,8 +31,9 @@ class LinAttnConfig:
     Args:
         form: the attention by its name in `hf_linattn.forms.FORMS`; "polynomial" is that of the paper (see `PolynomialOptions`).
         softmax_layers: indices of the layers that keep softmax attention.
-        dropout: noise dropout in training, in [0, 1); None takes the model's own attention dropout.
-        dropout_kind: "paper" or "moment".
+        dropout: probability of noise dropout in training, in [0, 1); None takes the model's own attention dropout.
+        dropout_kind: what noise dropout does: "paper" multiplies each output by noise, "moment" adds noise of the variance that dropping
+            weights has, at three times the cost.
         learnable: the form's numbers are parameters of the checkpoint (converted ones); the options here are then only where they
             started.
         options: those of the form.

@@ -67,46 +67,73 @@ def require_lm_eval(option: str = "--tasks", again: str = " with --resume") -> N
 class EvaluationOptions:
     """What is measured and how. Each field is an option of the command, under its own or a shorter name; README.md says more."""
 
-    models: tuple[str, ...] = argument("[MODEL]...", "The same, or NAME=MODEL.", (), kind=list[str] | None, parse=_many)
-    teacher: str = option(MISSING, "What the models are held against: a folder, a GGUF file or a hub id.")
-    data: tuple[Path, ...] = option(MISSING, "Held-out text, a file; may be repeated.", kind=list[Path])
-    rows: int = option(24, "Rows of the shortest length from each file, and as many tokens in longer ones.", min=1)
+    models: tuple[str, ...] = argument(
+        "[MODEL]...",
+        "Models to measure: folders, GGUF files or hub ids; NAME=MODEL names one in the tables.",
+        (),
+        kind=list[str] | None,
+        parse=_many,
+    )
+    teacher: str = option(MISSING, "The softmax model that they are held against: a folder, a GGUF file or a hub id.")
+    data: tuple[Path, ...] = option(MISSING, "File of text that nothing was trained on; may be repeated.", kind=list[Path])
+    rows: int = option(24, "Rows of the shortest --length from each file; of longer ones as many as have as many tokens.", min=1)
     lengths: tuple[int, ...] = option(
-        (1024,), "Tokens a row; several beyond one another, such as 1024,4096.", name="length", kind=str, told="1024", parse=_lengths
+        (1024,), "Tokens a row; several with commas between, such as 1024,4096.", name="length", kind=str, told="1024", parse=_lengths
     )
     windows: tuple[int, ...] = option(
-        (), "Windows to put the teacher under, untrained, such as 64,128.", name="window_control", kind=str, told="", parse=whole_numbers
+        (),
+        "Measure the teacher, untrained, under a window of so many tokens too; several with commas between, such as 64,128.",
+        name="window_control",
+        kind=str,
+        told="",
+        parse=whole_numbers,
     )
-    sinks: int = option(4, "First tokens that it sees besides.", min=0)
+    sinks: int = option(4, "First tokens that the teacher under a window sees besides.", min=0)
     recall: tuple[str, ...] = option(
-        RECALL, f"Some of {', '.join(RECALL)}; all; or none.", kind=str, told="all", parse=partial(chosen, known=RECALL)
+        RECALL,
+        f"Kinds of recall to measure: some of {', '.join(RECALL)}, with commas between; all; or none.",
+        kind=str,
+        told="all",
+        parse=partial(chosen, known=RECALL),
     )
     distances: tuple[int, ...] = option(
         (40, 150, 400, 900, 1900),
-        "Tokens between a key and where it is asked for.",
+        "Tokens between a key and where it is asked for, with commas between.",
         kind=str,
         told="40,150,400,900,1900",
         parse=whole_numbers,
     )
-    needles: int = option(100, "Prompts of each kind and distance.", min=1)
-    recall_length: int = option(1024, "Tokens of a prompt, where the distance does not need more.", min=64)
-    filler: Path | None = option(None, "Text to hide keys in (default: the first --data).", show_default=False)
-    ranking: Path | None = option(None, "What linattn select-layers wrote, to be shown.", show_default=False)
+    needles: int = option(100, "Prompts for each kind of recall and each distance.", min=1)
+    recall_length: int = option(1024, "Tokens of a prompt of recall, where the distance does not need more.", min=64)
+    filler: Path | None = option(None, "File of text to hide keys in (default: the first --data).", show_default=False)
+    ranking: Path | None = option(None, "File that linattn select-layers wrote, for the report to show.", show_default=False)
     runs: tuple[str, ...] = option(
-        (), "Folder of a training run whose curves are shown, or NAME=FOLDER.", name="run", kind=list[str] | None, parse=_many
+        (),
+        "Folder of a training run, or NAME=FOLDER, whose curves the report shows; may be repeated.",
+        name="run",
+        kind=list[str] | None,
+        parse=_many,
     )
     tasks: tuple[str, ...] = option(
-        (), f"lm-eval's: some of {', '.join(TASKS)}; all; or none.", kind=str, told="none", parse=partial(chosen, known=TASKS)
+        (),
+        f"Tasks of lm-eval to measure: some of {', '.join(TASKS)}, with commas between; all; or none.",
+        kind=str,
+        told="none",
+        parse=partial(chosen, known=TASKS),
     )
-    task_rows: Path | None = option(None, "Folder of their rows (default: from the hub).", show_default=False)
-    limit: int | None = option(None, "Examples a task (default: all).", min=1, show_default=False)
+    task_rows: Path | None = option(None, "Folder with the rows of those tasks (default: from the hub).", show_default=False)
+    limit: int | None = option(None, "Examples of each task (default: all).", min=1, show_default=False)
     decode: tuple[int, ...] = option(
-        (512, 2048), "Lengths at which the cache and a token's time are measured.", kind=str, told="512,2048", parse=whole_numbers
+        (512, 2048),
+        "Tokens after which the cache and the time of one more are measured, with commas between.",
+        kind=str,
+        told="512,2048",
+        parse=whole_numbers,
     )
-    batch_tokens: int = option(0, "Tokens a batch; 0: 32,768 on a GPU, 4,096 on a CPU.", min=0)
-    device: str = option("", "cpu or cuda; by default a GPU if there is one.")
-    dtype: str = option("", "float32, bfloat16 or float16; by default bfloat16 on a GPU.")
-    seed: int = option(0, "Of the prompts.", min=0)
+    batch_tokens: int = option(0, "Tokens of each forward pass; 0: 32,768 on a GPU, 4,096 on a CPU.", min=0)
+    device: str = option("", "Device to run on, cpu or cuda; by default a GPU if there is one.")
+    dtype: str = option("", "Type to compute in: float32, bfloat16 or float16; by default bfloat16 on a GPU, float32 on a CPU.")
+    seed: int = option(0, "Seed of the prompts of recall.", min=0)
     card: bool = option(False, "Put each student's tables into its README.md.", flag="--card")
 
     def __post_init__(self) -> None:

@@ -20,29 +20,29 @@ class StageOptions:
     output: str = argument("OUTPUT", "Folder of the run: metrics, pictures, checkpoints, and at the end model/.")
     teacher: str = option("", "Folder, GGUF file or hub id of the softmax checkpoint that the student was converted from.")
     data: list[str] = option([], "Text to train on: files, folders of them, or hub ids; may be repeated.")
-    valid_data: list[str] = option([], "Text to validate on. Without it rows of the training text are kept out, evenly spread.")
-    split: str = option("train", "Split of a hub data set.")
+    valid_data: list[str] = option([], "Text to validate on, given as --data is; without it rows of the training text are kept out.")
+    split: str = option("train", "Split to read of a hub data set.")
     column: str = option("text", "Column of a table that holds the text, or a conversation.")
     separator: str = option("<|endoftext|>", "What stands between the documents of a text file.")
     separate: bool = option(False, "Hide documents that share a row from one another.")
     length: int = option(1024, "Tokens a row.", min=2)
-    batch_size: int = option(16, "Rows a process and forward pass.", min=1)
-    gradient_accumulation: int = option(1, "Forward passes a step.", min=1)
+    batch_size: int = option(16, "Rows of each forward pass, in each process.", min=1)
+    gradient_accumulation: int = option(1, "Forward passes of each step.", min=1)
     tokens: int = option(1_000_000, "Tokens to train on.", min=1)
-    learning_rate: float = option(5e-4, "Of the weights; the new matrices, such as gates, learn at four times this.")
-    head_learning_rate: float = option(0.03, "Of the new numbers that are one a head, such as decays.")
-    warmup: float = option(0.05, "Share of the steps over which the rates rise from 0.", min=0, max=0.5)
-    final_rate: float = option(0.02, "What is left of the rates at the end of the cosine.", min=0, max=1)
-    clip: float = option(1.0, "Bound of the gradient's norm.")
-    mixed_precision: str = option("", "no, bf16 or fp16; by default what accelerate is configured for.")
-    window_drop: float = option(0.0, "How often the form's window is dropped at first, so that what is beside it learns.", min=0, max=1)
+    learning_rate: float = option(5e-4, "Highest learning rate of the weights; new matrices, such as gates, learn at four times this.")
+    head_learning_rate: float = option(0.03, "Highest learning rate of the new numbers that each head has one of, such as decays.")
+    warmup: float = option(0.05, "Share of the steps over which the learning rates rise from 0.", min=0, max=0.5)
+    final_rate: float = option(0.02, "Share of the learning rates that is left at the end; they fall to it along a cosine.", min=0, max=1)
+    clip: float = option(1.0, "Largest norm of a gradient; a larger one is scaled down to it.")
+    mixed_precision: str = option("", "Type of products: no (float32), bf16 or fp16; by default what accelerate is configured for.")
+    window_drop: float = option(0.0, "Share of windows dropped at first, falling to 0: what is beside them learns.", min=0, max=1)
     gradient_checkpointing: bool = option(False, "Compute activations twice, for less memory.")
-    seed: int = option(0, "Of the order of the rows.", min=0, max=2**32 - 1)
+    seed: int = option(0, "Seed of the order of the rows.", min=0, max=2**32 - 1)
     log_every: int = option(10, "Steps between two lines of metrics.jsonl.", min=1)
     validate_every: int = option(100, "Steps between two validations.", min=1)
     save_every: int = option(100, "Steps between two checkpoints.", min=1)
     valid_rows: int = option(32, "Rows to validate on.", min=1)
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "What the trained weights are stored as.")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Type to store the trained weights in.")
 
     def __post_init__(self) -> None:
         """Refuses what no student could make right.
@@ -100,7 +100,7 @@ class TransferOptions(StageOptions):
     """What `convert.transfer` is told."""
 
     train: Literal["attention", "new"] = option(
-        "attention", "What learns: all of the linear attention layers, or only what is new in them."
+        "attention", "What learns: attention, all of the linear attention layers; new, only what conversion added to them."
     )
 
 
@@ -108,7 +108,7 @@ class TransferOptions(StageOptions):
 class CalibrateOptions(TransferOptions):
     """What `convert.calibrate` is told. Rates of learning mean nothing to it."""
 
-    tokens: int = option(65_536, "Tokens to look at.", min=1)
+    tokens: int = option(65_536, "Tokens of text over which the teacher's attention is looked at.", min=1)
 
 
 @dataclass(kw_only=True)
@@ -119,11 +119,11 @@ class DistillOptions(StageOptions):
     kl_weight: float = option(1.0, "Weight of the KL divergence to the teacher's predictions.", min=0)
     text_weight: float = option(0.0, "Weight of the text's own cross-entropy.", min=0)
     lora: int = option(0, "Rank of LoRA on the attention layers' matrices, merged at the end; 0: all parameters learn.", min=0)
-    long_length: int = option(0, "Tokens a row of the last steps; 0: as all others.", min=0)
-    long_share: float = option(0.2, "Share of the steps with rows of long_length.", min=0, max=1)
+    long_length: int = option(0, "Tokens a row in the last steps; 0: as in all others.", min=0)
+    long_share: float = option(0.2, "Share of the steps, the last ones, with rows of long_length tokens.", min=0, max=1)
     compile: bool = option(False, "Compile the layers by torch.compile: a minute or more before the first step, then fewer kernels.")
-    control: bool = option(False, "STUDENT is the teacher itself, not converted, and learns the text: what students are held against.")
-    repeat: int = option(0, "In so many of 16 rows, stretches of their own tokens come again later: it teaches recall.", min=0, max=16)
+    control: bool = option(False, "Train the teacher itself, given as STUDENT, on the text alone: what students are held against.")
+    repeat: int = option(0, "Rows in 16 in which stretches of their own tokens come again later, which teaches recall.", min=0, max=16)
 
     def __post_init__(self) -> None:
         super().__post_init__()

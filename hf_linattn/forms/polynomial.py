@@ -49,9 +49,9 @@ class PolynomialOptions:
         kernel: "linear" (c = 0, a state of D + 1 rows a head) or "quadratic" (c > 0, 1 + D + D (D + 1) / 2 rows).
         a, b, c: the coefficients of f, the same for all heads. Bounds: a > 0; "linear" a >= |b| temperature; "quadratic" c > 0
             and b^2 <= 4 a c; then f >= 0. c = None stands for 0 ("linear") or 0.5 ("quadratic").
-        temperature: above 0.
-        normalize_qk: queries and keys to unit length. Without it s = temperature * scaling * q.k is unbounded, and f may
-            go below 0 where the kernel is linear.
+        temperature: the factor of s, above 0.
+        normalize_qk: whether queries and keys are brought to unit length. Without it s = temperature * scaling * q.k is unbounded, and
+            f may go below 0 where the kernel is linear.
         decay: weighs a key n tokens back by exp(-n / tau) as well, with one time constant tau a query head ("head") or a key head
             ("key_head": a group of query heads then shares one state). "token", of converted checkpoints: a rate for each token and key
             head, from the hidden states.

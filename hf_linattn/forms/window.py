@@ -41,11 +41,11 @@ class WindowOptions(PolynomialOptions):
     """The last `window` tokens, the query's own among them, and the first `sinks` by softmax, all at least `window` back by f.
 
     Args:
-        window: W, at least 1.
-        sinks: S, at least 0. Beyond the window they are seen by softmax and by f.
-        beside: "polynomial", whose options are given beside these, or "none": the window alone, and what lies before it is lost.
-        gate: the window's share of the output, learned per query head ("head"), or, in converted checkpoints, for each token and query
-            head from the hidden states ("token"). Where nothing lies before the window its share is 1.
+        window: how many tokens softmax sees, the query's own among them; at least 1.
+        sinks: how many of the first tokens softmax sees besides, from everywhere; at least 0. Beyond the window f sees them too.
+        beside: what sees the tokens before the window: "polynomial", whose options are given beside these, or "none", and they are lost.
+        gate: what the window's share of the output is learned for: each query head ("head"), or, in converted checkpoints, each token and
+            query head, from the hidden states ("token"). Where nothing lies before the window its share is 1.
     """
 
     window: int = 64

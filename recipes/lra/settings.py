@@ -16,35 +16,35 @@ class Settings:
     """One task, one kind of attention, one or more seeds. Every field is a key of the YAML file and of `--set`."""
 
     task: str
-    """listops, text, retrieval, image, pathfinder, pathfinder64 or pathx."""
+    """Task of the arena: listops, text, retrieval, image, pathfinder, pathfinder64 or pathx."""
     data: str
-    """A folder of recipes.lra.prepare, or one with the release's files."""
+    """Folder of the task's data: one that recipes.lra.prepare wrote, or one with the files of the arena's release."""
     output: str
-    """The folder of the runs; each seed has seed-N in it."""
+    """Folder of the runs; each seed has seed-N in it."""
 
     # The model
     attn_implementation: Literal["linattn", "sdpa", "eager"] = "linattn"
-    """Linear attention, or softmax."""
+    """Attention to compute: linattn, linear; sdpa or eager, softmax."""
     linattn: dict[str, Any] = field(default_factory=dict)
     """Options of LinAttnConfig, such as {kernel: quadratic}."""
     dropout: Literal["none", "standard", "noise"] = "none"
-    """Of attention: standard, on the weights of softmax attention; noise, linattn's in its place."""
+    """Dropout of attention: standard, on the weights of softmax; noise, what linattn has in its place."""
     attention_dropout: float = 0.1
-    """The probability of `dropout`."""
+    """Probability of `dropout`; of noise, at the first step."""
     noise_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How noise's probability falls to 0 over the run."""
+    """How the probability of noise falls to 0 over the run."""
     hidden_dropout: float = 0.1
-    """On embeddings and sublayers, the same for all three kinds of `dropout`."""
+    """Probability of dropout on embeddings and sublayers, whatever `dropout` says."""
     model: dict[str, Any] = field(default_factory=dict)
     """Further arguments of LRAConfig, such as {hidden_size: 64}."""
 
     # The optimizer
     seeds: list[int] = field(default_factory=lambda: [0])
-    """One run each, one after another."""
+    """Seeds, each of which is a run, one after another."""
     batch_size: int = 32
-    """Examples a process and step."""
+    """Examples of each step, shared out among the processes."""
     learning_rate: float = 1e-4
-    """Its highest."""
+    """Highest learning rate."""
     schedule: Literal["linear", "cosine", "constant", "inverse_sqrt"] = "linear"
     """How the learning rate goes on after the warm-up."""
     warmup_steps: int = 1000
@@ -54,19 +54,19 @@ class Settings:
     max_minutes: float | None = None
     """Minutes of training; by default `steps` alone decide."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """Weight decay of AdamW, on matrices."""
     beta2: float = 0.999
-    """AdamW's."""
+    """Second beta of AdamW."""
     gradient_clip: float = 1.0
-    """Bound of each number of a gradient."""
+    """Largest size of each number of a gradient; a larger one is cut to it."""
 
     # What is measured and kept
     eval_every: int = 500
     """Steps between two evaluations on the validation set."""
     eval_batch_size: int = 64
-    """Examples a forward pass of an evaluation."""
+    """Examples of each forward pass of an evaluation."""
     validation_examples: int | None = None
-    """How many of the validation set an evaluation uses; by default all."""
+    """Examples of the validation set that an evaluation uses; by default all."""
     log_every: int = 100
     """Steps between two lines of metrics.jsonl."""
     save_every: int = 1000
@@ -83,9 +83,9 @@ class Settings:
     Pathfinder's labels do not depend on it. The published rows do without.
     """
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """What products are computed in."""
+    """Type that products are computed in, no being float32."""
     compile: Literal["none", "default", "reduce-overhead"] = "none"
-    """torch.compile's mode."""
+    """Mode of torch.compile for the training steps; none: they are not compiled."""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:

@@ -23,27 +23,27 @@ class Settings:
     model_config: dict[str, Any] = field(default_factory=dict)
     """Keys of the model's own config, over the checkpoint's or the architecture's defaults."""
     tokenizer: str | None = None
-    """Checkpoint, hub id or tokenizer.json; by default the model's."""
+    """Tokenizer: a checkpoint, hub id or tokenizer.json; by default the model's."""
     attn_implementation: str | None = None
-    """linattn, sdpa, eager, ...; by default what the checkpoint says."""
+    """Attention to compute: linattn, or one of Transformers' own such as sdpa; by default what the checkpoint says."""
     linattn: dict[str, Any] = field(default_factory=dict)
-    """Keys of LinAttnConfig, over the checkpoint's."""
+    """Options of LinAttnConfig (above), over the checkpoint's."""
 
     # The text
     train_data: list[str] = field(default_factory=lambda: ["roneneldan/TinyStories"])
-    """Text files, tables, folders of them, or hub ids."""
+    """Text to train on: files, tables, folders of them, or hub ids."""
     valid_data: list[str] = field(default_factory=list)
-    """As train_data; none: the last `valid_stories` of the training text are held out."""
+    """Text to validate on, given as train_data is; none: the last `valid_stories` of the training text are held out."""
     train_split: str = "train"
-    """Of a hub data set."""
+    """Split to read of a hub data set, for training and for validation."""
     valid_split: str = "validation"
-    """Of a hub data set."""
+    """Split to read of a hub data set, for training and for validation."""
     text_column: str = "text"
-    """Of a table: it holds a text in each row, or a conversation, which the tokenizer's chat template makes text of."""
+    """Column of a table that holds the text, or a conversation, which the tokenizer's chat template makes text of."""
     separator: str = "<|endoftext|>"
     """What stands between the stories of a text file."""
     valid_stories: int = 500
-    """How many are held out where there is no valid_data."""
+    """Stories held out where there is no valid_data."""
     length: int = 512
     """Tokens a sequence."""
     separate_stories: bool = False
@@ -55,23 +55,24 @@ class Settings:
     epochs: float = 1.0
     """Passes over the text, where `steps` says nothing."""
     batch_size: int = 8
-    """Sequences a process and forward pass."""
+    """Sequences of each forward pass, in each process."""
     gradient_accumulation: int = 1
-    """Forward passes a step."""
+    """Forward passes of each step."""
     learning_rate: float = 1e-3
-    """Its highest, of the weights."""
+    """Highest learning rate of the weights."""
     linattn_learning_rate: float = 0.1
-    """Of the per-head parameters of converted attention, which stay where they start at an ordinary rate."""
+    """Highest learning rate of the numbers that each head of converted attention has one of; at the rate of the weights they would stay
+    where they start."""
     weight_decay: float = 0.01
-    """AdamW's, of matrices."""
+    """Weight decay of AdamW, on matrices."""
     beta2: float = 0.95
-    """AdamW's."""
+    """Second beta of AdamW."""
     warmup: float = 0.05
-    """Share of the steps over which the rates rise from 0; after it they fall to 0 along a cosine."""
+    """Share of the steps over which the learning rates rise from 0; after it they fall to 0 along a cosine."""
     clip: float = 1.0
-    """Bound of the gradient's norm."""
+    """Largest norm of a gradient; a larger one is scaled down to it."""
     noise: float = 0.0
-    """Noise dropout's p at the first step (attn_implementation linattn)."""
+    """Probability p of noise dropout at the first step (only of linear attention)."""
     noise_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How p falls to 0 over the run."""
     teacher: str | None = None
@@ -79,11 +80,11 @@ class Settings:
     teacher_weight: float = 1.0
     """Share of the KL divergence to the teacher in the loss; the rest is the text's cross-entropy."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """By default what accelerate's own config says."""
+    """Type that products are computed in, no being float32; by default what accelerate is configured for."""
     gradient_checkpointing: bool = False
     """Compute activations twice, for less memory."""
     seed: int = 0
-    """Of a model from scratch, the order of the text and the noise."""
+    """Seed of a new model's weights, of the order of the text and of the noise."""
 
     # What is reported and kept
     log_every: int = 10
@@ -95,9 +96,9 @@ class Settings:
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
     samples: int = 2
-    """Stories gone on with at each evaluation."""
+    """Held-out stories whose beginnings the model goes on from at each evaluation."""
     sample_tokens: int = 60
-    """Tokens that each of them is gone on with."""
+    """Tokens of each such continuation."""
 
     def __post_init__(self) -> None:
         counts = (
