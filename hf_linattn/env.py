@@ -57,14 +57,24 @@ def report() -> list[tuple[str, str]]:
         rows.append((f"GPU {index}", f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})"))
     if not devices:
         rows.append(("GPU", "none found"))
+    cause = cause if devices else cause.removesuffix(f": {cuda.CURE}")  # nobody is told to build kernels that no GPU here could run
     rows += [
         ("library", f"{cuda.LIBRARY} ({cuda.LIBRARY.stat().st_size / 1e6:.1f} MB)" if library else cause),
         ("architectures", cuda.architectures() or "none"),
     ]
     if devices and library:
         rows += [(f"kernels on GPU {index}", kernels) for index in range(devices) for kernels in [_kernels(index)]]
-    rows.append(("runs", _verdict(cuda.cannot_run())))
+    rows.append(("runs", _verdict(_why_not(devices, bool(library)))))
     return rows
+
+
+def _why_not(devices: int, library: bool) -> str:
+    """Why the kernels do not run, or "" where they do. What the row of the library tells is not told again."""
+    if not torch.version.cuda:
+        return "this PyTorch is not built for CUDA; if there is a GPU here, install a CUDA build of it"
+    if not devices:
+        return "PyTorch finds no usable GPU; if there is one here, check its driver with `nvidia-smi`"
+    return cuda.cannot_run() if library else "the library is missing, as told above"
 
 
 def _kernels(index: int) -> str:

@@ -30,7 +30,7 @@ OLDEST_CARD = (8, 0)
 MAX_DIM = 256
 BACKENDS = ("auto", "cuda", "torch")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_CURE = "build it with `pip install .` or `python setup.py build_kernels` where nvcc is installed"
+CURE = "build it with `pip install .` or `python setup.py build_kernels` where nvcc is installed"
 
 
 # ---- kernels/linattn.h
@@ -131,7 +131,7 @@ _STRUCTS = (_Problem, _ForwardResult, _BackwardData, _Plan, _Window, _Beside, _S
 def load_library(path: Path = LIBRARY) -> tuple[ctypes.CDLL | None, str]:
     """The library and "", or None and one sentence that says why not."""
     if not path.exists():
-        return None, f"the compiled library {path.name} is not part of this installation: {_CURE}"
+        return None, f"the compiled library {path.name} is not part of this installation: {CURE}"
     try:
         library = ctypes.CDLL(str(path))
         library.linattn_struct_bytes.restype = c_int64
@@ -148,9 +148,9 @@ def load_library(path: Path = LIBRARY) -> tuple[ctypes.CDLL | None, str]:
         library.linattn_error_string.argtypes, library.linattn_error_string.restype = [c_int], c_char_p
         library.linattn_architectures.restype = c_char_p
     except (OSError, AttributeError) as error:
-        return None, f"the compiled library {path.name} does not load ({error}): {_CURE}"
+        return None, f"the compiled library {path.name} does not load ({error}): {CURE}"
     if theirs != [ctypes.sizeof(struct) for struct in _STRUCTS]:
-        return None, f"the compiled library {path.name} is of another version than this Python code: {_CURE}"
+        return None, f"the compiled library {path.name} is of another version than this Python code: {CURE}"
     return library, ""
 
 
@@ -187,7 +187,7 @@ def cannot_run(device: int = 0) -> str:
     if card < OLDEST_CARD:
         return f"{told}, and the kernels need 8.0 (Ampere) or later"
     if not any(_serves(name, card) for name in architectures().split()):
-        return f"{told}, and the library was built for {architectures()} alone: {_CURE}"
+        return f"{told}, and the library was built for {architectures()} alone: {CURE}"
     return ""
 
 

@@ -159,3 +159,26 @@ def test_env_says_what_runs_and_why():
 def test_env_verdict(monkeypatch, wish, expected):
     monkeypatch.setenv("HF_LINATTN_BACKEND", wish)
     assert expected in env._verdict("no card")
+
+
+@pytest.mark.parametrize(
+    "cuda_version, devices, library, expected",
+    [
+        (None, 0, False, "not built for CUDA; if there is a GPU here"),
+        ("13.0", 0, False, "no usable GPU; if there is one here"),
+        ("13.0", 1, False, "the library is missing, as told above"),
+        ("13.0", 1, True, "the card is too old"),
+    ],
+)
+def test_env_tells_a_cause_once(monkeypatch, cuda_version, devices, library, expected):
+    monkeypatch.setattr(torch.version, "cuda", cuda_version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: devices > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=0: "A card")
+    monkeypatch.setattr(cuda, "load_library", lambda: (None, f"the library is lost: {cuda.CURE}"))
+    monkeypatch.setattr(cuda, "architectures", lambda: "")
+    monkeypatch.setattr(cuda, "cannot_run", lambda device=0: "the card is too old")
+    rows = dict(env.report())
+    assert expected in env._verdict(env._why_not(devices, library)) and str(rows).count("is lost") == 1
+    assert (cuda.CURE in rows["library"]) == bool(devices) and cuda.CURE not in rows["runs"]
