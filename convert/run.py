@@ -47,6 +47,7 @@ class Conversion(Chain):
 
     def _run_all(self) -> None:
         recipe = self.recipe
+        self.tell_how_to_go_on()
         self.console.print(self._ahead())
         if recipe.calibrate is not None and any(student.is_window_only for student in recipe.students()):
             self.console.print("a window alone has no numbers to start anywhere, so it is not calibrated")

@@ -26,6 +26,12 @@ HERE = Path(__file__).parent
 COMMAND = "recipes.quickstart"
 FORM = ("--form", "window", "--window", "64", "--kernel", "quadratic", "--decay", "key_head")
 """The attention of the converted model: softmax over the last tokens, and the second degree over all that lie before them."""
+KEY = (
+    "Its settings: softmax sees the last 64 tokens and the first 4 (window 64 + 4). All between weigh a + b s + c s^2 (quadratic), s being "
+    "the cosine of query and key times a learned temperature, which starts at 2, and less the farther back they are, at a learned rate "
+    "(decay per key head). A learned gate mixes the two (gate per token)."
+)
+"""What the words mean by which such a model is described."""
 
 
 def main(
@@ -65,6 +71,8 @@ class Quickstart(Chain):
     def run(self) -> None:
         """Do what is not done yet, and show the comparison."""
         out = self.out
+        self.tell_how_to_go_on()
+        self.console.print("Each step shows its command, whose --help explains it; keys of training are explained in docs/options.md.")
         # The last stories of the text are kept out of every training and are those that the models are compared on.
         held_out = max(20, round((300 if self.own else 500) * min(1.0, self.scale)))
         text = [f"train_data=[{json.dumps(str(self.text))}]", f"valid_stories={held_out}"]
@@ -74,6 +82,7 @@ class Quickstart(Chain):
             self.step("2. Train a small softmax Llama", self.teacher, lambda: self.train("teacher", settings))
         convert = (f"{PROJECT}convert.linearize", str(self.teacher), f"{out}/swapped", *FORM)
         self.step("3. Convert it", out / "swapped", lambda: self.call(*convert))
+        self.console.print(KEY)
         tuning = [
             f"output={out}/tuned",
             f"model={out}/swapped",
@@ -87,7 +96,11 @@ class Quickstart(Chain):
         self.step("4. Fine-tune it with noise dropout", out / "tuned" / "model", lambda: self.train("finetune", tuning))
         named = [f"teacher={self.teacher}", f"swapped={out}/swapped", f"fine-tuned={out}/tuned/model"]
         options = ["--data", str(self.text), "--stories", str(held_out), "--out", f"{out}/evaluation", "--overwrite"]
-        self.step("5. Evaluate and generate", None, lambda: self.call(f"{PROJECT}recipes.tinystories.evaluate", *named, *options))
+        self.step(
+            "5. Evaluate and generate, on stories kept out of training",
+            None,
+            lambda: self.call(f"{PROJECT}recipes.tinystories.evaluate", *named, *options),
+        )
         self.tell_minutes()
         places = {"table": "evaluation/evaluation.md", "picture": "evaluation/evaluation.png", "model": "tuned/model"}
         if self.own:

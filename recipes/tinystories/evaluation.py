@@ -151,7 +151,7 @@ def describe(model: PreTrainedModel) -> str:
 def markdown(conditions: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
     """The report as Markdown."""
     lines = ["# Evaluation", "", "; ".join(f"{key}: {value}" for key, value in conditions.items()) + "."]
-    for heading, rows in _tables(results):
+    for heading, rows in _tables(conditions, results):
         lines += ["", f"## {heading}", "", "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in rows[1:]]
     lines += ["", "## Continuations"]
@@ -164,7 +164,7 @@ def markdown(conditions: dict[str, Any], results: Sequence[dict[str, Any]]) -> s
 def show(conditions: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     """The report on the screen."""
     console = cli.console()
-    for heading, rows in _tables(results):
+    for heading, rows in _tables(conditions, results):
         console.print(ShownTable(rows, heading, right=range(2, len(rows[0]))))
     for sample in range(len(results[0]["samples"])):
         console.print(f"\n{_line(results[0]['samples'][sample]['prompt'])} ...", style="bold")
@@ -195,8 +195,8 @@ def draw(path: Path, results: Sequence[dict[str, Any]]) -> None:
     save_figure(figure, path)
 
 
-def _tables(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
-    summary = [["model", "attention", "parameters", "nats a token", "bits a byte"]]
+def _tables(conditions: dict[str, Any], results: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]]]]:
+    summary = [["model", "attention", "parameters", "loss, nats a token", "bits a byte"]]
     for x in results:
         error = f"{x['nats_per_token']:.4f} ± {x['nats_per_token_error']:.4f}"
         summary.append([x["name"], x["attention"], f"{x['parameters']:,}", error, f"{x['bits_per_byte']:.4f}"])
@@ -204,11 +204,15 @@ def _tables(results: Sequence[dict[str, Any]]) -> list[tuple[str, list[list[str]
     position = [["model", *(f"{x['from']}-{x['to']}" if x["to"] > x["from"] else str(x["from"]) for x in spans)]]
     position += [[x["name"], *(f"{y['nats_per_token']:.3f}" for y in x["by_position"])] for x in results]
     position = [row + ["-"] * (len(position[0]) - len(row)) for row in position]
-    decoding = [["model", "tokens so far", "cache bytes", "ms a token"]]
+    decoding = [["model", "tokens so far", "cache, bytes", "ms a token"]]
     decoding += [
         [x["name"], f"{y['length']:,}", f"{y['cache_bytes']:,}", f"{y['ms_per_token']:.2f}"] for x in results for y in x["decoding"]
     ]
-    tables = [("Prediction", summary), ("Nats a token, by the number of tokens before", position), ("Decoding, one sequence", decoding)]
+    tables = [
+        (f"Loss on {conditions['stories']} stories of {conditions['data']}", summary),
+        ("Loss on them in nats a token, by the number of tokens before the one predicted", position),
+        ("Generating, one sequence of random tokens", decoding),
+    ]
     return [(heading, rows) for heading, rows in tables if len(rows) > 1]
 
 

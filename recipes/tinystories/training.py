@@ -18,7 +18,7 @@ from recipes.common.accelerating import new_accelerator
 from recipes.common.config import to_dict
 from recipes.common.documents import Source
 from recipes.common.errors import RecipeError, stage
-from recipes.common.files import output_path, staged_directory
+from recipes.common.files import output_path, staged_directory, write_text
 from recipes.common.loop import Loop, Pace
 from recipes.common.plots import plot_curves
 from recipes.common.run import Run
@@ -26,6 +26,7 @@ from recipes.common.state import check_written
 from recipes.common.tokenizing import load_tokenizer
 from recipes.common.tokens import chat_template, tokenized
 from recipes.common.windows import Windows, own_batches, training_order
+from recipes.tinystories.card import model_card
 from recipes.tinystories.data import Stories, first_words
 from recipes.tinystories.model import check_length, go_on, is_linear, load_model, new_model
 from recipes.tinystories.settings import COMMAND, Settings
@@ -93,6 +94,7 @@ class Training(Loop):
                 check_written(model, "remove that folder to have it written again with --resume", compare=False)
                 self.accelerator.print(f"{self.run.folder} is finished; its model is in {model}")
                 return
+            self.accelerator.print(self._ahead())
             self.train()
             self.save_model()
             self.accelerator.end_training()
@@ -185,7 +187,20 @@ class Training(Loop):
             with stage(f"writing {folder}", "free some space and start with --resume"), staged_directory(folder, COMMAND) as place:
                 model.save_pretrained(place, state_dict=state)
                 self.tokenizer.save_pretrained(place)
+                tokens = self.step * self.tokens_per_step
+                write_text(place / "README.md", model_card(self.settings, model, tokens, self.run.records()))
         self.accelerator.wait_for_everyone()
+
+    def _ahead(self) -> str:
+        """What is to come, and what the loss beside the steps is."""
+        s, device = self.settings, self.accelerator.device.type
+        loss = "cross-entropy of the training text"
+        if self.teacher is not None:
+            divergence = "KL divergence from the teacher's predictions"
+            loss = divergence if s.teacher_weight == 1 else f"{s.teacher_weight:g} {divergence} + {1 - s.teacher_weight:g} {loss}"
+        on = f"{torch.get_num_threads()} threads of the CPU" if device == "cpu" else device
+        rows = self.tokens_per_step // s.length
+        return f"{self.pace.steps} steps of {rows} x {s.length} tokens on {on}; loss: {loss}, nats a token"
 
     def _model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         s = self.settings

@@ -14,7 +14,8 @@ import pytest
 import torch
 from accelerate.commands.config import config_args
 
-from recipes.common.chain import PROJECT, Chain
+from recipes.common import chain as chain_module
+from recipes.common.chain import PROJECT, Chain, usable_cores
 from recipes.common.errors import RecipeError
 from recipes.common.files import staged_directory
 from recipes.common.reading import read_json
@@ -153,3 +154,42 @@ def test_a_training_without_a_device_has_every_core(told: str, tmp_path: Path, c
     chain(tmp_path / "out").launch("threads")
     cores = psutil.cpu_count(logical=False) or 1
     assert f"threads {({'nothing': cores, 'by the user': 3}).get(told, 1)}" in capfd.readouterr().out
+
+
+def test_it_is_said_where_everything_goes_and_how_to_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    chain(tmp_path / "out").tell_how_to_go_on()
+    told = "".join(capfd.readouterr().out.split())
+    assert f"{tmp_path}/out.Interrupted,thesamecommandgoesonwhereitwas." in told
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("max 100000", 16), (None, 16), ("x", 16)]
+)
+def test_threads_are_no_more_than_a_container_may_use(
+    quota: str | None, cores: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 32)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)), raising=False)
+    monkeypatch.setattr(chain_module, "_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    (tmp_path / "threads.py").write_text("import os\nprint(os.environ.get('OMP_NUM_THREADS'), os.environ['GOMP_SPINCOUNT'])")
+    chain(tmp_path / "out").call("threads")
+    limited = quota is not None and quota[0].isdigit()
+    assert usable_cores() == cores and f"{cores if limited else None} 1000" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "value", "spins"), [("OMP_WAIT_POLICY", "active", None), ("GOMP_SPINCOUNT", "7", "7")])
+def test_what_the_user_tells_threads_stays(
+    name: str, value: str, spins: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    for one in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(one, raising=False)
+    monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "threads.py").write_text("import os\nprint('spins', os.environ.get('GOMP_SPINCOUNT'))")
+    chain(tmp_path / "out").call("threads")
+    assert f"spins {spins}" in capfd.readouterr().out

@@ -69,7 +69,9 @@ def commands(monkeypatch, quickstart) -> list[str]:
 
 def told(capsys, out) -> tuple[bool, bool]:
     """Whether it was said where the results are, and how a real model did by the same commands."""
-    text = capsys.readouterr().out.replace("\n", "")
+    said = capsys.readouterr().out
+    assert "Interrupted, the same command goes on where it was." in " ".join(said.split()) and "(gate per token)" in " ".join(said.split())
+    text = said.replace("\n", "")
     places = f"table: {out}/evaluation/evaluation.md", f"picture: {out}/evaluation/evaluation.png", f"model: {out}/tuned/model"
     return all(place in text for place in places), "A real language model by the same commands" in text
 

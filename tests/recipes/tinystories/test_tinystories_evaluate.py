@@ -146,23 +146,23 @@ PAGE = """# Evaluation
 
 data: x; stories: 2.
 
-## Prediction
+## Loss on 2 stories of x
 
-| model | attention | parameters | nats a token | bits a byte |
+| model | attention | parameters | loss, nats a token | bits a byte |
 |---|---|---|---|---|
 | a | softmax | 12,345 | 2.0000 ± 0.1250 | 1.5000 |
 | b | softmax | 9 | 2.0000 ± 0.1250 | 1.5000 |
 
-## Nats a token, by the number of tokens before
+## Loss on them in nats a token, by the number of tokens before the one predicted
 
 | model | 1 | 2-3 | 4 |
 |---|---|---|---|
 | a | 3.000 | 2.500 | - |
 | b | 1.000 | 2.000 | 0.500 |
 
-## Decoding, one sequence
+## Generating, one sequence of random tokens
 
-| model | tokens so far | cache bytes | ms a token |
+| model | tokens so far | cache, bytes | ms a token |
 |---|---|---|---|
 | b | 2,048 | 1,000,000 | 1.26 |
 
@@ -177,16 +177,22 @@ data: x; stories: 2.
 
 def test_the_page_as_it_stands():
     assert evaluation.markdown({"data": "x", "stories": 2}, RESULTS) == PAGE
-    assert "Decoding" not in evaluation.markdown({"data": "x"}, RESULTS[:1])
+    assert "Generating" not in evaluation.markdown({"data": "x", "stories": 2}, RESULTS[:1])
 
 
 def test_what_is_shown_is_what_stands_on_the_page(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    evaluation.show({"stories": 2, "dtype": "float32", "device": "a device"}, RESULTS)
+    evaluation.show({"data": "x", "stories": 2, "dtype": "float32", "device": "a device"}, RESULTS)
     said = " ".join(capsys.readouterr().out.split())
     for row in (line.strip("| ").replace("|", "│") for line in PAGE.splitlines() if line.startswith(("| a", "| b"))):
         assert row.replace(" - ", " - ") in said, row
-    for words in ("Prediction", "Decoding, one sequence", "One [1] day ...", "a: a | cat ran b: a dog", "2 stories, float32, a device"):
+    for words in (
+        "Loss on 2 stories of x",
+        "Generating, one sequence of random tokens",
+        "One [1] day ...",
+        "a: a | cat ran b: a dog",
+        "2 stories, float32, a device",
+    ):
         assert words in said, words
 
 

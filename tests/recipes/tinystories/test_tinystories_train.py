@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub import ModelCard
 from launched import finish, launch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -79,6 +80,42 @@ def test_it_learns_and_leaves_a_model_a_curve_and_a_log(settings):
     assert model.config._attn_implementation == "linattn"
     assert model.config.use_cache
     assert AutoTokenizer.from_pretrained(folder / "model").bos_token_id == 0
+
+
+def test_the_model_has_a_card_of_what_it_is_and_what_was_measured(settings, converted, tiny):
+    s = settings(model=str(converted), teacher=str(tiny.model), teacher_weight=0.75, steps=3)
+    before, *_, after = [record[3] for record in train(s) if record[3] is not None]
+    card = ModelCard.load(Path(s.output) / "model" / "README.md")
+    assert card.data.tags == ["linear-attention", "linattn"] and card.data.pipeline_tag == "text-generation" and not card.data.base_model
+    told = " ".join(card.text.split())
+    assert f"A language model, trained from `{converted.parent.name}` to match the predictions of `{tiny.folder.name}` (0.75" in told
+    assert f"{3 * 4 * 32} tokens of `stories.txt`" in told and str(tiny.folder) not in told and str(converted) not in told
+    assert f"{before:.4f} nats a token before it, {after:.4f} after. Nothing else was measured." in told
+    assert "Its attention weights are f(s) = " in told and "import hf_linattn" in told
+
+
+def test_a_model_from_scratch_has_a_card_too(settings, tiny):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    s = settings(model=None, model_type="llama", tokenizer=str(tiny.model), model_config=sizes, attn_implementation="sdpa", steps=1)
+    train(s)
+    told = " ".join((Path(s.output) / "model" / "README.md").read_text().split())
+    assert "A llama model, trained from random weights by the cross-entropy of the text" in told
+    assert "Its attention is softmax." in told and "import hf_linattn" not in told and "tags" not in told
+
+
+@pytest.mark.parametrize(
+    ("weight", "told"),
+    [
+        (None, "loss: cross-entropy of the training text, nats a token"),
+        (1.0, "loss: KL divergence from the teacher's predictions, nats a token"),
+        (0.5, "loss: 0.5 KL divergence from the teacher's predictions + 0.5 cross-entropy of the training text, nats a token"),
+    ],
+)
+def test_it_says_what_the_loss_is(weight, told, settings, tiny, capsys):
+    s = settings(steps=2, samples=0, **({} if weight is None else {"teacher": str(tiny.model), "teacher_weight": weight}))
+    train(s)
+    said = capsys.readouterr().out
+    assert told in said and f"2 steps of 4 x 32 tokens on {torch.get_num_threads()} threads of the CPU" in said
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
