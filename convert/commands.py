@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
+from typer.models import ArgumentInfo
 
-from recipes.common.config import build
+from recipes.common.config import build, typed_value
+from recipes.common.errors import OptionError
+from recipes.common.reading import parse_yaml
 
 O = TypeVar("O")  # noqa: E741
 _RESUME = "Go on from the newest checkpoint of the same run, if there is one."
@@ -54,15 +58,51 @@ RESUME = parameter("resume", bool, typer.Option("--resume", help=_RESUME), False
 OVERWRITE = parameter("overwrite", bool, typer.Option("--overwrite", help=_OVERWRITE), False)
 
 
+def check_size(one: Field[Any], value: Any, name: str = "") -> None:
+    """Refuses a number beyond the bounds of its field, which `name` is written for in the error.
+
+    Raises:
+        OptionError: it is.
+    """
+    bounds = one.metadata.get("bounds", {})
+    low, high = bounds.get("min", -math.inf), bounds.get("max", math.inf)
+    if isinstance(value, int | float) and not low <= value <= high:
+        name = name or f"{{{one.name}}}"
+        raise OptionError(f"{name} is {value}; expected {f'{low} to {high}' if high < math.inf else f'at least {low}'}")
+
+
+def read_keys(options: type, given: Mapping[str, Any], written: Callable[[str], str]) -> dict[str, Any]:
+    """The fields that a recipe gives, by the names that the command line has for them with _ for -, as that would read them.
+
+    Args:
+        written: makes of such a name what stands in errors.
+
+    Raises:
+        RecipeError: the command line would refuse one.
+    """
+    hints, named, read = get_type_hints(options), {_name(one): one for one in fields(options)}, {}  # type: ignore[arg-type]
+    for key, value in given.items():
+        one, kind = named[key], named[key].metadata.get("kind")
+        if value is None or value == "" or kind not in (None, str):
+            continue  # as if it were not given; or files, each of which has a flag
+        if parse := one.metadata.get("parse"):
+            read[one.name] = parse(str(value), written(key))
+            continue
+        quoted = isinstance(value, str) and hints[one.name] in (int, float, int | None, float | None)
+        read[one.name] = typed_value(parse_yaml(value, written(key)) if quoted else value, hints[one.name], written(key))
+        check_size(one, read[one.name], written(key))
+    return read
+
+
 def command(options: type[O], run: Callable[..., None], *own: inspect.Parameter) -> Callable[..., None]:
     """A function for the command line whose parameters are the fields of `options` and `own`; it calls `run(options, **own)`."""
 
     def main(**values: Any) -> None:
         kept = {one.name: values.pop(one.name) for one in own}
         given = {one.name: _given(one, values[_name(one)]) for one in fields(options)}  # type: ignore[arg-type]
-        run(build(options, given, "the arguments"), **kept)
+        run(build(options, given, "the arguments", lambda name: written.get(name, name)), **kept)
 
-    hints = get_type_hints(options)
+    hints, written = get_type_hints(options), {one.name: _flag(one) for one in fields(options)}  # type: ignore[arg-type]
     asked = [parameter(_name(one), one.metadata.get("kind") or hints[one.name], one.metadata["typer"], _default(one))
              for one in fields(options)]  # type: ignore[arg-type]  # fmt: skip
     parameters = [*asked, *own]
@@ -76,9 +116,15 @@ def _name(one: Field[Any]) -> str:
     return one.metadata.get("name") or one.name
 
 
+def _flag(one: Field[Any]) -> str:
+    """How the command line writes it."""
+    info = one.metadata["typer"]
+    return str(info.metavar) if isinstance(info, ArgumentInfo) else f"--{_name(one).replace('_', '-')}"
+
+
 def _given(one: Field[Any], value: Any) -> Any:
     if parse := one.metadata.get("parse"):
-        return parse(value, f"--{_name(one).replace('_', '-')}")
+        return parse(value, _flag(one))
     return list(value) if isinstance(value, tuple) else value
 
 

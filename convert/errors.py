@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from recipes.common.errors import OptionError, stage
 from recipes.common.errors import RecipeError as ConversionError
-from recipes.common.errors import stage
 
-__all__ = ["ConversionError", "one_line", "stage"]
+__all__ = ["ConversionError", "OptionError", "one_line", "stage"]
 
 
 def one_line(error: BaseException, longest: int = 300) -> str:

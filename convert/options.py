@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from convert.commands import option
-from convert.errors import ConversionError
+from convert.errors import ConversionError, OptionError
 from recipes.common.reading import read_json, user_path
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 OF_THE_FORM = ("kernel", "decay", "temperature", "features", "input_gate", "feature_map", "output_map", "window", "sinks", "gate", "beside")
 """Options that are the form's, by the same names."""
+OF_THE_WINDOW = ("window", "sinks", "gate", "beside")
+"""Those of them that only the form with a window has."""
 MOST_LAYERS = 9999
 """The highest layer number that a range may name."""
 
@@ -33,7 +35,7 @@ DType = Literal["float32", "bfloat16", "float16"]
 
 
 def _layers(text: str, option: str) -> tuple[int, ...]:
-    return layer_numbers(text)
+    return layer_numbers(text, option)
 
 
 def _perhaps(text: str) -> Any:
@@ -118,11 +120,18 @@ class LinearizeOptions:
         for name, known in choices.items():
             given = getattr(self, name)
             if given is not None and given not in get_args(known):
-                raise ConversionError(f"the {name} {given!r} is unknown; give one of {', '.join(get_args(known))}")
+                raise OptionError(f"{{{name}}} is {given!r}; expected one of {', '.join(get_args(known))}")
         if self.temperature is not None and not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ConversionError(f"the temperature must be a number above 0, not {self.temperature}")
+            raise OptionError(f"{{temperature}} is {self.temperature}; expected a number above 0")
         if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise ConversionError(f"the dropout must be in [0, 1), not {self.dropout}")
+            raise OptionError(f"{{dropout}} is {self.dropout}; expected a number from 0 to below 1")
+        for name in OF_THE_WINDOW if self.form != "window" else ():
+            if getattr(self, name) is not None:
+                raise OptionError(f"{{{name}}} goes with {{form}} window; the form {self.form} has no such option")
+        for name, least in (("window", 1), ("sinks", 0), ("features", 1)):
+            number = getattr(self, name)
+            if number is not None and number < least:
+                raise OptionError(f"{{{name}}} is {number}; expected at least {least}")
 
     def linattn(self) -> LinAttnConfig:
         """What the checkpoint's linear layers are to compute.
@@ -130,14 +139,10 @@ class LinearizeOptions:
         Raises:
             ConversionError: options that do not go together.
         """
-        from hf_linattn.config import OPTIONS, LinAttnConfig  # late, since importing torch takes seconds
+        from hf_linattn.config import LinAttnConfig  # late, since importing torch takes seconds
         from hf_linattn.forms import FORMS
 
         given = {name: getattr(self, name) for name in OF_THE_FORM}
-        for name, value in given.items():
-            if value is not None and name not in OPTIONS[self.form]:
-                takes = next(form for form in FORMS if name in OPTIONS[form])
-                raise ConversionError(f"--{name.replace('_', '-')} goes with --form {takes}; the form {self.form} has no such option")
         try:
             return LinAttnConfig(
                 **FORMS[self.form].converted(given),
@@ -150,27 +155,27 @@ class LinearizeOptions:
             raise ConversionError(str(error)) from error
 
 
-def layer_numbers(text: str) -> tuple[int, ...]:
-    """The layers of a list such as ``0-5,8``, or of ``@FILE``, those that convert.select_layers chose.
+def layer_numbers(text: str, option: str = "--keep-softmax") -> tuple[int, ...]:
+    """The layers of a list such as ``0-5,8``, or of ``@FILE``, those that convert.select_layers chose; errors name `option`.
 
     Raises:
         ConversionError: it is no such list, or file.
     """
     if text.startswith("@"):
-        return _chosen(user_path(text[1:]))
+        return _chosen(user_path(text[1:]), option)
     layers: list[int] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         found = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if not first <= last <= MOST_LAYERS:
-            raise ConversionError(f"--keep-softmax takes layer numbers from 0 and ranges of them, such as 0-5,8, not {part!r}")
+            raise ConversionError(f"{option} takes layer numbers from 0 and ranges of them, such as 0-5,8, not {part!r}")
         layers += range(first, last + 1)
     return tuple(sorted(set(layers)))
 
 
-def _chosen(path: Path) -> tuple[int, ...]:
+def _chosen(path: Path, option: str) -> tuple[int, ...]:
     selection = read_json(path)
     layers = selection.get("chosen") if isinstance(selection, dict) else None
     if not isinstance(layers, list) or not all(type(layer) is int and 0 <= layer <= MOST_LAYERS for layer in layers):
-        raise ConversionError(f"--keep-softmax @{path}: the file names no layers as chosen; give what linattn select-layers wrote")
+        raise ConversionError(f"{option} @{path}: the file names no layers as chosen; give what linattn select-layers wrote")
     return tuple(sorted(set(layers)))

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from convert import evaluate, linearize
+from convert.commands import read_keys
 from convert.errors import ConversionError
-from convert.evaluation.options import require_lm_eval
+from convert.evaluation.options import EvaluationOptions, require_lm_eval
+from convert.options import LinearizeOptions, layer_numbers
 from convert.stages.options import CalibrateOptions, DistillOptions, StageOptions, TransferOptions
 from recipes.common.config import build
 from recipes.common.documents import Source
@@ -88,11 +90,19 @@ class Recipe:
             raise ValueError("data names no text")
         for command, given in (("linearize", self.linearize), ("evaluate", self.evaluate or {})):
             _check_keys(command, given, _parameters(_COMMANDS[command]))
+        self._check_linearize()
+        read_keys(EvaluationOptions, self.evaluate or {}, "evaluate.{}".format)
         for student in self.students():
             for name in student.stages:
                 self.stage(name, "student", student.control)
         if self.evaluate is not None and not self.evaluate.get("data"):
             raise ValueError("evaluate: data must name files of text that nothing was trained on")
+
+    def _check_linearize(self) -> None:
+        chosen = str(self.linearize.get("keep_softmax", ""))
+        given = {key: value for key, value in self.linearize.items() if key != "keep_softmax" or not chosen.startswith("@")}
+        read = read_keys(LinearizeOptions, given, "linearize.{}".format)
+        build(LinearizeOptions, read, "linearize", "linearize.{}".format)
 
     def students(self) -> list[Student]:
         """The student and its controls.
@@ -132,6 +142,8 @@ class Recipe:
         refuse_missing_folder(self.source)
         for name in (*self.data, *self.valid_data):
             Source(name).check()
+        if (chosen := str(self.linearize.get("keep_softmax", ""))).startswith("@"):
+            layer_numbers(chosen, "linearize.keep_softmax")
         evaluate = self.evaluate or {}
         for key, wanted in _READ_BY_EVALUATE.items():
             for name in _listed(evaluate.get(key)):
@@ -168,7 +180,12 @@ class Recipe:
                 raise ConversionError(f"{name}: {key} is set by the recipe itself; take it out")
         given |= {key: value for key, value in _CONTROLS.get(control, {}).items() if key in known}
         shared = {"student": student, "output": str(Path(self.output, control, name)), "teacher": self.source}
-        return build(options, {**shared, "data": self.data, "valid_data": self.valid_data, **given}, name)
+        own = getattr(self, name) or {}
+
+        def written(key: str) -> str:
+            return f"{'training' if key in self.training and key not in own else name}.{key}"
+
+        return build(options, {**shared, "data": self.data, "valid_data": self.valid_data, **given}, name, written)
 
 
 def recipe_file(name: str) -> Path:

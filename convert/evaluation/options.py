@@ -49,6 +49,17 @@ def chosen(text: str, option: str, known: Sequence[str]) -> tuple[str, ...]:
     return tuple(word for word in known if word in words)
 
 
+def known_dtype(text: str, option: str) -> str:
+    """The name of a type to compute in, or "".
+
+    Raises:
+        ConversionError: another.
+    """
+    if text not in ("", *DTYPES):
+        raise ConversionError(f"{option} {text}: expected one of {', '.join(DTYPES)}")
+    return text
+
+
 def _many(values: Sequence[str] | None, option: str) -> tuple[str, ...]:
     return tuple(values or ())
 
@@ -132,7 +143,9 @@ class EvaluationOptions:
     )
     batch_tokens: int = option(0, "Tokens of each forward pass; 0: 32,768 on a GPU, 4,096 on a CPU.", min=0)
     device: str = option("", "Device to run on, cpu or cuda; by default a GPU if there is one.")
-    dtype: str = option("", "Type to compute in: float32, bfloat16 or float16; by default bfloat16 on a GPU, float32 on a CPU.")
+    dtype: str = option(
+        "", "Type to compute in: float32, bfloat16 or float16; by default bfloat16 on a GPU, float32 on a CPU.", parse=known_dtype
+    )
     seed: int = option(0, "Seed of the prompts of recall.", min=0)
     card: bool = option(False, "Put each student's tables into its README.md.", flag="--card")
 
@@ -142,8 +155,7 @@ class EvaluationOptions:
         Raises:
             ConversionError: an unknown dtype, a file or folder that is not there, two models of one name.
         """
-        if self.dtype not in ("", *DTYPES):
-            raise ConversionError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
+        known_dtype(self.dtype, "--dtype")
         for path in filter(None, (*self.data, self.filler)):
             if not user_path(path).is_file():
                 raise ConversionError(f"{path}: no such file; give text, or rows of JSON with a key text, as it is or packed by xz")

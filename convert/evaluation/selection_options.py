@@ -7,7 +7,7 @@ from pathlib import Path
 
 from convert.commands import argument, option
 from convert.errors import ConversionError
-from convert.evaluation.options import DTYPES, whole_numbers
+from convert.evaluation.options import known_dtype, whole_numbers
 from recipes.common.reading import refuse_missing_folder, user_path
 
 
@@ -42,8 +42,7 @@ class SelectOptions:
         Raises:
             ConversionError: an unknown dtype, a file that is not there.
         """
-        if self.dtype not in ("", *DTYPES):
-            raise ConversionError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
+        known_dtype(self.dtype, "--dtype")
         if not self.distances:
             raise ConversionError("--distances is empty; give at least one, beyond the window")
         if near := next((distance for distance in self.distances if distance <= self.window), None):

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from convert.commands import argument, option
-from convert.errors import ConversionError
+from convert.commands import argument, check_size, option
+from convert.errors import ConversionError, OptionError
 from recipes.common.documents import Source
 from recipes.common.reading import refuse_missing_folder, user_path
 
@@ -48,24 +48,21 @@ class StageOptions:
         """Refuses what no student could make right.
 
         Raises:
-            ValueError: an option is missing or out of its bounds.
+            OptionError: an option is missing or out of its bounds.
         """
         for one in fields(self):
-            value, bounds = getattr(self, one.name), one.metadata.get("bounds", {})
-            low, high = bounds.get("min", -math.inf), bounds.get("max", math.inf)
-            if isinstance(value, int | float) and not low <= value <= high:
-                raise ValueError(f"{one.name} is {value}; expected {f'{low} to {high}' if high < math.inf else f'at least {low}'}")
+            check_size(one, getattr(self, one.name))
         for name in ("learning_rate", "head_learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a number above 0")
+                raise OptionError(f"{{{name}}} is {getattr(self, name)}; expected a number above 0")
         if self.mixed_precision not in ("", "no", "bf16", "fp16"):
-            raise ValueError(f"mixed_precision is {self.mixed_precision!r}; expected no, bf16 or fp16")
+            raise OptionError(f"{{mixed_precision}} is {self.mixed_precision!r}; expected no, bf16 or fp16")
         if self.save_every % self.log_every:
-            raise ValueError(f"save_every ({self.save_every}) must be a multiple of log_every ({self.log_every})")
+            raise OptionError(f"{{save_every}} ({self.save_every}) must be a multiple of {{log_every}} ({self.log_every})")
         if not self.teacher:
-            raise ValueError("no teacher is given; name the softmax checkpoint that the student was converted from, by --teacher")
+            raise OptionError("no teacher is given; name the softmax checkpoint that the student was converted from, by {teacher}")
         if not self.data:
-            raise ValueError("no text is given; name files, folders or hub ids, by --data")
+            raise OptionError("no text is given; name files, folders or hub ids, by {data}")
 
     def sources(self, names: list[str]) -> list[Source]:
         """Where the text comes from."""
@@ -128,11 +125,11 @@ class DistillOptions(StageOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.kl_weight + self.text_weight > 0:
-            raise ValueError("kl_weight and text_weight are both 0, so nothing would be learned; give one of them a weight")
+            raise OptionError("{kl_weight} and {text_weight} are both 0, so nothing would be learned; give one of them a weight")
         if self.control and self.kl_weight:
-            raise ValueError("control: the teacher has nothing to learn of itself; give kl_weight 0 and text_weight 1")
+            raise OptionError("{control}: the teacher has nothing to learn of itself; give {kl_weight} 0 and {text_weight} 1")
         if self.long_length and (self.long_length <= self.length or self.batch_size * self.length % self.long_length):
-            raise ValueError(
-                f"long_length {self.long_length} must be more than length ({self.length}) and divide the tokens of a batch "
+            raise OptionError(
+                f"{{long_length}} {self.long_length} must be more than {{length}} ({self.length}) and divide the tokens of a batch "
                 f"({self.batch_size * self.length}), so that every step has as many tokens"
             )

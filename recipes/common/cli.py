@@ -10,14 +10,16 @@ import functools
 import inspect
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from recipes.common.errors import RecipeError, exit_with_sentence
+from recipes.common.values import wrong_value
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="The YAML file of settings.", show_default=False)]
 SetValues = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated.")]
@@ -32,6 +34,24 @@ def console() -> Console:
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+class _Command(TyperCommand):
+    """Says of a wrong value what was expected, in one sentence."""
+
+    asked: Mapping[str, inspect.Parameter]
+    """The command's parameters by name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            name = str(getattr(error.param, "name", ""))
+            told = wrong_value(error, self.asked[name].annotation) if name in self.asked else None
+            if told is None:
+                raise
+        with exit_with_sentence():
+            raise RecipeError(f"{told}; {ctx.command_path} --help tells more")
 
 
 def app(command: Callable[..., Any]) -> typer.Typer:
@@ -57,7 +77,7 @@ def app(command: Callable[..., Any]) -> typer.Typer:
     guarded.__signature__ = signature  # type: ignore[attr-defined]
     guarded.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    application.command()(guarded)
+    application.command(cls=type("Command", (_Command,), {"asked": signature.parameters}))(guarded)
     return application
 
 

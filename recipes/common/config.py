@@ -10,13 +10,13 @@ import difflib
 import math
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from recipes.common.errors import RecipeError
+from recipes.common.errors import OptionError, RecipeError
 from recipes.common.reading import parse_yaml, read_yaml
 
 C = TypeVar("C")
@@ -35,8 +35,13 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
     return build(cls, values, str(path))
 
 
-def build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
-    """Make the dataclass `cls` of a dictionary; `where` names its origin in error messages."""
+def build(cls: type[C], values: Mapping[str, Any], where: str, written: Callable[[str], str] | None = None) -> C:
+    """Make the dataclass `cls` of a dictionary.
+
+    Args:
+        where: names its origin in error messages.
+        written: makes of a field's name what the user wrote, such as "--length", which tells the origin too; None: the name itself.
+    """
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in values:
@@ -48,11 +53,12 @@ def build(cls: type[C], values: Mapping[str, Any], where: str) -> C:
     required = [name for name in fields if name not in optional and name not in values]
     if required:
         raise RecipeError(f"{where}: {', '.join(required)} must be given; add it to the file or pass --set {required[0]}=VALUE")
-    typed = {key: _typed(value, hints[key], f"{where}: {key}") for key, value in values.items()}
+    typed = {key: typed_value(value, hints[key], f"{where}: {key}" if written is None else written(key)) for key, value in values.items()}
     try:
         return cls(**typed)
     except ValueError as error:
-        raise RecipeError(f"{where}: {error}") from None
+        told = error.told(written) if written and isinstance(error, OptionError) else str(error)
+        raise RecipeError(told if written else f"{where}: {told}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -105,7 +111,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
     target[last] = value
 
 
-def _typed(value: Any, hint: Any, where: str) -> Any:
+def typed_value(value: Any, hint: Any, where: str) -> Any:
+    """A value of YAML as a field of this type has it.
+
+    Raises:
+        RecipeError: it is none; `where` begins the sentence.
+    """
     if hint is Any:
         return value
     origin, arguments = get_origin(hint), get_args(hint)
@@ -115,7 +126,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
         options = [option for option in arguments if option is not type(None)]
         for option in options:
             try:
-                return _typed(value, option, where)
+                return typed_value(value, option, where)
             except RecipeError:
                 if len(options) == 1:
                     raise
@@ -127,11 +138,11 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
             raise RecipeError(f"{where}: expected one of {', '.join(map(str, arguments))}, got {value!r:.200}")
         return value
     if origin is list and isinstance(value, list):
-        return [_typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value)]
+        return [typed_value(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value)]
     if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_typed(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value))
+        return tuple(typed_value(item, arguments[0], f"{where}[{index}]") for index, item in enumerate(value))
     if origin is dict and isinstance(value, dict):
-        return {_typed(k, arguments[0], where): _typed(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
+        return {typed_value(k, arguments[0], where): typed_value(v, arguments[1], f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return build(hint, value, where)
     if hint is float and isinstance(value, (str, int, float)) and not isinstance(value, bool):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,6 +30,18 @@ class RecipeError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__("".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message))
+
+
+class OptionError(RecipeError):
+    """What is wrong with options. Their names stand in braces in the text, since a command line writes them otherwise than a file does."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        super().__init__(self.told(str))
+
+    def told(self, written: Callable[[str], str]) -> str:
+        """The sentence, with names as `written` makes them of the fields'."""
+        return re.sub(r"\{(\w+)\}", lambda found: written(found[1]), self.text)
 
 
 def sentence(error: BaseException, limit: int = 300) -> str:

@@ -138,6 +138,17 @@ def test_a_stage_may_be_left_out(recipe, called, tmp_path):
     [
         ({"linearize": {"kernal": "linear"}}, "linearize: unknown key 'kernal'; did you mean 'kernel'?"),
         ({"distill": {"tokens": 0}}, "tokens is 0; expected at least 1"),
+        ({"training": {"length": 1}}, "test: training.length is 1; expected at least 2"),
+        ({"training": {"length": 16}, "distill": {"length": 1}}, "test: distill.length is 1; expected at least 2"),
+        ({"distill": {"length": "x"}}, "test: distill.length: expected a whole number, got 'x'"),
+        ({"distill": {"kl_weight": 0.0}}, "test: distill.kl_weight and distill.text_weight are both 0"),
+        ({"linearize": {"window": 8}}, "test: linearize.window goes with linearize.form window"),
+        ({"linearize": {"keep_softmax": "all"}}, "test: linearize.keep_softmax takes layer numbers from 0"),
+        ({"linearize": {"features": 1.5}}, "test: linearize.features: expected a whole number"),
+        ({"evaluate": {"data": ["x"], "rows": "0"}}, "test: evaluate.rows is 0; expected at least 1"),
+        ({"evaluate": {"data": ["x"], "distances": "a"}}, "test: evaluate.distances 'a': expected whole numbers"),
+        ({"evaluate": {"data": ["x"], "recall": "needles"}}, "test: evaluate.recall needles: unknown; give all"),
+        ({"evaluate": {"data": ["x"], "dtype": "int8"}}, "test: evaluate.dtype int8: expected one of float32"),
         ({"distill": {"kl_wait": 1}}, "unknown key 'kl_wait'; did you mean 'kl_weight'?"),
         ({"transfer": {"lora": 4}}, "unknown key 'lora'"),
         ({"training": {"lenght": 4}}, "training: unknown key 'lenght'; did you mean 'length'?"),
@@ -155,6 +166,12 @@ def test_what_no_stage_could_do_is_refused_at_once(recipe, changes, message):
     with pytest.raises(RecipeError) as error:
         build(Recipe, recipe(**changes), "test")
     assert message in str(error.value)
+
+
+def test_options_are_read_as_the_command_line_would(recipe):
+    linearize = {"features": "4", "temperature": 2, "keep_softmax": 1, "dtype": "", "check": False, "decay": None}
+    evaluate = {"data": ["x"], "length": 64, "rows": "8", "decode": "none", "recall": "needle,key-value", "filler": "1.txt", "card": True}
+    build(Recipe, recipe(linearize=linearize, evaluate=evaluate), "test")
 
 
 def test_options_on_a_command_line():

@@ -65,9 +65,9 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize("options, words", [
-    ({"form": "window", "window": 0}, "window must be 1 or more"),
-    ({"form": "windows"}, "the form 'windows' is unknown"),
-    ({"window": 8}, "--window goes with --form window; the form polynomial has no such option"),
+    ({"form": "window", "window": 0}, "window is 0; expected at least 1"),
+    ({"form": "windows"}, "form is 'windows'; expected one of polynomial, window"),
+    ({"window": 8}, "window goes with form window; the form polynomial has no such option"),
     ({"form": "window", "gate": "token", "learnable": False}, "needs learnable=true"),
 ])  # fmt: skip
 def test_what_does_not_go_together(options: dict[str, Any], words: str, softmax_checkpoint: Softmax, tmp_path: Path) -> None:
