@@ -36,16 +36,8 @@ class Conversion(Chain):
         check_apart(out, [recipe.source, *recipe.data, *recipe.valid_data])
         super().__init__(out, to_dict(recipe), "recipe", "choose another output", debug)
 
-    def run(self) -> None:
-        """Do what is not done yet.
-
-        Raises:
-            RecipeError: another command works in the output.
-        """
-        with self.working():
-            self._run_all()
-
-    def _run_all(self) -> None:
+    def do(self) -> None:
+        """All stages, and the evaluation."""
         recipe = self.recipe
         self.tell_how_to_go_on()
         self.console.print(self._ahead())

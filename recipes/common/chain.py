@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +15,9 @@ from typing import Any
 from recipes.common import cli
 from recipes.common.errors import STATUS_FILE, RecipeError
 from recipes.common.files import hold, write_json
+from recipes.common.lock import Lock
 from recipes.common.reading import read_json
+from recipes.common.started import run_to_its_end
 from recipes.common.state import check_written
 
 PROJECT = __name__.removesuffix("recipes.common.chain")  # "hf_linattn." in a wheel, which has all of this below it
@@ -45,6 +46,7 @@ class Chain:
     def __init__(self, out: Path, asked: dict[str, Any], name: str, remedy: str, debug: bool = False) -> None:
         self.out, self.debug, self.console = out, debug, cli.console()
         self.minutes: dict[str, float] = {}
+        self._held: Lock | None = None
         state = out / f"{name}.json"
         if state.is_file():
             if (old := read_json(state)) != asked:
@@ -60,6 +62,19 @@ class Chain:
         else:
             write_json(state, asked)
 
+    def run(self) -> None:
+        """Do what is not done yet.
+
+        Raises:
+            RecipeError: somebody works in the folder, be it a command of a chain that was killed.
+        """
+        with self.working():
+            self.do()
+
+    def do(self) -> None:
+        """The steps of the chain."""
+        raise NotImplementedError
+
     @contextmanager
     def working(self) -> Iterator[None]:
         """Holds the folder, so that nobody else makes something in it meanwhile.
@@ -67,11 +82,11 @@ class Chain:
         Raises:
             RecipeError: somebody does.
         """
-        held = hold(self.out)
+        self._held = hold(self.out)
         try:
             yield
         finally:
-            held.release()
+            self._held.release()
 
     def tell_how_to_go_on(self) -> None:
         """Print where everything goes, and that nothing is lost when it is stopped."""
@@ -116,7 +131,8 @@ class Chain:
         with TemporaryDirectory(prefix="linattn-status-") as folder:
             told = Path(folder) / "status"
             environment[STATUS_FILE] = str(told)
-            status = subprocess.run([sys.executable, "-m", *command], env=environment).returncode
+            held = self._held.handed_on() if self._held else ()
+            status = run_to_its_end([sys.executable, "-m", *command], environment, held)
             if status == 1 and told.is_file():  # accelerate has 1 for whatever the training ended with
                 status = int(told.read_text(encoding="utf-8"))
         if status:

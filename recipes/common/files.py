@@ -192,8 +192,8 @@ def hold(folder: Path) -> Lock:
     held = lock(folder, wait=1.0)
     if held is None:
         mark = read_mark(folder)
-        who = mark.process if mark and mark.process else "another"
-        raise RecipeError(f"{folder} is being written by process {who}; wait until it ends, or choose another place")
+        who = f"process {mark.process}" if mark and mark.process else "another process"
+        raise RecipeError(f"{folder} is being written by {who}; wait until it ends, or choose another place")
     return held
 
 

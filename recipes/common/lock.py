@@ -1,4 +1,4 @@
-"""A folder held by one process, for as long as that process lives and no longer."""
+"""A folder held by one process, for as long as that process lives, or one that it hands the lock on to, and no longer."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ class Lock:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+
+    def handed_on(self) -> tuple[int, ...]:
+        """Descriptors for a process that is started (`pass_fds`): the folder is held until both have let go of it."""
+        return (self._descriptor,) if self._descriptor >= 0 else ()
 
     def release(self) -> None:
         """Let go of it."""

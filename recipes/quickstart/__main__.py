@@ -68,8 +68,8 @@ class Quickstart(Chain):
         asked = {"model": str(model and model.resolve()), "data": str(data and data.resolve()), "scale": scale}
         super().__init__(out, asked, "quickstart", "choose another place with --out", debug)
 
-    def run(self) -> None:
-        """Do what is not done yet, and show the comparison."""
+    def do(self) -> None:
+        """The steps, and the comparison."""
         out = self.out
         self.tell_how_to_go_on()
         self.console.print("Each step shows its command, whose --help explains it; keys of training are explained in docs/options.md.")

@@ -71,8 +71,8 @@ class SmolLM2(Chain):
         asked = {"model": NAME, "data": str(data and data.resolve()), "scale": scale}
         super().__init__(out, asked, "quickstart", "choose another place with --out", debug)
 
-    def run(self) -> None:
-        """Do what is not done yet, and show the comparison."""
+    def do(self) -> None:
+        """The steps, and the comparison."""
         from torch.cuda import is_available  # late, as it imports torch
 
         out, gpu = self.out, is_available()

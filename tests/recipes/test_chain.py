@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -20,6 +21,7 @@ from recipes.common.errors import RecipeError
 from recipes.common.files import staged_directory
 from recipes.common.reading import read_json
 
+ROOT = str(Path(__file__).parents[2])
 REMEDY = "choose another folder"
 
 
@@ -68,11 +70,11 @@ def test_commands_are_run_as_they_are_shown(
 ) -> None:
     ran, status = [], [0, 2, -9]
 
-    def run(command: list[str], env: dict[str, str]) -> SimpleNamespace:
-        ran.append((command[1:], env["PYTHONSAFEPATH"], env["PYTHONPATH"].split(os.pathsep)))
-        return SimpleNamespace(returncode=status.pop(0))
+    def run(command: list[str], environment: dict[str, str], held: object) -> int:
+        ran.append((command[1:], environment["PYTHONSAFEPATH"], environment["PYTHONPATH"].split(os.pathsep)))
+        return status.pop(0)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(chain_module, "run_to_its_end", run)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: devices > 0)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: devices)
     monkeypatch.setattr(config_args, "default_config_file", str(tmp_path / "absent"))
@@ -193,3 +195,64 @@ def test_what_the_user_tells_threads_stays(
     (tmp_path / "threads.py").write_text("import os\nprint('spins', os.environ.get('GOMP_SPINCOUNT'))")
     chain(tmp_path / "out").call("threads")
     assert f"spins {spins}" in capfd.readouterr().out
+
+
+CHAIN = """
+from pathlib import Path
+from recipes.common import cli
+from recipes.common.chain import Chain
+
+class Trial(Chain):
+    def do(self):
+        self.call("launcher")
+
+cli.run(lambda: Trial(Path("out"), {}, "trial", "choose another folder").run())
+"""
+LAUNCHER = "import subprocess, sys\nsubprocess.run([sys.executable, '-m', 'stage'])"
+STAGE = """
+import os, time
+from pathlib import Path
+Path("aside").write_text(str(os.getpid()))
+Path("aside").rename("started")
+try:
+    time.sleep(100)
+except KeyboardInterrupt:
+    pass
+"""
+
+
+def in_its_stage(folder: Path) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+    """A chain at work, whose step launches another process; the processes of that."""
+    for name, text in {"chain": CHAIN, "launcher": LAUNCHER, "stage": STAGE}.items():
+        (folder / f"{name}.py").write_text(text)
+    started = subprocess.Popen(
+        [sys.executable, "chain.py"], cwd=folder, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), ROOT])}
+    )
+    until = time.monotonic() + 60
+    while not (folder / "started").exists():
+        assert started.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    return started, psutil.Process(started.pid).children(recursive=True)
+
+
+def test_a_killed_chains_command_that_lives_on_holds_the_folder(tmp_path: Path) -> None:
+    started, family = in_its_stage(tmp_path)
+    started.kill()
+    started.wait()
+    with pytest.raises(RecipeError, match="out is being written by another process; wait until it ends"), chain(tmp_path / "out").working():
+        pass
+    for each in family:
+        each.kill()
+    psutil.wait_procs(family, timeout=30)
+    with chain(tmp_path / "out").working():
+        pass
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_chain_that_is_asked_to_end_ends_with_all_that_it_started(how: signal.Signals, tmp_path: Path) -> None:
+    started, family = in_its_stage(tmp_path)
+    started.send_signal(how)
+    assert started.wait(timeout=60) != 0
+    assert len(family) == 2 and not psutil.wait_procs(family, timeout=10)[1]
+    with chain(tmp_path / "out").working():
+        pass

@@ -6,7 +6,6 @@ import json
 import runpy
 import sys
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -114,10 +113,16 @@ def test_a_step_that_fails_ends_the_job_with_its_status(tiny, tmp_path, capfd):
     assert "start again to go on from there" in capfd.readouterr().out
 
 
+def test_two_in_one_folder_are_refused(tiny, tmp_path):
+    at_work = Quickstart(tiny.model, tiny.text, tmp_path / "out", 1.0)
+    with at_work.working(), pytest.raises(RecipeError, match="out is being written by another process"):
+        Quickstart(tiny.model, tiny.text, tmp_path / "out", 1.0).run()
+
+
 @pytest.mark.parametrize("flags", [[], ["--debug"]])
 def test_debug_is_passed_on(flags, tiny, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr("subprocess.run", lambda command, **_: started.append(command) or CompletedProcess(command, 2))
+    monkeypatch.setattr("recipes.common.chain.run_to_its_end", lambda command, *_: started.append(command) or 2)
     CliRunner().invoke(cli.app(main), ["--model", str(tiny.model), "--data", str(tiny.text), "--out", str(tmp_path / "out"), *flags])
     assert started and all(("--debug" in command) == bool(flags) for command in started)
 
