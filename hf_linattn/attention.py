@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .architectures import missing_parameters
 from .cache import LinearStateLayer, take
-from .calls import refuse_unknown_calls, warn_about_dropped
+from .calls import STATE_FOR_KEYS, refuse_unknown_calls, warn_about_dropped
 from .config import NAME, LinAttnConfig
 from .forms import Call, Form, LinAttnParams, Numbers
 from .packing import segment_ids, sequence_starts
@@ -61,6 +61,8 @@ def linattn_attention(
     is_causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     length = query.shape[2]
     if keeps_softmax(module, options):
+        if layer is not None:
+            raise ValueError(STATE_FOR_KEYS)
         made = made_pattern(attention_mask, length)
         starts = None if made is None else sequence_starts(made.real, position_ids, cu_seq_lens_q, length)
         if made is not None and is_packed(attention_mask):

@@ -26,6 +26,11 @@ KEEPS_KEYS = (
     "and linear attention has no place for them: train with LoRA or prompt tuning instead."
 )
 """What to do about a cache of keys and values."""
+KEYS_FOR_STATE = "The cache was made for another model: it keeps keys and values where a layer of this one is linear."
+STATE_FOR_KEYS = (
+    "The cache was made for another model: it keeps a state where a layer of this one is softmax (linattn option softmax_layers). "
+    "Make it from the model's config, DynamicCache(config=model.config)."
+)
 OTHER_STATES = {"encoder_hidden_states", "encoder_states", "key_value_states", "cross_attention_states", "context", "key", "value"}
 
 

@@ -2,6 +2,8 @@
 
 At the first tokens no layer could tell: what such a cache returns are the keys of these tokens, as without a cache. Transformers asks one
 function, `masking_utils._preprocess_mask_arguments`, how long a cache is for each mask that it makes; wrapped, it looks at the cache too.
+A model that makes no mask, and one inside a graph of torch.compile, have nobody who looks: their first call is right all the same, and
+the layers refuse the second one, see `calls`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from transformers import EncoderDecoderCache, PreTrainedConfig, masking_utils
 from transformers.cache_utils import Cache
 
 from .cache import MIXED, LinearStateLayer, get_layer_types_and_kwargs
-from .calls import KEEPS_KEYS
+from .calls import KEEPS_KEYS, KEYS_FOR_STATE, STATE_FOR_KEYS
 from .config import NAME
 
 _OF_ONE_MODEL = "transformers.models."
@@ -23,12 +25,18 @@ _preprocess: Any = masking_utils._preprocess_mask_arguments
 
 
 def refuse_kept_keys(config: PreTrainedConfig, cache: Cache) -> None:
-    """Raises ValueError where layers of a model with `config` are linear, and `cache` was made without it and has a state for none."""
-    if any(isinstance(layer, LinearStateLayer) for layer in cache.layers):
+    """Raises ValueError where layers of a model with `config` are linear, and `cache` was made without it and has a state for none, or was
+    made for a model others of whose layers are; of a cache that has seen tokens only the former is asked."""
+    has_state = [isinstance(layer, LinearStateLayer) for layer in cache.layers]
+    if (any(has_state) and cache.is_initialized) or type(cache).__module__.startswith(_OF_ONE_MODEL):
         return
-    if type(cache).__module__.startswith(_OF_ONE_MODEL) or not {NAME, MIXED} & set(get_layer_types_and_kwargs(config)[0]):
-        return
-    raise ValueError(f"Linear attention was given a {type(cache).__name__} without states: the cache keeps keys and values. {KEEPS_KEYS}")
+    is_linear = [kind in (NAME, MIXED) for kind in get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]]
+    if any(is_linear) and not any(has_state):
+        name = type(cache).__name__
+        raise ValueError(f"Linear attention was given a {name} without states: the cache keeps keys and values. {KEEPS_KEYS}")
+    other = next((layer for layer, (kept, linear) in enumerate(zip(has_state, is_linear, strict=False)) if kept != linear), None)
+    if other is not None:
+        raise ValueError(STATE_FOR_KEYS if has_state[other] else f"{KEYS_FOR_STATE} {KEEPS_KEYS}")
 
 
 def _preprocess_mask_arguments(

@@ -15,6 +15,7 @@ from transformers import (
     DynamicCache,
     GPTJConfig,
     PreTrainedModel,
+    StaticCache,
     T5Config,
     T5EncoderModel,
 )
@@ -47,6 +48,35 @@ def test_a_cache_without_the_models_config(converted, how):
     own = DynamicCache(config=model.config)
     model(ids, past_key_values=own)
     assert own.get_seq_length() == ids.shape[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [1, 10])
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize(("ours", "theirs"), [([1], []), ([], [1]), ([0, 2], [1]), ([0, 1, 2], [0])])
+def test_a_cache_of_a_model_with_other_softmax_layers(ours, theirs, kind, tokens):
+    """Whose layers of softmax would see the new tokens alone, and whose linear ones would be given all keys."""
+    model, other = (tiny_model("llama", softmax_layers=layers) for layers in (ours, theirs))
+    options, ids = {} if kind is DynamicCache else {"max_cache_len": 32}, tiny_tokens()
+    of_another = "(keeps a state where a layer of this one is softmax|keeps keys and values).*DynamicCache"
+    with pytest.raises(ValueError, match=of_another):
+        model(ids[:, :tokens], past_key_values=kind(config=other.config, **options))
+    filled = kind(config=other.config, **options)
+    other(ids[:, :tokens], past_key_values=filled)
+    with pytest.raises(ValueError, match=of_another):
+        model(ids[:, tokens : tokens + 1], past_key_values=filled)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ours", [[1], []])
+def test_in_a_compiled_graph_a_cache_of_another_model_is_refused_at_the_second_call(ours):
+    model, ids = tiny_model("llama", softmax_layers=ours), tiny_tokens()
+    cache = DynamicCache(config=tiny_model("llama", softmax_layers=[0]).config)
+    torch._dynamo.reset()
+    step = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match="keeps a state where a layer of this one is softmax|keeps keys and values"):
+        for token in ids[:, :3].split(1, 1):
+            step(token, past_key_values=cache)
 
 
 @torch.no_grad()
