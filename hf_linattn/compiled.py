@@ -55,6 +55,7 @@ class Watched:
     def __init__(self, backend: Callable[..., Any]) -> None:
         self.backend, self.compiled, self.joins = backend, 0, False
         self.captured: list[captured.Captured] = []
+        self.__name__ = getattr(backend, "compiler_name", type(self).__name__)  # after its own PyTorch drops what forbids `swap_tensors`
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         self.compiled += 1

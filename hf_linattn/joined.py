@@ -75,6 +75,7 @@ def _copy(graph: GraphModule) -> GraphModule:
     out: Any = nodes.graph_copy(graph.graph, known, return_output_node=True)
     nodes.output(out[0]).meta.update(out[1].meta)
     for node in graph.graph.find_nodes(op="placeholder"):
+        known[node].meta.pop("grapharg", None)  # a reference to a parameter, which nobody could swap then; Dynamo drops its own at the end
         if hasattr(node, "_dynamo_source"):
             known[node]._dynamo_source = node._dynamo_source  # type: ignore[attr-defined]
     changed = GraphModule(graph, nodes)

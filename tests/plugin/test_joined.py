@@ -117,6 +117,17 @@ def test_weights_that_are_held_elsewhere_are_read_where_they_are(products):
     assert projection.weight.data_ptr() == held.data_ptr() and len(products) == 1
 
 
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "invalidate_compile_context_weakrefs"), reason="torch.compile of 2.11 forbids it")
+def test_tensors_may_be_swapped(products):
+    model, ids = converted(decay="head"), tiny_tokens()
+    cache = generate_compiled(model, ids, return_dict_in_generate=True).past_key_values
+    for parameter in model.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(parameter.detach() * -0.75))
+    out, expected = generate_compiled(model, ids, **SCORES), generate(model, ids, **TOKENS, **SCORES)
+    assert torch.equal(out.sequences, expected.sequences) and cache.get_seq_length() > ids.shape[1]
+    torch.testing.assert_close(torch.stack(out.scores), torch.stack(expected.scores))
+
+
 def test_parameters_are_what_they_were(products, tmp_path):
     model = converted(decay="head")
     before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
