@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -329,7 +330,8 @@ def test_what_another_process_is_writing_is_left_to_it(name: str, home: Path, mo
         aside.rename(live)
         (live / "half").write_text("a half")
         held = files.hold(place)
-        assert "is being written by process" in refused(name, f"out-{name}", home, "--overwrite")
+        told = refused(name, f"out-{name}", home, "--overwrite")
+        assert re.search(r"is being written by (process \d+ on .+|another process); wait until it ends", told)
         held.release()
         live.rename(aside)
 
