@@ -25,8 +25,8 @@ _ROOT = Path(__file__).parents[__name__.count(".")]
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 _SPINS = "1000"
 """How often a thread of GNU's OpenMP looks for its next work before it sleeps. By its own default it looks 300 times as often, as if it had
-a core to itself: the quickstart's step by two threads beside two other processes took 2.2 to 2.8 s, and at worst 31; with this 1.0 to 1.4,
-as by one thread. With both cores to itself it took 0.27, and 0.30 with this."""
+a core to itself: on two cores beside two busy processes a step of the quickstart by two threads took 2.2 to 2.8 s (beside more of them up
+to 31), with this 1.0 to 1.4, as by one thread. With both cores to itself it took 0.27, and 0.30 with this."""
 
 
 class Chain:
