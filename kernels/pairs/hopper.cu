@@ -2,6 +2,7 @@
 // Pairs of tokens by wgmma: two warpgroups a block, 64 queries each. Every pair; or those of a chunk, what lies before it being in a state,
 // against which a query's features q_a q_b, made in registers, are multiplied.
 #include "pairs/hopper.cuh"
+#include "pairs/key_tiles.cuh"
 
 namespace linattn_pairs {
 namespace {
@@ -141,98 +142,6 @@ template <typename T, int D, typename Rows> __device__ __forceinline__ void add_
   rows.bring_near_one(scale);
 }
 
-// The gates of a tile of keys, by a warp, two tokens a lane. head: of the states, counted over the batch.
-struct TwoKeys {
-  RateReader keys;
-  int64_t first;  // of the tile
-  double edge, sum[2];
-  int32_t run[2];
-
-  __device__ __forceinline__ TwoKeys(const Arguments &args, int head, int64_t first, int lane)
-      : keys(args.gates, args.problem, false, head / args.problem.state_heads, head % args.problem.state_heads, min(first + kKeys, args.problem.length) - 1), first(first) {
-    const int64_t own = first + 2 * lane;
-    run[0] = keys.run_of(own), run[1] = keys.run_of(own + 1);
-    if (keys.decay) edge = keys.edge(), sum[0] = keys.sum_of(own), sum[1] = keys.sum_of(own + 1);
-  }
-  __device__ __forceinline__ void write(KeyGates &to, int lane) {
-    if (!keys.decay) {
-      const double each = keys.rate();
-      edge = each * static_cast<double>(keys.edge_token + 1);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) sum[i] = each * static_cast<double>(first + 2 * lane + i + 1);
-    }
-    const double level = floor(edge / kLevel);
-    int32_t lowest = INT32_MAX, highest = 0, gaps = 0;
-    float exponent[2], factor[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool real = first + 2 * lane + i < keys.length;
-      const double own = real ? sum[i] : edge, above = kLevel * level - own, whole = floor(above);
-      exponent[i] = static_cast<float>(edge - own);
-      factor[i] = run[i] ? exp2_fast(static_cast<float>(above - whole)) * exp2_fast(static_cast<float>(whole)) : 0.f;
-      if (run[i]) lowest = min(lowest, run[i]), highest = max(highest, run[i]);
-      else gaps |= real ? HOLES : BEHIND;
-    }
-    reinterpret_cast<float2 *>(to.exponent)[lane] = make_float2(exponent[0], exponent[1]);
-    reinterpret_cast<int2 *>(to.run)[lane] = make_int2(run[0], run[1]);
-    to.scale_and_factor[lane][1] = make_float2(factor[0], factor[1]);
-    lowest = __reduce_min_sync(0xffffffffu, lowest), highest = __reduce_max_sync(0xffffffffu, highest);
-    gaps = (__any_sync(0xffffffffu, gaps & HOLES) ? HOLES : 0) | (__any_sync(0xffffffffu, gaps & BEHIND) ? BEHIND : 0);
-    if (lane == 0) to.edge = edge, to.unused = 0.0, to.told = make_int4(static_cast<int32_t>(level), gaps, lowest, highest);
-  }
-};
-
-// The sums of a decay a token up to a tile's tokens, by a block, which adds up all before them itself. head: of the states, counted over the batch.
-__device__ __forceinline__ void sum_decay(const Arguments &args, int head, int64_t first) {
-  __shared__ double parts[kGroupThreads / 32];
-  const linattn_problem &p = args.problem;
-  const int thread = threadIdx.x;
-  const float *const log_decay = p.log_decay + static_cast<int64_t>(head) * p.length;
-  double before = 0;
-#pragma unroll 4
-  for (int64_t token = thread; token < first; token += kGroupThreads) before += real_decay(log_decay[token]);
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) before += __shfl_xor_sync(0xffffffffu, before, step);
-  if (thread % 32 == 0) parts[thread / 32] = before;
-  __syncthreads();
-  if (thread < 32) {
-    const int64_t token = first + 2 * thread;
-    const double one = token < p.length ? real_decay(log_decay[token]) : 0.0, two = one + (token + 1 < p.length ? real_decay(log_decay[token + 1]) : 0.0);
-    double sum = two;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const double other = __shfl_up_sync(0xffffffffu, sum, step);
-      if (thread >= step) sum += other;
-    }
-    sum -= two;
-#pragma unroll
-    for (int warp = 0; warp < kGroupThreads / 32; ++warp) sum += parts[warp];
-    double *const decay = args.gates.decay + static_cast<int64_t>(head) * p.length;
-    if (token < p.length) decay[token] = kLog2E * (sum + one);
-    if (token + 1 < p.length) decay[token + 1] = kLog2E * (sum + two);
-  }
-  __syncthreads();
-}
-
-// What there is to know of a tile of keys, by a block: their scales, and the gates of all states that they enter.
-template <typename T, bool SUMS_DECAY> __global__ void key_tile_kernel(const __grid_constant__ Arguments args, bool has_scales) {
-  let_next_begin();
-  const linattn_problem &p = args.problem;
-  const int tiles = static_cast<int>(args.padded / kKeys), head = blockIdx.x / tiles, tile = blockIdx.x - head * tiles, states = p.state_heads / p.key_heads, thread = threadIdx.x;
-  const int64_t first = static_cast<int64_t>(tile) * kKeys;
-  KeyGates *const gates = args.key_gates + static_cast<int64_t>(head) * states * tiles + tile;
-  if constexpr (SUMS_DECAY)
-    for (int state = 0; state < states; ++state) sum_decay(args, head * states + state, first);
-  const int warp = thread / 32, lane = thread % 32, key = thread / 4;
-  TwoKeys two(args, head * states + min(warp, states - 1), first, lane);  // on its way beside the keys
-  const float scale = has_scales ? args.key_scale[head * args.padded + first + key] : key_scale_of<T>(p, head, first + key);
-  if (warp < states) two.write(gates[static_cast<int64_t>(warp) * tiles], lane);
-  for (int state = warp + kGroupThreads / 32; state < states; state += kGroupThreads / 32)
-    TwoKeys(args, head * states + state, first, lane).write(gates[static_cast<int64_t>(state) * tiles], lane);
-  if (thread % 4 != 0) return;
-  for (int state = 0; state < states; ++state) reinterpret_cast<float *>(&gates[static_cast<int64_t>(state) * tiles].scale_and_factor[key / 2][0])[key % 2] = scale;
-}
-
 template <typename T, int K, int V, Gates GATES, bool STATE>
 __global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args, const __grid_constant__ KeyMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -305,7 +214,7 @@ template <typename T, int K, int V, Gates GATES, bool STATE = false> cudaError_t
     output<<<blocks, kGroupThreads, kShared, stream>>>(args, maps);
     return cudaPeekAtLastError();
   } else {
-    const auto of_tiles = hopper_sums_decay(args) ? key_tile_kernel<T, true> : key_tile_kernel<T, false>;
+    const auto of_tiles = hopper_sums_decay(args) ? key_tile_kernel<T, K, true> : key_tile_kernel<T, K, false>;
     of_tiles<<<static_cast<int>(p.batch * p.key_heads * (args.padded / kKeys)), kGroupThreads, 0, stream>>>(args, !hopper_makes_scales(args));
     if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
     return launch_early(output, blocks, kGroupThreads, kShared, stream, args, maps);

@@ -1,0 +1,149 @@
+// What there is to know of a tile of keys, made ahead of the output: their scales, and the gates of all states that they enter.
+#pragma once
+#include "pairs/key_stream.cuh"
+
+namespace linattn_pairs {
+
+constexpr int kTileWarps = kGroupThreads / 32;
+
+// A key, by four lanes side by side, which all get its scale. It is on its way as soon as this is made.
+template <typename T, int K> struct KeyRow {
+  static constexpr int EACH = (K / 8 + 3) / 4;
+  uint4 pieces[EACH];
+  __device__ __forceinline__ KeyRow(const linattn_problem &p, int head, int64_t token) {
+    const T *const row = head_of<const T>(p.key, head / p.key_heads, head % p.key_heads) + token * p.key.token_stride;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int piece = static_cast<int>(threadIdx.x % 4) + 4 * i;
+      pieces[i] = token < p.length && piece < p.head_dim / 8 ? *reinterpret_cast<const uint4 *>(row + piece * 8) : make_uint4(0, 0, 0, 0);
+    }
+  }
+  __device__ __forceinline__ float scale() const {
+    float square = 0.f;
+#pragma unroll
+    for (const uint4 &eight : pieces)
+      for (const uint32_t two : {eight.x, eight.y, eight.z, eight.w}) {
+        const float low = Element<T>::low(two), high = Element<T>::high(two);
+        square += low * low + high * high;
+      }
+    return inverse_norm(over_place(square));
+  }
+};
+
+// The sum of a decay a token over the tokens before a tile, a thread's part: all of them are asked for at once.
+__device__ __forceinline__ double decay_before(const float *log_decay, int64_t first) {
+  constexpr int EACH = kSummedByTiles / kGroupThreads;
+  float own[EACH];
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) {
+    const int64_t token = static_cast<int64_t>(threadIdx.x) + i * kGroupThreads;
+    own[i] = token < first ? log_decay[token] : 0.f;
+  }
+  double sum = 0;
+#pragma unroll
+  for (int i = 0; i < EACH; ++i) sum += real_decay(own[i]);
+  return sum;
+}
+
+// The gates of a tile of keys, by a warp, two tokens a lane. head: of the states, counted over the batch.
+template <bool SUMS_DECAY> struct TwoKeys {
+  const RateReader keys;
+  const int64_t first, head;  // first: of the tile
+  double edge, sum[2];
+  float log_decay[2];  // where it is summed here
+  int32_t run[2];
+
+  __device__ __forceinline__ TwoKeys(const Arguments &args, int head, int64_t first, int lane)
+      : keys(args.gates, args.problem, false, head / args.problem.state_heads, head % args.problem.state_heads, min(first + kKeys, args.problem.length) - 1), first(first),
+        head(head) {
+    const int64_t own = first + 2 * lane;
+    run[0] = keys.run_of(own), run[1] = keys.run_of(own + 1);
+    if constexpr (SUMS_DECAY) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) log_decay[i] = own + i < keys.length ? args.problem.log_decay[head * keys.length + own + i] : 0.f;
+    } else if (keys.decay) {
+      edge = keys.edge(), sum[0] = keys.sum_of(own), sum[1] = keys.sum_of(own + 1);
+    }
+  }
+  // The decay's sums up to the tile's tokens, which are written down for queries. before: of all tokens before, in parts.
+  __device__ __forceinline__ void add_up(const Arguments &args, const double (&before)[kTileWarps], int lane) {
+    const double one = real_decay(log_decay[0]), two = one + real_decay(log_decay[1]);
+    double total = two;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const double other = __shfl_up_sync(0xffffffffu, total, step);
+      if (lane >= step) total += other;
+    }
+    total -= two;
+#pragma unroll
+    for (const double part : before) total += part;
+    sum[0] = kLog2E * (total + one), sum[1] = kLog2E * (total + two);
+    double *const decay = args.gates.decay + head * keys.length + first;
+    const int last = static_cast<int>(keys.edge_token - first);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      if (2 * lane + i <= last) decay[2 * lane + i] = sum[i];
+    edge = __shfl_sync(0xffffffffu, last % 2 ? sum[1] : sum[0], last / 2);
+  }
+  __device__ __forceinline__ void write(KeyGates &to, int lane) {
+    if (!keys.decay) {
+      const double each = keys.rate();
+      edge = each * static_cast<double>(keys.edge_token + 1);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) sum[i] = each * static_cast<double>(first + 2 * lane + i + 1);
+    }
+    const double level = floor(edge / kLevel);
+    int32_t lowest = INT32_MAX, highest = 0, gaps = 0;
+    float exponent[2], factor[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool real = first + 2 * lane + i < keys.length;
+      const double own = real ? sum[i] : edge, above = kLevel * level - own, whole = floor(above);
+      exponent[i] = static_cast<float>(edge - own);
+      factor[i] = run[i] ? exp2_fast(static_cast<float>(above - whole)) * exp2_fast(static_cast<float>(whole)) : 0.f;
+      if (run[i]) lowest = min(lowest, run[i]), highest = max(highest, run[i]);
+      else gaps |= real ? HOLES : BEHIND;
+    }
+    reinterpret_cast<float2 *>(to.exponent)[lane] = make_float2(exponent[0], exponent[1]);
+    reinterpret_cast<int2 *>(to.run)[lane] = make_int2(run[0], run[1]);
+    to.scale_and_factor[lane][1] = make_float2(factor[0], factor[1]);
+    lowest = __reduce_min_sync(0xffffffffu, lowest), highest = __reduce_max_sync(0xffffffffu, highest);
+    gaps = (__any_sync(0xffffffffu, gaps & HOLES) ? HOLES : 0) | (__any_sync(0xffffffffu, gaps & BEHIND) ? BEHIND : 0);
+    if (lane == 0) to.edge = edge, to.unused = 0.0, to.told = make_int4(static_cast<int32_t>(level), gaps, lowest, highest);
+  }
+};
+
+// A block a tile. Everything is asked for before any of it is waited for; a warp makes the gates of a state, where there are more of these than warps of several.
+template <typename T, int K, bool SUMS_DECAY> __global__ void __launch_bounds__(kGroupThreads) key_tile_kernel(const __grid_constant__ Arguments args, bool has_scales) {
+  __shared__ double before[kTileWarps][kTileWarps];  // of a state, by each warp
+  let_next_begin();
+  const linattn_problem &p = args.problem;
+  const int tiles = static_cast<int>(args.padded / kKeys), head = blockIdx.x / tiles, tile = blockIdx.x - head * tiles, states = p.state_heads / p.key_heads, thread = threadIdx.x;
+  const int warp = thread / 32, lane = thread % 32, key = thread / 4;
+  const int64_t first = static_cast<int64_t>(tile) * kKeys;
+  KeyGates *const gates = args.key_gates + static_cast<int64_t>(head) * states * tiles + tile;
+  const auto gates_of = [&](int state) -> KeyGates & { return gates[static_cast<int64_t>(state) * tiles]; };
+
+  const KeyRow<T, K> row(p, head, first + key);
+  for (int some = 0; some < states; some += kTileWarps) {
+    TwoKeys<SUMS_DECAY> two(args, head * states + min(some + warp, states - 1), first, lane);
+    if constexpr (SUMS_DECAY) {
+      if (some > 0) __syncthreads();  // all have read what is overwritten
+      for (int state = some; state < min(some + kTileWarps, states); ++state) {
+        double sum = decay_before(p.log_decay + static_cast<int64_t>(head * states + state) * p.length, first);
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        if (lane == 0) before[state - some][warp] = sum;
+      }
+      __syncthreads();
+      if (some + warp < states) two.add_up(args, before[warp], lane);
+    }
+    if (some + warp < states) two.write(gates_of(some + warp), lane);
+  }
+
+  const float scale = has_scales ? args.key_scale[head * args.padded + first + key] : p.normalize_qk ? row.scale() : 1.f;
+  if (thread % 4 != 0) return;
+  for (int state = 0; state < states; ++state) reinterpret_cast<float *>(&gates_of(state).scale_and_factor[key / 2][0])[key % 2] = scale;
+}
+
+}  // namespace linattn_pairs
