@@ -4,7 +4,7 @@
 
 namespace linattn_pairs {
 
-constexpr int kTileWarps = kGroupThreads / 32;
+constexpr int kTileWarps = kGroupThreads / 32, kTileBlocks = 6;  // blocks: of a multiprocessor
 
 // A key, by four lanes side by side, which all get its scale. It is on its way as soon as this is made.
 template <typename T, int K> struct KeyRow {
@@ -48,14 +48,13 @@ __device__ __forceinline__ double decay_before(const float *log_decay, int64_t f
 // The gates of a tile of keys, by a warp, two tokens a lane. head: of the states, counted over the batch.
 template <bool SUMS_DECAY> struct TwoKeys {
   const RateReader keys;
-  const int64_t first, head;  // first: of the tile
+  const int64_t first;  // of the tile
   double edge, sum[2];
   float log_decay[2];  // where it is summed here
   int32_t run[2];
 
   __device__ __forceinline__ TwoKeys(const Arguments &args, int head, int64_t first, int lane)
-      : keys(args.gates, args.problem, false, head / args.problem.state_heads, head % args.problem.state_heads, min(first + kKeys, args.problem.length) - 1), first(first),
-        head(head) {
+      : keys(args.gates, args.problem, false, head / args.problem.state_heads, head % args.problem.state_heads, min(first + kKeys, args.problem.length) - 1), first(first) {
     const int64_t own = first + 2 * lane;
     run[0] = keys.run_of(own), run[1] = keys.run_of(own + 1);
     if constexpr (SUMS_DECAY) {
@@ -65,8 +64,8 @@ template <bool SUMS_DECAY> struct TwoKeys {
       edge = keys.edge(), sum[0] = keys.sum_of(own), sum[1] = keys.sum_of(own + 1);
     }
   }
-  // The decay's sums up to the tile's tokens, which are written down for queries. before: of all tokens before, in parts.
-  __device__ __forceinline__ void add_up(const Arguments &args, const double (&before)[kTileWarps], int lane) {
+  // The decay's sums up to the tile's tokens, written down for queries. before: of all tokens before, in parts.
+  __device__ __forceinline__ void add_up(const double (&before)[kTileWarps], double *decay, int lane) {
     const double one = real_decay(log_decay[0]), two = one + real_decay(log_decay[1]);
     double total = two;
 #pragma unroll
@@ -78,7 +77,6 @@ template <bool SUMS_DECAY> struct TwoKeys {
 #pragma unroll
     for (const double part : before) total += part;
     sum[0] = kLog2E * (total + one), sum[1] = kLog2E * (total + two);
-    double *const decay = args.gates.decay + head * keys.length + first;
     const int last = static_cast<int>(keys.edge_token - first);
 #pragma unroll
     for (int i = 0; i < 2; ++i)
@@ -113,37 +111,41 @@ template <bool SUMS_DECAY> struct TwoKeys {
   }
 };
 
-// A block a tile. Everything is asked for before any of it is waited for; a warp makes the gates of a state, where there are more of these than warps of several.
-template <typename T, int K, bool SUMS_DECAY> __global__ void __launch_bounds__(kGroupThreads) key_tile_kernel(const __grid_constant__ Arguments args, bool has_scales) {
+// A block has a tile, and of the states that it enters as many as warps, each of which makes the gates of one. All that is read is asked for before any of it is waited for.
+inline int key_tile_blocks(const Arguments &args) {
+  const int states = args.problem.state_heads / args.problem.key_heads;
+  return static_cast<int>(args.problem.batch * args.problem.key_heads * (args.padded / kKeys)) * ((states + kTileWarps - 1) / kTileWarps);
+}
+template <typename T, int K, bool SUMS_DECAY> __global__ void __launch_bounds__(kGroupThreads, kTileBlocks)
+    key_tile_kernel(const __grid_constant__ Arguments args, bool has_scales) {
   __shared__ double before[kTileWarps][kTileWarps];  // of a state, by each warp
   let_next_begin();
   const linattn_problem &p = args.problem;
-  const int tiles = static_cast<int>(args.padded / kKeys), head = blockIdx.x / tiles, tile = blockIdx.x - head * tiles, states = p.state_heads / p.key_heads, thread = threadIdx.x;
-  const int warp = thread / 32, lane = thread % 32, key = thread / 4;
+  const int tiles = static_cast<int>(args.padded / kKeys), number = blockIdx.x / tiles, tile = blockIdx.x - number * tiles;
+  const int all_states = p.state_heads / p.key_heads, groups = (all_states + kTileWarps - 1) / kTileWarps, head = number / groups,
+            first_state = kTileWarps * (number - head * groups);
+  const int states = min(all_states - first_state, kTileWarps), state_head = head * all_states + first_state;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, key = thread / 4;
   const int64_t first = static_cast<int64_t>(tile) * kKeys;
-  KeyGates *const gates = args.key_gates + static_cast<int64_t>(head) * states * tiles + tile;
-  const auto gates_of = [&](int state) -> KeyGates & { return gates[static_cast<int64_t>(state) * tiles]; };
+  KeyGates *const gates = args.key_gates + static_cast<int64_t>(state_head) * tiles + tile;  // of a state; those of the next one lie `tiles` behind
 
   const KeyRow<T, K> row(p, head, first + key);
-  for (int some = 0; some < states; some += kTileWarps) {
-    TwoKeys<SUMS_DECAY> two(args, head * states + min(some + warp, states - 1), first, lane);
-    if constexpr (SUMS_DECAY) {
-      if (some > 0) __syncthreads();  // all have read what is overwritten
-      for (int state = some; state < min(some + kTileWarps, states); ++state) {
-        double sum = decay_before(p.log_decay + static_cast<int64_t>(head * states + state) * p.length, first);
+  TwoKeys<SUMS_DECAY> two(args, state_head + min(warp, states - 1), first, lane);
+  if constexpr (SUMS_DECAY) {
+    for (int state = 0; state < states; ++state) {
+      double sum = decay_before(p.log_decay + static_cast<int64_t>(state_head + state) * p.length, first);
 #pragma unroll
-        for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-        if (lane == 0) before[state - some][warp] = sum;
-      }
-      __syncthreads();
-      if (some + warp < states) two.add_up(args, before[warp], lane);
+      for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      if (lane == 0) before[state][warp] = sum;
     }
-    if (some + warp < states) two.write(gates_of(some + warp), lane);
+    __syncthreads();
   }
-
   const float scale = has_scales ? args.key_scale[head * args.padded + first + key] : p.normalize_qk ? row.scale() : 1.f;
-  if (thread % 4 != 0) return;
-  for (int state = 0; state < states; ++state) reinterpret_cast<float *>(&gates_of(state).scale_and_factor[key / 2][0])[key % 2] = scale;
+  if (thread % 4 == 0)
+    for (int state = 0; state < states; ++state) reinterpret_cast<float *>(&gates[static_cast<int64_t>(state) * tiles].scale_and_factor[key / 2][0])[key % 2] = scale;
+  if (warp >= states) return;
+  if constexpr (SUMS_DECAY) two.add_up(before[warp], args.gates.decay + (state_head + warp) * p.length + first, lane);
+  two.write(gates[static_cast<int64_t>(warp) * tiles], lane);
 }
 
 }  // namespace linattn_pairs
