@@ -1,6 +1,6 @@
 // architectures: sm_80 compute_80 sm_90
 // What kernels are told of packed sequences and padding: runs of tokens, made of a caller's numbers of segments, and a decay that is 0 at padding.
-// What they say is that of hf_linattn/ops/segments.py and decay.py, a launch each.
+// What they say is that of hf_linattn/ops/segments.py and decay.py; both together are one launch.
 #include <cuda_runtime.h>
 
 #include "runs.h"
@@ -40,10 +40,13 @@ __device__ int32_t highest_before(int32_t x) {
   return x;
 }
 
+__host__ __device__ inline int blocks_of(int64_t length, int tokens) { return static_cast<int>((length + tokens - 1) / tokens); }
+
 // A block has kTokens of a row, and looks itself for what it has to know of the others: the highest number before them, and where there is none, and they begin with
 // padding, the lowest behind. A row is seldom longer than a block has tokens.
-template <typename T> __global__ void __launch_bounds__(kThreads) runs_kernel(const __grid_constant__ linattn_segments from, int blocks, int32_t *runs) {
-  const int64_t row = blockIdx.x / blocks, begin = static_cast<int64_t>(blockIdx.x % blocks) * kTokens, first = begin + threadIdx.x * kEach, length = from.length;
+template <typename T> __device__ void make_runs(const linattn_segments &from, int block, int32_t *runs) {
+  const int blocks = blocks_of(from.length, kTokens);
+  const int64_t row = block / blocks, begin = static_cast<int64_t>(block % blocks) * kTokens, first = begin + threadIdx.x * kEach, length = from.length;
   const T *const ids = static_cast<const T *>(from.ids) + row * from.row_stride;
   const auto id_of = [&](int64_t token) { return static_cast<int32_t>(ids[token * from.token_stride]); };
   const auto lower = [](int32_t x, int32_t y) { return min(x, y); };
@@ -74,13 +77,26 @@ template <typename T> __global__ void __launch_bounds__(kThreads) runs_kernel(co
   }
 }
 
-// A block has kThreads tokens of a head.
-__global__ void __launch_bounds__(kThreads) decay_at_tokens_kernel(const __grid_constant__ linattn_decay decay, const int32_t *runs, int blocks, float *result) {
-  const int64_t number = blockIdx.x / blocks, batch = number / decay.heads, head = number % decay.heads;
-  const int64_t token = static_cast<int64_t>(blockIdx.x % blocks) * kThreads + threadIdx.x;
+// A block has kThreads tokens of a head. Id: of runs, or of the segments that they are made of.
+template <typename Id> __device__ void leave_padding_out(const linattn_decay &decay, const Id *ids, int64_t row_stride, int64_t token_stride, int block, float *result) {
+  const int blocks = blocks_of(decay.length, kThreads);
+  const int64_t number = block / blocks, batch = number / decay.heads, head = number % decay.heads, token = static_cast<int64_t>(block % blocks) * kThreads + threadIdx.x;
   if (token >= decay.length) return;
-  const float *const from = decay.log_decay + batch * decay.batch_stride + head * decay.head_stride;
-  result[number * decay.length + token] = runs[batch * decay.length + token] > 0 ? from[token * decay.token_stride] : 0.f;
+  const float own = decay.log_decay[batch * decay.batch_stride + head * decay.head_stride + token * decay.token_stride];
+  result[number * decay.length + token] = static_cast<int32_t>(ids[batch * row_stride + token * token_stride]) > 0 ? own : 0.f;
+}
+
+// The first blocks make runs, those behind them leave padding out of a decay, which needs no run.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    runs_kernel(const __grid_constant__ linattn_segments from, int blocks, const __grid_constant__ linattn_decay decay, int32_t *runs, float *result) {
+  const int block = blockIdx.x;
+  if (block < blocks) make_runs<T>(from, block, runs);
+  else leave_padding_out(decay, static_cast<const T *>(from.ids), from.row_stride, from.token_stride, block - blocks, result);
+}
+
+__global__ void __launch_bounds__(kThreads) decay_at_tokens_kernel(const __grid_constant__ linattn_decay decay, const int32_t *runs, float *result) {
+  leave_padding_out(decay, runs, decay.length, 1, blockIdx.x, result);
 }
 
 // A head's gradients at tokens, over the batch, by a block.
@@ -98,32 +114,33 @@ __global__ void __launch_bounds__(kThreads) sum_at_tokens_kernel(const float *gr
   result[blockIdx.x] = static_cast<float>(sum);
 }
 
-template <typename T> void launch_runs(const linattn_segments &from, int32_t *runs, cudaStream_t stream) {
-  const int blocks = static_cast<int>((from.length + kTokens - 1) / kTokens);
-  runs_kernel<T><<<static_cast<unsigned>(from.batch * blocks), kThreads, 0, stream>>>(from, blocks, runs);
+int decay_blocks(const linattn_decay &decay) { return decay.batch * decay.heads * blocks_of(decay.length, kThreads); }
+
+template <typename T> void launch_runs(const linattn_segments &from, const linattn_decay &decay, int32_t *runs, float *result, cudaStream_t stream) {
+  const int blocks = from.batch * blocks_of(from.length, kTokens), all = blocks + decay_blocks(decay);
+  runs_kernel<T><<<static_cast<unsigned>(all), kThreads, 0, stream>>>(from, blocks, decay, runs, result);
 }
 
 }  // namespace
 
 extern "C" {
 
-int linattn_runs(const linattn_segments *segments, int32_t *runs, void *stream) {
+int linattn_runs(const linattn_segments *segments, const linattn_decay *given, int32_t *runs, float *result, void *stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
+  const linattn_decay decay = given ? *given : linattn_decay{};
   switch (segments->dtype) {
-    case LINATTN_UINT8: launch_runs<uint8_t>(*segments, runs, on); break;
-    case LINATTN_INT8: launch_runs<int8_t>(*segments, runs, on); break;
-    case LINATTN_INT16: launch_runs<int16_t>(*segments, runs, on); break;
-    case LINATTN_INT32: launch_runs<int32_t>(*segments, runs, on); break;
-    case LINATTN_INT64: launch_runs<int64_t>(*segments, runs, on); break;
+    case LINATTN_UINT8: launch_runs<uint8_t>(*segments, decay, runs, result, on); break;
+    case LINATTN_INT8: launch_runs<int8_t>(*segments, decay, runs, result, on); break;
+    case LINATTN_INT16: launch_runs<int16_t>(*segments, decay, runs, result, on); break;
+    case LINATTN_INT32: launch_runs<int32_t>(*segments, decay, runs, result, on); break;
+    case LINATTN_INT64: launch_runs<int64_t>(*segments, decay, runs, result, on); break;
     default: return cudaErrorInvalidValue;
   }
   return cudaPeekAtLastError();
 }
 
 int linattn_decay_at_tokens(const linattn_decay *decay, const int32_t *runs, float *result, void *stream) {
-  const linattn_decay &from = *decay;
-  const int blocks = static_cast<int>((from.length + kThreads - 1) / kThreads);
-  decay_at_tokens_kernel<<<static_cast<unsigned>(from.batch * from.heads * blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(from, runs, blocks, result);
+  decay_at_tokens_kernel<<<static_cast<unsigned>(decay_blocks(*decay)), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(*decay, runs, result);
   return cudaPeekAtLastError();
 }
 

@@ -24,7 +24,8 @@ typedef struct {
 
 // Segments as query_segments and key_segments are to be: (batch, length) contiguous, |run| of at least 1 and never falling, negative for padding, which takes the
 // run that it lies in, or the first one of its row where it is ahead of all tokens.
-int linattn_runs(const linattn_segments *segments, int32_t *runs, void *stream);
+// Beside them, in the same launch, what linattn_decay_at_tokens gives of a decay, or null.
+int linattn_runs(const linattn_segments *segments, const linattn_decay *decay, int32_t *runs, float *result, void *stream);
 // A decay that is 0 at padding, (batch, heads, length) contiguous; and its gradient's sums over all tokens but padding, (heads).
 int linattn_decay_at_tokens(const linattn_decay *decay, const int32_t *runs, float *result, void *stream);
 int linattn_sum_at_tokens(const linattn_decay *gradient, const int32_t *runs, float *result, void *stream);

@@ -141,7 +141,7 @@ def load_library(path: Path = LIBRARY) -> tuple[ctypes.CDLL | None, str]:
             plan, run = getattr(library, f"linattn_plan_{name}"), getattr(library, f"linattn_{name}")
             plan.argtypes, plan.restype = [POINTER(problem), POINTER(results), POINTER(_Plan)], None
             run.argtypes = [c_void_p] * 3  # the same, or the same as bytes
-        library.linattn_runs.argtypes = [POINTER(_Segments), c_void_p, c_void_p]
+        library.linattn_runs.argtypes = [POINTER(_Segments), POINTER(_Decay), c_void_p, c_void_p, c_void_p]
         for name in ("decay_at_tokens", "sum_at_tokens"):
             getattr(library, f"linattn_{name}").argtypes = [POINTER(_Decay), c_void_p, c_void_p, c_void_p]
         library.linattn_engine_name.argtypes, library.linattn_engine_name.restype = [c_int], c_char_p

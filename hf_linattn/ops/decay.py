@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import checks, runs_cuda
 from .operators import reach_kernels
+from .segments import runs_of
 
 _library = torch.library.Library("linattn", "FRAGMENT")
 _library.define("decay_at_tokens(Tensor log_decay, Tensor runs) -> Tensor")
@@ -30,6 +31,34 @@ def without_padding(rate: Tensor, segments: Tensor) -> Tensor:
     kernel, each = _KERNELS[rate.device.type], rate.dim() == 3
     wants_gradient = torch.is_grad_enabled() and rate.requires_grad
     return _AtTokens.apply(kernel, _BACKWARD[rate.device.type], each, rate, segments) if wants_gradient else kernel(rate, segments)
+
+
+def runs_and_decay(segment_ids: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+    """`runs_of`, and `without_padding` of a rate beside them: one launch where nothing stands between the tensors and a kernel."""
+    is_straight = rate.is_cuda and reach_kernels("cuda", (segment_ids, rate))
+    if not (is_straight and runs_cuda.takes_segments(segment_ids) and runs_cuda.takes_decay(rate)):
+        segments = runs_of(segment_ids)
+        return segments, without_padding(rate, segments)
+    if torch.is_grad_enabled() and rate.requires_grad:
+        return _WithRuns.apply(rate, segment_ids)
+    return runs_cuda.runs_and_decay(segment_ids, rate)
+
+
+class _WithRuns(torch.autograd.Function):
+    """Both in one launch, and the derivative of the second."""
+
+    @staticmethod
+    def forward(ctx, rate: Tensor, segment_ids: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.each = rate.dim() == 3
+        segments, at_tokens = runs_cuda.runs_and_decay(segment_ids, rate)
+        ctx.save_for_backward(segments)
+        ctx.mark_non_differentiable(segments)
+        return segments, at_tokens
+
+    @staticmethod
+    def backward(ctx, _, grad):
+        checks.check_first_derivative()
+        return _compiled_gradient(grad, *ctx.saved_tensors, ctx.each), None
 
 
 class _AtTokens(torch.autograd.Function):

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from . import checks
 from .call import Call, Forward
-from .decay import canonical_decay, without_padding
+from .decay import canonical_decay, runs_and_decay
 from .features import feature_count
 from .operators import forward, noise_like
 from .reference import reference
-from .segments import canonical_segments, reversed_segments
+from .segments import check_segments, reversed_segments, runs_of
 from .weights import Coefficient, coefficients_of, degree_of
 
 
@@ -144,12 +144,14 @@ def _by_pairs(query: Tensor, key: Tensor, value: Tensor, *coefficients: Coeffici
 def _canonical(query: Tensor, key: Tensor, value: Tensor, coefficients: Tensor, log_decay: Tensor | None, segment_ids: Tensor | None,
                initial_state: Tensor | None, degree: int, causal: bool, normalize_qk: bool) -> Call:  # fmt: skip
     """The operators' form of what a user gives, without noise; raises where the decay, the segments or the state do not fit."""
-    segments = None if segment_ids is None else canonical_segments(segment_ids, query.shape[0], key.shape[2])
-    if segments is not None:
-        checks.check_device("segment_ids", segments, query)
-    decay = None if log_decay is None else canonical_decay(log_decay, query, key)
-    if decay is not None and segments is not None:
-        decay = without_padding(decay, segments)
+    if segment_ids is not None:
+        check_segments(segment_ids, query.shape[0], key.shape[2])
+        checks.check_device("segment_ids", segment_ids, query)
+    segments, decay = None, None if log_decay is None else canonical_decay(log_decay, query, key)
+    if segment_ids is not None and decay is not None:
+        segments, decay = runs_and_decay(segment_ids, decay)
+    elif segment_ids is not None:
+        segments = runs_of(segment_ids)
     if segments is not None and not causal and key.shape[2] != query.shape[2]:
         raise ValueError(f"segment_ids need as many keys as queries, but there are {key.shape[2]} and {query.shape[2]}.")
     call = Call(query, key, value, coefficients, decay, segments, segments, initial_state, None, None, degree, causal, normalize_qk)

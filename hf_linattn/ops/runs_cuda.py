@@ -1,8 +1,9 @@
-"""Packed sequences and padding by the kernels of `kernels/runs.cu`, a launch each."""
+"""Packed sequences and padding by the kernels of `kernels/runs.cu`."""
 
 from __future__ import annotations
 
 from ctypes import byref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,19 +29,24 @@ def _runs_here(x: Tensor) -> bool:
 
 def runs(segment_ids: Tensor) -> Tensor:
     """int32 (B, N), as `segments.canonical_segments` says."""
-    batch, length = segment_ids.shape
-    made = segment_ids.new_empty(batch, length, dtype=torch.int32)
-    given = cuda._Segments(segment_ids.data_ptr(), *segment_ids.stride(), length, batch, _INTEGERS[segment_ids.dtype])
-    _launch("runs", given, made, made)
+    made = segment_ids.new_empty(segment_ids.shape, dtype=torch.int32)
+    _launch("runs", made, byref(_segments(segment_ids)), None, made.data_ptr(), None)
     return made
+
+
+def runs_and_decay(segment_ids: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+    """`runs`, and `decay_at_tokens` of them, in one launch."""
+    made = segment_ids.new_empty(segment_ids.shape, dtype=torch.int32)
+    decay, at_tokens = _decay(log_decay, *segment_ids.shape)
+    _launch("runs", made, byref(_segments(segment_ids)), byref(decay), made.data_ptr(), at_tokens.data_ptr())
+    return made, at_tokens
 
 
 def decay_at_tokens(log_decay: Tensor, runs: Tensor) -> Tensor:
     """float32 (B, H, N) of float32 (H,) or (B, H, N): 0 at padding."""
-    batch, length = runs.shape
-    strides = (0, *log_decay.stride(), 0) if log_decay.dim() == 1 else log_decay.stride()
-    made = log_decay.new_empty(batch, log_decay.shape[-2 if log_decay.dim() == 3 else 0], length)
-    _launch("decay_at_tokens", cuda._Decay(log_decay.data_ptr(), *strides, length, batch, made.shape[1]), runs.contiguous(), made)
+    decay, made = _decay(log_decay, *runs.shape)
+    runs = runs.contiguous()
+    _launch("decay_at_tokens", made, byref(decay), runs.data_ptr(), made.data_ptr())
     return made
 
 
@@ -48,13 +54,24 @@ def sum_at_tokens(gradient: Tensor, runs: Tensor) -> Tensor:
     """float32 (H,): the sums of float32 (B, H, N) over all tokens but padding."""
     gradient = gradient.contiguous()
     batch, heads, length = gradient.shape
-    made = gradient.new_empty(heads)
-    _launch("sum_at_tokens", cuda._Decay(gradient.data_ptr(), *gradient.stride(), length, batch, heads), runs.contiguous(), made)
+    made, runs = gradient.new_empty(heads), runs.contiguous()
+    given = cuda._Decay(gradient.data_ptr(), *gradient.stride(), length, batch, heads)
+    _launch("sum_at_tokens", made, byref(given), runs.data_ptr(), made.data_ptr())
     return made
 
 
-def _launch(name: str, given: cuda._Segments | cuda._Decay, runs: Tensor, made: Tensor) -> None:
+def _segments(ids: Tensor) -> cuda._Segments:
+    return cuda._Segments(ids.data_ptr(), *ids.stride(), ids.shape[1], len(ids), _INTEGERS[ids.dtype])
+
+
+def _decay(log_decay: Tensor, batch: int, length: int) -> tuple[cuda._Decay, Tensor]:
+    """As the library takes it, and what it writes."""
+    strides = (0, *log_decay.stride(), 0) if log_decay.dim() == 1 else log_decay.stride()
+    made = log_decay.new_empty(batch, log_decay.shape[-2 if log_decay.dim() == 3 else 0], length)
+    return cuda._Decay(log_decay.data_ptr(), *strides, length, batch, made.shape[1]), made
+
+
+def _launch(name: str, made: Tensor, *arguments: Any) -> None:
     library, _ = cuda.load_library()
     with device.current(made.device):
-        results = (made.data_ptr(),) if runs is made else (runs.data_ptr(), made.data_ptr())
-        cuda._raise_if(getattr(library, f"linattn_{name}")(byref(given), *results, device.stream(made.device)), name)
+        cuda._raise_if(getattr(library, f"linattn_{name}")(*arguments, device.stream(made.device)), name)

@@ -22,19 +22,29 @@ def canonical_segments(segment_ids: Tensor, batch: int, length: int) -> Tensor:
 
     Padding takes the run it lies in, and the run to come where a row begins with it, so that a state survives padding on either side.
     """
+    check_segments(segment_ids, batch, length)
+    return runs_of(segment_ids)
+
+
+def runs_of(segment_ids: Tensor) -> Tensor:
+    """`canonical_segments` of what was checked."""
+    if not reach_kernels(segment_ids.device.type, (segment_ids,)):
+        return torch.ops.linattn.runs(segment_ids)
+    return _KERNELS[segment_ids.device.type](segment_ids)
+
+
+def check_segments(segment_ids: Tensor, batch: int, length: int) -> None:
+    """Raises ValueError or TypeError where these are no segments of so many tokens."""
     if not isinstance(segment_ids, Tensor) or tuple(segment_ids.shape) != (batch, length):
         shape = tuple(segment_ids.shape) if isinstance(segment_ids, Tensor) else type(segment_ids).__name__
         raise ValueError(f"segment_ids must be a tensor of shape ({batch}, {length}), one a token, not {shape}.")
     if segment_ids.is_floating_point() or segment_ids.is_complex():
         raise TypeError(f"segment_ids must be integers (0 for padding) or bool (False for padding), not {segment_ids.dtype}.")
     if values_are_readable(segment_ids):
-        _check(segment_ids)
-    if not reach_kernels(segment_ids.device.type, (segment_ids,)):
-        return torch.ops.linattn.runs(segment_ids)
-    return _KERNELS[segment_ids.device.type](segment_ids)
+        _check_values(segment_ids)
 
 
-def _check(ids: Tensor) -> None:
+def _check_values(ids: Tensor) -> None:
     ids = ids.to(torch.int64)
     if bool((ids > torch.iinfo(torch.int32).max).any()):
         raise ValueError("segment_ids must be below 2**31: number the segments of a row from 1 on.")

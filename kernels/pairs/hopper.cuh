@@ -29,7 +29,8 @@ struct RowWeights {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float beta = b * factor[half], gamma = c * factor[half] * factor[half];
-      if (squares) shift[half] = 0.5f * b / (c * factor[half]), rest[half] = a / gamma - shift[half] * shift[half], size[half] = gamma;
+      const float unit = reciprocal(c * factor[half]);
+      if (squares) shift[half] = 0.5f * b * unit, rest[half] = a * (c * unit) * unit - shift[half] * shift[half], size[half] = gamma;
       else shift[half] = beta, rest[half] = gamma, size[half] = 1.f;
     }
   }
@@ -161,7 +162,9 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   }
   // A query is multiplied by a power of two, which loses nothing, so that no product with a key that float32 holds is beyond it; one whose scale is 0 becomes 0.
   static __device__ __forceinline__ float power_below(float scale) { return E::kNarrow ? 1.f : __uint_as_float(__float_as_uint(scale) & 0x7f800000u); }
-  static __device__ __forceinline__ float near_one(float scale) { return scale == 0.f ? 1.f : scale / power_below(scale); }
+  static __device__ __forceinline__ float near_one(float scale) {
+    return scale == 0.f ? 1.f : E::kNarrow ? scale : __uint_as_float((__float_as_uint(scale) & 0x007fffffu) | 0x3f800000u);
+  }
   __device__ __forceinline__ void bring_near_one(const float (&scale)[2]) {
     if constexpr (!E::kNarrow) {
       const uint32_t power[2] = {E::pack(power_below(scale[0]), power_below(scale[0])), E::pack(power_below(scale[1]), power_below(scale[1]))};

@@ -20,6 +20,15 @@ def test_runs(kernels, batch, length):
         assert torch.equal(runs_cuda.runs(ids), segments.by_operators(ids)), ids
 
 
+@pytest.mark.parametrize("batch, length", [(2, 40), (2, 4097)])
+def test_runs_and_a_decay_in_one_launch(kernels, batch, length):
+    for ids in segment_cases(batch, length):
+        for rate in (-torch.rand(3), -torch.rand(batch, length, 3).transpose(1, 2)):
+            runs, at_tokens = runs_cuda.runs_and_decay(ids, rate)
+            assert torch.equal(runs, segments.by_operators(ids)), ids
+            assert torch.equal(at_tokens, decay._decay(rate, runs)), ids
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 700)], ids=str)
 def test_a_decay_at_tokens_and_its_gradient(kernels, shape):
     runs = segments.by_operators(torch.rand(2, 700) < 0.7)

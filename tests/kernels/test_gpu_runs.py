@@ -40,15 +40,30 @@ def test_opcheck():
         opcheck(torch.ops.linattn.decay_at_tokens.default, (rate, segments.canonical_segments(ids, 1, 5)))
 
 
-def test_one_launch_each_in_a_graph_too():
-    ids, rate = torch.ones(2, 90, dtype=torch.int64, device="cuda"), -torch.rand(3, device="cuda")
-    made = lambda: decay.without_padding(rate, segments.canonical_segments(ids, 2, 90))  # noqa: E731
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 700)], ids=str)
+def test_runs_and_a_decay_in_one_launch(shape):
+    ids, gradient = torch.randint(0, 2, (2, 700), device="cuda"), torch.randn(2, 3, 700, device="cuda")
+    rate = (-torch.rand(*shape, device="cuda")).requires_grad_()
+    made = lambda: decay.runs_and_decay(ids, rate)  # noqa: E731
+    assert launched(made) == ["runs_kernel"]
+    runs, found = made()
+    assert torch.equal(runs, segments.runs_of(ids)) and torch.equal(found, decay.without_padding(rate, runs)) and not runs.requires_grad
+    expected = torch.autograd.grad(decay.without_padding(rate, runs), rate, gradient)[0]
+    assert torch.equal(torch.autograd.grad(found, rate, gradient)[0], expected)
+
+
+def launched(made):
     made()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         made()
         torch.cuda.synchronize()
-    launched = re.findall(r"\w+_kernel\b", " ".join(event.name for event in profile.events()))
-    assert sorted(launched) == ["decay_at_tokens_kernel", "runs_kernel"]
+    return sorted(re.findall(r"\w+_kernel\b", " ".join(event.name for event in profile.events())))
+
+
+def test_one_launch_each_in_a_graph_too():
+    ids, rate = torch.ones(2, 90, dtype=torch.int64, device="cuda"), -torch.rand(3, device="cuda")
+    made = lambda: decay.without_padding(rate, segments.canonical_segments(ids, 2, 90))  # noqa: E731
+    assert launched(made) == ["decay_at_tokens_kernel", "runs_kernel"]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = made()
