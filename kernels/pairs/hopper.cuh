@@ -80,12 +80,15 @@ template <Gates GATES> struct OwnLook {
   __device__ __forceinline__ float exponent(int half) const { return static_cast<float>(sums[2 + half] - sums[1]); }
   // Whether a tile of keys is in reach of the block. sum: with its last token.
   __device__ __forceinline__ bool reaches(double sum) const { return least.reaches(sum - sums[0]); }
-  // The runs that the block's tokens are of: they do not fall along a sequence but for padding.
-  __device__ __forceinline__ void range_of_runs(int32_t &low, int32_t &high) const {
-    low = INT32_MAX, high = 0;
+  // The runs that each warpgroup's tokens are of: they do not fall along a sequence but for padding.
+  __device__ __forceinline__ void range_of_runs(int32_t (&low)[2], int32_t (&high)[2]) const {
 #pragma unroll
-    for (int i = 0; i < EACH; ++i) low = min(low, run[i] > 0 ? run[i] : INT32_MAX), high = max(high, run[i]);
-    low = __reduce_min_sync(0xffffffffu, low), high = __reduce_max_sync(0xffffffffu, high);
+    for (int group = 0; group < 2; ++group) {
+      low[group] = INT32_MAX, high[group] = 0;
+#pragma unroll
+      for (int i = group * EACH / 2; i < (group + 1) * EACH / 2; ++i) low[group] = min(low[group], run[i] > 0 ? run[i] : INT32_MAX), high[group] = max(high[group], run[i]);
+      low[group] = __reduce_min_sync(0xffffffffu, low[group]), high[group] = __reduce_max_sync(0xffffffffu, high[group]);
+    }
   }
 };
 
@@ -196,7 +199,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   // Whether not all pairs of a tile are seen, or gated alike. told: of a gated tile.
   __device__ __forceinline__ bool is_near(int tile, int32_t told) const {
     const int64_t first = static_cast<int64_t>(tile) * kKeys;
-    if constexpr (GATED) return is_diagonal(tile) || told & NEAR_TILE;
+    if constexpr (GATED) return is_diagonal(tile) || told & NEAR_TILE << warp / 4;
     return first + kKeys > p.length || (p.causal && first + kKeys - 1 > group_begin);
   }
 
@@ -356,7 +359,8 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
   const KeyStream<K, V, GATES> &keys;
   const linattn_problem &p;
   int first, end;
-  const int base;  // first, before it was known what is seen
+  const int base;    // first, before it was known what is seen
+  int second = base;  // the first tile that the second warpgroup sees
 
   // What there is to know of gated tiles: what each holds, the first that holds a key of the block's runs within a decay's reach, and behind the last. Causal walks go on to
   // the block's own tokens, where sums take the rows' own factors.
@@ -369,18 +373,32 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
     };
     read(first + thread);
     by.finish(p, f);
-    int32_t low = 1, high = 1;
+    int32_t low[2] = {1, 1}, high[2] = {1, 1};
     if constexpr (GATES == RUNS) by.range_of_runs(low, high);
-    int begin = end, behind = first;
+    int begin = end, behind = first, of_second = end;
 #pragma unroll 1
     for (int tile = first + thread; tile < end; read(tile += kGroupThreads)) {
-      stages.told[tile - base] = (it.x << kLevelShift) | (it.y & HOLES) | (GATES == RUNS && (it.y || it.z != low || it.w != high || low != high) ? NEAR_TILE : 0);
-      if (it.w >= low && it.z <= high && by.reaches(sum)) begin = min(begin, tile), behind = tile + 1;
+      int32_t told = (it.x << kLevelShift) | (it.y & HOLES);
+      bool seen[2];
+#pragma unroll
+      for (int group = 0; group < 2; ++group) {
+        if (GATES == RUNS && (it.y || it.z != low[group] || it.w != high[group] || low[group] != high[group])) told |= NEAR_TILE << group;
+        seen[group] = it.w >= low[group] && it.z <= high[group] && by.reaches(sum);
+      }
+      stages.told[tile - base] = told;
+      if (seen[0] || seen[1]) begin = min(begin, tile), behind = tile + 1;
+      if (seen[1]) of_second = min(of_second, tile);
     }
     begin = __reduce_min_sync(0xffffffffu, begin), behind = __reduce_max_sync(0xffffffffu, behind);
-    if (thread % 32 == 0) stages.begin[thread / 32] = begin, stages.behind[thread / 32] = behind;
+    if constexpr (GATES == RUNS) of_second = __reduce_min_sync(0xffffffffu, of_second);
+    if (thread % 32 == 0) {
+      stages.begin[thread / 32] = begin, stages.behind[thread / 32] = behind;
+      if constexpr (GATES == RUNS) stages.second[thread / 32] = of_second;
+    }
     __syncthreads();
-    first = __reduce_min_sync(0xffffffffu, stages.begin[thread % (kGroupThreads / 32)]), end = __reduce_max_sync(0xffffffffu, stages.behind[thread % (kGroupThreads / 32)]);
+    const int warp = thread % (kGroupThreads / 32);
+    first = __reduce_min_sync(0xffffffffu, stages.begin[warp]), end = __reduce_max_sync(0xffffffffu, stages.behind[warp]);
+    if constexpr (GATES == RUNS) second = __reduce_min_sync(0xffffffffu, stages.second[warp]);
     if (p.causal && first < end) end = own.tiles;
   }
   __device__ __forceinline__ int32_t told(int tile) const { return GATES ? __reduce_max_sync(0xffffffffu, keys.stages->told[tile - base]) : 0; }  // all lanes' is the same
@@ -426,13 +444,17 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
     if (first >= mine) return;
     uint32_t weights[Rows::TOKEN_BLOCKS][4];
     Stage stage;
-    int32_t of_next = told(first);
+    int from = first;
+    if constexpr (GATES == RUNS)  // tiles of runs before the second warpgroup's are the first's alone
+      for (; from < min(rows.warp < 4 ? first : second, mine); ++from, stage = stage.next()) bulk_wait(keys.here(stage), stage.parity), leave(stage, rows.lane);
+    if (from >= mine) return;
+    int32_t of_next = told(from);
     arrive(stage, of_next, rows.warp);
-    if (rows.is_near(first, of_next)) rows.template begin_with<SQUARES, true>(first, 0, keys.tile_at(stage), weights);
-    else rows.template begin_with<SQUARES, false>(first, 0, keys.tile_at(stage), weights);
+    if (rows.is_near(from, of_next)) rows.template begin_with<SQUARES, true>(from, stage.number, keys.tile_at(stage), weights);
+    else rows.template begin_with<SQUARES, false>(from, stage.number, keys.tile_at(stage), weights);
     rows.level = of_next >> kLevelShift;
-    of_next = told(first + 1);
-    for (int tile = first; tile < mine; ++tile) {
+    of_next = told(from + 1);
+    for (int tile = from; tile < mine; ++tile) {
       const Stage next = stage.next();
       const uint32_t values = keys.tile_at(stage);
       const int32_t now = of_next;

@@ -37,7 +37,11 @@ struct alignas(16) KeyGates {
   int4 told;                              // its level; HOLES, BEHIND; the lowest and the highest run of its real tokens, INT32_MAX and 0 where there are none
   double edge, unused;                    // E; up to 16 bytes, which are copied
 };
-enum OfTile : int32_t { NEAR_TILE = 1, HOLES = 2, BEHIND = 4 };  // not all pairs of a tile are gated alike; some keys are padding; some lie behind the last token
+enum OfTile : int32_t {
+  NEAR_TILE = 1,
+  HOLES = 4,
+  BEHIND = 8
+};  // not all pairs of a tile are gated alike, in a bit a warpgroup; some keys are padding; some lie behind the last token
 constexpr int kLevelShift = 3;
 
 struct KeyMaps {
@@ -59,7 +63,7 @@ template <int K, Gates GATES> struct KeyStages {
   uint64_t here[kKeyStages], read[kKeyStages];
   double edge[2];  // R, the sum of the decay before a warpgroup's own tokens
   OwnRow rows[kRows];
-  int32_t begin[kGroupThreads / 32], behind[kGroupThreads / 32];
+  int32_t begin[kGroupThreads / 32], behind[kGroupThreads / 32], second[kGroupThreads / 32];
   int32_t told[MOST_TILES + 2];  // of each tile: its level, shifted, and NEAR_TILE, HOLES
 };
 
