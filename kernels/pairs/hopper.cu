@@ -166,13 +166,13 @@ __global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_B
   const Numbers numbers(p, own.head);
   if constexpr (GATES != NO_GATES) {
     wait_for_kernel_before();
-    OwnLook<GATES> by(queries, own.begin);
-    walk.look(own, by, numbers, thread);
+    OwnTokens<GATES> tokens(queries, own.begin);
+    walk.look(own, tokens, numbers, thread);
     if (thread == 0) walk.start();
-    rows.set_gates(by);
+    rows.set_gates(tokens);
     copy_wait<0>();
     __syncthreads();
-    if constexpr (GATES == RUNS) rows.zero_padding(by);
+    if constexpr (GATES == RUNS) rows.zero_padding(tokens);
   } else {
     if (thread == 0 && !by_state) walk.start();
     copy_wait<0>();

@@ -46,16 +46,15 @@ struct RowWeights {
 };
 
 // What a thread of a block beside gates reads of the block's own tokens: all of it is asked for before any of it is waited for.
-template <Gates GATES> struct OwnLook {
+template <Gates GATES> struct OwnTokens {
   static constexpr int EACH = GATES == RUNS ? kRows / 32 : 0;
   const RateReader &queries;
   const int64_t begin, row;
   double sums[4];         // of the decay: before the block, before the warpgroup's rows, and with the lane's rows
   int32_t run[EACH + 1];  // of the block's tokens, by each warp; not above 0: padding, or behind the last token
   int32_t of_row[2];      // of the lane's rows, -1 there
-  Least least;
 
-  __device__ __forceinline__ OwnLook(const RateReader &queries, int64_t begin) : queries(queries), begin(begin), row(begin + 16 * warp_number() + threadIdx.x % 32 / 4) {
+  __device__ __forceinline__ OwnTokens(const RateReader &queries, int64_t begin) : queries(queries), begin(begin), row(begin + 16 * warp_number() + threadIdx.x % 32 / 4) {
 #pragma unroll
     for (int i = 0; i < EACH; ++i) run[i] = queries.run_at(begin + 32 * i + threadIdx.x % 32);
 #pragma unroll
@@ -66,29 +65,49 @@ template <Gates GATES> struct OwnLook {
     }
   }
   // What waits for memory.
-  __device__ __forceinline__ void finish(const linattn_problem &p, const Numbers &f) {
+  __device__ __forceinline__ void finish() {
     if (!queries.decay) {
       const double each = queries.rate();
       sums[0] = each * static_cast<double>(begin), sums[1] = each * static_cast<double>(queries.edge_token + 1);
       sums[2] = each * static_cast<double>(row + 1), sums[3] = each * static_cast<double>(row + 9);
     }
-    if (p.causal && p.log_decay) least = Least(p, f.a, f.b, f.c, f.temperature);
 #pragma unroll
     for (int half = 0; half < 2; ++half) of_row[half] = of_row[half] > 0 ? of_row[half] : -1;
   }
+  __device__ __forceinline__ double before() const { return sums[0]; }
   __device__ __forceinline__ double edge() const { return sums[1]; }
   __device__ __forceinline__ float exponent(int half) const { return static_cast<float>(sums[2 + half] - sums[1]); }
-  // Whether a tile of keys is in reach of the block. sum: with its last token.
-  __device__ __forceinline__ bool reaches(double sum) const { return least.reaches(sum - sums[0]); }
-  // The runs that each warpgroup's tokens are of: they do not fall along a sequence but for padding.
-  __device__ __forceinline__ void range_of_runs(int32_t (&low)[2], int32_t (&high)[2]) const {
+};
+
+// What a block sees of tiles of keys, of which `told` and `sum` are those of KeyGates: the ones that hold a key of its runs within a decay's reach. Each warpgroup has runs of
+// its own, from the lowest to the highest: they do not fall along a sequence but for padding.
+template <Gates GATES> struct Sight {
+  int32_t low[2] = {1, 1}, high[2] = {1, 1};
+  double before;  // the sum of the decay before the block
+  Least least;
+
+  __device__ __forceinline__ Sight(const linattn_problem &p, const OwnTokens<GATES> &own, const Numbers &f) : before(own.before()) {
+    if (p.causal && p.log_decay) least = Least(p, f.a, f.b, f.c, f.temperature);
+    if constexpr (GATES == RUNS) {
+      constexpr int EACH = OwnTokens<GATES>::EACH / 2;
 #pragma unroll
-    for (int group = 0; group < 2; ++group) {
-      low[group] = INT32_MAX, high[group] = 0;
+      for (int group = 0; group < 2; ++group) {
+        low[group] = INT32_MAX, high[group] = 0;
 #pragma unroll
-      for (int i = group * EACH / 2; i < (group + 1) * EACH / 2; ++i) low[group] = min(low[group], run[i] > 0 ? run[i] : INT32_MAX), high[group] = max(high[group], run[i]);
-      low[group] = __reduce_min_sync(0xffffffffu, low[group]), high[group] = __reduce_max_sync(0xffffffffu, high[group]);
+        for (int i = group * EACH; i < (group + 1) * EACH; ++i) low[group] = min(low[group], own.run[i] > 0 ? own.run[i] : INT32_MAX), high[group] = max(high[group], own.run[i]);
+        low[group] = __reduce_min_sync(0xffffffffu, low[group]), high[group] = __reduce_max_sync(0xffffffffu, high[group]);
+      }
     }
+  }
+  __device__ __forceinline__ bool sees(const int4 &told, double sum, int group) const { return told.w >= low[group] && told.z <= high[group] && least.reaches(sum - before); }
+  // As KeyStages has it.
+  __device__ __forceinline__ int32_t note(const int4 &told) const {
+    int32_t note = (told.x << kLevelShift) | (told.y & HOLES);
+    if constexpr (GATES == RUNS)
+#pragma unroll
+      for (int group = 0; group < 2; ++group)
+        if (told.y || told.z != low[group] || told.w != high[group] || low[group] != high[group]) note |= NEAR_TILE << group;
+    return note;
   }
 };
 
@@ -146,14 +165,14 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   }
   __device__ __forceinline__ double &edge() const { return stages->edge[warp / 4]; }
   __device__ __forceinline__ OwnRow &row_of(int half) const { return stages->rows[16 * warp + 8 * half + group]; }
-  __device__ __forceinline__ void set_gates(const OwnLook<GATES> &own) const {
+  __device__ __forceinline__ void set_gates(const OwnTokens<GATES> &own) const {
     if (lane == 0 && warp % 4 == 0) edge() = own.edge();
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       if (place == 0) row_of(half).exponent = own.exponent(half), row_of(half).run = own.of_row[half];
   }
   // Padding among a warp's own queries reads as zero, NaN in memory or not.
-  __device__ __forceinline__ void zero_padding(const OwnLook<GATES> &own) const {
+  __device__ __forceinline__ void zero_padding(const OwnTokens<GATES> &own) const {
     if (!__any_sync(0xffffffffu, own.of_row[0] < 0 || own.of_row[1] < 0)) return;
     __syncwarp();
 #pragma unroll 1
@@ -199,7 +218,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   // Whether not all pairs of a tile are seen, or gated alike. told: of a gated tile.
   __device__ __forceinline__ bool is_near(int tile, int32_t told) const {
     const int64_t first = static_cast<int64_t>(tile) * kKeys;
-    if constexpr (GATED) return is_diagonal(tile) || told & NEAR_TILE << warp / 4;
+    if constexpr (GATED) return is_diagonal(tile) || (GATES == RUNS && told & NEAR_TILE << warp / 4);
     return first + kKeys > p.length || (p.causal && first + kKeys - 1 > group_begin);
   }
 
@@ -362,9 +381,9 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
   const int base;    // first, before it was known what is seen
   int second = base;  // the first tile that the second warpgroup sees
 
-  // What there is to know of gated tiles: what each holds, the first that holds a key of the block's runs within a decay's reach, and behind the last. Causal walks go on to
+  // What there is to know of gated tiles: what each holds, the first that the block sees, and behind the last. Causal walks go on to
   // the block's own tokens, where sums take the rows' own factors.
-  __device__ __forceinline__ void look(const Place &own, OwnLook<GATES> &by, const Numbers &f, int thread) {
+  __device__ __forceinline__ void look(const Place &own, OwnTokens<GATES> &tokens, const Numbers &f, int thread) {
     typename S::Stages &stages = *keys.stages;
     int4 it{};
     double sum = 0;
@@ -372,23 +391,17 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
       if (tile < end) it = keys.gates[tile].told, sum = keys.gates[tile].edge;
     };
     read(first + thread);
-    by.finish(p, f);
-    int32_t low[2] = {1, 1}, high[2] = {1, 1};
-    if constexpr (GATES == RUNS) by.range_of_runs(low, high);
+    tokens.finish();
+    const Sight<GATES> sight(p, tokens, f);
     int begin = end, behind = first, of_second = end;
 #pragma unroll 1
     for (int tile = first + thread; tile < end; read(tile += kGroupThreads)) {
-      int32_t told = (it.x << kLevelShift) | (it.y & HOLES);
-      bool seen[2];
-#pragma unroll
-      for (int group = 0; group < 2; ++group) {
-        if (GATES == RUNS && (it.y || it.z != low[group] || it.w != high[group] || low[group] != high[group])) told |= NEAR_TILE << group;
-        seen[group] = it.w >= low[group] && it.z <= high[group] && by.reaches(sum);
-      }
-      stages.told[tile - base] = told;
-      if (seen[0] || seen[1]) begin = min(begin, tile), behind = tile + 1;
-      if (seen[1]) of_second = min(of_second, tile);
+      stages.told[tile - base] = sight.note(it);
+      const bool seen = sight.sees(it, sum, 1);
+      if (seen || sight.sees(it, sum, 0)) begin = min(begin, tile), behind = tile + 1;
+      if (seen) of_second = min(of_second, tile);
     }
+    const auto least_of = [&](int32_t (&all)[kGroupThreads / 32]) { return __reduce_min_sync(0xffffffffu, all[thread % (kGroupThreads / 32)]); };
     begin = __reduce_min_sync(0xffffffffu, begin), behind = __reduce_max_sync(0xffffffffu, behind);
     if constexpr (GATES == RUNS) of_second = __reduce_min_sync(0xffffffffu, of_second);
     if (thread % 32 == 0) {
@@ -396,9 +409,8 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
       if constexpr (GATES == RUNS) stages.second[thread / 32] = of_second;
     }
     __syncthreads();
-    const int warp = thread % (kGroupThreads / 32);
-    first = __reduce_min_sync(0xffffffffu, stages.begin[warp]), end = __reduce_max_sync(0xffffffffu, stages.behind[warp]);
-    if constexpr (GATES == RUNS) second = __reduce_min_sync(0xffffffffu, stages.second[warp]);
+    first = least_of(stages.begin), end = __reduce_max_sync(0xffffffffu, stages.behind[thread % (kGroupThreads / 32)]);
+    if constexpr (GATES == RUNS) second = least_of(stages.second);
     if (p.causal && first < end) end = own.tiles;
   }
   __device__ __forceinline__ int32_t told(int tile) const { return GATES ? __reduce_max_sync(0xffffffffu, keys.stages->told[tile - base]) : 0; }  // all lanes' is the same
