@@ -215,7 +215,8 @@ template <typename T, int K, int V, Gates GATES, bool STATE = false> cudaError_t
     return cudaPeekAtLastError();
   } else {
     const auto of_tiles = hopper_sums_decay(args) ? key_tile_kernel<T, K, true> : key_tile_kernel<T, K, false>;
-    if (const cudaError_t failed = launch_early(of_tiles, key_tile_blocks(args), kGroupThreads, 0, stream, args, !hopper_makes_scales(args))) return failed;
+    of_tiles<<<key_tile_blocks(args), kGroupThreads, 0, stream>>>(args, !hopper_makes_scales(args));
+    if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
     return launch_early(output, blocks, kGroupThreads, kShared, stream, args, maps);
   }
 }

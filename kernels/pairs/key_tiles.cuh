@@ -119,7 +119,7 @@ inline int key_tile_blocks(const Arguments &args) {
 template <typename T, int K, bool SUMS_DECAY> __global__ void __launch_bounds__(kGroupThreads, kTileBlocks)
     key_tile_kernel(const __grid_constant__ Arguments args, bool has_scales) {
   __shared__ double before[kTileWarps][kTileWarps];  // of a state, by each warp
-  wait_for_kernel_before(), let_next_begin();
+  let_next_begin();
   const linattn_problem &p = args.problem;
   const int tiles = static_cast<int>(args.padded / kKeys), number = blockIdx.x / tiles, tile = blockIdx.x - number * tiles;
   const int all_states = p.state_heads / p.key_heads, groups = (all_states + kTileWarps - 1) / kTileWarps, head = number / groups,
