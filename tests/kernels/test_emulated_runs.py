@@ -36,3 +36,12 @@ def test_a_decay_at_tokens_and_its_gradient(kernels, shape):
     assert torch.equal(runs_cuda.decay_at_tokens(rate, runs), decay._decay(rate, runs))
     sums = runs_cuda.sum_at_tokens(gradient.transpose(0, 1).contiguous().transpose(0, 1), runs)
     torch.testing.assert_close(sums, decay._gradient(gradient.double(), runs, False).float())
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 40)], ids=str)
+def test_a_decay_out_of_one_launch_has_a_gradient(kernels, shape):
+    ids, rate, gradient = torch.randint(0, 2, (2, 40)), (-torch.rand(*shape)).requires_grad_(), torch.randn(2, 3, 40)
+    runs, at_tokens = decay._WithRuns.apply(rate, ids)
+    assert at_tokens.requires_grad and not runs.requires_grad
+    expected = decay._gradient(gradient.double(), runs, len(shape) == 3).float()
+    torch.testing.assert_close(torch.autograd.grad(at_tokens, rate, gradient)[0], expected)
