@@ -1,4 +1,4 @@
-"""The kernels of packed sequences and padding on a GPU: exactly what PyTorch's operators say, in a launch each or one, captured in a graph."""
+"""The kernels of packed sequences and padding on a GPU: exactly what PyTorch's operators say, in a launch each or one, and in a graph."""
 
 import re
 
