@@ -50,7 +50,7 @@ template <Gates GATES> struct OwnTokens {
   static constexpr int EACH = GATES == RUNS ? kRows / 32 : 0;
   const RateReader &queries;
   const int64_t begin, row;
-  double sums[4];         // of the decay: before the block, before the warpgroup's rows, and with the lane's rows
+  double sums[4];         // of the decay: before each warpgroup's rows, and with the lane's rows
   int32_t run[EACH + 1];  // of the block's tokens, by each warp; not above 0: padding, or behind the last token
   int32_t of_row[2];      // of the lane's rows, -1 there
 
@@ -60,7 +60,7 @@ template <Gates GATES> struct OwnTokens {
 #pragma unroll
     for (int half = 0; half < 2; ++half) of_row[half] = queries.run_at(row + 8 * half);
     if (queries.decay) {
-      sums[0] = begin > 0 ? queries.sum_of(begin - 1) : 0.0, sums[1] = queries.edge();
+      sums[0] = begin > 0 ? queries.sum_of(begin - 1) : 0.0, sums[1] = queries.sum_of(last_of_first());
       sums[2] = queries.sum_of(row), sums[3] = queries.sum_of(row + 8);
     }
   }
@@ -68,25 +68,26 @@ template <Gates GATES> struct OwnTokens {
   __device__ __forceinline__ void finish() {
     if (!queries.decay) {
       const double each = queries.rate();
-      sums[0] = each * static_cast<double>(begin), sums[1] = each * static_cast<double>(queries.edge_token + 1);
+      sums[0] = each * static_cast<double>(begin), sums[1] = each * static_cast<double>(last_of_first() + 1);
       sums[2] = each * static_cast<double>(row + 1), sums[3] = each * static_cast<double>(row + 9);
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) of_row[half] = of_row[half] > 0 ? of_row[half] : -1;
   }
-  __device__ __forceinline__ double before() const { return sums[0]; }
-  __device__ __forceinline__ double edge() const { return sums[1]; }
-  __device__ __forceinline__ float exponent(int half) const { return static_cast<float>(sums[2 + half] - sums[1]); }
+  __device__ __forceinline__ int64_t last_of_first() const { return min(begin + kRows / 2, queries.length) - 1; }
+  __device__ __forceinline__ double before(int group) const { return sums[group]; }
+  __device__ __forceinline__ double edge() const { return threadIdx.x < kGroupThreads / 2 ? sums[0] : sums[1]; }
+  __device__ __forceinline__ float exponent(int half) const { return static_cast<float>(sums[2 + half] - edge()); }
 };
 
 // What a block sees of tiles of keys, of which `told` and `sum` are those of KeyGates: the ones that hold a key of its runs within a decay's reach. Each warpgroup has runs of
 // its own, from the lowest to the highest: they do not fall along a sequence but for padding.
 template <Gates GATES> struct Sight {
   int32_t low[2] = {1, 1}, high[2] = {1, 1};
-  double before;  // the sum of the decay before the block
+  double before[2];  // the sums of the decay before each warpgroup's tokens
   Least least;
 
-  __device__ __forceinline__ Sight(const linattn_problem &p, const OwnTokens<GATES> &own, const Numbers &f) : before(own.before()) {
+  __device__ __forceinline__ Sight(const linattn_problem &p, const OwnTokens<GATES> &own, const Numbers &f) : before{own.before(0), own.before(1)} {
     if (p.causal && p.log_decay) least = Least(p, f.a, f.b, f.c, f.temperature);
     if constexpr (GATES == RUNS) {
       constexpr int EACH = OwnTokens<GATES>::EACH / 2;
@@ -99,7 +100,9 @@ template <Gates GATES> struct Sight {
       }
     }
   }
-  __device__ __forceinline__ bool sees(const int4 &told, double sum, int group) const { return told.w >= low[group] && told.z <= high[group] && least.reaches(sum - before); }
+  __device__ __forceinline__ bool sees(const int4 &told, double sum, int group) const {
+    return told.w >= low[group] && told.z <= high[group] && least.reaches(sum - before[group]);
+  }
   // As KeyStages has it.
   __device__ __forceinline__ int32_t note(const int4 &told) const {
     int32_t note = (told.x << kLevelShift) | (told.y & HOLES);
@@ -403,14 +406,14 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
     }
     const auto least_of = [&](int32_t (&all)[kGroupThreads / 32]) { return __reduce_min_sync(0xffffffffu, all[thread % (kGroupThreads / 32)]); };
     begin = __reduce_min_sync(0xffffffffu, begin), behind = __reduce_max_sync(0xffffffffu, behind);
-    if constexpr (GATES == RUNS) of_second = __reduce_min_sync(0xffffffffu, of_second);
+    of_second = __reduce_min_sync(0xffffffffu, of_second);
     if (thread % 32 == 0) {
       stages.begin[thread / 32] = begin, stages.behind[thread / 32] = behind;
-      if constexpr (GATES == RUNS) stages.second[thread / 32] = of_second;
+      stages.second[thread / 32] = of_second;
     }
     __syncthreads();
     first = least_of(stages.begin), end = __reduce_max_sync(0xffffffffu, stages.behind[thread % (kGroupThreads / 32)]);
-    if constexpr (GATES == RUNS) second = least_of(stages.second);
+    second = least_of(stages.second);
     if (p.causal && first < end) end = own.tiles;
   }
   __device__ __forceinline__ int32_t told(int tile) const { return GATES ? __reduce_max_sync(0xffffffffu, keys.stages->told[tile - base]) : 0; }  // all lanes' is the same
@@ -457,7 +460,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
     uint32_t weights[Rows::TOKEN_BLOCKS][4];
     Stage stage;
     int from = first;
-    if constexpr (GATES == RUNS)  // tiles of runs before the second warpgroup's are the first's alone
+    if constexpr (GATES != NO_GATES)  // tiles before what the second warpgroup sees are the first's alone
       for (; from < min(rows.warp < 4 ? first : second, mine); ++from, stage = stage.next()) bulk_wait(keys.here(stage), stage.parity), leave(stage, rows.lane);
     if (from >= mine) return;
     int32_t of_next = told(from);
