@@ -93,7 +93,7 @@ template <int COUNT, typename Where> __device__ __forceinline__ void load_all(fl
 }
 
 // Where a token's vector lies (null: it is zeros), its length, whether it is to be of unit length, what it is multiplied by, and where in shared
-// memory it goes (null: there is none), `stride` floats between its numbers.
+// memory it goes (null: there is none).
 struct Vector {
   const void *from;
   int64_t offset;
@@ -101,18 +101,18 @@ struct Vector {
   bool is_unit;
   float scale;
   float *to;
-  int stride;
 };
 __device__ __forceinline__ Vector key_of(const linattn_problem &p, int batch, int head, int token, float *to) {
-  return {p.key.data, offset_of(p.key, batch, head, token), p.head_dim, p.normalize_qk != 0, 1.f, to, 1};
+  return {p.key.data, offset_of(p.key, batch, head, token), p.head_dim, p.normalize_qk != 0, 1.f, to};
 }
 __device__ __forceinline__ Vector query_of(const linattn_problem &p, int batch, int head, int token, float *to) {
-  return {p.query.data, offset_of(p.query, batch, head, token), p.head_dim, p.normalize_qk != 0, p.coefficients[3 * p.query_heads + head], to, 1};
+  return {p.query.data, offset_of(p.query, batch, head, token), p.head_dim, p.normalize_qk != 0, p.coefficients[3 * p.query_heads + head], to};
 }
 
-// Some vectors into shared memory by one warp, of up to 32 EACH numbers.
-template <int EACH = MAX_DIM / 32, int COUNT> __device__ __forceinline__ void fetch(const Vector (&vectors)[COUNT], const linattn_problem &p) {
+// Some vectors into shared memory by one warp.
+template <int COUNT> __device__ __forceinline__ void fetch(const Vector (&vectors)[COUNT], const linattn_problem &p) {
   constexpr float SMALLEST_SQUARE = 1e-24f;  // |x| <= 1e-12 has no direction: its unit vector is zero
+  constexpr int EACH = MAX_DIM / 32;
   const int lane = threadIdx.x % 32;
   float x[COUNT * EACH];
   load_all(x, p.dtype, [&](int i) {
@@ -130,7 +130,7 @@ template <int EACH = MAX_DIM / 32, int COUNT> __device__ __forceinline__ void fe
     if (vectors[v].is_unit) scale *= square > SMALLEST_SQUARE ? 1.f / sqrtf(square) : 0.f;
 #pragma unroll
     for (int i = 0; i < EACH; ++i)
-      if (lane + 32 * i < vectors[v].length) vectors[v].to[(lane + 32 * i) * vectors[v].stride] = x[v * EACH + i] * scale;
+      if (lane + 32 * i < vectors[v].length) vectors[v].to[lane + 32 * i] = x[v * EACH + i] * scale;
   }
 }
 
