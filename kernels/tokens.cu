@@ -18,6 +18,11 @@ namespace {
 constexpr int MOST_TOKENS = 16;
 constexpr int TOKEN_PITCH = 20;  // floats from one row to the next where columns are tokens
 
+struct TokensArguments : StepArguments {
+  int32_t heads_at_once, tiles_at_once;
+  int32_t one_token;  // of 65,536 parts, rounded up: a quotient of few numbers by the tokens is one product
+};
+
 // SLICES of 32 numbers hold D and Dv; PRECISE: inputs are float32.
 //
 // All of a block's work is done once, by few instructions: most of its time they come from memory as the state does, so loops are left rolled up
@@ -29,7 +34,7 @@ template <int SLICES, bool PRECISE> struct Tokens {
   static constexpr int MOST_TILES = SLICES <= 2 ? 8 : SLICES == 4 ? 2 : 1;  // of pairs, in a round
   static constexpr int MOST_SHARES = SLICES <= 4 ? 8 : 4;                   // of a lot's rows among warps
   static constexpr int READ = PARTS < 16 ? PARTS : SLICES < 8 ? 16 : 8;     // eights of columns that a row is read for together
-  static constexpr int AT_ONCE = SLICES <= 2 ? 8 : SLICES == 4 ? 4 : 2;     // vectors that a warp has on their way
+  static constexpr int AT_ONCE = SLICES <= 4 ? 4 : 2;     // vectors that a warp has on their way
   static constexpr int WIDE = SLICES < 2 ? SLICES : 2;                      // slices that a row of the state takes in together
   struct Fixed {
     float left[MOST_TOKENS + 1][MOST_TOKENS];  // W_tj: of token j at token t; below, where t = MOST_TOKENS, W_j
@@ -48,17 +53,15 @@ template <int SLICES, bool PRECISE> struct Tokens {
       if (end < sums) end = sums;
     }
   };
-  static int heads_at_once(const linattn_problem &p) { return std::min<int>(p.query_heads / p.state_heads, 16 * MOST_TILES / static_cast<int>(p.length)); }
-  static int shared_bytes(const linattn_problem &p) { return 4 * Layout(p.head_dim, (heads_at_once(p) * static_cast<int>(p.length) + 15) / 16).end; }
+  static int shared_bytes(int dim, int tiles) { return 4 * Layout(dim, tiles).end; }
 
-  const StepArguments &args;
+  const TokensArguments &args;
   const linattn_problem &p;
   Fixed &fixed;
   float *const shared;
   const int thread, warp, lane, group, place;
   const Place at;
   const int key_head, width, dim, tokens, columns;  // columns: tokens, up to a whole number of eights
-  const int one_token;                              // of 65,536 parts: a quotient of few numbers by the tokens is one product
   const int begin, rows;                            // the block's rows of the state
   const int64_t first_element;                      // of them, in the state
   const Layout lies;
@@ -67,13 +70,13 @@ template <int SLICES, bool PRECISE> struct Tokens {
   float sums[PARTS][4], mass[2];                      // of pairs group and group + 8 of the tile
   float numbers[2][3], carried[2];                    // of them: a, b, c, and K_t
 
-  __device__ __forceinline__ Tokens(const StepArguments &args, Fixed &fixed, float *shared, int most_tiles)
+  __device__ __forceinline__ Tokens(const TokensArguments &args, Fixed &fixed, float *shared)
       : args(args), p(args.problem), fixed(fixed), shared(shared), thread(threadIdx.x), warp(__shfl_sync(0xffffffffu, thread / 32, 0)), lane(thread % 32), group(lane / 4),
         place(lane % 4), key_head(key_head_of(args, at.head)), width(p.value_dim + 1), dim(p.head_dim), tokens(static_cast<int>(p.length)), columns((tokens + 7) / 8 * 8),
-        one_token((65535 + tokens) / tokens), begin(at.split * args.rows_each), rows(max(0, min(args.features - begin, args.rows_each))),
-        first_element(((static_cast<int64_t>(at.batch) * p.state_heads + at.head) * args.features + begin) * width), lies(dim, most_tiles) {}
+        begin(at.split * args.rows_each), rows(max(0, min(args.features - begin, args.rows_each))),
+        first_element(((static_cast<int64_t>(at.batch) * p.state_heads + at.head) * args.features + begin) * width), lies(dim, args.tiles_at_once) {}
 
-  __device__ __forceinline__ int head_of(int pair) const { return pair * one_token >> 16; }  // a pair is head * tokens + token
+  __device__ __forceinline__ int head_of(int pair) const { return pair * args.one_token >> 16; }  // a pair is head * tokens + token
   __device__ __forceinline__ bool is_column(int slice) const { return lane + 32 * slice < p.value_dim; }
   __device__ __forceinline__ float *lot(int number) const { return shared + number % 2 * ROWS * PITCH; }
   __device__ __forceinline__ float *ones(int number) const { return shared + lies.ones + number % 2 * ROWS; }
@@ -81,8 +84,8 @@ template <int SLICES, bool PRECISE> struct Tokens {
   __device__ __forceinline__ int rows_in(int number) const { return min(ROWS, rows - number * ROWS); }
   __device__ __forceinline__ int pair(int side) const { return 16 * tile + group + 8 * side; }
 
-  __device__ __forceinline__ void begin_round(int base, int most) {
-    first_query = at.head * args.group + base, pairs = min(most, args.group - base) * tokens, tiles = (pairs + 15) / 16;
+  __device__ __forceinline__ void begin_round(int base) {
+    first_query = at.head * args.group + base, pairs = min(args.heads_at_once, args.group - base) * tokens, tiles = (pairs + 15) / 16;
     tile_warps = tiles == 1 ? 1 : tiles == 2 ? 2 : tiles <= 4 ? 4 : 8;
     tile = warp % tile_warps, share = warp / tile_warps, shares = min(WARPS / tile_warps, MOST_SHARES);
   }
@@ -90,21 +93,29 @@ template <int SLICES, bool PRECISE> struct Tokens {
 
   // A lot of rows on its way, zeros up to a whole number of eights, and which elements of a vector their features are the product of.
   __device__ __forceinline__ void send_for(int number) const {
-    const int first = number * ROWS, count = rows_in(number);
-    const float *const from = args.before + first_element + first * width;
-    if (thread < ROWS && count > 0) {
-      bring(ones(number) + thread, from + thread * width + p.value_dim, thread < count);
-      factors(number)[thread] = thread < count ? factors_of(begin + first + thread) : make_short2(dim, dim);
-    }
+    const int first = number * ROWS, count = rows_in(number), fill = (count + 7) / 8 * 8;
+    if (count <= 0) return linattn_tile::copy_commit();
+    const float *from = args.before + first_element + (first + warp) * width + lane;
+    float *to = lot(number) + warp * PITCH + lane;
+    int row = warp;
+    if (args.before)
 #pragma unroll 1
-    for (int row = warp; row < (count + 7) / 8 * 8; row += WARPS)
+      for (; row < count; row += WARPS, from += WARPS * width, to += WARPS * PITCH)
 #pragma unroll
-      for (int s = 0; s < SLICES; ++s) bring(lot(number) + row * PITCH + lane + 32 * s, from + row * width + lane + 32 * s, row < count && is_column(s));
+        for (int s = 0; s < SLICES; ++s)
+          if (is_column(s)) linattn_tile::copy_number_async(linattn_tile::shared_address(to + 32 * s), from + 32 * s, true);
+#pragma unroll 1
+    for (; row < fill; row += WARPS, to += WARPS * PITCH)
+#pragma unroll
+      for (int s = 0; s < SLICES; ++s) to[32 * s] = 0.f;
+    if (thread < fill) {
+      const bool is_row = thread < count;
+      const float *const one = args.before + first_element + (first + thread) * width + p.value_dim;
+      if (is_row && args.before) linattn_tile::copy_number_async(linattn_tile::shared_address(ones(number) + thread), one, true);
+      else ones(number)[thread] = 0.f;
+      factors(number)[thread] = is_row ? factors_of(begin + first + thread) : make_short2(dim, dim);
+    }
     linattn_tile::copy_commit();
-  }
-  __device__ __forceinline__ void bring(float *to, const float *from, bool is_there) const {
-    if (!args.before) *to = 0.f;
-    else linattn_tile::copy_number_async(linattn_tile::shared_address(to), is_there ? from : args.before, is_there);
   }
   // Of vectors that end with a 1, at D: k_i, 1 and k_i k_j.
   __device__ __forceinline__ short2 factors_of(int row) const {
@@ -115,6 +126,7 @@ template <int SLICES, bool PRECISE> struct Tokens {
 
   // What decays leave of each token at each other: warps have two rows of the table each, and one of what is behind the last token.
   __device__ __forceinline__ void look_at_tokens() const {
+    if (2 * warp >= tokens) return;
     const int state_head = at.batch * p.state_heads + at.head, token = min(lane % MOST_TOKENS, tokens - 1);
     const bool begins = token > 0 && run_of(p, at.batch, token) != run_of(p, at.batch, token - 1);
     const bool is_there = lane % MOST_TOKENS < tokens && is_taken(p, at.batch, token);
@@ -150,19 +162,24 @@ template <int SLICES, bool PRECISE> struct Tokens {
   __device__ __forceinline__ void gather() const {
     const Source own = source(warp + WARPS * lane);
 #pragma unroll 1
-    for (int next = 0; warp + WARPS * next < pairs + 2 * columns; next += AT_ONCE) fetch_some(own, next);
+    for (int next = 0; warp + WARPS * next < pairs + 2 * tokens; next += AT_ONCE) fetch_some(own, next);
+#pragma unroll 1
+    for (int token = tokens; token < columns; ++token) {  // those that there are not
+      for (int i = thread; i <= dim; i += THREADS) shared[lies.keys + i * TOKEN_PITCH + token] = 0.f;
+      for (int i = thread; i < p.value_dim; i += THREADS) shared[lies.values + token * PITCH + i] = 0.f;
+    }
   }
   __device__ __forceinline__ Source source(int number) const {
-    if (number >= pairs + 2 * columns) return {};
+    if (number >= pairs + 2 * tokens) return {};
     if (number < pairs) {
       const int head = head_of(number), to = lies.queries + number * lies.pitch;
       shared[to + dim] = 1.f;
       const int64_t offset = offset_of(p.query, at.batch, first_query + head, number - head * tokens);
       return {static_cast<const Number *>(p.query.data) + offset, dim, to, 1, p.normalize_qk != 0, p.coefficients[3 * p.query_heads + first_query + head]};
     }
-    const bool is_key = number < pairs + columns;
-    const int token = number - pairs - (is_key ? 0 : columns);
-    const bool is_there = token < tokens && is_taken(p, at.batch, token);
+    const bool is_key = number < pairs + tokens;
+    const int token = number - pairs - (is_key ? 0 : tokens);
+    const bool is_there = is_taken(p, at.batch, token);
     const linattn_tensor &rows = is_key ? p.key : p.value;
     const Number *const from = is_there ? static_cast<const Number *>(rows.data) + offset_of(rows, at.batch, key_head, token) : nullptr;
     if (!is_key) return {from, p.value_dim, lies.values + token * PITCH, 1, false, 1.f};
@@ -342,11 +359,12 @@ template <int SLICES, bool PRECISE> struct Tokens {
     for (int slice = 0; slice < SLICES; slice += WIDE) {
       float value[MOST_TOKENS][WIDE];
 #pragma unroll
-      for (int t = 0; t < MOST_TOKENS; ++t) {
-        const float of_token = last[t];
+      for (int next = 0; next < MOST_TOKENS; next += 4)
+        if (next < tokens)
 #pragma unroll
-        for (int s = 0; s < WIDE; ++s) value[t][s] = shared[lies.values + t * PITCH + lane + 32 * (slice + s)] * of_token;  // behind the tokens nobody asks
-      }
+          for (int t = next; t < next + 4; ++t)
+#pragma unroll
+            for (int s = 0; s < WIDE; ++s) value[t][s] = shared[lies.values + t * PITCH + lane + 32 * (slice + s)] * last[t];
 #pragma unroll 1
       for (int row = warp; row < count; row += WARPS) {
         const short2 factor = factors(number)[row];
@@ -403,37 +421,48 @@ template <int SLICES, bool PRECISE> struct Tokens {
       if (place == 0) fixed.masses[warp][group + 8 * side] = mass[side];
     }
   }
-  // Adds them up, in a fixed order, and divides; or leaves them to the second kernel.
+  // Adds them up, in a fixed order, and divides, a warp a pair; or leaves them to the second kernel.
   __device__ __forceinline__ void write() const {
 #pragma unroll 1
-    for (int i = thread; i < pairs * COLUMNS; i += THREADS) {
-      const int pair = i / COLUMNS, column = i % COLUMNS, head = head_of(pair), token = pair - head * tokens, query_head = first_query + head;
-      if (column >= p.value_dim) continue;
-      float sum = 0.f, total = 0.f;
-#pragma unroll 1
-      for (int other = 0; other < shares; ++other) sum += shared[(16 * other * tiles + pair) * PITCH + column], total += fixed.masses[other * tile_warps + pair / 16][pair % 16];
+    for (int pair = warp; pair < pairs; pair += WARPS) {
+      const int head = head_of(pair), token = pair - head * tokens, query_head = first_query + head;
       const int64_t number = (static_cast<int64_t>(at.batch) * p.query_heads + query_head) * tokens + token;
-      if (args.splits > 1) {
-        float *const part = args.partials + (number * args.splits + at.split) * width;
-        part[column] = sum;
-        if (column == 0) part[p.value_dim] = total;
-        continue;
+      const float *from = shared + pair * PITCH + lane, *masses = &fixed.masses[pair / 16][pair % 16];
+      float sum[SLICES] = {}, total = 0.f;
+#pragma unroll 1
+      for (int other = 0; other < shares; ++other, from += 16 * PITCH * tiles, masses += 16 * tile_warps) {
+        total += *masses;
+#pragma unroll
+        for (int s = 0; s < SLICES; ++s) sum[s] += from[32 * s];
       }
-      if (!sees(p, at.batch, token)) total = 0.f;
-      store(args.out.data, p.dtype, offset_of(args.out, at.batch, query_head, token) + column, total == 0.f ? 0.f : sum / total);
-      if (column == 0 && args.mass) args.mass[number] = total;
+      if (args.splits > 1) write_part(args.partials + (number * args.splits + at.split) * width, sum, total);
+      else write_row(offset_of(args.out, at.batch, query_head, token), number, sum, sees(p, at.batch, token) ? total : 0.f);
     }
+  }
+  __device__ __forceinline__ void write_part(float *part, const float (&sum)[SLICES], float total) const {
+#pragma unroll
+    for (int s = 0; s < SLICES; ++s)
+      if (is_column(s)) part[lane + 32 * s] = sum[s];
+    if (lane == 0) part[p.value_dim] = total;
+  }
+  __device__ __forceinline__ void write_row(int64_t row, int64_t number, const float (&sum)[SLICES], float total) const {
+    const float inverse = total == 0.f ? 0.f : 1.f / total;
+#pragma unroll
+    for (int s = 0; s < SLICES; ++s)
+      if (is_column(s)) store(args.out.data, p.dtype, row + lane + 32 * s, total == 0.f ? 0.f : sum[s] * inverse);
+    if (lane == 0 && args.mass) args.mass[number] = total;
   }
 };
 
-template <int SLICES, bool PRECISE> __global__ void __launch_bounds__(THREADS, SLICES <= 2 ? 2 : 1) tokens_kernel(const StepArguments args, int most_heads) {
+template <int SLICES, bool PRECISE> __global__ void __launch_bounds__(THREADS, SLICES <= 2 ? 2 : 1) tokens_kernel(const TokensArguments args) {
   using Work = Tokens<SLICES, PRECISE>;
   extern __shared__ __align__(16) float shared[];
   __shared__ typename Work::Fixed fixed;
-  Work work(args, fixed, shared, (most_heads * static_cast<int>(args.problem.length) + 15) / 16);
+  Work work(args, fixed, shared);
 #pragma unroll 1
-  for (int base = 0; base < args.group; base += most_heads) {
-    work.begin_round(base, most_heads);
+  for (int base = 0; base < args.group; base += args.heads_at_once) {
+    const bool is_last_round = base + args.heads_at_once >= args.group;
+    work.begin_round(base);
 #pragma unroll 1
     for (int number = 0; number < 2; ++number) work.send_for(number);
     work.gather();
@@ -446,7 +475,7 @@ template <int SLICES, bool PRECISE> __global__ void __launch_bounds__(THREADS, S
       linattn_tile::copy_wait<1>();
       __syncthreads();
       work.read(number);
-      if (base + most_heads >= args.group && args.after) work.take_in(number);
+      if (is_last_round && args.after) work.take_in(number);
       __syncthreads();
       work.send_for(number + 2);
     }
@@ -459,11 +488,14 @@ template <int SLICES, bool PRECISE> __global__ void __launch_bounds__(THREADS, S
 
 // The kernel for a call.
 struct Kernel {
-  int (*heads_at_once)(const linattn_problem &);
-  int (*shared_bytes)(const linattn_problem &);
-  void (*kernel)(StepArguments, int);
+  int most_tiles;
+  int (*shared_bytes)(int dim, int tiles);
+  void (*kernel)(TokensArguments);
 };
-template <int SLICES, bool PRECISE> Kernel kernel_of() { return {Tokens<SLICES, PRECISE>::heads_at_once, Tokens<SLICES, PRECISE>::shared_bytes, tokens_kernel<SLICES, PRECISE>}; }
+template <int SLICES, bool PRECISE> Kernel kernel_of() {
+  using Work = Tokens<SLICES, PRECISE>;
+  return {Work::MOST_TILES, Work::shared_bytes, tokens_kernel<SLICES, PRECISE>};
+}
 template <bool PRECISE> Kernel kernel_of(int dim) {
   return dim <= 32 ? kernel_of<1, PRECISE>() : dim <= 64 ? kernel_of<2, PRECISE>() : dim <= 128 ? kernel_of<4, PRECISE>() : kernel_of<8, PRECISE>();
 }
@@ -472,21 +504,26 @@ Kernel kernel_of(const linattn_problem &p) {
   return p.dtype == LINATTN_FLOAT32 ? kernel_of<true>(dim) : kernel_of<false>(dim);
 }
 
+// Query heads of a state that are worked on together, and the tiles that their pairs with the tokens are.
+int heads_at_once(const linattn_problem &p, int most_tiles) { return std::min<int>(p.query_heads / p.state_heads, 16 * most_tiles / static_cast<int>(p.length)); }
+int tiles_of(const linattn_problem &p, int heads) { return (heads * static_cast<int>(p.length) + 15) / 16; }
+
 bool plan_tokens(const linattn_problem &problem, linattn_plan &plan) {
   if (problem.length > MOST_TOKENS || !problem.causal || problem.dropout_p) return false;
   plan_splits(problem, splits_of(problem), plan);
-  plan.shared_bytes = kernel_of(problem).shared_bytes(problem);
+  const Kernel found = kernel_of(problem);
+  plan.shared_bytes = found.shared_bytes(problem.head_dim, tiles_of(problem, heads_at_once(problem, found.most_tiles)));
   return true;
 }
 
 cudaError_t run_tokens(const linattn_problem &problem, const linattn_forward_result &result, const float *before, const linattn_plan &plan) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
-  const StepArguments args = step_arguments(problem, result, before, plan);
   const Kernel found = kernel_of(problem);
   const auto kernel = found.kernel;
-  const int heads = found.heads_at_once(problem);
+  const int heads = heads_at_once(problem, found.most_tiles), tokens = static_cast<int>(problem.length);
+  const TokensArguments args = {step_arguments(problem, result, before, plan), heads, tiles_of(problem, heads), (65535 + tokens) / tokens};
   if (const cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes)) return failed;
-  kernel<<<blocks_of(args), THREADS, plan.shared_bytes, stream>>>(args, heads);
+  kernel<<<blocks_of(args), THREADS, plan.shared_bytes, stream>>>(args);
   return launch_join(args, stream);
 }
 
