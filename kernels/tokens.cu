@@ -35,7 +35,7 @@ template <int SLICES, bool PRECISE> struct Tokens {
   static constexpr int MOST_SHARES = SLICES <= 4 ? 8 : 4;                   // of a lot's rows among warps
   static constexpr int READ = PARTS < 16 ? PARTS : SLICES < 8 ? 16 : 8;     // eights of columns that a row is read for together
   static constexpr int AT_ONCE = SLICES <= 4 ? 4 : 2;     // vectors that a warp has on their way
-  static constexpr int WIDE = SLICES < 2 ? SLICES : 2;                      // slices that a row of the state takes in together
+  static constexpr int WIDE = SLICES < 2 ? SLICES : 2, TAKEN = SLICES < 8 ? 3 : 2;  // slices and rows that take tokens in together
   struct Fixed {
     float left[MOST_TOKENS + 1][MOST_TOKENS];  // W_tj: of token j at token t; below, where t = MOST_TOKENS, W_j
     float carried[MOST_TOKENS + 1];            // K_t, and K
@@ -250,20 +250,21 @@ template <int SLICES, bool PRECISE> struct Tokens {
       float scores[4] = {};
 #pragma unroll 1
       for (int slice = 0; slice < dim; slice += 64) {  // tensor cores round their sums toward zero
-        float sum[4] = {};
-#pragma unroll 1
+        float sums[3][4] = {};
+#pragma unroll 2
         for (int k = slice + place; k < min(dim, slice + 64) + place; k += 8) {
-          float left[4], right[2];
+          float left[4], right[2], left_low[4], right_low[2];
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int i = k + 4 * half;
             left[2 * half] = i < dim ? queries[i] : 0.f, left[2 * half + 1] = i < dim ? queries[8 * lies.pitch + i] : 0.f;
             right[half] = i < dim ? shared[lies.keys + i * TOKEN_PITCH + first + group] : 0.f;
           }
-          multiply<true>(sum, left, right);
+          split(left, left_low), split(right, right_low);
+          mma_tf32(sums[0], left_low, right), mma_tf32(sums[1], left, right_low), mma_tf32(sums[2], left, right);
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) scores[i] += sum[i];
+        for (int i = 0; i < 4; ++i) scores[i] += sums[0][i] + sums[1][i] + sums[2][i];
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -276,20 +277,24 @@ template <int SLICES, bool PRECISE> struct Tokens {
 
   // sum += a b of a fragment. In float32 by factors of two parts each; else tensor cores cut factors to 11 bits, and what is added first makes that
   // a rounding that errs to both sides alike. A NaN stays one.
-  template <bool PARTED> static __device__ __forceinline__ void multiply(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
-    if constexpr (PARTED) {
-      float a_high[4], a_low[4], b_high[2], b_low[2];
-      split(a, a_high, a_low), split(b, b_high, b_low);
-      mma_tf32(sum, a_low, b_high), mma_tf32(sum, a_high, b_low), mma_tf32(sum, a_high, b_high);
+  static __device__ __forceinline__ void multiply(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
+    if constexpr (PRECISE) {
+      float left[4] = {a[0], a[1], a[2], a[3]}, right[2] = {b[0], b[1]}, left_low[4], right_low[2];
+      split(left, left_low), split(right, right_low);
+      mma_tf32(sum, left_low, right), mma_tf32(sum, left, right_low), mma_tf32(sum, left, right);
     } else {
       constexpr float UP = 1.f + 3.f / 8192.f;
       const float left[4] = {a[0] * UP, a[1] * UP, a[2] * UP, a[3] * UP}, right[2] = {b[0] * UP, b[1] * UP};
       mma_tf32(sum, left, right);
     }
   }
-  template <int COUNT> static __device__ __forceinline__ void split(const float (&x)[COUNT], float (&high)[COUNT], float (&low)[COUNT]) {
+  // The upper 11 bits, to the nearest, and what is left.
+  template <int COUNT> static __device__ __forceinline__ void split(float (&x)[COUNT], float (&low)[COUNT]) {
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) high[i] = __uint_as_float((__float_as_uint(x[i]) + 0x1000u) & 0xffffe000u), low[i] = x[i] - high[i];
+    for (int i = 0; i < COUNT; ++i) {
+      const float high = __uint_as_float((__float_as_uint(x[i]) + 0x1000u) & 0xffffe000u);
+      low[i] = x[i] - high, x[i] = high;
+    }
   }
 
   // What the rows of a lot, as they were before the tokens, and once the tokens themselves give the pairs of this warp's tile: this warp's share.
@@ -339,7 +344,7 @@ template <int SLICES, bool PRECISE> struct Tokens {
     for (int c = 0; c < READ; ++c)
       if (8 * (first + c) < p.value_dim) {
         const float *const at = from + 8 * (first + c) + group, right[2] = {at[0], at[4 * PITCH]};
-        multiply<PRECISE>(to[c], left, right);
+        multiply(to[c], left, right);
       }
   }
   // phi(q) of a row, times K_t: [b q, a, c m_ij q_i q_j], m_ij is 2 off the diagonal.
@@ -350,51 +355,59 @@ template <int SLICES, bool PRECISE> struct Tokens {
     return carried[side] * twice * number * q[factor.x] * q[factor.y];
   }
 
-  // The rows of a lot take the tokens in and are written.
-  __device__ __forceinline__ void take_in(int number) const {
-    const float *const from = lot(number) + lane, *const last = fixed.left[MOST_TOKENS], carried = fixed.carried[MOST_TOKENS];
-    float *const to = args.after + first_element + number * ROWS * width;
-    const int count = rows_in(number);
+  // The rows of a lot take the tokens in and are written, by the warps from `begin` on.
+  __device__ __forceinline__ void take_in(int number, int begin) const {
+    const int count = rows_in(number), warps = WARPS - begin;
+    if (warp < begin) return;
 #pragma unroll 1
-    for (int slice = 0; slice < SLICES; slice += WIDE) {
-      float value[MOST_TOKENS][WIDE];
-#pragma unroll
-      for (int next = 0; next < MOST_TOKENS; next += 4)
-        if (next < tokens)
-#pragma unroll
-          for (int t = next; t < next + 4; ++t)
-#pragma unroll
-            for (int s = 0; s < WIDE; ++s) value[t][s] = shared[lies.values + t * PITCH + lane + 32 * (slice + s)] * last[t];
+    for (int slice = 0; slice < SLICES; slice += WIDE)
 #pragma unroll 1
-      for (int row = warp; row < count; row += WARPS) {
-        const short2 factor = factors(number)[row];
-        float x[WIDE];
+      for (int row = warp - begin; row < count; row += TAKEN * warps) take_in_rows(number, row, warps, slice);
+    float *const to = args.after + first_element + number * ROWS * width + p.value_dim;
+    for (int row = thread - 32 * begin; row < count; row += 32 * warps) to[row * width] = one_behind(number, row);
+  }
+  // Every `step`th of some rows from `first` on, WIDE slices of them.
+  __device__ __forceinline__ void take_in_rows(int number, int first, int step, int slice) const {
+    const int count = rows_in(number), column = lane + 32 * slice;
+    short2 factor[TAKEN];
+    float x[TAKEN][WIDE];
 #pragma unroll
-        for (int s = 0; s < WIDE; ++s) x[s] = from[row * PITCH + 32 * (slice + s)] * carried;
+    for (int r = 0; r < TAKEN; ++r) {
+      const int row = min(first + r * step, count - 1);
+      factor[r] = factors(number)[row];
 #pragma unroll
-        for (int next = 0; next < MOST_TOKENS; next += 4) {
-          if (next < tokens) {
-            const float4 keys = features_of_keys(factor, next);
+      for (int s = 0; s < WIDE; ++s) x[r][s] = lot(number)[row * PITCH + column + 32 * s] * fixed.carried[MOST_TOKENS];
+    }
+#pragma unroll 1
+    for (int token = 0; token < tokens; token += 4) {
+      float value[4][WIDE];
 #pragma unroll
-            for (int s = 0; s < WIDE; ++s) {
-              x[s] = fmaf(keys.x, value[next][s], x[s]), x[s] = fmaf(keys.y, value[next + 1][s], x[s]);
-              x[s] = fmaf(keys.z, value[next + 2][s], x[s]), x[s] = fmaf(keys.w, value[next + 3][s], x[s]);
-            }
-          }
+      for (int t = 0; t < 4; ++t)
+#pragma unroll
+        for (int s = 0; s < WIDE; ++s) value[t][s] = shared[lies.values + (token + t) * PITCH + column + 32 * s] * fixed.left[MOST_TOKENS][token + t];
+#pragma unroll
+      for (int r = 0; r < TAKEN; ++r) {
+        const float4 keys = features_of_keys(factor[r], token);
+#pragma unroll
+        for (int s = 0; s < WIDE; ++s) {
+          x[r][s] = fmaf(keys.x, value[0][s], x[r][s]), x[r][s] = fmaf(keys.y, value[1][s], x[r][s]);
+          x[r][s] = fmaf(keys.z, value[2][s], x[r][s]), x[r][s] = fmaf(keys.w, value[3][s], x[r][s]);
         }
-#pragma unroll
-        for (int s = 0; s < WIDE; ++s)
-          if (is_column(slice + s)) to[row * width + lane + 32 * (slice + s)] = x[s];
       }
     }
-    if (thread < count) to[thread * width + p.value_dim] = one_behind(number);
+    float *const to = args.after + first_element + number * ROWS * width + column;
+#pragma unroll
+    for (int r = 0; r < TAKEN; ++r)
+#pragma unroll
+      for (int s = 0; s < WIDE; ++s)
+        if (first + r * step < count && is_column(slice + s)) to[(first + r * step) * width + 32 * s] = x[r][s];
   }
-  __device__ __forceinline__ float one_behind(int number) const {
+  __device__ __forceinline__ float one_behind(int number, int row) const {
     const float *const last = fixed.left[MOST_TOKENS];
-    float one = ones(number)[thread] * fixed.carried[MOST_TOKENS];
+    float one = ones(number)[row] * fixed.carried[MOST_TOKENS];
 #pragma unroll 1
     for (int next = 0; next < tokens; next += 4) {
-      const float4 keys = features_of_keys(factors(number)[thread], next);
+      const float4 keys = features_of_keys(factors(number)[row], next);
       one = fmaf(keys.x, last[next], one), one = fmaf(keys.y, last[next + 1], one);
       one = fmaf(keys.z, last[next + 2], one), one = fmaf(keys.w, last[next + 3], one);
     }
@@ -454,31 +467,37 @@ template <int SLICES, bool PRECISE> struct Tokens {
   }
 };
 
-template <int SLICES, bool PRECISE> __global__ void __launch_bounds__(THREADS, SLICES <= 2 ? 2 : 1) tokens_kernel(const TokensArguments args) {
+template <int SLICES, bool PRECISE> __global__ void __launch_bounds__(THREADS, (SLICES <= 2 ? 3 : SLICES == 4 ? 2 : 1) - (PRECISE && SLICES < 8)) tokens_kernel(const TokensArguments args) {
   using Work = Tokens<SLICES, PRECISE>;
   extern __shared__ __align__(16) float shared[];
   __shared__ typename Work::Fixed fixed;
   Work work(args, fixed, shared);
 #pragma unroll 1
   for (int base = 0; base < args.group; base += args.heads_at_once) {
-    const bool is_last_round = base + args.heads_at_once >= args.group;
+    const bool takes_in = base + args.heads_at_once >= args.group && args.after;
     work.begin_round(base);
 #pragma unroll 1
     for (int number = 0; number < 2; ++number) work.send_for(number);
     work.gather();
     work.look_at_tokens();
+    linattn_tile::copy_wait<1>();
     __syncthreads();
+    const int weigh = work.at.split > 0 || work.tiles > WARPS / 2 ? 0 : work.tiles;  // warps that do nothing else meanwhile
     work.begin_sums();
     work.weigh_tokens();
+    if (takes_in && work.rows > 0) work.take_in(0, weigh);
+    __syncthreads();
+    if (work.rows > 0) work.read(0);
 #pragma unroll 1
-    for (int number = 0; work.rows_in(number) > 0; ++number) {
+    for (int number = 1; work.rows_in(number) > 0; ++number) {
+      __syncthreads();
+      work.send_for(number + 1);
       linattn_tile::copy_wait<1>();
       __syncthreads();
       work.read(number);
-      if (is_last_round && args.after) work.take_in(number);
-      __syncthreads();
-      work.send_for(number + 2);
+      if (takes_in) work.take_in(number, 0);
     }
+    __syncthreads();
     work.leave_sums();
     __syncthreads();
     work.write();
