@@ -23,16 +23,17 @@ struct TokensArguments : StepArguments {
   int32_t one_token;  // of 65,536 parts, rounded up: a quotient of few numbers by the tokens is one product
 };
 
-// SLICES of 32 numbers hold D and Dv; PRECISE: inputs are float32.
+// SLICES of 32 numbers hold D and Dv; PRECISE: inputs are float32. WARPS: fewer where a state has few rows, of which each does what it must know.
 //
 // All of a block's work is done once, by few instructions: most of its time they come from memory as the state does, so loops are left rolled up
 // wherever nothing in them lies in registers.
-template <int SLICES, bool PRECISE> struct Tokens {
+template <int SLICES, bool PRECISE, int WARPS> struct Tokens {
   using Number = std::conditional_t<PRECISE, float, uint16_t>;
   static constexpr int COLUMNS = 32 * SLICES, PARTS = COLUMNS / 8, PITCH = COLUMNS + 8;
   static constexpr int ROWS = SLICES <= 2 ? 72 : SLICES == 4 ? 48 : 16;     // of a lot: at D = 64 one lot is the whole first degree
-  static constexpr int MOST_TILES = SLICES <= 2 ? 8 : SLICES == 4 ? 2 : 1;  // of pairs, in a round
-  static constexpr int MOST_SHARES = SLICES <= 4 ? 8 : 4;                   // of a lot's rows among warps
+  static constexpr int THREADS = 32 * WARPS;
+  static constexpr int MOST_TILES = SLICES <= 2 ? WARPS : SLICES == 4 ? 2 : 1;  // of pairs, in a round
+  static constexpr int MOST_SHARES = SLICES <= 4 ? WARPS : 4;                   // of a lot's rows among warps
   static constexpr int READ = PARTS < 16 ? PARTS : SLICES < 8 ? 16 : 8;     // eights of columns that a row is read for together
   static constexpr int AT_ONCE = SLICES <= 4 ? 4 : 2;     // vectors that a warp has on their way
   static constexpr int WIDE = SLICES < 2 ? SLICES : 2, TAKEN = SLICES < 8 ? 3 : 2;  // slices and rows that take tokens in together
@@ -44,16 +45,16 @@ template <int SLICES, bool PRECISE> struct Tokens {
   // Where a block's arrays begin in shared memory, in floats.
   struct Layout {
     int queries, weights, keys, values, ones, factors, end, pitch;
-    __host__ __device__ Layout(int dim, int tiles) {
+    __host__ __device__ Layout(int dim, int tiles, int rows) {
       pitch = (dim + 28) / 32 * 32 + 4;  // rows of a fragment in other banks; room for a 1 behind
-      queries = 2 * ROWS * PITCH, weights = queries + 16 * tiles * pitch, keys = weights + 16 * tiles * TOKEN_PITCH;
+      queries = (rows > ROWS ? 2 : 1) * ROWS * PITCH, weights = queries + 16 * tiles * pitch, keys = weights + 16 * tiles * TOKEN_PITCH;
       values = keys + (dim + 1) * TOKEN_PITCH, ones = values + MOST_TOKENS * PITCH, factors = ones + 2 * ROWS;
       end = factors + 2 * ROWS;
       const int sums = 16 * MOST_SHARES * PITCH;  // of all warps, over the rest
       if (end < sums) end = sums;
     }
   };
-  static int shared_bytes(int dim, int tiles) { return 4 * Layout(dim, tiles).end; }
+  static int shared_bytes(int dim, int tiles, int rows) { return 4 * Layout(dim, tiles, rows).end; }
 
   const TokensArguments &args;
   const linattn_problem &p;
@@ -74,7 +75,7 @@ template <int SLICES, bool PRECISE> struct Tokens {
       : args(args), p(args.problem), fixed(fixed), shared(shared), thread(threadIdx.x), warp(__shfl_sync(0xffffffffu, thread / 32, 0)), lane(thread % 32), group(lane / 4),
         place(lane % 4), key_head(key_head_of(args, at.head)), width(p.value_dim + 1), dim(p.head_dim), tokens(static_cast<int>(p.length)), columns((tokens + 7) / 8 * 8),
         begin(at.split * args.rows_each), rows(max(0, min(args.features - begin, args.rows_each))),
-        first_element(((static_cast<int64_t>(at.batch) * p.state_heads + at.head) * args.features + begin) * width), lies(dim, args.tiles_at_once) {}
+        first_element(((static_cast<int64_t>(at.batch) * p.state_heads + at.head) * args.features + begin) * width), lies(dim, args.tiles_at_once, args.rows_each) {}
 
   __device__ __forceinline__ int head_of(int pair) const { return pair * args.one_token >> 16; }  // a pair is head * tokens + token
   __device__ __forceinline__ bool is_column(int slice) const { return lane + 32 * slice < p.value_dim; }
@@ -124,29 +125,37 @@ template <int SLICES, bool PRECISE> struct Tokens {
     return make_short2(both.x, both.y);
   }
 
-  // What decays leave of each token at each other: warps have two rows of the table each, and one of what is behind the last token.
+  // What decays leave of each token at each other: warps have rows of the table, two at a time, and one what is left behind the last token.
   __device__ __forceinline__ void look_at_tokens() const {
     if (2 * warp >= tokens) return;
-    const int state_head = at.batch * p.state_heads + at.head, token = min(lane % MOST_TOKENS, tokens - 1);
+    const int state_head = at.batch * p.state_heads + at.head, number = lane % MOST_TOKENS, token = min(number, tokens - 1);
     const bool begins = token > 0 && run_of(p, at.batch, token) != run_of(p, at.batch, token - 1);
-    const bool is_there = lane % MOST_TOKENS < tokens && is_taken(p, at.batch, token);
+    const bool is_there = number < tokens && is_taken(p, at.batch, token);
     const float rate = !p.log_decay ? 0.f : p.log_decay_per_token ? p.log_decay[static_cast<int64_t>(state_head) * tokens + token] : p.log_decay[at.head];
     const float keep = begins ? 0.f : expf(rate);
-    const int row = 2 * warp + lane / MOST_TOKENS, last = min(row, tokens - 1);
-    float left = 1.f, behind = 1.f, of_row = 1.f, of_all = 1.f;
+#pragma unroll 1
+    for (int row = 2 * warp + lane / MOST_TOKENS; row - lane / MOST_TOKENS < tokens; row += 2 * WARPS) look_from(row, token, is_there, keep);
+    if (warp > 0) return;
+    float behind = 1.f;
 #pragma unroll 1
     for (int s = 0; s < tokens; ++s) {
       const float of_token = __shfl_sync(0xffffffffu, keep, s);
       if (s > token) behind *= of_token;
-      if (s > token && s <= last) left *= of_token;
-      if (s <= last) of_row *= of_token;
-      of_all *= of_token;
     }
-    fixed.left[row][lane % MOST_TOKENS] = is_there && token <= last ? left : 0.f;
-    if (lane % MOST_TOKENS == 0) fixed.carried[row] = of_row;
-    if (warp > 0) return;
     if (lane < MOST_TOKENS) fixed.left[MOST_TOKENS][lane] = is_there ? behind : 0.f;
-    if (lane == 0) fixed.carried[MOST_TOKENS] = of_all;
+    if (lane == 0) fixed.carried[MOST_TOKENS] = behind * keep;
+  }
+  __device__ __forceinline__ void look_from(int row, int token, bool is_there, float keep) const {
+    float left = 1.f, carried = 1.f;
+#pragma unroll 1
+    for (int s = 0; s < tokens; ++s) {
+      const float of_token = __shfl_sync(0xffffffffu, keep, s);
+      if (s > row) continue;
+      carried *= of_token;
+      if (s > token) left *= of_token;
+    }
+    fixed.left[row][lane % MOST_TOKENS] = is_there && token <= row ? left : 0.f;
+    if (lane % MOST_TOKENS == 0) fixed.carried[row] = carried;
   }
 
   // Where a vector lies, null for zeros; where it goes in shared memory, how far apart its numbers; whether it is to be of unit length, and what
@@ -467,8 +476,15 @@ template <int SLICES, bool PRECISE> struct Tokens {
   }
 };
 
-template <int SLICES, bool PRECISE> __global__ void __launch_bounds__(THREADS, (SLICES <= 2 ? 3 : SLICES == 4 ? 2 : 1) - (PRECISE && SLICES < 8)) tokens_kernel(const TokensArguments args) {
-  using Work = Tokens<SLICES, PRECISE>;
+constexpr int FEW = 4, MANY = 8;  // warps
+
+template <int SLICES, bool PRECISE, int WARPS>
+__global__ void __launch_bounds__(32 * WARPS, ((SLICES <= 2   ? 3
+                                                : SLICES == 4 ? 2
+                                                              : 1) -
+                                               (PRECISE && SLICES < 8)) *
+                                                  MANY / WARPS) tokens_kernel(const TokensArguments args) {
+  using Work = Tokens<SLICES, PRECISE, WARPS>;
   extern __shared__ __align__(16) float shared[];
   __shared__ typename Work::Fixed fixed;
   Work work(args, fixed, shared);
@@ -507,20 +523,24 @@ template <int SLICES, bool PRECISE> __global__ void __launch_bounds__(THREADS, (
 
 // The kernel for a call.
 struct Kernel {
-  int most_tiles;
-  int (*shared_bytes)(int dim, int tiles);
+  int warps, most_tiles;
+  int (*shared_bytes)(int dim, int tiles, int rows);
   void (*kernel)(TokensArguments);
 };
-template <int SLICES, bool PRECISE> Kernel kernel_of() {
-  using Work = Tokens<SLICES, PRECISE>;
-  return {Work::MOST_TILES, Work::shared_bytes, tokens_kernel<SLICES, PRECISE>};
+template <int SLICES, bool PRECISE, int WARPS> Kernel kernel_of() {
+  using Work = Tokens<SLICES, PRECISE, WARPS>;
+  return {WARPS, Work::MOST_TILES, Work::shared_bytes, tokens_kernel<SLICES, PRECISE, WARPS>};
 }
-template <bool PRECISE> Kernel kernel_of(int dim) {
-  return dim <= 32 ? kernel_of<1, PRECISE>() : dim <= 64 ? kernel_of<2, PRECISE>() : dim <= 128 ? kernel_of<4, PRECISE>() : kernel_of<8, PRECISE>();
+template <bool PRECISE, int WARPS> Kernel kernel_of(int dim) {
+  return dim <= 32 ? kernel_of<1, PRECISE, WARPS>() : dim <= 64 ? kernel_of<2, PRECISE, WARPS>() : dim <= 128 ? kernel_of<4, PRECISE, WARPS>() : kernel_of<8, PRECISE, WARPS>();
+}
+template <int WARPS> Kernel kernel_of(const linattn_problem &p) {
+  const int dim = std::max(p.head_dim, p.value_dim);
+  return p.dtype == LINATTN_FLOAT32 ? kernel_of<true, WARPS>(dim) : kernel_of<false, WARPS>(dim);
 }
 Kernel kernel_of(const linattn_problem &p) {
-  const int dim = std::max(p.head_dim, p.value_dim);
-  return p.dtype == LINATTN_FLOAT32 ? kernel_of<true>(dim) : kernel_of<false>(dim);
+  const int64_t pairs = p.query_heads / p.state_heads * p.length;
+  return p.degree == 1 && pairs <= 32 ? kernel_of<FEW>(p) : kernel_of<MANY>(p);
 }
 
 // Query heads of a state that are worked on together, and the tiles that their pairs with the tokens are.
@@ -531,7 +551,7 @@ bool plan_tokens(const linattn_problem &problem, linattn_plan &plan) {
   if (problem.length > MOST_TOKENS || !problem.causal || problem.dropout_p) return false;
   plan_splits(problem, splits_of(problem), plan);
   const Kernel found = kernel_of(problem);
-  plan.shared_bytes = found.shared_bytes(problem.head_dim, tiles_of(problem, heads_at_once(problem, found.most_tiles)));
+  plan.shared_bytes = found.shared_bytes(problem.head_dim, tiles_of(problem, heads_at_once(problem, found.most_tiles)), static_cast<int>(plan.chunk));
   return true;
 }
 
@@ -542,7 +562,7 @@ cudaError_t run_tokens(const linattn_problem &problem, const linattn_forward_res
   const int heads = heads_at_once(problem, found.most_tiles), tokens = static_cast<int>(problem.length);
   const TokensArguments args = {step_arguments(problem, result, before, plan), heads, tiles_of(problem, heads), (65535 + tokens) / tokens};
   if (const cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes)) return failed;
-  kernel<<<blocks_of(args), THREADS, plan.shared_bytes, stream>>>(args);
+  kernel<<<blocks_of(args), 32 * found.warps, plan.shared_bytes, stream>>>(args);
   return launch_join(args, stream);
 }
 
