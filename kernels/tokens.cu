@@ -538,9 +538,11 @@ template <int WARPS> Kernel kernel_of(const linattn_problem &p) {
   const int dim = std::max(p.head_dim, p.value_dim);
   return p.dtype == LINATTN_FLOAT32 ? kernel_of<true, WARPS>(dim) : kernel_of<false, WARPS>(dim);
 }
+// Small states that are many are bound by what each of a block's warps must know first.
 Kernel kernel_of(const linattn_problem &p) {
-  const int64_t pairs = p.query_heads / p.state_heads * p.length;
-  return p.degree == 1 && pairs <= 32 ? kernel_of<FEW>(p) : kernel_of<MANY>(p);
+  const bool is_small = p.degree == 1 && std::max(p.head_dim, p.value_dim) <= 64 && p.query_heads / p.state_heads * p.length <= 16;
+  const bool are_many = static_cast<int64_t>(p.batch) * p.state_heads > 2 * card(cudaDevAttrMultiProcessorCount, 108);
+  return is_small && are_many ? kernel_of<FEW>(p) : kernel_of<MANY>(p);
 }
 
 // Query heads of a state that are worked on together, and the tiles that their pairs with the tokens are.
