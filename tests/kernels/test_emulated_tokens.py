@@ -48,7 +48,8 @@ def test_in_place_out_of_place_and_one_after_the_other(kernels, kind):
 
 def test_small_states_that_are_many(kernels):
     """By blocks of fewer warps."""
-    check_step(torch.bfloat16, length=5, batch=55, heads=4, key_heads=2, state_heads=4, head_dim=24, value_dim=32, decay="token", padded=True)
+    many = {"batch": 55, "heads": 4, "key_heads": 2, "state_heads": 4}
+    check_step(torch.bfloat16, length=5, head_dim=24, value_dim=32, decay="token", padded=True, **many)
 
 
 @pytest.mark.parametrize("dtype, length, kind", [
