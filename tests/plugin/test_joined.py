@@ -1,5 +1,6 @@
 """Matrices that meet the same vectors are one behind the other, are multiplied by at once, and are parameters as they were."""
 
+import copy
 import gc
 import os
 import threading
@@ -9,6 +10,7 @@ import pytest
 import torch
 from compiling import CHANGES, TOKENS, WINDOW, converted, generate_compiled
 from generating import generate
+from safetensors.torch import load_file, save_file, save_model
 from tiny_models import tiny_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -146,6 +148,20 @@ def test_parameters_are_what_they_were(products, tmp_path):
     torch.optim.AdamW(model.parameters(), lr=0.1).step()
     ids = tiny_tokens(seed=1)
     assert torch.equal(generate_compiled(model, ids), generate(model, ids, **TOKENS))
+
+
+def test_what_safetensors_writes(products, tmp_path):
+    """As docs/faq.md says."""
+    model = converted(decay="head")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    generate_compiled(model, tiny_tokens())
+    with pytest.raises(RuntimeError, match="None is covering the entire storage"):
+        save_model(model, tmp_path / "refused")
+    save_file(model.state_dict(), tmp_path / "file")
+    save_model(copy.deepcopy(model), tmp_path / "copy")
+    for name in ("file", "copy"):
+        found = load_file(tmp_path / name)
+        assert all(torch.equal(found[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("held_as", ["a view of more", "memory of another's", "a state dict", "no parameter"])
