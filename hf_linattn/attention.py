@@ -215,7 +215,7 @@ def softmax_attention(
     eager = sys.modules[type(module).__module__].eager_attention_forward
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-        mask = mask.tril(key.shape[2] - query.shape[2]) if is_causal else mask
+        mask = mask.tril() if is_causal and query.shape[2] > 1 else mask  # as SDPA: behind the tokens a static cache has empty keys
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     return eager(module, query, key, value, mask, **common)[0], None

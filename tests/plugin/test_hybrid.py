@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import CAUSAL, TEXT, tiny_config, tiny_model, tiny_tokens
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_linattn import LinearStateLayer
@@ -33,8 +33,8 @@ def check_cache(model):
     ids = tiny_tokens()
     full = model(ids, use_cache=False).logits
     for lengths in (1, [7, 1, 9, 6]):
-        cache = DynamicCache(config=model.config)
-        close(torch.cat([model(part, past_key_values=cache).logits for part in ids.split(lengths, 1)], 1), full)
+        for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
+            close(torch.cat([model(part, past_key_values=cache).logits for part in ids.split(lengths, 1)], 1), full)
     linear = [isinstance(layer, LinearStateLayer) for layer in cache.layers]
     assert linear == [i not in model.config.linattn["softmax_layers"] for i in range(3)]
 
