@@ -217,6 +217,7 @@ def softmax_attention(
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         mask = mask.tril() if is_causal and query.shape[2] > 1 else mask  # as SDPA: behind the tokens a static cache has empty keys
     if mask.dtype == torch.bool:
+        mask = mask | ~mask.any(-1, keepdim=True)  # of no keys at all there is no softmax, and padding would be no number
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     return eager(module, query, key, value, mask, **common)[0], None
 

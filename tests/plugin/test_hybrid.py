@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from generating import left_padded
 from tiny_models import CAUSAL, TEXT, tiny_config, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -65,6 +66,18 @@ def check_packing(model):
         out = model(packed, position_ids=positions, use_cache=use_cache).logits
         close(out[0, :9], full[0, :9])
         close(out[0, 9:], full[1, :14])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_padding_is_a_number_in_every_precision(dtype):
+    """What sees nothing, in a layer with a softmax of its own, and all that looks at it with no weight."""
+    model = tiny_model("gemma2", softmax_layers=[0, 1, 2], scale=6.0).to(dtype)
+    padded, mask = left_padded(tiny_tokens())
+    out = model(padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits
+    alone = model(tiny_tokens()[:1]).logits
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[:1, 5:], alone, atol=0.02 if dtype == torch.float16 else 1e-4, rtol=0)
 
 
 def test_cache(model):
