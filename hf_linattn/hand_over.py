@@ -37,13 +37,14 @@ class Handed(Tensor):
     def __torch_function__(cls, func: Callable, types: Iterable[type], args: Any = (), kwargs: Any = None) -> Any:
         if func in SOFTMAX:
             raise RuntimeError(NEVER_READ)
-        result = super().__torch_function__(func, types, args, kwargs or {})
-        for given in args:
+        kwargs = kwargs or {}
+        result, all_given = super().__torch_function__(func, types, args, kwargs), (*args, *kwargs.values())
+        for given in all_given:
             if isinstance(given, Handed):  # what was done to it may have been in place
                 setattr(given, PLAIN, None)
         for made in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(made, Handed) and not hasattr(made, HANDED):
-                setattr(made, HANDED, _layer_among(args))
+                setattr(made, HANDED, _layer_among(all_given))
         return result
 
 

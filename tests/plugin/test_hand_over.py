@@ -173,3 +173,12 @@ def test_what_was_done_to_a_handed_tensor_is_received(change):
     CHANGES[change](expected)
     received, found = receive(handed)
     assert found is layer and type(received) is torch.Tensor and torch.equal(received, expected)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: torch.cat(tensors=[x], dim=1), lambda x: torch.mul(input=x, other=1), lambda x: torch.mul(1, x)]
+)
+def test_what_is_made_of_a_tensor_given_by_name_carries_the_layer(change):
+    layer, key = LinearStateLayer(), torch.randn(1, 3, 5, 4)
+    received, found = receive(change(hand_over(key.clone(), layer)))
+    assert found is layer and torch.equal(received, key)
