@@ -97,7 +97,7 @@ def improved(backend: Callable[..., Any], graph: Any, inputs: list[Any], joins: 
     waves.make_once(graph)
     sums.make_once(graph)
     is_one_row = multiplies_one_row(graph)
-    if joins and (one := joined.join(graph, inputs)) is not None:
+    if joins and (one := joined.join(graph, inputs, is_one_row)) is not None:
         if is_one_row:
             vectors.make_once(one.graph)
         for combo_kernels in (True, False):

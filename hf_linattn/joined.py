@@ -5,6 +5,9 @@ rows each in TinyLlama, cuBLAS could read twenty times as much meanwhile. So que
 gate and up projection. Parameters stay what they are, views of one memory from then on, which takes no more of it. They are left where
 they are if anything else may know where that is: views, memory that more than a parameter holds, and what another thread generates with.
 Where one of them lies elsewhere later all are moved again, or, if they may not be, copied at each call.
+
+Of one sequence gate and up projection are left apart: a code generator, which makes these products itself, makes both and what combines
+them in one kernel, where what combines the halves of a product is a kernel of its own.
 """
 
 from __future__ import annotations
@@ -47,13 +50,15 @@ class Joined(NamedTuple):
         return run
 
 
-def join(graph: GraphModule, inputs: Sequence[Any]) -> Joined | None:
-    """Moves parameters; None where there is nothing to be moved."""
+def join(graph: GraphModule, inputs: Sequence[Any], is_one_row: bool = False) -> Joined | None:
+    """Moves parameters; None where there is nothing to be moved. `is_one_row`: matrices meet vectors."""
     changed = _copy(graph)
     nodes = changed.graph.find_nodes(op="placeholder")
     places = {node: [place] for place, node in enumerate(nodes)}
     of_place = dict(zip(nodes, inputs, strict=True))
     for products in _that_share(changed, of_place):
+        if is_one_row and _meet_by_element(products):
+            continue
         operands = [[node.args[number] for node in products] for number in (1, 2) if products[0].args[number] is not None]
         if all(_move_together([of_place[node] for node in some]) for some in operands):
             _multiply_once(changed, products)
@@ -112,6 +117,22 @@ def _that_share(graph: GraphModule, of_place: dict[Any, Any]) -> list[list[Any]]
     products = [node for node in products if all(x is None or _is_a_products(x, of_place) for x in node.args[1:])]
     kinds = (list(some) for _, some in groupby(sorted(products, key=kind), key=kind))
     return [some for some in kinds if len(some) > 1 and not any(map(_writes, some[0].args[0].users))]
+
+
+def _meet_by_element(products: list[Any]) -> bool:
+    """Whether they are of one size, and what follows from each by element is combined by element."""
+    behind = {_behind(node) for node in products}
+    return len({_value(node).shape for node in products}) == 1 and len(behind) == 1 and None not in behind
+
+
+def _behind(node: Any) -> Any:
+    """What takes others as well as what follows from a product by element; None where something else takes it before."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target not in _BY_ELEMENT or user.all_input_nodes != [node]:
+            return user if user.target in _BY_ELEMENT else None
+        node = user
+    return None
 
 
 def _is_a_products(node: Any, of_place: dict[Any, Any]) -> bool:
