@@ -23,21 +23,21 @@ struct TokensArguments : StepArguments {
   int32_t one_token;  // of 65,536 parts, rounded up: a quotient of few numbers by the tokens is one product
 };
 
-// SLICES of 32 numbers hold D and Dv; PRECISE: inputs are float32. WARPS: fewer where a state has few rows, of which each does what it must know.
+// SLICES of 32 numbers hold D and Dv; PRECISE: inputs are float32. WARPS: fewer where states are small, since each begins by finding out the same.
 //
-// All of a block's work is done once, by few instructions: most of its time they come from memory as the state does, so loops are left rolled up
-// wherever nothing in them lies in registers.
+// A block passes over this code about once, and has to fetch it: loops whose bodies number no registers are not unrolled.
 template <int SLICES, bool PRECISE, int WARPS> struct Tokens {
   using Number = std::conditional_t<PRECISE, float, uint16_t>;
   static constexpr int COLUMNS = 32 * SLICES, PARTS = COLUMNS / 8, PITCH = COLUMNS + 8;
-  static constexpr int ROWS = SLICES <= 2 ? 72 : SLICES == 4 ? 48 : 16;     // of a lot: at D = 64 one lot is the whole first degree
   static constexpr int THREADS = 32 * WARPS;
-  static constexpr int MOST_TILES = SLICES <= 2 ? WARPS : SLICES == 4 ? 2 : 1;  // of pairs, in a round
-  static constexpr int MOST_SHARES = SLICES <= 4 ? WARPS : 4;                   // of a lot's rows among warps
-  static constexpr int READ = PARTS < 16 ? PARTS : SLICES < 8 ? 16 : 8;     // eights of columns that a row is read for together
-  static constexpr int AT_ONCE = SLICES <= 4 ? 4 : 2;     // vectors that a warp has on their way
+  static constexpr int ROWS = SLICES <= 2 ? 72 : SLICES == 4 ? 48 : 16;             // of a lot: at D = 64 one lot is the whole first degree
+  static constexpr int MOST_TILES = SLICES <= 2 ? WARPS : SLICES == 4 ? 2 : 1;      // of pairs, in a round
+  static constexpr int MOST_SHARES = SLICES <= 4 ? WARPS : 4;                       // of a lot's rows among warps
+  static constexpr int READ = PARTS < 16 ? PARTS : SLICES < 8 ? 16 : 8;             // eights of columns that a row is read for together
+  static constexpr int AT_ONCE = SLICES <= 4 ? 4 : 2;                               // vectors that a warp has on their way
   static constexpr int WIDE = SLICES < 2 ? SLICES : 2, TAKEN = SLICES < 8 ? 3 : 2;  // slices and rows that take tokens in together
-  static constexpr int BLOCKS = ((SLICES <= 2 ? 3 : SLICES == 4 ? 2 : 1) - (PRECISE && SLICES < 8)) * 8 / WARPS;  // on a multiprocessor, by registers
+  // Blocks of a multiprocessor, by registers.
+  static constexpr int BLOCKS = ((SLICES <= 2 ? 3 : SLICES == 4 ? 2 : 1) - (PRECISE && SLICES < 8)) * 8 / WARPS;
   struct Fixed {
     float left[MOST_TOKENS + 1][MOST_TOKENS];  // W_tj: of token j at token t; below, where t = MOST_TOKENS, W_j
     float carried[MOST_TOKENS + 1];            // K_t, and K
