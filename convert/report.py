@@ -16,6 +16,7 @@ from convert.source import Source
 from convert.weights import stored_tensors
 from hf_linattn.config import LinAttnConfig
 from hf_linattn.forms import LinAttnParams
+from hf_linattn.forms.parameters import OFFSET
 from recipes.common.tables import pairs
 
 _PACKAGES = ("hf_linattn", "torch", "transformers", "safetensors")
@@ -51,7 +52,7 @@ def conversion_report(
         "starting_values": _starting_values(config, added),
         "dropped": dropped,
         "costs": asdict(costs),
-        "parameters": {"source": source.numbers, "added": sum(tensor.numel() for tensor in stored_tensors(added).values())},
+        "parameters": {"source": source.numbers, "added": _numbers(added)},
         "check": asdict(checked) if checked else None,
         "versions": versions(),
     }
@@ -82,6 +83,11 @@ def summary(output: Path, report: dict[str, Any]) -> Table:
     error = f"{checked['error']:.1e} in one pass, {checked['step_error']:.1e} in cached steps"
     table.add_row("", f"{checked['layers']} attention layers against float64: {error} (plain PyTorch {checked['plain_error']:.1e})")
     return table
+
+
+def _numbers(added: dict[str, LinAttnParams]) -> int:
+    """How many are new: one that is stored as where it started and what it has learned since counts once."""
+    return sum(tensor.numel() for name, tensor in stored_tensors(added).items() if not name.endswith(OFFSET))
 
 
 def _starting_values(config: Any, added: dict[str, LinAttnParams]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from convert.source import INDEX, Source
 from hf_linattn.forms import LinAttnParams
-from hf_linattn.forms.parameters import OFFSET
 from recipes.common.checkpoint import check_fits, without_memory
 
 
@@ -44,9 +43,8 @@ def new_parameters(source: Source, model_class: Any, config: Any) -> dict[str, L
 
 
 def stored_tensors(parameters: dict[str, LinAttnParams]) -> dict[str, Tensor]:
-    """What is written of new parameters, by name: all but what was learned since the start, which is 0."""
-    stored = ((f"{path}.{name}", value) for path, module in parameters.items() for name, value in module.state_dict().items())
-    return {name: value for name, value in stored if not name.endswith(OFFSET)}
+    """What is written of new parameters, by name: also what was learned since the start, which is 0, for who reads a layer off the disk."""
+    return {f"{path}.{name}": value for path, module in parameters.items() for name, value in module.state_dict().items()}
 
 
 def write_weights(

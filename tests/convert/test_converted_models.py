@@ -183,11 +183,18 @@ def test_device_map_auto(converted: Converted, tokens: Tensor) -> None:
     assert torch.equal(logits(model, tokens).cpu(), logits(AutoModelForCausalLM.from_pretrained(converted()), tokens))
 
 
-def test_layers_offloaded_to_disk(converted: Converted, tokens: Tensor, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_layers_offloaded_to_disk(
+    is_trained: bool, converted: Converted, softmax_checkpoint: Callable[..., Path], tokens: Tensor, tmp_path: Path
+) -> None:
+    """Of which every number is looked for in the checkpoint, those that were never trained too."""
+    if not is_trained:
+        linearize(softmax_checkpoint(), tmp_path / "first", LinearizeOptions(check=False))
+    folder = converted() if is_trained else tmp_path / "first"
     resident = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
     device_map = resident | {"model.layers.1": "disk", "model.layers.2": "disk"}
-    offloaded = AutoModelForCausalLM.from_pretrained(converted(), device_map=device_map, offload_folder=tmp_path)
-    whole = AutoModelForCausalLM.from_pretrained(converted())
+    offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
+    whole = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits(offloaded, tokens), logits(whole, tokens))
     ask = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
     assert torch.equal(offloaded.generate(tokens, **ask), whole.generate(tokens, **ask))
