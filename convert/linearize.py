@@ -16,7 +16,7 @@ from convert.errors import ConversionError, stage
 from convert.options import LinearizeOptions
 from recipes.common import cli
 from recipes.common.files import check_target, output_path, staged_directory
-from recipes.common.reading import refuse_missing_folder
+from recipes.common.reading import refuse_missing_folder, user_path
 
 if TYPE_CHECKING:
     from convert.costs import Costs
@@ -50,6 +50,8 @@ def linearize(
     options, output = options or LinearizeOptions(), output_path(output)
     check_target(output, COMMAND, overwrite=options.overwrite, inputs=[source])
     refuse_missing_folder(str(source))
+    if options.revision is not None and user_path(source).exists():
+        raise ConversionError(f"--revision {options.revision} is of a hub id, and {source} lies on this machine; leave it out")
     return _convert(str(source), output, options, on_shard, on_costs)
 
 

@@ -64,6 +64,10 @@ def test_no_such_folder(output: Path, tmp_path: Path) -> None:
     assert "no folder" in refused("./absent", output)
 
 
+def test_a_revision_of_what_lies_here(source: Path, output: Path) -> None:
+    assert "--revision v2 is of a hub id, and" in refused(source, output, "--revision", "v2")
+
+
 def test_an_option_that_does_not_fit_is_not_blamed_on_the_file(source: Path, output: Path) -> None:
     said = refused(source, output, "--kernel", "quadratic", "--features", "64")
     assert said.startswith("error: linattn option features=64 must be below the ") and "leave it out; it was to be a model of" in said
