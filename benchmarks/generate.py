@@ -256,7 +256,8 @@ def draw(rows: list[dict[str, Any]], title: str, target: Path) -> None:
     rows = [row for row in rows if not row.get("out_of_memory")]
     smallest, shortest = min(row["batch"] for row in rows), min(row["context"] for row in rows)
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.8), constrained_layout=True)
-    for name in CASES:
+    timed = {row["case"] for row in rows}
+    for name in filter(timed.__contains__, CASES):
         by_context = [row for row in rows if row["case"] == name and row["batch"] == smallest]
         by_batch = [row for row in rows if row["case"] == name and row["context"] == shortest]
         line = "--" if name.startswith("softmax") else "-"
