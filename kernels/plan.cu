@@ -4,6 +4,7 @@
 #include "plan.h"
 
 #include "card.h"
+#include "interface.h"
 #include "padded.h"
 #include "runs.h"
 
@@ -103,6 +104,8 @@ const char *linattn_engine_name(linattn_engine engine) {
 }
 
 const char *linattn_architectures(void) { return LINATTN_ARCHITECTURES; }
+
+int linattn_interface(void) { return LINATTN_INTERFACE; }
 
 int64_t linattn_struct_bytes(int which) {
   constexpr int64_t BYTES[] = {sizeof(linattn_problem), sizeof(linattn_forward_result), sizeof(linattn_backward_data), sizeof(linattn_plan),

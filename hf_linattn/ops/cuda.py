@@ -124,6 +124,8 @@ class _Decay(Structure):
     ]
 
 
+INTERFACE = 2
+"""Of `kernels/interface.h`: counts up with every change of its headers."""
 _STRUCTS = (_Problem, _ForwardResult, _BackwardData, _Plan, _Window, _Beside, _Segments, _Decay)
 
 
@@ -134,8 +136,8 @@ def load_library(path: Path = LIBRARY) -> tuple[ctypes.CDLL | None, str]:
         return None, f"the compiled library {path.name} is not part of this installation: {CURE}"
     try:
         library = ctypes.CDLL(str(path))
-        library.linattn_struct_bytes.restype = c_int64
-        theirs = [library.linattn_struct_bytes(which) for which in range(len(_STRUCTS))]
+        if not hasattr(library, "linattn_interface") or library.linattn_interface() != INTERFACE:
+            return None, f"the compiled library {path.name} is of another version than this Python code: {CURE}"
         for name, problem, results in (("forward", _Problem, _ForwardResult), ("backward", _Problem, _BackwardData),
                                        ("step", _Problem, _ForwardResult), ("window_step", _Window, _Beside)):  # fmt: skip
             plan, run = getattr(library, f"linattn_plan_{name}"), getattr(library, f"linattn_{name}")
@@ -149,8 +151,6 @@ def load_library(path: Path = LIBRARY) -> tuple[ctypes.CDLL | None, str]:
         library.linattn_architectures.restype = c_char_p
     except (OSError, AttributeError) as error:
         return None, f"the compiled library {path.name} does not load ({error}): {CURE}"
-    if theirs != [ctypes.sizeof(struct) for struct in _STRUCTS]:
-        return None, f"the compiled library {path.name} is of another version than this Python code: {CURE}"
     return library, ""
 
 

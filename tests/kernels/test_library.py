@@ -1,7 +1,9 @@
 """The compiled library from the CPU's side: it loads, says what it holds, agrees with Python about its structures, and is missed loudly."""
 
 import ctypes
+import hashlib
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -18,8 +20,10 @@ ROOT = Path(__file__).resolve().parents[2]
 FUNCTIONS = [
     "linattn_forward", "linattn_backward", "linattn_step", "linattn_plan_forward", "linattn_plan_backward", "linattn_plan_step",
     "linattn_window_step", "linattn_plan_window_step", "linattn_engine_name", "linattn_error_string", "linattn_architectures",
-    "linattn_struct_bytes", "linattn_runs", "linattn_decay_at_tokens", "linattn_sum_at_tokens",
+    "linattn_struct_bytes", "linattn_interface", "linattn_runs", "linattn_decay_at_tokens", "linattn_sum_at_tokens",
 ]  # fmt: skip
+INTERFACE = 2, "c9a85dfb877f0d77"
+"""Its number, and a hash of its headers' code."""
 
 needs_library = pytest.mark.skipif(not cuda.LIBRARY.exists(), reason="the compiled library is not built here (make kernels)")
 
@@ -42,6 +46,16 @@ def test_structures_are_those_of_the_header():
     assert library is not None, cause
     for which, struct in enumerate(cuda._STRUCTS):
         assert library.linattn_struct_bytes(which) == ctypes.sizeof(struct)
+
+
+def test_the_interface_has_another_number_where_it_is_another():
+    """A function that takes something else than before would be called all the same, by Python of another day than the library."""
+    headers = "".join((ROOT / "kernels" / name).read_text() for name in ("linattn.h", "runs.h"))
+    code = "".join(re.sub(r"//.*", "", headers).split())
+    hashed = hashlib.sha256(code.encode()).hexdigest()[:16]
+    told = "linattn.h or runs.h has changed: count INTERFACE up here, in kernels/interface.h and in hf_linattn/ops/cuda.py"
+    assert (cuda.INTERFACE, hashed) == INTERFACE, told
+    assert f"#define LINATTN_INTERFACE {cuda.INTERFACE}\n" in (ROOT / "kernels" / "interface.h").read_text()
 
 
 @pytest.mark.parametrize("card, built, runs", [
@@ -90,9 +104,10 @@ def test_a_broken_library_is_one_sentence_with_a_cure(tmp_path):
     assert library is None and "does not load" in cause and "pip install" in cause
 
 
-def test_an_older_library_is_refused(tmp_path):
+@pytest.mark.parametrize("functions", [FUNCTIONS, [name for name in FUNCTIONS if name != "linattn_interface"]], ids=["number", "no number"])
+def test_an_older_library_is_refused(functions, tmp_path):
     source, target = tmp_path / "old.c", tmp_path / "_kernels.so"
-    source.write_text("".join(f"long {name}(void) {{ return 8; }}\n" for name in FUNCTIONS))
+    source.write_text("".join(f"long {name}(void) {{ return 8; }}\n" for name in functions))
     try:
         subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(target)], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
