@@ -69,7 +69,11 @@ class Chain:
             RecipeError: somebody works in the folder, be it a command of a chain that was killed.
         """
         with self.working():
-            self.do()
+            try:
+                self.do()
+            except KeyboardInterrupt:
+                self.console.print("Stopped; the same command goes on where it was.", style="bold")
+                raise
 
     def do(self) -> None:
         """The steps of the chain."""

@@ -249,10 +249,13 @@ def test_a_killed_chains_command_that_lives_on_holds_the_folder(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_chain_that_is_asked_to_end_ends_with_all_that_it_started(how: signal.Signals, tmp_path: Path) -> None:
+def test_a_chain_that_is_asked_to_end_ends_with_all_that_it_started(
+    how: signal.Signals, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     started, family = in_its_stage(tmp_path)
     started.send_signal(how)
     assert started.wait(timeout=60) != 0
     assert len(family) == 2 and not psutil.wait_procs(family, timeout=10)[1]
+    assert "Stopped; the same command goes on where it was." in capfd.readouterr().out
     with chain(tmp_path / "out").working():
         pass
