@@ -165,7 +165,8 @@ def show(conditions: dict[str, Any], results: Sequence[dict[str, Any]]) -> None:
     """The report on the screen."""
     console = cli.console()
     for heading, rows in _tables(conditions, results):
-        console.print(ShownTable(rows, heading, right=range(2, len(rows[0]))))
+        numbers_from = 2 if rows[0][1] == "attention" else 1
+        console.print(ShownTable(rows, heading, right=range(numbers_from, len(rows[0]))))
     for sample in range(len(results[0]["samples"])):
         console.print(f"\n{_line(results[0]['samples'][sample]['prompt'])} ...", style="bold")
         for result in results:
@@ -201,9 +202,10 @@ def _tables(conditions: dict[str, Any], results: Sequence[dict[str, Any]]) -> li
         error = f"{x['nats_per_token']:.4f} ± {x['nats_per_token_error']:.4f}"
         summary.append([x["name"], x["attention"], f"{x['parameters']:,}", error, f"{x['bits_per_byte']:.4f}"])
     spans = max((x["by_position"] for x in results), key=len)
-    position = [["model", *(f"{x['from']}-{x['to']}" if x["to"] > x["from"] else str(x["from"]) for x in spans)]]
-    position += [[x["name"], *(f"{y['nats_per_token']:.3f}" for y in x["by_position"])] for x in results]
-    position = [row + ["-"] * (len(position[0]) - len(row)) for row in position]
+    position = [["tokens before", *(x["name"] for x in results)]]
+    for number, span in enumerate(spans):
+        losses = [f"{x['by_position'][number]['nats_per_token']:.3f}" if number < len(x["by_position"]) else "-" for x in results]
+        position.append([f"{span['from']}-{span['to']}" if span["to"] > span["from"] else str(span["from"]), *losses])
     decoding = [["model", "tokens so far", "cache, bytes", "ms a token"]]
     decoding += [
         [x["name"], f"{y['length']:,}", f"{y['cache_bytes']:,}", f"{y['ms_per_token']:.2f}"] for x in results for y in x["decoding"]
