@@ -71,10 +71,13 @@ def _show(console: Any, results: dict[str, dict[str, Any]]) -> None:
     from convert.evaluation.tables import all_tables
     from recipes.common.tables import ShownTable
 
-    for number, table in enumerate(all_tables(results)):
+    tables = all_tables(results)
+    for number, table in enumerate(tables):
         # The first has long headings and many of them: a model a column.
         cells = list(zip(*table.cells, strict=True)) if number == 0 else table.cells
         console.print(ShownTable(cells, table.title))
+        if table.note not in [later.note for later in tables[number + 1 :]]:  # below the last that it is of
+            console.print(table.note)
 
 
 _OUT = parameter("out", Path, typer.Option(help="Folder of the results."), Path("out/evaluation"))

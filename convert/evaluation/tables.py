@@ -47,7 +47,7 @@ def students(results: Results) -> Table:
     header += ["tasks kept", "cache bytes", "ms a token", "smaller cache from"]
     rows = [[name, *_student(found, teacher, losses)] for name, found in results.items()]
     note = "± is one standard error, of differences row by row for losses. KL and agreement are of the first text."
-    return Table("Students", _without_empty([header, *rows]), note)
+    return Table("Students", _without_empty([header, *rows]), note + _beyond(teacher, max(length for _, length in losses)))
 
 
 def by_position(results: Results) -> list[Table]:
@@ -60,10 +60,8 @@ def by_position(results: Results) -> list[Table]:
         for name, found in list(results.items())[1:]:
             pairs = zip(found[key]["by_position"], teacher[key]["by_position"], strict=True)
             cells.append([name, *(f"{span['nats'] - truth['nats']:+.3f}" for span, truth in pairs)])
-        beyond = teacher["model"]["positions"]
-        note = f" Positions from {beyond:,} on are beyond those the teacher was made for." if beyond and beyond < length else ""
         title = f"Loss by position: {teacher[key]['text']}, {length:,} tokens"
-        tables.append(Table(title, cells, "Nats a token, the models' above the teacher's." + note))
+        tables.append(Table(title, cells, "Nats a token, the models' above the teacher's." + _beyond(teacher, length)))
     return tables
 
 
@@ -120,6 +118,12 @@ def above_teacher(found: dict[str, Any], teacher: dict[str, Any]) -> tuple[float
     """Nats a token above the teacher's, and the standard error of the rows' differences."""
     differences = [own - truth for own, truth in zip(found["row_nats"], teacher["row_nats"], strict=True)]
     return sum(differences) / len(differences), standard_error(differences)
+
+
+def _beyond(teacher: dict[str, Any], length: int) -> str:
+    """Which positions of a text of `length` tokens the teacher was not made for, where that is known."""
+    positions = teacher["model"]["positions"]
+    return f" Positions from {positions:,} on are beyond those the teacher was made for." if positions and positions < length else ""
 
 
 def _student(found: dict[str, Any], teacher: dict[str, Any], losses: Sequence[tuple[str, int]]) -> list[str]:

@@ -61,6 +61,7 @@ def test_no_number_is_cut_on_the_screen(columns: int, capsys: pytest.CaptureFixt
     _show(cli.console(), RESULTS)
     shown = capsys.readouterr().out
     there = set(re.split(r"[\s│┃]+", shown))
+    assert " ".join(shown.split()).count("Positions from 64 on are beyond those the teacher was made for.") == 2
     assert {word for table in all_tables(RESULTS) for row in table.cells for cell in row for word in cell.split()} <= there
     assert max(map(len, shown.splitlines())) <= columns
 
@@ -111,7 +112,8 @@ def test_what_tells_nothing_is_left_open() -> None:
             ["b", "0.20 ± 0.01", "0.10 ± 0.01"],
         ]
         assert "2 prompts a cell" in by_title["Recall: needle"].note and "piqa 50." in by_title["Tasks"].note
-        assert ("are beyond those" in by_title["Loss by position: held_out.txt, 128 tokens"].note) == beyond
+        for title in ("Students", "Loss by position: held_out.txt, 128 tokens"):
+            assert ("are beyond those" in by_title[title].note) == beyond
         assert by_title["Loss by position: held_out.txt, 128 tokens"].note.startswith("Nats a token")
 
 
