@@ -72,7 +72,9 @@ def told(capsys, out) -> tuple[bool, bool]:
     assert "Interrupted, the same command goes on where it was." in " ".join(said.split()) and "(gate per token)" in " ".join(said.split())
     text = said.replace("\n", "")
     places = f"table: {out}/evaluation/evaluation.md", f"picture: {out}/evaluation/evaluation.png", f"model: {out}/tuned/model"
-    return all(place in text for place in places), "A real language model by the same commands" in text
+    real = "A real language model by the same commands" in text
+    assert ("What linear attention saves here is memory." in " ".join(said.split())) == real
+    return all(place in text for place in places), real
 
 
 @pytest.mark.parametrize(("scale", "steps", "held"), [(1.0, (300, 100), 300), (0.5, (150, 50), 150), (4.0, (1200, 400), 300)])
