@@ -7,8 +7,9 @@ namespace {
 
 constexpr int FEW = 4, MANY = 8;  // warps
 
-template <int SLICES, bool PRECISE, int WARPS> __global__ void __launch_bounds__(32 * WARPS, Tokens<SLICES, PRECISE, WARPS>::BLOCKS) tokens_kernel(const TokensArguments args) {
-  using Work = Tokens<SLICES, PRECISE, WARPS>;
+template <int SLICES, linattn_dtype DTYPE, int WARPS> __global__ void __launch_bounds__(32 * WARPS, Tokens<SLICES, DTYPE, WARPS>::BLOCKS)
+    tokens_kernel(const TokensArguments args) {
+  using Work = Tokens<SLICES, DTYPE, WARPS>;
   extern __shared__ __align__(16) float shared[];
   __shared__ typename Work::Fixed fixed;
   Work work(args, fixed, shared);
@@ -51,21 +52,25 @@ struct Kernel {
   int (*shared_bytes)(int dim, int tiles, int rows);
   void (*kernel)(TokensArguments);
 };
-template <int SLICES, bool PRECISE, int WARPS> Kernel kernel_of() {
-  using Work = Tokens<SLICES, PRECISE, WARPS>;
-  return {WARPS, Work::MOST_TILES, Work::shared_bytes, tokens_kernel<SLICES, PRECISE, WARPS>};
+template <int SLICES, linattn_dtype DTYPE, int WARPS> Kernel kernel_of() {
+  using Work = Tokens<SLICES, DTYPE, WARPS>;
+  return {WARPS, Work::MOST_TILES, Work::shared_bytes, tokens_kernel<SLICES, DTYPE, WARPS>};
 }
-template <bool PRECISE> Kernel kernel_of(int dim, bool by_few) {
-  if (dim <= 32) return by_few ? kernel_of<1, PRECISE, FEW>() : kernel_of<1, PRECISE, MANY>();
-  if (dim <= 64) return by_few ? kernel_of<2, PRECISE, FEW>() : kernel_of<2, PRECISE, MANY>();
-  return dim <= 128 ? kernel_of<4, PRECISE, MANY>() : kernel_of<8, PRECISE, MANY>();
+template <linattn_dtype DTYPE> Kernel kernel_of(int dim, bool by_few) {
+  if (dim <= 32) return by_few ? kernel_of<1, DTYPE, FEW>() : kernel_of<1, DTYPE, MANY>();
+  if (dim <= 64) return by_few ? kernel_of<2, DTYPE, FEW>() : kernel_of<2, DTYPE, MANY>();
+  return dim <= 128 ? kernel_of<4, DTYPE, MANY>() : kernel_of<8, DTYPE, MANY>();
 }
 // Where small states are many, what each of a block's warps must know first is most of the time.
 Kernel kernel_of(const linattn_problem &p) {
   const int dim = std::max(p.head_dim, p.value_dim);
   const bool is_small = p.degree == 1 && p.query_heads / p.state_heads * p.length <= 16;
   const bool are_many = static_cast<int64_t>(p.batch) * p.state_heads > 2 * card(cudaDevAttrMultiProcessorCount, 108);
-  return p.dtype == LINATTN_FLOAT32 ? kernel_of<true>(dim, is_small && are_many) : kernel_of<false>(dim, is_small && are_many);
+  switch (p.dtype) {
+    case LINATTN_FLOAT32: return kernel_of<LINATTN_FLOAT32>(dim, is_small && are_many);
+    case LINATTN_FLOAT16: return kernel_of<LINATTN_FLOAT16>(dim, is_small && are_many);
+    default: return kernel_of<LINATTN_BFLOAT16>(dim, is_small && are_many);
+  }
 }
 
 // Query heads of a state that are worked on together, and the tiles that their pairs with the tokens are.

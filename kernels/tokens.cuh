@@ -3,8 +3,8 @@
 // where W_tj is what decays leave of token j at token t, 0 across runs, K_t what they leave of the state before, and K and W_j the same behind
 // the last token. The state comes from memory once, by lots of rows of which two are on their way, and goes back once.
 //
-// Rows of the products are pairs of a query head and a token, 16 to a tile of the tensor cores (tf32; in float32 each factor in two parts, as
-// scores always are). Warps share tiles, and where there are fewer tiles than warps also the rows of a lot. The state itself, and the sums of
+// Rows of the products are pairs of a query head and a token, 16 to a tile of the tensor cores (tf32; each factor in two parts but for bfloat16,
+// whose scores alone are so). Warps share tiles, and where there are fewer tiles than warps also the rows of a lot. The state itself, and the sums of
 // weights, are summed in float32 by ordinary instructions, a warp a row.
 #pragma once
 #include <type_traits>
@@ -23,11 +23,13 @@ struct TokensArguments : StepArguments {
   int32_t one_token;  // of 65,536 parts, rounded up: a quotient of few numbers by the tokens is one product
 };
 
-// SLICES of 32 numbers hold D and Dv; PRECISE: inputs are float32. WARPS: fewer where states are small, since each begins by finding out the same.
+// SLICES of 32 numbers hold D and Dv; DTYPE: of inputs. WARPS: fewer where states are small, since each begins by finding out the same.
 //
 // A block passes over this code about once, and has to fetch it: loops whose bodies number no registers are not unrolled.
-template <int SLICES, bool PRECISE, int WARPS> struct Tokens {
-  using Number = std::conditional_t<PRECISE, float, uint16_t>;
+template <int SLICES, linattn_dtype DTYPE, int WARPS> struct Tokens {
+  using Number = std::conditional_t<DTYPE == LINATTN_FLOAT32, float, uint16_t>;
+  // float16 has as many bits as the tensor cores leave: where terms cancel, their rounding would be more than its own.
+  static constexpr bool PRECISE = DTYPE != LINATTN_BFLOAT16;
   static constexpr int COLUMNS = 32 * SLICES, PARTS = COLUMNS / 8, PITCH = COLUMNS + 8;
   static constexpr int THREADS = 32 * WARPS;
   static constexpr int ROWS = SLICES <= 2 ? 72 : SLICES == 4 ? 48 : 16;             // of a lot: at D = 64 one lot is the whole first degree
@@ -228,10 +230,15 @@ template <int SLICES, bool PRECISE, int WARPS> struct Tokens {
     }
   }
   __device__ __forceinline__ float number_of(Number bits) const {
-    if constexpr (PRECISE) return bits;
-    __half_raw half;
-    half.x = bits;
-    return p.dtype == LINATTN_FLOAT16 ? __half2float(__half(half)) : __uint_as_float(static_cast<uint32_t>(bits) << 16);
+    if constexpr (DTYPE == LINATTN_FLOAT32) {
+      return bits;
+    } else if constexpr (DTYPE == LINATTN_BFLOAT16) {
+      return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+    } else {
+      __half_raw half;
+      half.x = bits;
+      return __half2float(__half(half));
+    }
   }
 
   // f's numbers for the two pairs of this lane.
@@ -285,7 +292,7 @@ template <int SLICES, bool PRECISE, int WARPS> struct Tokens {
     }
   }
 
-  // sum += a b of a fragment. In float32 by factors of two parts each; else tensor cores cut factors to 11 bits, and what is added first makes that
+  // sum += a b of a fragment. By factors of two parts each; in bfloat16 tensor cores cut factors to 11 bits, and what is added first makes that
   // a rounding that errs to both sides alike. A NaN stays one.
   static __device__ __forceinline__ void multiply(float (&sum)[4], const float (&a)[4], const float (&b)[2]) {
     if constexpr (PRECISE) {

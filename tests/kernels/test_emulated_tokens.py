@@ -46,6 +46,24 @@ def test_in_place_out_of_place_and_one_after_the_other(kernels, kind):
     assert torch.equal(cuda.step(call, state), out) and torch.equal(state, after)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("degree", [1, 2])
+def test_terms_that_cancel(kernels, dtype, degree):
+    """Keys that lie together, and queries that face away: f(s) = (1 + s)^degree is a difference of what the state says."""
+    call, state = step_case(dtype, length=4, head_dim=32, value_dim=32, degree=degree)
+    generator = torch.Generator().manual_seed(0)
+    spread = lambda *shape: torch.randn(*shape, 32, generator=generator) * 32**-0.5  # noqa: E731
+    numbers = torch.tensor([1.0, degree, degree - 1.0, 1.0])[:, None].expand(-1, 4).contiguous()
+    middle = spread() / spread().norm()
+    past = Call(spread(2, 4, 200), middle + 0.3 * spread(2, 2, 200), 6 * spread(2, 2, 200), numbers, degree=degree)
+    state.copy_(chunked.forward(past, True)[2])
+    query, key = (0.3 * spread(2, 4, 4) - middle).to(dtype), (middle + 0.3 * spread(2, 2, 4)).to(dtype)
+    call = call._replace(query=query, key=key, coefficients=numbers, initial_state=state)
+    exactly = Call(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in call))
+    ours, plain, exact = cuda.forward(call, True), chunked.forward(call, True), chunked.forward(exactly, True)
+    assert_bar("out", ours[0], plain[0], exact[0], 2, dtype)
+
+
 def test_small_states_that_are_many(kernels):
     """By blocks of fewer warps."""
     many = {"batch": 55, "heads": 4, "key_heads": 2, "state_heads": 4}
