@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field, field, fields
 from typing import Annotated, Any, TypeVar, get_type_hints
 
@@ -13,7 +14,6 @@ from typer.models import ArgumentInfo
 
 from recipes.common.config import build, typed_value
 from recipes.common.errors import OptionError
-from recipes.common.reading import parse_yaml
 
 O = TypeVar("O")  # noqa: E741
 _RESUME = "Go on from the newest checkpoint of the same run, if there is one."
@@ -41,7 +41,7 @@ def option(
         bounds: min and max, which the library typer checks, and `StageOptions` too.
     """
     told_by = typer.Option(*([flag] if flag else []), help=text, show_default=show_default and default is not MISSING, **bounds)
-    metadata = {"typer": told_by, "bounds": bounds, "name": name, "kind": kind, "told": told, "parse": parse}
+    metadata = {"typer": told_by, "bounds": bounds, "name": name, "kind": kind, "told": told, "parse": parse, "flag": flag}
     return (
         field(default_factory=lambda: list(default), metadata=metadata)
         if isinstance(default, list)
@@ -82,14 +82,19 @@ def read_keys(options: type, given: Mapping[str, Any], written: Callable[[str], 
     """
     hints, named, read = get_type_hints(options), {_name(one): one for one in fields(options)}, {}  # type: ignore[arg-type]
     for key, value in given.items():
-        one, kind = named[key], named[key].metadata.get("kind")
-        if value is None or value == "" or kind not in (None, str):
-            continue  # as if it were not given; or files, each of which has a flag
+        one, kind, hint = named[key], named[key].metadata.get("kind"), hints[named[key].name]
+        if value is None or value == "":
+            continue  # as if it were not given
+        if kind not in (None, str):  # files or folders, each of which has a flag
+            typed_value(value if isinstance(value, list) else [value], list[str], written(key))
+            continue
         if parse := one.metadata.get("parse"):
             read[one.name] = parse(str(value), written(key))
             continue
-        quoted = isinstance(value, str) and hints[one.name] in (int, float, int | None, float | None)
-        read[one.name] = typed_value(parse_yaml(value, written(key)) if quoted else value, hints[one.name], written(key))
+        if isinstance(value, str) and hint in (int, int | None):
+            with suppress(ValueError):  # else it is refused as the text that it is
+                value = int(value)
+        read[one.name] = typed_value(value, hint, written(key))
         check_size(one, read[one.name], written(key))
     return read
 
@@ -110,6 +115,11 @@ def command(options: type[O], run: Callable[..., None], *own: inspect.Parameter)
     main.__annotations__ = {one.name: one.annotation for one in parameters}
     main.__doc__ = str(run.__doc__).splitlines()[0]
     return main
+
+
+def without_opposite(options: type) -> set[str]:
+    """The flags that are given or left out, such as "--card", and have no form with --no-."""
+    return {one.metadata["flag"] for one in fields(options) if one.metadata.get("flag")}  # type: ignore[arg-type]
 
 
 def _name(one: Field[Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import evaluate, linearize
-from convert.commands import read_keys
+from convert.commands import read_keys, without_opposite
 from convert.errors import ConversionError
 from convert.evaluation.options import EvaluationOptions, require_lm_eval
 from convert.options import LinearizeOptions, layer_numbers
@@ -31,6 +31,7 @@ _CONTROLS: dict[str, dict[str, Any]] = {
 _TEXT = "text, or rows of JSON with a key text"
 _READ_BY_EVALUATE = {"data": _TEXT, "filler": _TEXT, "ranking": "what linattn select-layers wrote"}
 _COMMANDS: dict[str, Callable[..., Any]] = {"linearize": linearize.main, "evaluate": evaluate.main}
+_GIVEN_OR_NOT = without_opposite(LinearizeOptions) | without_opposite(EvaluationOptions)
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ class Recipe:
             for name in _listed(evaluate.get(key)):
                 if not user_path(name).is_file():
                     raise ConversionError(f"evaluate.{key}: {name}: no such file; give {wanted}")
+        if (rows := evaluate.get("task_rows")) and not user_path(rows).is_dir():
+            raise ConversionError(f"evaluate.task_rows: {rows}: no such folder; leave it out to have the rows from the hub")
         if evaluate.get("tasks") not in (None, "", "none"):
             require_lm_eval("evaluate.tasks", "")
         for package in ("accelerate", "matplotlib"):
@@ -212,7 +215,7 @@ def flags(options: dict[str, Any]) -> list[str]:
     for key, value in options.items():
         name = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):
-            words += [name] if value else [f"--no-{key.replace('_', '-')}"]
+            words += [name] if value else [] if name in _GIVEN_OR_NOT else [f"--no-{key.replace('_', '-')}"]
         elif value is not None and value != "":
             words += [f"{name}={item}" for item in _listed(value)]
     return words

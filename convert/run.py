@@ -47,7 +47,8 @@ class Conversion(Chain):
         if recipe.evaluate is not None:
             own = [f"{path.parent.name if path.name == 'model' else path.name}={path}" for path in models[""]]
             controls = [f"{name.replace('_', ' ')}={paths[-1]}" for name, paths in models.items() if name]
-            asked = ["--teacher", recipe.source, "--out", str(self.out / "evaluation"), "--card", "--resume", *flags(recipe.evaluate)]
+            options = flags({**recipe.evaluate, "card": recipe.evaluate.get("card") is not False})
+            asked = ["--teacher", recipe.source, "--out", str(self.out / "evaluation"), "--resume", *options]
             self.step("evaluate", None, lambda: self.call(f"{PROJECT}convert.evaluate", *own, *controls, *asked))
         self.tell_minutes()
         self.console.print(f"the model: {models[''][-1]}")

@@ -149,6 +149,11 @@ def test_a_stage_may_be_left_out(recipe, called, tmp_path):
         ({"evaluate": {"data": ["x"], "distances": "a"}}, "test: evaluate.distances 'a': expected whole numbers"),
         ({"evaluate": {"data": ["x"], "recall": "needles"}}, "test: evaluate.recall needles: unknown; give all"),
         ({"evaluate": {"data": ["x"], "dtype": "int8"}}, "test: evaluate.dtype int8: expected one of float32"),
+        ({"evaluate": {"data": [1]}}, "test: evaluate.data[0]: expected text, got 1"),
+        ({"evaluate": {"data": ["x"], "run": True}}, "test: evaluate.run[0]: expected text, got True"),
+        ({"evaluate": {"data": ["x"], "limit": "null"}}, "test: evaluate.limit: expected a whole number"),
+        ({"linearize": {"features": "0x10"}}, "test: linearize.features: expected a whole number"),
+        ({"linearize": {"temperature": "~"}}, "test: linearize.temperature: expected a number"),
         ({"distill": {"kl_wait": 1}}, "unknown key 'kl_wait'; did you mean 'kl_weight'?"),
         ({"transfer": {"lora": 4}}, "unknown key 'lora'"),
         ({"training": {"lenght": 4}}, "training: unknown key 'lenght'; did you mean 'length'?"),
@@ -176,6 +181,13 @@ def test_options_are_read_as_the_command_line_would(recipe):
 
 def test_options_on_a_command_line():
     assert flags({"a_b": 1, "c": True, "d": False, "e": ["x", "y"], "f": None, "g": ""}) == ["--a-b=1", "--c", "--no-d", "--e=x", "--e=y"]
+
+
+def test_what_a_recipe_says_no_to_is_no_word_that_its_command_does_not_know(recipe, called):
+    evaluate = {**recipe()["evaluate"], "card": False}
+    linearize = {**recipe()["linearize"], "large_state": False, "learnable": False}
+    Conversion(build(Recipe, recipe(linearize=linearize, transfer=None, distill=None, evaluate=evaluate), "test")).run()
+    assert called == ["convert.linearize", "convert.evaluate"] and "--card" not in called.arguments["convert.evaluate"]
 
 
 def test_every_recipe_that_comes_with_it_is_valid():
@@ -230,6 +242,7 @@ def test_memory_is_told_from_the_sizes_of_the_student(tiny):
         ({"evaluate": {"data": ["nothere.txt"]}}, "evaluate.data: nothere.txt: no such file"),
         ({"evaluate": {"data": "nothere.txt"}}, "evaluate.data: nothere.txt: no such file"),
         ({"evaluate": {"data": ["text.txt"], "filler": "nothere.txt"}}, "evaluate.filler: nothere.txt: no such file"),
+        ({"evaluate": {"data": ["text.txt"], "task_rows": "nothere"}}, "evaluate.task_rows: nothere: no such folder"),
         ({"data": ["nobody/text"]}, "nobody/text is read by the library datasets: `pip install datasets`"),
         ({"valid_data": ["tables"]}, "tables is read by the library datasets"),
         ({"evaluate": {"data": ["text.txt"], "tasks": "piqa"}}, "evaluate.tasks needs the package lm-eval: `pip install lm-eval"),
