@@ -55,7 +55,7 @@ def main(
         smollm2.SmolLM2(data, out / f"quickstart-{model}", scale, debug).run()
         return
     if (model is None) != (data is None):
-        raise RecipeError("--model and --data go together: a checkpoint and text for it; give both, or neither")
+        raise RecipeError("--model and --data (MODEL and DATA of make) go together: a checkpoint and text for it; give both, or neither")
     folder = None if model is None else Path(model)
     if folder is not None and not (folder / "config.json").is_file():
         raise RecipeError(f"{folder} holds no config.json, so it is no checkpoint; give the folder of one, or {smollm2.NAME}")
