@@ -271,7 +271,7 @@ def without_memory(build: Callable[[], torch.nn.Module], where: str | Path) -> t
     except Exception as error:  # strict configs, overflowing sizes and missing keys come in many types
         told = " ".join(str(error).split())[:300].rstrip(".")
         if told.startswith("linattn option"):  # it names what is wrong, and that is not the file
-            raise RecipeError(f"{told}; it was to be a model of {where}") from error
+            raise RecipeError(f"{told} (the model: {where})") from error
         raise RecipeError(f"{where}: no model can be made of it ({told})") from error
 
 

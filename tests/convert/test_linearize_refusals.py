@@ -70,7 +70,7 @@ def test_a_revision_of_what_lies_here(source: Path, output: Path) -> None:
 
 def test_an_option_that_does_not_fit_is_not_blamed_on_the_file(source: Path, output: Path) -> None:
     said = refused(source, output, "--kernel", "quadratic", "--features", "64")
-    assert said.startswith("error: linattn option features=64 must be below the ") and "leave it out; it was to be a model of" in said
+    assert said.startswith("error: linattn option features=64 must be below the ") and "leave it out (the model: " in said
 
 
 @pytest.mark.parametrize("option", [("--decay", "head"), ("--kernel", "quadratic"), ("--features", "4"), ("--temperature", "0.5")])
