@@ -234,7 +234,7 @@ def test_what_is_of_f_is_refused_beside_it(options: dict[str, Any], said: str) -
 def test_a_map_that_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="feature_map='softmax' is unknown"):
         LinAttnConfig(feature_map="softmax")
-    with pytest.raises(ConversionError, match="the feature_map 'softmax' is unknown"):
+    with pytest.raises(ConversionError, match="feature_map is 'softmax'; expected one of none, hedgehog"):
         LinearizeOptions(feature_map="softmax")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="of learned matrices, so it needs learnable=true"):
         PolynomialParameters(SIZES, LinAttnConfig(**MAPPED).options, False)

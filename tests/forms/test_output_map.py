@@ -258,7 +258,7 @@ def test_what_cannot_be_learned_is_refused(choice: str, source: Path, tmp_path: 
 def test_what_there_is_not_is_refused() -> None:
     with pytest.raises(ValueError, match="output_map='scale' is unknown; give one of 'none', 'norm', 'gate', 'norm_gate'"):
         LinAttnConfig(output_map="scale")
-    with pytest.raises(ConversionError, match="the output_map 'scale' is unknown"):
+    with pytest.raises(ConversionError, match="output_map is 'scale'; expected one of none, norm, gate, norm_gate"):
         LinearizeOptions(output_map="scale")
     with pytest.raises(ValueError, match='output_map=.* beside="none" has none'):
         LinAttnConfig(form="window", beside="none", output_map="norm")
