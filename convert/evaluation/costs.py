@@ -14,11 +14,16 @@ from hf_linattn.forms.kept import Kept
 
 STEPS = 24
 """Tokens whose time is taken."""
+_QUIET = 2
+"""On an idle machine nine tokens in ten take no more than so many times what the fastest takes."""
 
 
 @torch.no_grad()
 def measure_costs(model: Any, lengths: Sequence[int]) -> dict[str, Any]:
-    """For one sequence of each length, ``by_length``: ``cache_bytes`` that are held then, and ``ms``, the median time of one more token."""
+    """For one sequence of each length, ``by_length``: ``cache_bytes`` that are held then, and the time of one more token, of ``STEPS``.
+
+    ``ms`` is the median, ``ms_spread`` the fastest and what nine tokens in ten do not exceed.
+    """
     return {"by_length": [{"length": length, **_at(model, length)} for length in lengths]}
 
 
@@ -39,6 +44,12 @@ def break_even(student: dict[str, Any], teacher: dict[str, Any]) -> int | None:
     return max(-int(-(start - start_of_teacher) // (slope_of_teacher - slope)), 0)
 
 
+def is_spread(at: dict[str, Any]) -> bool:
+    """Whether times of a token lie so far apart that other work must have been under way on the machine."""
+    fastest, slow = at.get("ms_spread", (at["ms"], at["ms"]))
+    return bool(slow > _QUIET * fastest)
+
+
 def held_bytes(cache: Any) -> int:
     """Bytes of all tensors that a cache holds, however deep, but those that are made of the model alone; each once."""
     tensors = {id(tensor): tensor for tensor in _tensors(getattr(cache, "layers", cache), set())}
@@ -55,7 +66,12 @@ def _at(model: Any, length: int) -> dict[str, Any]:
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
         times.append(time.perf_counter() - began)
-    return {"cache_bytes": size, "ms": round(1000 * statistics.median(times), 3)}
+    fastest, slow = min(times), sorted(times)[STEPS * 9 // 10]
+    return {"cache_bytes": size, "ms": _ms(statistics.median(times)), "ms_spread": [_ms(fastest), _ms(slow)]}
+
+
+def _ms(seconds: float) -> float:
+    return round(1000 * seconds, 3)
 
 
 def _line(by_length: list[dict[str, Any]]) -> tuple[float, float] | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert.evaluation.costs import break_even
+from convert.evaluation.costs import break_even, is_spread
 from convert.evaluation.loss import standard_error
 
 Results = dict[str, dict[str, dict[str, Any]]]
@@ -47,7 +47,8 @@ def students(results: Results) -> Table:
     header += ["tasks kept", "cache bytes", "ms a token", "smaller cache from"]
     rows = [[name, *_student(found, teacher, losses)] for name, found in results.items()]
     note = "± is one standard error, of differences row by row for losses. KL and agreement are of the first text."
-    return Table("Students", _without_empty([header, *rows]), note + _beyond(teacher, max(length for _, length in losses)))
+    note += _beyond(teacher, max(length for _, length in losses)) + _busy(results)
+    return Table("Students", _without_empty([header, *rows]), note)
 
 
 def by_position(results: Results) -> list[Table]:
@@ -100,10 +101,11 @@ def costs(results: Results) -> Table:
     cells = [["model", *(f"cache at {n:,} tokens, bytes" for n in lengths), *(f"ms a token after {n:,}" for n in lengths)]]
     for name, found in with_costs.items():
         at = found["costs"]["by_length"]
-        cells.append([name, *(f"{x['cache_bytes']:,}" for x in at), *(f"{x['ms']:.2f}" for x in at)])
+        cells.append([name, *(f"{x['cache_bytes']:,}" for x in at), *(_ms(x) for x in at)])
     device = next((found["costs"]["device"] for found in with_costs.values()), "")
     why = "What a linear layer keeps, and the time it takes, are the same after any number of tokens, and more than softmax's after a few."
-    return Table("Generating, one sequence", cells, f"Measured on {device}; without compiling. {why}")
+    how = "In brackets the fastest token and what nine in ten do not exceed." + _busy(with_costs)
+    return Table("Generating, one sequence", cells, f"Measured on {device}; without compiling. {how} {why}")
 
 
 def card_section(results: Results, name: str) -> str:
@@ -142,7 +144,19 @@ def _cost(found: dict[str, Any], teacher: dict[str, Any]) -> list[str]:
     at, even = found["costs"]["by_length"][-1], break_even(found["costs"], teacher["costs"])
     unknown = found is teacher or len(found["costs"]["by_length"]) < 2
     smaller = "" if unknown else "never" if even is None else f"{even:,} tokens"
-    return [f"{at['cache_bytes']:,} at {at['length']:,}", f"{at['ms']:.2f}", smaller]
+    return [f"{at['cache_bytes']:,} at {at['length']:,}", _ms(at), smaller]
+
+
+def _ms(at: dict[str, Any]) -> str:
+    """The time of a token and its spread, which evaluations of earlier versions do not hold."""
+    spread = " ({:.2f} to {:.2f})".format(*at["ms_spread"]) if "ms_spread" in at else ""
+    return f"{at['ms']:.2f}{spread}"
+
+
+def _busy(results: Results) -> str:
+    """A warning, where times were taken beside other work."""
+    spread = [name for name, found in results.items() if any(map(is_spread, found.get("costs", {"by_length": []})["by_length"]))]
+    return f" Other work was under way as tokens of {', '.join(spread)} were timed: the fastest tell more." if spread else ""
 
 
 def _plus_minus(value: float, error: float) -> str:

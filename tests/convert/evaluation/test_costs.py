@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from convert.evaluation.costs import STEPS, break_even, measure_costs
 from convert.evaluation.tables import _cost
+from convert.evaluation.tables import costs as of_costs
 
 
 def test_bytes_of_a_softmax_cache_and_of_a_state(evaluated: Path) -> None:
@@ -18,7 +19,7 @@ def test_bytes_of_a_softmax_cache_and_of_a_state(evaluated: Path) -> None:
     assert [(x["length"], x["cache_bytes"]) for x in teacher] == [(n, n * 3 * 2 * 2 * 8 * 4) for n in (16, 64)]  # layers, kv, heads, dim
     student = measure_costs(AutoModelForCausalLM.from_pretrained(evaluated / "student").eval(), (16, 64))["by_length"]
     assert [x["cache_bytes"] for x in student] == [3 * 4 * 9 * 9 * 4] * 2  # layers, heads, features, values and a sum
-    assert all(x["ms"] > 0 for x in (*teacher, *student))
+    assert all(0 < x["ms_spread"][0] <= x["ms"] <= x["ms_spread"][1] for x in (*teacher, *student))
 
 
 def test_the_head_is_asked_for_one_token_alone() -> None:
@@ -26,6 +27,18 @@ def test_the_head_is_asked_for_one_token_alone() -> None:
     model.lm_head.register_forward_pre_hook(lambda module, args: asked.append(args[0].shape[1]))
     measure_costs(model, (16,))
     assert asked == [1] * (1 + STEPS)
+
+
+def test_times_taken_beside_other_work_are_told_with_their_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter([tick for step in range(STEPS) for tick in (step, step + (0.0012 if step % 4 == 0 else 0.116))])
+    monkeypatch.setattr("convert.evaluation.costs.time.perf_counter", lambda: next(ticks))
+    at = measure_costs(byte_model(), (16,))["by_length"][0]
+    assert (at["ms"], at["ms_spread"]) == (116.0, [1.2, 116.0])
+    busy = of_costs({"busy": {"costs": {"by_length": [at], "device": "a device"}}})
+    assert busy.cells[1][-1] == "116.00 (1.20 to 116.00)"
+    assert "Other work was under way as tokens of busy were timed: the fastest tell more." in busy.note
+    quiet = of_costs({"quiet": {"costs": {"by_length": [at | {"ms": 1.3, "ms_spread": [1.2, 1.5]}], "device": "a device"}}})
+    assert quiet.cells[1][-1] == "1.30 (1.20 to 1.50)" and "Other work" not in quiet.note
 
 
 def costs(*sizes: tuple[int, int]) -> dict[str, Any]:
