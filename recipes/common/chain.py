@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from recipes.common import cli
-from recipes.common.errors import STATUS_FILE, RecipeError
+from recipes.common.errors import STATUS_FILE, RecipeError, exit_stopped
 from recipes.common.files import hold, write_json
 from recipes.common.lock import Lock
 from recipes.common.reading import read_json
@@ -72,8 +72,7 @@ class Chain:
             try:
                 self.do()
             except KeyboardInterrupt:
-                self.console.print("Stopped; the same command goes on where it was.", style="bold")
-                raise
+                exit_stopped(f"{self.out} keeps what is done, and the same command goes on where it was")
 
     def do(self) -> None:
         """The steps of the chain."""
@@ -119,7 +118,7 @@ class Chain:
         self.console.print(f"accelerate launch -m {shlex.join([module, *arguments])}", style="dim")
         told, threads = _unconfigured()
         # quiet: the training has said what went wrong, and accelerate's own traceback says nothing more
-        self._run(module, ["accelerate.commands.launch", "--quiet", *told, "-m", module, *arguments], **threads)
+        self._run(module, [f"{PROJECT}recipes.common.launcher", "--quiet", *told, "-m", module, *arguments], **threads)
 
     def tell_minutes(self) -> None:
         """Print what each step took."""

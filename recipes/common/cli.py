@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from recipes.common.errors import RecipeError, exit_with_sentence
+from recipes.common.errors import RecipeError, exit_stopped, exit_with_sentence
 from recipes.common.values import wrong_value
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="The YAML file of settings.", show_default=False)]
@@ -69,7 +69,10 @@ def app(command: Callable[..., Any]) -> typer.Typer:
             for name, value in options.items():
                 if isinstance(value, int) and abs(value) >= 2**63:
                     raise RecipeError(f"--{name.replace('_', '-')} {value} is too large a number; give a smaller one")
-            command(*args, **options, **({"debug": debug} if passed_on else {}))
+            try:
+                command(*args, **options, **({"debug": debug} if passed_on else {}))
+            except KeyboardInterrupt:
+                exit_stopped(_what_stays(options))
 
     if not passed_on:
         flag = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Debug)
@@ -79,6 +82,15 @@ def app(command: Callable[..., Any]) -> typer.Typer:
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     application.command(cls=type("Command", (_Command,), {"asked": signature.parameters}))(guarded)
     return application
+
+
+def _what_stays(options: Mapping[str, Any]) -> str:
+    """What a command with these options leaves behind when it is stopped, and how it goes on."""
+    place = options.get("output") or options.get("out")
+    if "resume" not in options or (place and not Path(place).expanduser().exists()):
+        return f"{place} is as it was before; give the same command again" if place else "give the same command again"
+    again = "the same command" if options["resume"] else "the same command with --resume"
+    return f"{place or 'its output'} keeps what was done up to the last checkpoint or measurement, and {again} goes on from there"
 
 
 def run(command: Callable[..., Any]) -> None:

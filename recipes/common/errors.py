@@ -14,7 +14,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 
+STOPPED = 130
+"""The exit status of what Ctrl-C has stopped, as shells have it."""
 STATUS_FILE = "_HF_LINATTN_STATUS_FILE"
 """In the environment: where a command writes its exit status if it fails, for whoever started it through a launcher that has its own."""
 _ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +98,16 @@ def exit_with_sentence(debug: bool = False, passing: tuple[type[Exception], ...]
             print(f"error: {message}", file=sys.stderr)
         _tell_starter(status)
         raise SystemExit(status) from None
+
+
+def exit_stopped(what: str) -> NoReturn:
+    """End as Ctrl-C ends a command, with one line on stderr; `what` says what stays and how to go on.
+
+    The first of several processes alone prints, and none where a chain of commands has started it, which says its own.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0" and STATUS_FILE not in os.environ:
+        print(f"stopped; {what}", file=sys.stderr)
+    raise SystemExit(STOPPED) from None
 
 
 def _tell_starter(status: int) -> None:

@@ -87,7 +87,7 @@ def test_commands_are_run_as_they_are_shown(
         assert ended.value.code == wanted
     told = [f"--num_processes={max(devices, 1)}", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     told += ["--multi_gpu"] * (devices > 1)
-    launched = ["-m", "accelerate.commands.launch", "--quiet", *told, "-m", "recipes.some", "--a", "b c"]
+    launched = ["-m", "recipes.common.launcher", "--quiet", *told, "-m", "recipes.some", "--a", "b c"]
     called = ["-m", "recipes.some", "x"]
     assert [command for command, *_ in ran] == [[*launched, *more], [*called, *more], [*called, *more]]
     assert all(safe == "1" and paths == [str(Path(__file__).parents[2]), "elsewhere"] for _, safe, paths in ran)
@@ -212,8 +212,9 @@ LAUNCHER = "import subprocess, sys\nsubprocess.run([sys.executable, '-m', 'stage
 STAGE = """
 import os, time
 from pathlib import Path
-Path("aside").write_text(str(os.getpid()))
-Path("aside").rename("started")
+aside = Path(f"aside{os.getpid()}")
+aside.write_text(str(os.getpid()))
+aside.rename("started")
 try:
     time.sleep(100)
 except KeyboardInterrupt:
@@ -221,12 +222,15 @@ except KeyboardInterrupt:
 """
 
 
-def in_its_stage(folder: Path) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+def in_its_stage(folder: Path, chain: str = CHAIN) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
     """A chain at work, whose step launches another process; the processes of that."""
-    for name, text in {"chain": CHAIN, "launcher": LAUNCHER, "stage": STAGE}.items():
+    for name, text in {"chain": chain, "launcher": LAUNCHER, "stage": STAGE}.items():
         (folder / f"{name}.py").write_text(text)
     started = subprocess.Popen(
-        [sys.executable, "chain.py"], cwd=folder, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), ROOT])}
+        [sys.executable, "chain.py"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), ROOT])},
+        start_new_session=True,
     )
     until = time.monotonic() + 60
     while not (folder / "started").exists():
@@ -254,8 +258,23 @@ def test_a_chain_that_is_asked_to_end_ends_with_all_that_it_started(
 ) -> None:
     started, family = in_its_stage(tmp_path)
     started.send_signal(how)
-    assert started.wait(timeout=60) != 0
+    assert started.wait(timeout=60) == 130
     assert len(family) == 2 and not psutil.wait_procs(family, timeout=10)[1]
-    assert "Stopped; the same command goes on where it was." in capfd.readouterr().out
+    assert capfd.readouterr().err == "stopped; out keeps what is done, and the same command goes on where it was\n"
     with chain(tmp_path / "out").working():
         pass
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_in_a_training_that_accelerate_launches_is_told_in_one_sentence(
+    processes: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal sends it to all of them at once."""
+    two = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    patched = f"import recipes.common.chain as c\nc._unconfigured = lambda: ({two}, {{}})\n" if processes == 2 else ""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    started, family = in_its_stage(tmp_path, patched + CHAIN.replace('call("launcher")', 'launch("stage")'))
+    os.killpg(started.pid, signal.SIGINT)
+    assert started.wait(timeout=60) == 130 and not psutil.wait_procs(family, timeout=10)[1]
+    told = [line for line in capfd.readouterr().err.splitlines() if "torch/distributed/elastic" not in line]  # its log
+    assert told == ["stopped; out keeps what is done, and the same command goes on where it was"]

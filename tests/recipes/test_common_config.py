@@ -166,6 +166,32 @@ def test_memory_that_does_not_suffice_is_no_bug(error):
     assert done.exit_code == 2 and done.stderr.startswith("error: memory does not suffice") and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_ctrl_c_says_what_stays_and_how_to_go_on(written, tmp_path, monkeypatch):
+    def training(output: Path, resume: cli.Resume = False) -> None:
+        """Trains."""
+        raise KeyboardInterrupt
+
+    def conversion(output: Path) -> None:
+        """Converts."""
+        raise KeyboardInterrupt
+
+    def told(command, *arguments):
+        done = CliRunner().invoke(cli.app(command), ["out", *arguments])
+        assert done.exit_code == 130
+        return done.stderr
+
+    monkeypatch.chdir(tmp_path)
+    Path("out" if written else "other").mkdir()
+    before = "stopped; out is as it was before; give the same command again\n"
+    kept = "stopped; out keeps what was done up to the last checkpoint or measurement, and"
+    assert told(conversion) == before
+    assert told(training) == (f"{kept} the same command with --resume goes on from there\n" if written else before)
+    assert told(training, "--resume") == (f"{kept} the same command goes on from there\n" if written else before)
+    monkeypatch.setenv("_HF_LINATTN_STATUS_FILE", str(tmp_path / "status"))
+    assert told(training) == ""  # whoever started it says so
+
+
 def test_a_staged_directory_appears_whole_or_not_at_all(tmp_path):
     target = tmp_path / "out"
     with pytest.raises(KeyError), staged_directory(target, "test") as aside:
