@@ -13,7 +13,7 @@ import typer
 from typer.models import ArgumentInfo
 
 from recipes.common.config import build, typed_value
-from recipes.common.errors import OptionError
+from recipes.common.errors import OptionError, RecipeError
 
 O = TypeVar("O")  # noqa: E741
 _RESUME = "Go on from the newest checkpoint of the same run, if there is one."
@@ -105,7 +105,14 @@ def command(options: type[O], run: Callable[..., None], *own: inspect.Parameter)
     def main(**values: Any) -> None:
         kept = {one.name: values.pop(one.name) for one in own}
         given = {one.name: _given(one, values[_name(one)]) for one in fields(options)}  # type: ignore[arg-type]
-        run(build(options, given, "the arguments", lambda name: written.get(name, name)), **kept)
+        built = build(options, given, "the arguments", flag)
+        try:
+            run(built, **kept)
+        except OptionError as error:
+            raise RecipeError(error.told(flag)) from error
+
+    def flag(name: str) -> str:
+        return written.get(name, name)
 
     hints, written = get_type_hints(options), {one.name: _flag(one) for one in fields(options)}  # type: ignore[arg-type]
     asked = [parameter(_name(one), one.metadata.get("kind") or hints[one.name], one.metadata["typer"], _default(one))

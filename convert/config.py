@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from convert.errors import ConversionError, one_line
+from convert.errors import ConversionError, OptionError, one_line
 from convert.losses import dropped_features
 from convert.options import LinearizeOptions
 from convert.source import Source
@@ -35,9 +35,9 @@ def converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, An
         raise ConversionError(f"{source.folder / 'config.json'}: num_hidden_layers is {count}; expected 1 or more")
     outside = [layer for layer in kept if not 0 <= layer < count]
     if outside:
-        raise ConversionError(f"--keep-softmax names layer {outside[0]}, but {source.name} has layers 0 to {count - 1}")
+        raise OptionError(f"{{keep_softmax}} names layer {outside[0]}, but {source.name} has layers 0 to {count - 1}")
     if len(kept) == count:
-        raise ConversionError(f"--keep-softmax names every layer of {source.name}: nothing is left to convert")
+        raise OptionError(f"{{keep_softmax}} names every layer of {source.name}: nothing is left to convert")
     dropped = dropped_features(config, [layer not in kept for layer in range(count)])
     config.linattn = options.linattn().to_dict()
     config.attn_implementation = "linattn"

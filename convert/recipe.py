@@ -143,8 +143,9 @@ class Recipe:
         refuse_missing_folder(self.source)
         for name in (*self.data, *self.valid_data):
             Source(name).check()
-        if (chosen := str(self.linearize.get("keep_softmax", ""))).startswith("@"):
-            layer_numbers(chosen, "linearize.keep_softmax")
+        config = user_path(self.source) / "config.json"
+        described = read_json(config) if config.is_file() else {}
+        self._check_kept(described.get("num_hidden_layers"))
         evaluate = self.evaluate or {}
         for key, wanted in _READ_BY_EVALUATE.items():
             for name in _listed(evaluate.get(key)):
@@ -157,8 +158,7 @@ class Recipe:
         for package in ("accelerate", "matplotlib"):
             if find_spec(package) is None:
                 raise ConversionError(f"the stages need the package {package}: `pip install 'hf_linattn[convert]'`")
-        config = user_path(self.source) / "config.json"
-        positions = read_json(config).get("max_position_embeddings") if config.is_file() else None
+        positions = described.get("max_position_embeddings")
         for student in self.students():
             for name in student.stages:
                 length = self.stage(name, "student", student.control).length
@@ -167,6 +167,11 @@ class Recipe:
                         f"{name}: length {length} is more than the {positions} positions of {self.source}; "
                         f"give --set training.length={positions} or less"
                     )
+
+    def _check_kept(self, layers: Any) -> None:
+        kept = layer_numbers(str(self.linearize.get("keep_softmax") or ""), "linearize.keep_softmax")
+        if isinstance(layers, int) and kept and kept[-1] >= layers:
+            raise ConversionError(f"linearize.keep_softmax names layer {kept[-1]}, but {self.source} has layers 0 to {layers - 1}")
 
     def stage(self, name: str, student: str, control: str = "") -> StageOptions:
         """The options of a stage that trains.

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,10 @@ def load_config(cls: type[C], path: str | Path, overrides: Sequence[str] = ()) -
     values = _read(Path(path))
     for override in overrides:
         _apply(values, override)
-    return build(cls, values, str(path))
+    try:
+        return build(cls, values, str(path))
+    except RecipeError as error:
+        raise RecipeError(_naming_its_option(str(error), f"{path}: ", overrides)) from None
 
 
 def build(cls: type[C], values: Mapping[str, Any], where: str, written: Callable[[str], str] | None = None) -> C:
@@ -86,6 +90,20 @@ def _read(path: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str) or "\0" in base:
         raise RecipeError(f"{path}: base: expected the path of another YAML file, got {base!r:.200}")
     return _merge(_read(path.parent / base, (*seen, place)), values)
+
+
+def _naming_its_option(told: str, origin: str, overrides: Sequence[str]) -> str:
+    """An error of the file as one of the override whose value it is about, if it is about one."""
+    about = told.removeprefix(origin)
+    for override in reversed(overrides) if about != told else ():
+        key = override.partition("=")[0].strip()
+        parent, _, last = key.rpartition(".")
+        unknown = f"{parent}: unknown key {last!r}" if parent else f"unknown key {last!r}"
+        if about.startswith(unknown):
+            return f"--set {key}: {about}"
+        if re.match(rf"{re.escape(key)}(?!\w)", about):
+            return f"--set {about}"
+    return told
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -229,16 +229,21 @@ def test_other_heads(source: Path, output: Path) -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ("3", "layers 0 to 2"),
+        ("3", "--keep-softmax names layer 3, but"),
         ("0-7", "layers 0 to 2"),
         ("-1", "'-1'"),
         ("2-1", "'2-1'"),
         ("one", "'one'"),
-        ("0,1-2", "every layer"),
+        ("0,1-2", "--keep-softmax names every layer"),
     ],
 )
 def test_keep_softmax(layers: str, message: str, source: Path, output: Path) -> None:
     assert message in refused(source, output, "--keep-softmax", layers)
+
+
+def test_from_python_an_option_is_named_as_python_has_it(source: Path, output: Path) -> None:
+    with pytest.raises(ConversionError, match="^keep_softmax names layer 3, but .* has layers 0 to 2$"):
+        linearize(source, output, LinearizeOptions(keep_softmax=(3,)))
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,7 @@ def test_memory_is_told_from_the_sizes_of_the_student(tiny):
         ({"source": "./nothere"}, "there is no folder ./nothere"),
         ({"training": {"length": 65}}, "length 65 is more than the 64 positions of .*; give --set training.length=64 or less"),
         ({"distill": {"length": 65}}, "distill: length 65 is more than the 64 positions"),
+        ({"linearize": {"keep_softmax": "0,9"}}, "^linearize.keep_softmax names layer 9, but .* has layers 0 to "),
     ],
     ids=str,
 )
@@ -265,6 +266,26 @@ def test_what_a_later_stage_would_refuse_is_refused_before_anything_is_made(reci
     assert not called and not (tmp_path / "out").exists()
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(training={"length": 64})))
     load_config(Recipe, tmp_path / "recipe.yaml", []).check_inputs()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["evaluate.data=[x]", "evaluate.distances=[40]"], "--set evaluate.distances '[40]': expected whole numbers"),
+        (["distill.length=1"], "--set distill.length is 1; expected at least 2"),
+        (["distill={length: 1}"], "--set distill.length is 1; expected at least 2"),
+        (["distill.lenght=1"], "--set distill.lenght: distill: unknown key 'lenght'"),
+        (["leraning=1"], "--set leraning: unknown key 'leraning'"),
+        (["evaluate.data=[x]", "data=[]"], "--set data names no text"),
+        (["training.window_drop=0.1"], "recipe.yaml: transfer.tokens is 0"),  # what the file says is told as the file's
+    ],
+)
+def test_a_setting_of_the_command_line_is_refused_by_its_own_name(recipe, tmp_path, given, said):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe(**({"transfer": {"tokens": 0}} if said.startswith("recipe.yaml") else {}))))
+    with pytest.raises(RecipeError) as error:
+        load_config(Recipe, file, given)
+    assert str(error.value).removeprefix(f"{tmp_path}/").startswith(said)
 
 
 def test_another_recipe_is_refused_where_the_first_one_ended_before_its_first_stage(recipe, called, tmp_path):
