@@ -55,15 +55,29 @@ def _restore(model: PreTrainedModel, implementation: str | dict, options: dict[s
         model.set_attn_implementation(implementation)
 
 
+def refuse_virtual_tokens(model: Any) -> None:
+    """Refuses, of a model with linear attention, what PEFT cannot do with any: it fails at a name that Transformers no longer gives it.
+
+    Raises:
+        ValueError: tokens that PEFT has learned go before a text in a static cache.
+    """
+    if isinstance(model, PreTrainedModel) and implementation_to_save(model.config) is not None:
+        raise ValueError(
+            "PEFT cannot put the virtual tokens that it has learned (prompt tuning and its kin) into a static cache; leave out "
+            'cache_implementation="static", or train with LoRA.'
+        )
+
+
 def install() -> None:
-    """Wraps the two places where PEFT puts an adapter on a model, and the two that write and read adapter_config.json."""
+    """Wraps the two places where PEFT puts an adapter on a model, the two that write and read adapter_config.json, and generating."""
     if not is_peft_available():
         return
-    from peft import PeftModel
+    from peft import PeftModel, PeftModelForCausalLM
     from peft.config import PeftConfigMixin
     from peft.tuners.tuners_utils import BaseTuner
 
     inject, prepare = BaseTuner.inject_adapter, PeftModel._setup_prompt_encoder
+    step = PeftModelForCausalLM.prepare_inputs_for_generation
     write, read = PeftConfigMixin.to_dict, vars(PeftConfigMixin)["from_peft_type"].__func__
 
     def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -73,6 +87,11 @@ def install() -> None:
     def _setup_prompt_encoder(self: Any, adapter_name: str) -> None:
         remember_or_restore(self.base_model, self.peft_config[adapter_name])
         prepare(self, adapter_name)
+
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.active_peft_config.is_prompt_learning and getattr(kwargs.get("past_key_values"), "is_compileable", False):
+            refuse_virtual_tokens(self.get_base_model())
+        return step(self, *args, **kwargs)
 
     def to_dict(self: Any) -> dict[str, Any]:
         return write(self) | {key: value for key, value in vars(self).items() if key in KEYS}
@@ -85,5 +104,6 @@ def install() -> None:
 
     BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
     PeftModel._setup_prompt_encoder = _setup_prompt_encoder  # type: ignore[method-assign]
+    PeftModelForCausalLM.prepare_inputs_for_generation = prepare_inputs_for_generation  # type: ignore[method-assign]
     PeftConfigMixin.to_dict = to_dict  # type: ignore[method-assign]
     PeftConfigMixin.from_peft_type = classmethod(from_peft_type)  # type: ignore[method-assign, assignment]

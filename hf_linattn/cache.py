@@ -218,8 +218,8 @@ class LinearStateLayer(CacheLayerMixin):
         state = self._state
         if state is None:
             state = self.state = form.empty_state(sizes(), self.batch_size, self.dtype, self.device)
-        elif not is_compiling() and not torch.is_inference_mode_enabled() and next(iter(state.values())).is_inference():
-            state = self.state = _each(torch.clone, state)  # made under torch.inference_mode(), it could not be written outside
+        elif _is_closed(next(iter(state.values()))):
+            state = self.state = _each(torch.clone, state)
         return state
 
     def forget_recent(self) -> None:
@@ -356,6 +356,8 @@ class StaticLinearStateLayer(LinearStateLayer):
             torch._dynamo.mark_static_address(tensor)
 
     def _advance(self, tokens: Any) -> None:
+        if _is_closed(self.cumulative_length):
+            self.cumulative_length = self.cumulative_length.clone()
         self.cumulative_length.add_(tokens)
 
     def _another(self) -> LinearStateLayer:
@@ -390,6 +392,8 @@ class StaticLinearStateLayer(LinearStateLayer):
             self.state = _each(Tensor.detach, state)
             return
         assert self.state is not None  # as `allocate` leaves it
+        if _is_closed(next(iter(self.state.values()))):
+            self.state = _each(torch.clone, self.state)
         for name, tensor in self.state.items():
             tensor.copy_(state[name].detach())
 
@@ -464,6 +468,11 @@ def take(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Lin
     return key, value, layer.next_reader()
 
 
+def _is_closed(tensor: Tensor) -> bool:
+    """Whether it was made under torch.inference_mode() and is to be written outside, which PyTorch refuses."""
+    return not is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled()
+
+
 def _each(function: Callable[[Tensor], Tensor], state: State) -> State:
     return {name: function(tensor) for name, tensor in state.items()}
 
@@ -517,6 +526,11 @@ def get_layer_types_and_kwargs(config: PreTrainedConfig) -> tuple[list[str], Any
         if kept and _shares_keys(config):
             raise ValueError(
                 "Layers of this model share keys, and a softmax and a linear layer cannot: leave linattn option softmax_layers empty."
+            )
+        if kept and (modules := getattr(config, "num_layers_per_stack", len(types))) != len(types):
+            raise ValueError(
+                f"Layers of this model run several times a token, each time with another of the {len(types)} places of its cache, and "
+                f"linattn option softmax_layers counts {modules} of them: leave it empty, or give use_cache=False."
             )
         types = [kind if layer in kept else _our_type(kind) for layer, kind in enumerate(types)]
         form, heads = LinAttnConfig.of(config).attention, getattr(config, "num_attention_heads", None)

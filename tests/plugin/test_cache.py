@@ -147,6 +147,21 @@ def test_a_cache_made_in_inference_mode_serves_outside_it():
     torch.testing.assert_close(feed(model, ids[:, 20:], cache, [1, 2]), full[:, 20:].clone(), atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_a_cache_filled_in_inference_mode_is_reset_outside_it(kind, made_inside):
+    model, ids = tiny_model("llama"), tiny_tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with torch.inference_mode(made_inside):
+        cache = kind(config=model.config, **({"max_cache_len": 32} if kind is StaticCache else {}))
+    with torch.inference_mode():
+        expected = model(ids, attention_mask=mask, past_key_values=cache).logits.clone()
+    cache.reset()
+    assert torch.equal(model(ids, attention_mask=mask, past_key_values=cache).logits, expected)
+    assert cache.get_seq_length() == ids.shape[1]
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("kernel", ["linear", "quadratic"])
 def test_models_of_converted_checkpoints_have_the_same_cache(name, kernel):

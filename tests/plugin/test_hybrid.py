@@ -5,7 +5,7 @@ import torch
 import transformers
 from generating import left_padded
 from tiny_models import CAUSAL, TEXT, tiny_config, tiny_model, tiny_tokens
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_linattn import LinearStateLayer
@@ -181,3 +181,15 @@ def test_other_layers_of_a_converted_model_keep_softmax_as_soon_as_its_options_s
     model.config.linattn["softmax_layers"] = [0]
     with pytest.raises(ValueError, match="asks for learnable parameters"):
         model(ids, use_cache=False)
+
+
+def test_layers_that_run_several_times_a_token_are_refused_a_cache():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("hrm_text", vocab_size=97, **sizes)
+    config.linattn = {"softmax_layers": [1]}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="linattn").eval()
+    with pytest.raises(ValueError, match="counts 2 of them: leave it empty, or give use_cache=False"):
+        model(tiny_tokens())
+    assert model(tiny_tokens(), use_cache=False).logits.isfinite().all()
+    config.linattn = {}
+    assert model(tiny_tokens()).logits.isfinite().all()
