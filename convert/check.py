@@ -17,9 +17,12 @@ from convert.options import LinearizeOptions
 from convert.source import Source
 from convert.truth import LayerTruth, layer_truths, precisions
 from convert.usable import check_usable
+from hf_linattn.config import LinAttnConfig
 from hf_linattn.models import attention_modules
 
 _CACHED_PIECES = (16, 4, *[1] * 4)  # a prompt, so much longer as the form reaches, several tokens after it, single ones
+_WIDEST = 512
+"""A wider window is checked as one of so many tokens: its probe must be longer, and the quadratic form takes its length squared."""
 _STORED_BUFFERS = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias", "attn.bias", "attn.masked_bias")
 # The project's bar: twice the error of the same formula in the same dtype in plain PyTorch, and what that one may have by luck.
 _BAR = 2
@@ -65,19 +68,25 @@ def check_converted(folder: Path, model_class: Any, source: Source, options: Lin
     dtype = getattr(torch, options.dtype) if options.dtype else "auto"
     original = _load_source(model_class, source, dtype)
     generator = torch.Generator().manual_seed(options.seed)
-    linattn = options.linattn()
+    linattn = _narrowed(options.linattn())
     pieces = (_CACHED_PIECES[0] + linattn.attention.reach(), *_CACHED_PIECES[1:])
     tokens = torch.randint(original.config.get_text_config().vocab_size, (1, sum(pieces)), generator=generator)
     digests, tensors = _digests(original), len({value.data_ptr() for value in original.state_dict().values()})
     truths = layer_truths(original, tokens, linattn)
     del original
     model = _load_converted(model_class, folder)
+    _narrowed(LinAttnConfig.of(model.config)).store(model.config)
     _compare_weights(digests, _digests(model), source)
     _compare_numbers(model, truths)
     found = [_compare_layers(model, truths, tokens, pieces, precision) for precision in precisions(model.dtype)]
     worst = found[0] | {"bar": max(errors["bar"] for errors in found)}
     ignored = [key for keys in source.keys for key in keys if key.endswith(_STORED_BUFFERS) and key not in digests]
     return CheckReport(tensors, ignored, sum(pieces), len(truths), **worst, tokenizer=check_usable(folder, model))
+
+
+def _narrowed(linattn: LinAttnConfig) -> LinAttnConfig:
+    reach = linattn.attention.reach()
+    return LinAttnConfig(**linattn.to_dict() | {"window": _WIDEST}) if reach > _WIDEST else linattn
 
 
 def _load_source(model_class: Any, source: Source, dtype: Any) -> Any:

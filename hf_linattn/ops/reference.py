@@ -30,7 +30,10 @@ def reference(query: Tensor, key: Tensor, value: Tensor, a=1.0, b=1.0, c=0.0, *,
         if segment_ids is not None:
             rate = rate.masked_fill((segment_ids == 0)[:, None], 0)  # padding takes no time
         total = per_query_head(rate.to(query).cumsum(-1)[..., None])  # G (B, Hq, N, 1)
-        weights = weights * (-(total - total.mT).abs()).exp()
+        span = (total - total.mT).abs()
+        if lag and n:  # normalising cancels what the nearest key that is seen lies back, by which all weights would round to 0
+            span = (span - span.masked_fill(~visible, torch.inf).amin(-1, keepdim=True)).clamp(min=0)
+        weights = weights * (-span).exp()
     weights = weights.masked_fill(~visible, 0)
     mass = weights.sum(-1, keepdim=True)  # g
     return weights @ v / mass.masked_fill(mass == 0, 1)

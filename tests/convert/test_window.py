@@ -40,6 +40,14 @@ def test_converts_and_holds_against_its_formula(options: dict[str, Any], softmax
     assert sum(layer.nbytes() for layer in linear) == told
 
 
+@pytest.mark.parametrize("window", [300, 100_000])
+def test_wide_windows_are_checked_as_narrower_ones_and_by_a_bar(window: int, softmax_checkpoint: Softmax, tmp_path: Path) -> None:
+    """The probe does not grow with them, and behind a decay of 1.5 tokens the formula in float32 does not round to 0."""
+    report = linearize(softmax_checkpoint(), tmp_path / "out", LinearizeOptions(form="window", window=window, sinks=2))
+    assert report["check"]["tokens"] == 24 + min(window, 512) and report["check"]["plain_error"] < 1e-4
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["linattn"]["window"] == window
+
+
 def test_from_the_command_line(softmax_checkpoint: Softmax, tmp_path: Path) -> None:
     arguments = ["--form", "window", "--window", "5", "--sinks", "1", "--gate", "head", "--kernel", "quadratic", "--features", "3"]
     result = CliRunner().invoke(app, [str(softmax_checkpoint()), str(tmp_path / "out"), *arguments, "--no-check"])

@@ -63,6 +63,15 @@ def test_lag(lag, segments):
     assert_equal_with_gradients(tensors, options, lag=lag)
 
 
+def test_the_reference_in_float32_behind_a_lag_that_decays_to_nothing():
+    """exp(-1000) is no number of float32, and what all keys of a row have in common is cancelled by the normalising."""
+    tensors, _ = make_inputs(length=53)
+    given = {"log_decay": torch.tensor([-25.0, -1.0], dtype=torch.float64), "lag": 40}
+    exact = linear_attention(*tensors, **given)
+    torch.testing.assert_close(reference(*(x.float() for x in tensors), **given).double(), exact, atol=1e-4, rtol=0)
+    torch.testing.assert_close(reference(*tensors, **given), exact)
+
+
 @pytest.mark.parametrize("head_dim, value_dim, heads, key_heads", [(1, 1, 1, 1), (8, 3, 6, 1), (48, 80, 2, 2), (5, 130, 3, 3)])
 def test_shapes(head_dim, value_dim, heads, key_heads):
     tensors, options = make_inputs(length=40, heads=heads, key_heads=key_heads, head_dim=head_dim, value_dim=value_dim)
