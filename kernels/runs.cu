@@ -1,6 +1,8 @@
 // architectures: sm_80 compute_80 sm_90
 // What kernels are told of packed sequences and padding: runs of tokens, made of a caller's numbers of segments, and a decay that is 0 at padding.
-// What they say is that of hf_linattn/ops/segments.py and decay.py; both together are one launch.
+// What they say is that of hf_linattn/ops/segments.py and decay.py; both together are one launch. Numbers that are none are refused by what
+// PyTorch asserts by as well, since Python would have to wait for them: its next call raises "device-side assert triggered".
+#include <assert.h>
 #include <cuda_runtime.h>
 
 #include "runs.h"
@@ -48,7 +50,11 @@ template <typename T> __device__ void make_runs(const linattn_segments &from, in
   const int blocks = blocks_of(from.length, kTokens);
   const int64_t row = block / blocks, begin = static_cast<int64_t>(block % blocks) * kTokens, first = begin + threadIdx.x * kEach, length = from.length;
   const T *const ids = static_cast<const T *>(from.ids) + row * from.row_stride;
-  const auto id_of = [&](int64_t token) { return static_cast<int32_t>(ids[token * from.token_stride]); };
+  const auto id_of = [&](int64_t token) {
+    const int64_t id = ids[token * from.token_stride];
+    assert(0 <= id && id <= kMost && "segment_ids must be 0 for padding and below 2**31: number the segments of a row from 1 on");
+    return static_cast<int32_t>(id);
+  };
   const auto lower = [](int32_t x, int32_t y) { return min(x, y); };
   const auto higher = [](int32_t x, int32_t y) { return max(x, y); };
   int32_t own[kEach], highest[kEach], before = 0;
@@ -73,6 +79,7 @@ template <typename T> __device__ void make_runs(const linattn_segments &from, in
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
     const int32_t last = max(before, highest[i]), run = last ? last : lowest;
+    assert((own[i] <= 0 || own[i] == last) && "segment_ids must, apart from zeros, never fall along a row");
     if (first + i < length) runs[row * length + first + i] = own[i] > 0 ? run : -run;
   }
 }

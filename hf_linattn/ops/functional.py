@@ -71,8 +71,9 @@ def linear_attention(
             finite: a token that forgets everything begins a segment.
         lag: a query sees keys at least this many tokens behind it. With an initial_state, give key and value with the `lag` tokens
             before in front: they are not in the state yet.
-        segment_ids: (B, N) integers, 0 for padding; tokens with equal ids see each other, and ids never fall along a row. Or a bool mask of
-            the real tokens. The output at padding is 0; nothing at padding, NaN included, reaches another row, and decay does not count it.
+        segment_ids: (B, N) integers below 2**31, 0 for padding; tokens with equal ids see each other, and ids never fall along a row. Or a
+            bool mask of the real tokens. The output at padding is 0; nothing at padding, NaN included, reaches another row, and decay does
+            not count it.
         initial_state: float32 (B, Hs, F, Dv + 1) from a call before; it belongs to the first segment. Hs is Hq where log_decay is a query
             head's own, else Hk. See `empty_state`.
         return_state: also return the state behind the last token (of the last segment).
@@ -86,7 +87,8 @@ def linear_attention(
         out (B, Hq, N, Dv) in query's dtype and memory order; with return_state also the state, float32 (B, Hs, F, Dv + 1).
 
     Raises:
-        ValueError: shapes, devices or values that do not fit. Values of CUDA tensors are not read, and so not checked.
+        ValueError: shapes, devices or values that do not fit. Values of CUDA tensors are not read, and so not checked; segment_ids that are
+            none end in an assertion of the kernel that reads them.
         TypeError: wrong types or dtypes.
     """
     query, key, value = cast_for_autocast(query, key, value)

@@ -1,5 +1,9 @@
 """The kernels of packed sequences and padding on the CPU, by the emulator in `tests/emulation`: exactly what PyTorch's operators say."""
 
+import faulthandler
+import os
+import signal
+
 import pytest
 import torch
 from emulation import build
@@ -27,6 +31,30 @@ def test_runs_and_a_decay_in_one_launch(kernels, batch, length):
             runs, at_tokens = runs_cuda.runs_and_decay(ids, rate)
             assert torch.equal(runs, segments.by_operators(ids)), ids
             assert torch.equal(at_tokens, decay._decay(rate, runs)), ids
+
+
+@pytest.mark.parametrize(
+    ("ids", "sentence"),
+    [
+        ([[1, 2**32 + 1]], "segment_ids must be 0 for padding and below 2**31"),
+        ([[0, 2**31]], "segment_ids must be 0 for padding and below 2**31"),
+        ([[-1, 1]], "segment_ids must be 0 for padding and below 2**31"),
+        ([[2, 0, 1]], "segment_ids must, apart from zeros, never fall along a row"),
+        ([[*[3] * 5000, 2]], "segment_ids must, apart from zeros, never fall along a row"),  # in another block than those before
+    ],
+    ids=lambda x: str(x)[:20],
+)
+def test_numbers_that_are_no_segments_end_in_an_assertion(kernels, ids, sentence, capfd):
+    """On a CPU Python says the same, and on a GPU would have to wait for the numbers; the process that asserts is a fork of this one."""
+    with pytest.raises(ValueError, match="segment_ids must be"):
+        segments.canonical_segments(torch.tensor(ids), 1, len(ids[0]))
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        runs_cuda.runs(torch.tensor(ids))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGABRT and sentence in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 700)], ids=str)
