@@ -8,7 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from convert.costs import Costs
 from convert.source import Source
-from hf_linattn.config import LinAttnConfig
+from hf_linattn.config import LinAttnConfig, attention_layers
 from recipes.common.reading import not_outside
 
 _INSTALLED = """The package is on no index: install a wheel of it (`pip install hf_linattn-*.whl`), or its
@@ -58,7 +58,9 @@ def without_evaluation(card: str) -> str:
 def _body(source: Source, config: Any, report: dict[str, Any], costs: Costs) -> str:
     options, parameters = config.linattn, report["parameters"]
     kept, name = options["softmax_layers"], source.hub_id or source.folder.name
-    layers = f"{config.num_hidden_layers - len(kept)} of {config.num_hidden_layers} layers are linear"
+    count = len(attention_layers(config))
+    which = "layers" if count == config.num_hidden_layers else "layers with attention"
+    layers = f"{count - len(kept)} of {count} {which} are linear"
     kept_text = f"; layers {_ranges(kept)} keep softmax attention and a growing key-value cache" if kept else ""
     formula = LinAttnConfig(**options).attention.formula(options["learnable"])
     cast = report["options"].get("dtype")

@@ -9,6 +9,7 @@ from convert.losses import dropped_features
 from convert.options import LinearizeOptions
 from convert.source import Source
 from convert.weights import floating_dtype
+from hf_linattn.config import attention_layers
 from hf_linattn.models import auto_map, config_class_for, model_class_for
 
 # The attention that a source names gives way to ours, whether it is installed or not.
@@ -36,9 +37,14 @@ def converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, An
     outside = [layer for layer in kept if not 0 <= layer < count]
     if outside:
         raise OptionError(f"{{keep_softmax}} names layer {outside[0]}, but {source.name} has layers 0 to {count - 1}")
-    if len(kept) == count:
-        raise OptionError(f"{{keep_softmax}} names every layer of {source.name}: nothing is left to convert")
-    dropped = dropped_features(config, [layer not in kept for layer in range(count)])
+    with_attention = attention_layers(config)
+    if without := [layer for layer in kept if layer not in with_attention]:
+        those = ", ".join(map(str, with_attention))
+        raise OptionError(f"{{keep_softmax}} names layer {without[0]} of {source.name}, which has no attention; those with it are {those}")
+    if kept == with_attention:
+        raise OptionError(f"{{keep_softmax}} names every layer of {source.name} with attention: nothing is left to convert")
+    linear = set(with_attention) - set(kept)
+    dropped = dropped_features(config, [layer in linear for layer in range(count)])
     config.linattn = options.linattn().to_dict()
     config.attn_implementation = "linattn"
     config.auto_map = auto_map(config_class)

@@ -4,12 +4,13 @@ the time that each token takes to read and write them."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from convert.errors import ConversionError
-from hf_linattn.config import LinAttnConfig, sizes_of, sliding_windows
+from hf_linattn.config import PREFIX, LinAttnConfig, attention_layers, sizes_of, sliding_windows
+from hf_linattn.forms import Form
 
 LARGEST_STATE = 2**30
 """Bytes of state a sequence, beyond which a conversion must be asked for by --large-state."""
@@ -18,6 +19,9 @@ BANDWIDTH = 20 * 10**9
 SLOWER = (4, 10)
 """How many times as long plain PyTorch takes there, which goes over the state several times: 3.9 to 9.4 measured, at states of a layer from
 0.5 to 138 MB. At 18 layers of 4 heads of 256, the second degree, 2.1 s a token where reading and writing once takes 0.25 s."""
+
+READERS = {"diffllama": 2}
+"""How often layers of a model type read their keys, with a state for each."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,13 @@ class Costs:
         )
 
 
+class Keys(NamedTuple):
+    """What an attention layer of the source adds to its cache: bytes a token, up to its window."""
+
+    token: int
+    window: int | None
+
+
 def generating_costs(config: Any, large_state: bool = False) -> Costs:
     """The costs of a converted configuration.
 
@@ -70,13 +81,17 @@ def generating_costs(config: Any, large_state: bool = False) -> Costs:
     Raises:
         ConversionError: the state is larger than that, and was not asked for; the configuration's dtype is none.
     """
-    linattn, windows = config.linattn, sliding_windows(config)
-    linear = [window for layer, window in enumerate(windows) if layer not in linattn["softmax_layers"]]
-    kept = [window for layer, window in enumerate(windows) if layer in linattn["softmax_layers"]]
-    form, sizes, dtype = LinAttnConfig(**linattn).attention, sizes_of(config), _dtype(config)
-    token = (sizes.head_dim + sizes.value_dim) * sizes.key_heads * dtype.itemsize  # bytes a token and layer of keys and values
-    state = len(linear) * form.state_bytes(sizes, dtype)
-    forms = {other.describe(): len(linear) * other.state_bytes(sizes, dtype) for other in form.alternatives()}
+    linattn, windows, dtype = config.linattn, sliding_windows(config), _dtype(config)
+    sizes = {layer: sizes_of(config, layer=layer) for layer in attention_layers(config)}
+    keys = {layer: Keys((of.head_dim + of.value_dim) * of.key_heads * dtype.itemsize, windows[layer]) for layer, of in sizes.items()}
+    linear = [layer for layer in sizes if layer not in linattn["softmax_layers"]]
+    form, readers = LinAttnConfig(**linattn).attention, READERS.get(type(config).model_type.removeprefix(PREFIX), 1)
+
+    def state_of(form: Form) -> int:
+        return readers * sum(form.state_bytes(sizes[layer], dtype) for layer in linear)
+
+    state = state_of(form)
+    forms = {other.describe(): state_of(other) for other in form.alternatives()}
     if state > LARGEST_STATE and not large_state:
         raise ConversionError(
             f"generating would take {state / 1e9:.2f} GB of state a sequence, all of it read and written for every token "
@@ -85,19 +100,26 @@ def generating_costs(config: Any, large_state: bool = False) -> Costs:
             f"form, of which these are the bytes: {_listed(forms)}"
         )
     lengths = (1024, 8192, 65536)
-    source = {str(length): token * sum(_tokens(window, length) for window in windows) for length in lengths}
-    return Costs(state, 2 * state, 2 * state / BANDWIDTH, BANDWIDTH, forms, token * len(kept), source, _break_even(state, token, linear))
+    kept = sum(keys[layer].token for layer in sizes if layer not in linear)
+    source = {str(length): _held(list(keys.values()), length) for length in lengths}
+    even = _break_even(state, [keys[layer] for layer in linear])
+    return Costs(state, 2 * state, 2 * state / BANDWIDTH, BANDWIDTH, forms, kept, source, even)
 
 
-def _break_even(state: int, token: int, windows: list[int | None]) -> int | None:
+def _break_even(state: int, keys: list[Keys]) -> int | None:
     """The least length at which the source's cache of the layers that become linear holds ``state`` bytes."""
-    low, high = 0, state // token + 1
-    if token * sum(_tokens(window, high) for window in windows) < state:
+    low, high = 0, state + 1
+    if _held(keys, high) < state:
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if token * sum(_tokens(window, middle) for window in windows) >= state else (middle, high)
+        low, high = (low, middle) if _held(keys, middle) >= state else (middle, high)
     return high
+
+
+def _held(keys: list[Keys], length: int) -> int:
+    """Bytes of keys and values of so many tokens."""
+    return sum(of.token * _tokens(of.window, length) for of in keys)
 
 
 def _tokens(window: int | None, length: int) -> int:

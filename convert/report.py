@@ -14,7 +14,7 @@ from convert.check import CheckReport
 from convert.costs import Costs
 from convert.source import Source
 from convert.weights import stored_tensors
-from hf_linattn.config import LinAttnConfig
+from hf_linattn.config import LinAttnConfig, attention_layers
 from hf_linattn.forms import LinAttnParams
 from hf_linattn.forms.parameters import OFFSET
 from recipes.common.tables import pairs
@@ -48,7 +48,7 @@ def conversion_report(
         "revision": source.folder.name if source.hub_id else None,
         "options": options,
         "linattn": config.linattn,
-        "linear_layers": [layer for layer in range(config.num_hidden_layers) if layer not in kept],
+        "linear_layers": [layer for layer in attention_layers(config) if layer not in kept],
         "starting_values": _starting_values(config, added),
         "dropped": dropped,
         "costs": asdict(costs),

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .config import NAME, PREFIX, LinAttnConfig, softmax_layers
+from .config import NAME, PREFIX, LinAttnConfig, refuse_layers_without_attention
 from .values import attribute
 
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -70,7 +70,7 @@ def _governed(module: nn.Module, config: PreTrainedConfig) -> Iterator[tuple[nn.
 
 def _refuse_config(name: str, config: PreTrainedConfig) -> None:
     options = LinAttnConfig.of(config)
-    softmax_layers(config)
+    refuse_layers_without_attention(config)
     if options.learnable and not type(config).model_type.startswith(PREFIX):
         raise ValueError(missing_parameters(name))
     if has_cross_attention(config):

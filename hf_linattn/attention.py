@@ -154,10 +154,21 @@ def keeps_softmax(module: nn.Module, options: LinAttnConfig) -> bool:
     known: tuple[list[int], bool] | None = getattr(module, KEEPS_SOFTMAX, None)
     if known is not None and known[0] == options.softmax_layers:
         return known[1]
-    index = getattr(module, "layer_idx", None)
-    if index is None:
-        raise ValueError(f"{type(module).__name__} does not know its layer's index, so linattn option softmax_layers cannot apply to it.")
-    return index in options.softmax_layers
+    return index_of(module) in options.softmax_layers
+
+
+def index_of(module: nn.Module) -> int:
+    """The index of an attention module's layer.
+
+    Raises:
+        ValueError: it does not know it, as one that serves several layers.
+    """
+    index: int | None = getattr(module, "layer_idx", None)
+    if index is None or index < 0:
+        raise ValueError(
+            f"{type(module).__name__} does not know its layer's index, so linattn option softmax_layers cannot apply to it; leave it empty."
+        )
+    return index
 
 
 def parameters_of(module: nn.Module, options: LinAttnConfig) -> LinAttnParams | None:

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from .config import NAME, LinAttnConfig, softmax_layers
+from .config import ATTENTION, NAME, LinAttnConfig, layer_types, softmax_layers
 from .counted import digest, joined
 from .forms import Call, Form, LinAttnParams, Numbers, Sizes, State
 from .forms.kept import Kept, Made
@@ -28,10 +28,7 @@ from .support import require_attention_interface
 MIXED = NAME + "_mixed"
 STATE = "state."
 """Begins the names of a state's tensors among those of a layer."""
-OUR_TYPES = {
-    **dict.fromkeys(("full_attention", "sliding_attention", "chunked_attention"), NAME),
-    **dict.fromkeys(("hybrid", "hybrid_sliding"), MIXED),
-}
+OUR_TYPES = {kind: MIXED if kind.startswith("hybrid") else NAME for kind in ATTENTION}
 
 
 class LinearStateLayer(CacheLayerMixin):
@@ -508,9 +505,6 @@ def cache_bytes(cache: cache_utils.Cache) -> int:
     return held
 
 
-_layer_types = cache_utils.get_layer_types_and_kwargs
-
-
 def get_layer_types_and_kwargs(config: PreTrainedConfig) -> tuple[list[str], Any]:
     """Transformers' own answer, with our types for the attention layers of a model with `attn_implementation="linattn"`.
 
@@ -518,7 +512,7 @@ def get_layer_types_and_kwargs(config: PreTrainedConfig) -> tuple[list[str], Any
         ValueError: an architecture without attention interface, with attention that is not over all keys before, or with softmax
             layers beside layers that share keys.
     """
-    types, kwargs = _layer_types(config)
+    types, kwargs = layer_types(config)
     if config._attn_implementation == NAME:
         if not is_compiling():
             require_attention_interface(config)

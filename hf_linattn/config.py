@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch.compiler import is_compiling
 from transformers import PreTrainedConfig
+from transformers.cache_utils import get_layer_types_and_kwargs as layer_types  # Transformers' own, which `cache` wraps
 
 from .forms import FORMS, Form, Sizes
 from .forms.options import one_of, require_bool, require_number
@@ -18,6 +19,8 @@ from .values import attribute
 NAME = "linattn"
 PREFIX = "linattn_"  # of the model types of converted checkpoints
 DROPOUT_KINDS = ("paper", "moment")
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding")
+"""Types of layers whose cache keeps keys, beside a recurrence or not."""
 OPTIONS = {name: tuple(field.name for field in dataclasses.fields(form.Options)) for name, form in FORMS.items()}
 
 
@@ -164,12 +167,41 @@ def softmax_layers(model_config: PreTrainedConfig) -> set[int]:
     return kept
 
 
-def sizes_of(model_config: Any, longest: float = 512.0, hidden_size: int | None = None) -> Sizes:
-    """What a form is told of a model's layers before it has seen a call; `hidden_size` where it is not the model's own."""
+def refuse_layers_without_attention(model_config: PreTrainedConfig) -> None:
+    """Refuses `softmax_layers` that would be kept by nobody.
+
+    Raises:
+        ValueError: one of them has a recurrence, a convolution or a feed-forward network alone.
+    """
+    if kept := softmax_layers(model_config):
+        types = layer_types(model_config)[0]
+        for layer in sorted(kept):
+            if layer < len(types) and types[layer] not in ATTENTION:
+                raise ValueError(
+                    f"linattn option softmax_layers names layer {layer}, which has no attention to keep; those that have are "
+                    f"{', '.join(map(str, attention_layers(model_config)))}."
+                )
+
+
+def sizes_of(model_config: Any, longest: float = 512.0, hidden_size: int | None = None, layer: int = 0) -> Sizes:
+    """What a form is told of a layer before it has seen a call; `hidden_size` where it is not the model's own."""
     heads = int(model_config.num_attention_heads)
     head_dim = int(getattr(model_config, "head_dim", None) or model_config.hidden_size // heads)
     key_heads = int(getattr(model_config, "num_key_value_heads", None) or heads)
-    return Sizes(heads, key_heads, head_dim, head_dim, hidden_size or model_config.hidden_size, longest)
+    kind = getattr(model_config, "model_type", "").removeprefix(PREFIX)
+    if is_latent := bool(getattr(model_config, "kv_lora_rank", None)):  # keys of two parts, made again of fewer numbers for every head
+        head_dim, key_heads = int(model_config.qk_nope_head_dim + model_config.qk_rope_head_dim), heads
+    if kind == "jetmoe":  # each expert of a query reads all keys
+        key_heads = heads
+    if kind == "mimo_v2_flash" and sliding_windows(model_config)[layer] is not None:
+        key_heads *= 2
+    value_dim = int(model_config.v_head_dim) if is_latent or kind == "mimo_v2_flash" else head_dim
+    return Sizes(heads, key_heads, head_dim, value_dim, hidden_size or model_config.hidden_size, longest)
+
+
+def attention_layers(model_config: PreTrainedConfig) -> list[int]:
+    """The layers of a decoder that have attention, and no recurrence or feed-forward network alone."""
+    return [layer for layer, kind in enumerate(layer_types(model_config)[0]) if kind in ATTENTION]
 
 
 def sliding_windows(model_config: PreTrainedConfig) -> list[int | None]:

@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, mo
 from transformers.utils import is_peft_available
 
 from hf_linattn import ahead, deferred, next_inputs, text_mask, texts
-from hf_linattn.attention import KEEPS_SOFTMAX
+from hf_linattn.attention import KEEPS_SOFTMAX, index_of
 from hf_linattn.compiled import CompiledStep
 from hf_linattn.config import PREFIX, LinAttnConfig, sizes_of, sliding_windows
 from hf_linattn.forms import LinAttnParams
@@ -172,11 +172,11 @@ def _attach_parameters(model: PreTrainedModel) -> None:
     longest = min(getattr(config, "max_position_embeddings", None) or LONGEST_TIME_CONSTANT, LONGEST_TIME_CONSTANT)
     windows = sliding_windows(config)
     for _, module in list(attention_modules(model)):
-        keeps_softmax = module.layer_idx in options.softmax_layers
+        keeps_softmax = bool(options.softmax_layers) and index_of(module) in options.softmax_layers
         setattr(module, KEEPS_SOFTMAX, (options.softmax_layers, keeps_softmax))
         if not keeps_softmax:
             width = next((child.in_features for child in module.modules() if isinstance(child, nn.Linear)), None)
-            sizes = sizes_of(config, min(longest, windows[module.layer_idx] or longest), width)
+            sizes = sizes_of(config, min(longest, windows[module.layer_idx] or longest), width, module.layer_idx)
             parameters = options.attention.parameters(sizes, options.learnable)
             if parameters is not None:
                 module.linattn = parameters

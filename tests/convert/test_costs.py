@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from typer.testing import CliRunner
 
 import hf_linattn
-from convert.costs import LARGEST_STATE, _break_even, _duration, generating_costs
+from convert.costs import LARGEST_STATE, Keys, _break_even, _duration, generating_costs
 from convert.linearize import LinearizeOptions, app, linearize
 from hf_linattn.config import sliding_windows
 from hf_linattn.models import config_class_for
@@ -90,7 +90,7 @@ def test_the_state_of_every_student_worked_out_by_hand(student: dict[str, Any], 
 )
 def test_break_even_is_the_least_length_that_holds_as_much(state: int, windows: list[int | None], length: int | None) -> None:
     """At 10 bytes a token and layer; a window keeps one token less than it sees."""
-    assert _break_even(state, 10, windows) == length
+    assert _break_even(state, [Keys(10, window) for window in windows]) == length
 
 
 def test_durations_in_words() -> None:
