@@ -161,7 +161,7 @@ template <int HEADS, int SLICES, bool WHOLE, int WARPS> struct Step {
 #pragma unroll
       for (int t = 0; t < SLICES; ++t) square += x[t] * x[t];
       square = warp_sum(square);
-      scale *= square > SMALLEST_SQUARE ? rsqrtf(square) : 0.f;
+      scale *= square > SMALLEST_SQUARE ? linattn_tile::reciprocal_root(square) : 0.f;
     }
 #pragma unroll
     for (int t = 0; t < SLICES; ++t) fixed.vectors[number < heads ? number : HEADS][lane + 32 * t] = x[t] * scale;
