@@ -1,13 +1,12 @@
 // architectures: sm_80 compute_80 sm_90
 // One new token a sequence: which kernel a call takes, and its launch.
-#include <cmath>
-
 #include "step.cuh"
 
 namespace linattn {
 namespace {
 
 constexpr int FEW = 4, MANY = 8;  // warps
+constexpr int FEWEST_SPLITS = 3;  // of a state that are worth the kernel that adds up what their blocks found
 
 template <int DEGREE, int HEADS, int SLICES, bool WHOLE, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS, Step<DEGREE, HEADS, SLICES, WHOLE, WARPS>::BLOCKS) step_kernel(const StepArguments args) {
@@ -70,17 +69,19 @@ template <int HEADS> cudaError_t launch(const StepArguments &args, cudaStream_t 
   return launch_degree<HEADS, 8, false>(args, stream);
 }
 
-// Blocks that share a state: as few as leave the last round of all multiprocessors' blocks well filled.
+// Blocks that share a state: as few as keep all multiprocessors at work, of which each has three blocks at once; two take two thirds as long, but
+// one alone half, since it does not ask for all that memory gives.
 int splits_of_step(const linattn_problem &p) {
-  const int64_t heads = static_cast<int64_t>(p.batch) * p.state_heads;
-  const double at_once = 3. * card(cudaDevAttrMultiProcessorCount, 108);
+  const int most = feature_count(p) / FEWEST_ROWS, processors = card(cudaDevAttrMultiProcessorCount, 108);
+  if (most < FEWEST_SPLITS) return 1;
+  const auto time = [&](int splits) {
+    const int64_t blocks = static_cast<int64_t>(p.batch) * p.state_heads * splits, rounds = blocks / (3 * processors), left = blocks % (3 * processors);
+    const double last = left == 0 ? 0 : left <= processors ? 1 / 2. : left <= 2 * processors ? 2 / 3. : 1;
+    return (rounds + last) / splits;
+  };
   int best = 1;
-  double least = 0;
-  for (int splits = 1; splits <= std::max(1, feature_count(p) / FEWEST_ROWS); ++splits) {
-    const double rounds = heads * splits / at_once, whole = std::floor(rounds), rest = rounds - whole;
-    const double time = (whole + (rest > 0 ? std::max(rest, .5) : 0)) / splits;  // half of the blocks take all that memory gives
-    if (splits == 1 || time < .95 * least) best = splits, least = time;
-  }
+  for (int splits = 2; splits <= most; ++splits)
+    if (time(splits) < .95 * time(best)) best = splits;
   return best;
 }
 

@@ -64,28 +64,36 @@ static __device__ bool sees(const linattn_problem &p, int batch, int token) {
   return run > 0 && run == run_of(p, batch, token);
 }
 
-// Adds up what the blocks of a state found for a token and query head, and divides: every thread for a column, whose sum of weights it adds up as
-// well, since waiting for another thread's would take longer.
+// Adds up what the blocks of a state found for a token and query head, and divides. A thread has a column and some of the blocks, of which it adds
+// up the sum of weights as well, since waiting for another thread's would take longer.
+inline __host__ __device__ int columns_of_join(int value_dim) { return (value_dim + 31) / 32 * 32; }
 static __global__ void __launch_bounds__(THREADS) join_kernel(const StepArguments args) {
+  __shared__ float2 found[THREADS];  // of a column's sum, and of the weights'
   const linattn_problem &p = args.problem;
-  const int batch = blockIdx.x, head = blockIdx.y, token = blockIdx.z, width = p.value_dim + 1;
+  const int batch = blockIdx.x, head = blockIdx.y, token = blockIdx.z, width = p.value_dim + 1, columns = columns_of_join(p.value_dim);
   const int64_t number = (static_cast<int64_t>(batch) * p.query_heads + head) * p.length + token;
   const int splits = sees(p, batch, token) ? args.splits : 0;  // what a query that sees nothing would read was not written
-  const float *const parts = args.partials + number * args.splits * width;
-  for (int i = threadIdx.x; i < p.value_dim; i += blockDim.x) {
-    float sum = 0.f, total = 0.f;
+  const int column = threadIdx.x % columns, parts = blockDim.x / columns;
+  const float *const from = args.partials + number * args.splits * width;
+  float sum = 0.f, total = 0.f;
 #pragma unroll 8
-    for (int split = 0; split < splits; ++split) sum += parts[split * width + i], total += parts[split * width + p.value_dim];
-    store(args.out.data, p.dtype, offset_of(args.out, batch, head, token) + i, sum / (total == 0.f ? 1.f : total));
-    if (i == 0 && args.mass) args.mass[number] = total;
+  for (int split = threadIdx.x / columns; split < splits; split += parts) {
+    sum += column < p.value_dim ? from[split * width + column] : 0.f;
+    total += from[split * width + p.value_dim];
   }
+  found[threadIdx.x] = make_float2(sum, total);
+  __syncthreads();
+  if (threadIdx.x >= p.value_dim) return;
+  for (int part = 1; part < parts; ++part) sum += found[part * columns + column].x, total += found[part * columns + column].y;
+  store(args.out.data, p.dtype, offset_of(args.out, batch, head, token) + column, sum / (total == 0.f ? 1.f : total));
+  if (column == 0 && args.mass) args.mass[number] = total;
 }
 
 // Behind the kernel that took the tokens in.
 inline cudaError_t launch_join(const StepArguments &args, cudaStream_t stream) {
   const linattn_problem &p = args.problem;
   if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
-  const int threads = std::min(THREADS, (p.value_dim + 31) / 32 * 32);
+  const int columns = columns_of_join(p.value_dim), threads = THREADS / columns * columns;
   if (args.splits > 1) join_kernel<<<dim3(p.batch, p.query_heads, static_cast<unsigned>(p.length)), threads, 0, stream>>>(args);
   return cudaPeekAtLastError();
 }

@@ -8,8 +8,6 @@
 namespace linattn_ring {
 namespace {
 
-constexpr int FEWEST_SEGMENTS = 3;  // of a state's rows that are worth the kernel that adds up what their blocks found
-
 // Blocks of `near` and, behind them, of `leaving`: two or more on a multiprocessor, and three where heads share no keys, which are many blocks.
 template <typename T, int HEADS> __global__ void __launch_bounds__(THREADS, HEADS == 1 ? 3 : 2) window_kernel(const Arguments args) {
   __shared__ union {
@@ -112,7 +110,6 @@ void linattn_plan_window_step(const linattn_window *window, const linattn_beside
     const int64_t bytes = static_cast<int64_t>(lay_out(0, *window, *beside, scratch));
     const linattn_problem problem = problem_of(*window, *beside, scratch);
     if (!linattn::decode_plan(problem, result_of(problem, *beside, scratch), *plan)) return;
-    if (plan->segments < FEWEST_SEGMENTS) plan->chunk *= plan->segments, plan->segments = 1, plan->workspace_bytes = 0;
     plan->workspace_bytes += bytes;
   }
   plan->engine = LINATTN_DECODE;
