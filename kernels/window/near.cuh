@@ -157,12 +157,11 @@ template <typename T, int HEADS> struct Near {
       for (int i = thread; i < heads.count * w.value_dim; i += THREADS) write(heads.first + i / w.value_dim, i % w.value_dim, 0.f);
       return;
     }
-    T ahead[AHEAD];
-    send_for(ahead, 0, min(SLOTS, visible));
     begin();
     for (int at = 0; at < visible; at += SLOTS) {
       const int count = min(SLOTS, visible - at);
-      if (at > 0) send_for(ahead, at, count);
+      T ahead[AHEAD];
+      send_for(ahead, at, count);
       __syncthreads();
       score(at, count);
       __syncthreads();
