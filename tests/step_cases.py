@@ -60,5 +60,11 @@ KINDS = [
     {"heads": 12, "key_heads": 1, "head_dim": 24, "value_dim": 40}, {"head_dim": 256, "value_dim": 256, "heads": 2, "key_heads": 1},
     {"head_dim": 7, "value_dim": 3, "degree": 2}, {"head_dim": 80, "value_dim": 80, "normalize_qk": False, "degree": 2, "batch": 1},
 ]  # fmt: skip
+ALONE = [
+    *KINDS, {"heads": 12, "key_heads": 1, "degree": 2, "decay": "token"}, {"head_dim": 64, "value_dim": 32, "degree": 2}, {"head_dim": 40, "value_dim": 64},
+    {"batch": 140, "heads": 8, "key_heads": 4, "head_dim": 32, "value_dim": 32, "decay": "head"},
+    {"batch": 280, "heads": 6, "key_heads": 2, "head_dim": 20, "value_dim": 36, "padded": True},
+]  # fmt: skip
+"""Of single tokens also: heads in rounds, dims that differ, and small states that are many."""
 SEVERAL = [dict(kind, length=length) for kind, length in zip(KINDS, (2, 3, 4, 5, 9, 7, 10, 16, 3, 12, 5), strict=True)]
 """Of every kind, with numbers of tokens that engines take together and others."""

@@ -12,7 +12,7 @@ import torch
 from accuracy_bar import assert_bars, assert_first_tokens_have_their_values, compare, operator_case, paths_of, run
 from emulation import build
 from reach_cases import assert_far_tokens_are_met, assert_far_tokens_are_not_met
-from step_cases import KINDS, check_step
+from step_cases import ALONE, check_step
 
 from hf_linattn.forms import Call, feature_map
 from hf_linattn.ops import chunked, cuda, operators
@@ -438,7 +438,7 @@ def test_generic_states_end_with_their_run(kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", ALONE, ids=str)
 def test_one_token(kernels, dtype, kind):
     check_step(dtype, **kind)
 

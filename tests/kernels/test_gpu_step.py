@@ -3,7 +3,7 @@
 import pytest
 import torch
 from operator_cases import make_inputs
-from step_cases import KINDS, check_step, step_case
+from step_cases import ALONE, check_step, step_case
 
 from hf_linattn import empty_state, linear_attention, linear_attention_step
 from hf_linattn.ops import cuda, one_token
@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("kind", ALONE, ids=str)
 def test_at_the_bar(dtype, kind):
     check_step(dtype, device="cuda", **kind)
 
