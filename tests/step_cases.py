@@ -61,7 +61,8 @@ KINDS = [
     {"head_dim": 7, "value_dim": 3, "degree": 2}, {"head_dim": 80, "value_dim": 80, "normalize_qk": False, "degree": 2, "batch": 1},
 ]  # fmt: skip
 ALONE = [
-    *KINDS, {"heads": 12, "key_heads": 1, "degree": 2, "decay": "token"}, {"head_dim": 64, "value_dim": 32, "degree": 2}, {"head_dim": 40, "value_dim": 64},
+    *KINDS, {"heads": 12, "key_heads": 1, "degree": 2, "decay": "token"}, {"head_dim": 64, "value_dim": 32, "degree": 2},
+    {"head_dim": 40, "value_dim": 64},
     {"batch": 140, "heads": 8, "key_heads": 4, "head_dim": 32, "value_dim": 32, "decay": "head"},
     {"batch": 280, "heads": 6, "key_heads": 2, "head_dim": 20, "value_dim": 36, "padded": True},
 ]  # fmt: skip
