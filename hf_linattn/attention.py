@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from typing import Any
 
@@ -25,6 +26,8 @@ Number = float | Tensor
 KEEPS_SOFTMAX = "linattn_keeps_softmax"
 """Of a converted model's attention modules: `softmax_layers` as they were loaded, and whether theirs is among them. A compiled graph that
 asks for a layer's index is that layer's alone."""
+FREE = ("window", "sinks")
+"""Options that a converted model may be given others of at any time."""
 SDPA_HAS_NOT = ("softcap", "s_aux", "sinks")  # what shapes softmax scores and PyTorch's SDPA has no argument for
 PACKED_IN_A_CACHE = (
     "Positions fall, so sequences are packed together, and the softmax layers of this model cannot tell them apart in a cache that is "
@@ -139,8 +142,25 @@ def options_of(module: nn.Module) -> LinAttnConfig:
     cached = module.__dict__.get("_linattn_options")
     if cached is None or cached[0] != stored:
         cached = (copy.deepcopy(stored), LinAttnConfig.of(config))
+        refuse_another_than_was_learned(module, cached[1])
         module.__dict__["_linattn_options"] = cached
     return cached[1]
+
+
+def refuse_another_than_was_learned(module: nn.Module, options: LinAttnConfig) -> None:
+    """Refuses options that were changed in the config of a converted model, where a layer's numbers have been made by others.
+
+    Raises:
+        ValueError: one was; of a window its size and its sinks alone are no matter of numbers.
+    """
+    learned = getattr(module._modules.get(NAME), "options", None)
+    now = dataclasses.asdict(options.options)
+    for name, made in {} if learned is None else dataclasses.asdict(learned).items():
+        if name not in FREE and name in now and now[name] != made:
+            raise ValueError(
+                f"config.linattn says {name}={now[name]!r}, and the numbers that {type(module).__name__} has learned are of "
+                f"{name}={made!r}; set it back, or convert the source again with the other."
+            )
 
 
 def keeps_softmax(module: nn.Module, options: LinAttnConfig) -> bool:

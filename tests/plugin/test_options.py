@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from learned import learned_model
 from tiny_models import ENCODERS, tiny_config, tiny_model, tiny_tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Gemma3Config
 
@@ -186,3 +187,22 @@ def test_layers_that_keep_softmax_are_those_that_there_are():
 
 def test_a_config_without_options_has_the_defaults():
     assert LinAttnConfig.of(AutoConfig.for_model("llama")) == LinAttnConfig()
+
+
+@pytest.mark.parametrize("change", [
+    {"decay": "none"}, {"decay": "head"}, {"features": 3}, {"input_gate": "none"}, {"output_map": "norm"}, {"temperature": 0.5},
+    {"gate": "head"}, {"normalize_qk": False}, {"kernel": "quadratic", "c": 0.5},
+], ids=str)  # fmt: skip
+def test_what_a_converted_model_has_learned_is_not_read_as_of_other_options(change):
+    model = learned_model(form="window", window=5, sinks=2, gate="token", decay="token", input_gate="token")
+    ids, stored = tiny_tokens(), dict(model.config.linattn)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model.config.linattn |= change
+        name = next(iter(change))
+        with pytest.raises(ValueError, match=f"says {name}=.*, and the numbers that LlamaAttention has learned are of {name}="):
+            model(ids)
+        model.config.linattn = stored | {"window": 3, "sinks": 1, "dropout": 0.5}
+        assert not torch.equal(model(ids).logits, expected)
+        model.config.linattn = stored
+        assert torch.equal(model(ids).logits, expected)
