@@ -173,14 +173,17 @@ def refuse_layers_without_attention(model_config: PreTrainedConfig) -> None:
     Raises:
         ValueError: one of them has a recurrence, a convolution or a feed-forward network alone.
     """
-    if kept := softmax_layers(model_config):
-        types = layer_types(model_config)[0]
-        for layer in sorted(kept):
-            if layer < len(types) and types[layer] not in ATTENTION:
-                raise ValueError(
-                    f"linattn option softmax_layers names layer {layer}, which has no attention to keep; those that have are "
-                    f"{', '.join(map(str, attention_layers(model_config)))}."
-                )
+    text = model_config.get_text_config(decoder=True)
+    kept = softmax_layers(model_config)
+    if not kept or not hasattr(text, "num_hidden_layers"):  # a model of parts none of which is a decoder counts them in its own way
+        return
+    types, with_attention = layer_types(text)[0], attention_layers(text)
+    for layer in sorted(kept):
+        if layer < len(types) and layer not in with_attention:
+            raise ValueError(
+                f"linattn option softmax_layers names layer {layer}, which has no attention to keep; those that have are "
+                f"{', '.join(map(str, with_attention))}."
+            )
 
 
 def sizes_of(model_config: Any, longest: float = 512.0, hidden_size: int | None = None, layer: int = 0) -> Sizes:

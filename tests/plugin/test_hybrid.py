@@ -8,7 +8,7 @@ from tiny_models import CAUSAL, TEXT, tiny_config, tiny_model, tiny_tokens
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_linattn import LinearStateLayer
+from hf_linattn import LinAttnConfig, LinearStateLayer
 from hf_linattn.models import config_class_for
 
 NEW = {"max_new_tokens": 8, "min_new_tokens": 8, "pad_token_id": 0, "do_sample": False}
@@ -193,3 +193,14 @@ def test_layers_that_run_several_times_a_token_are_refused_a_cache():
     assert model(tiny_tokens(), use_cache=False).logits.isfinite().all()
     config.linattn = {}
     assert model(tiny_tokens()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("chosen", ["linattn", {"text_config": "linattn"}], ids=str)
+def test_layers_of_a_models_text_part_stay_softmax(chosen):
+    sees = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    config = transformers.Gemma3Config(text_config=tiny_config("gemma3").to_dict(), vision_config=sees)
+    LinAttnConfig(softmax_layers=[1]).store(config)
+    model = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation=chosen).eval()
+    with torch.no_grad():
+        cache = model(tiny_tokens()).past_key_values
+    assert [isinstance(layer, LinearStateLayer) for layer in cache.layers] == [True, False, True]
