@@ -39,13 +39,17 @@ def select_layers(options: SelectOptions, tell: Any = print) -> dict[str, Any]:
     from convert.evaluation.prompts import Prompts
     from convert.evaluation.selection import Selection, attention_on_keys, choose, evenly_spaced
     from convert.evaluation.text import last_rows
+    from hf_linattn.models import attention_modules
 
     logging.set_verbosity_error()
     o, device = options, usable_device(options.device)
     batch_tokens, teacher = tokens_at_once(o.batch_tokens, device), load(o.teacher, device, usable_dtype(o.dtype, device))
-    layers = teacher.model.config.get_text_config(decoder=True).num_hidden_layers
-    if not o.count < layers:
-        raise ConversionError(f"--count {o.count}: the teacher has {layers} layers, and at least one is to become linear; give fewer")
+    layers = [module.layer_idx for _, module in attention_modules(teacher.model)]
+    if -1 in layers:
+        raise ConversionError(f"{o.teacher}: one attention serves several of its layers, so none of them can be measured alone")
+    if not o.count < len(layers):
+        which = f"the teacher has {len(layers)} layers with attention"
+        raise ConversionError(f"--count {o.count}: {which}, and at least one is to become linear; give fewer")
     maker = Prompts(o.data[0], teacher.tokenizer, o.length, f"selection {o.seed}", from_the_end=True)
     prompts = [prompt for distance in o.distances for prompt in maker.make("needle", distance, o.needles)]
     check_length(teacher.model, max(len(prompt.ids) for prompt in prompts) + 16, "--distances")

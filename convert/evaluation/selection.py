@@ -6,7 +6,7 @@ outside the window, taught token by token. Both are 0 where nothing is lost, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def choose(
         kept.remove(least)
         steps.append({"layer": least, **vars(tried[least])})
         tell(f"layer {least} is missed least; {len(kept)} stay: KL {tried[least].kl:.3f}, key {tried[least].key_nats:.3f}")
-    sets = {"chosen": sorted(kept), "even": evenly_spaced(len(selection.layers), count), "alone": sorted(ranked[:count])}
+    sets = {"chosen": sorted(kept), "even": evenly_spaced(selection.layers, count), "alone": sorted(ranked[:count])}
     return {
         "layers": [{"layer": layer, **vars(alone[layer]), "cost": cost(alone[layer])} for layer in selection.layers],
         "teacher": vars(base),
@@ -137,9 +137,9 @@ def read_ranking(path: Path) -> dict[str, Any]:
     return dict(ranking)
 
 
-def evenly_spaced(layers: int, count: int) -> list[int]:
-    """The middle layers of ``count`` equal parts."""
-    return [(2 * index + 1) * layers // (2 * count) for index in range(count)]
+def evenly_spaced(layers: Sequence[int], count: int) -> list[int]:
+    """Of layers with attention the middle ones of ``count`` equal parts."""
+    return [layers[(2 * index + 1) * len(layers) // (2 * count)] for index in range(count)]
 
 
 @torch.no_grad()

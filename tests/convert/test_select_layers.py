@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from byte_models import byte_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from sweep.tiny import tiny_config
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from convert import evaluate, linearize, select_layers
@@ -94,3 +96,24 @@ def test_prompts_and_their_answers_fit_a_model_that_has_an_embedding_for_each_po
             found = select_layers.select_layers(options, told.append)
     assert found["asked"]["seed"] == 5 and found["asked"]["data"] == [str(evaluated / "text.txt")] and len(found["asked"]["stamps"]) == 2
     assert found["even"] == [1] and found["device"].startswith("CPU") and len(told) == 3
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "zamba2"])
+def test_of_a_model_with_other_layers_between_those_with_attention_are_chosen(
+    model_type: str, evaluated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(model_type)
+    config.vocab_size, config.max_position_embeddings = 257, 512
+    model = AutoModelForCausalLM.from_config(config).eval()
+    monkeypatch.setattr(models, "load", lambda *args: models.Loaded(model, byte_tokenizer()))
+    given: dict[str, Any] = {"teacher": str(evaluated / "teacher"), "data": (evaluated / "text.txt",), "distances": (90,), "length": 256}
+    options = SelectOptions(**given, rows=2, needles=2, window=8, count=1, device="cpu")
+    if model_type == "zamba2":
+        with pytest.raises(ConversionError, match="one attention serves several of its layers"):
+            select_layers.select_layers(options)
+        return
+    found = select_layers.select_layers(options)
+    assert [one["layer"] for one in found["layers"]] == [1, 3] and found["even"] == [3]
+    assert [one["softmax"] for one in found["sets"] if one["name"] == "even"] == [[3]] and found["chosen"][0] in (1, 3)
+    with pytest.raises(ConversionError, match="has 2 layers with attention"):
+        select_layers.select_layers(replace(options, count=2))

@@ -75,7 +75,8 @@ def test_layers_go_by_what_they_cost_together() -> None:
 
 
 def test_evenly_spaced() -> None:
-    assert evenly_spaced(30, 4) == [3, 11, 18, 26] and evenly_spaced(5, 1) == [2] and evenly_spaced(3, 2) == [0, 2]
+    assert evenly_spaced(range(30), 4) == [3, 11, 18, 26] and evenly_spaced(range(5), 1) == [2] and evenly_spaced(range(3), 2) == [0, 2]
+    assert evenly_spaced([3, 7, 11, 15], 2) == [7, 15]  # others have no attention
 
 
 def test_attention_on_keys_is_that_of_eager_attention() -> None:
