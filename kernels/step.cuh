@@ -52,9 +52,13 @@ template <int DEGREE, int HEADS, int SLICES, bool WHOLE, int WARPS> struct Step 
   struct alignas(4 * HEADS) Heads {  // a number for each
     float of[HEADS];
   };
+  struct alignas(HEADS == 1 ? 8 : 4 * HEADS) Features {  // of a row
+    Heads phi;
+    float psi;
+  };
   struct Fixed {
-    Heads phi[FEATURES];
-    float psi[FEATURES], vectors[DEGREE == 1 ? 1 : HEADS + 1][32 * SLICES], coefficients[3][HEADS], masses[WARPS][HEADS];
+    Features features[FEATURES];
+    float vectors[DEGREE == 1 ? 1 : HEADS + 1][32 * SLICES], coefficients[3][HEADS], masses[WARPS][HEADS];
   };
   static constexpr int SUMS = WARPS * TOGETHER * 32 * SLICES;  // of all warps, where the lots were
   static int shared_bytes(int rows_each) { return 4 * std::max(SUMS, std::min(LOTS, (rows_each + ROWS - 1) / ROWS) * WARPS * LOT); }
@@ -134,8 +138,8 @@ template <int DEGREE, int HEADS, int SLICES, bool WHOLE, int WARPS> struct Step 
     });
     keep = expf(rate);
     if (DEGREE == 2 && has_number) fixed.coefficients[number][of_head] = of_f;
-    if (DEGREE == 1 && has_number && number == 0) fixed.phi[p.head_dim].of[of_head] = of_f;
-    if (DEGREE == 1 && thread == 0) fixed.psi[p.head_dim] = base == 0 ? 1.f : 0.f;
+    if (DEGREE == 1 && has_number && number == 0) fixed.features[p.head_dim].phi.of[of_head] = of_f;
+    if (DEGREE == 1 && thread == 0) fixed.features[p.head_dim].psi = base == 0 ? 1.f : 0.f;
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) put_down(warp + v * WARPS, x + v * SLICES, scale[v]);
 #pragma unroll
@@ -163,7 +167,7 @@ template <int DEGREE, int HEADS, int SLICES, bool WHOLE, int WARPS> struct Step 
     for (int t = 0; t < SLICES; ++t) {
       const int i = lane + 32 * t;
       if (DEGREE == 2) fixed.vectors[number < heads ? number : HEADS][i] = x[t] * scale;
-      else if (i < p.head_dim) (number < heads ? fixed.phi[i].of[number] : fixed.psi[i]) = x[t] * scale;
+      else if (i < p.head_dim) (number < heads ? fixed.features[i].phi.of[number] : fixed.features[i].psi) = x[t] * scale;
     }
   }
 
@@ -180,12 +184,13 @@ template <int DEGREE, int HEADS, int SLICES, bool WHOLE, int WARPS> struct Step 
     const int row = first_row(number) + mine;
     if (mine < rows_in(number) && first < HEADS) {
       const float *const key = fixed.vectors[HEADS];
-      if (first == 0) fixed.psi[warp * EACH + mine] = !takes_in ? 0.f : right >= 0 ? key[left] * key[right] : row < dim ? key[row] : 1.f;
+      Features &features = fixed.features[warp * EACH + mine];
+      if (first == 0) features.psi = !takes_in ? 0.f : right >= 0 ? key[left] * key[right] : row < dim ? key[row] : 1.f;
 #pragma unroll
       for (int h = first; h < first + HALF; ++h) {
         const float *const q = fixed.vectors[h];
         const float a = fixed.coefficients[0][h], b = fixed.coefficients[1][h], c = fixed.coefficients[2][h];
-        fixed.phi[warp * EACH + mine].of[h] = h >= heads ? 0.f : right >= 0 ? c * (left == right ? 1.f : 2.f) * q[left] * q[right] : row < dim ? b * q[row] : a;
+        features.phi.of[h] = h >= heads ? 0.f : right >= 0 ? c * (left == right ? 1.f : 2.f) * q[left] * q[right] : row < dim ? b * q[row] : a;
       }
     }
     right += ROWS;
@@ -197,11 +202,11 @@ template <int DEGREE, int HEADS, int SLICES, bool WHOLE, int WARPS> struct Step 
   __device__ __forceinline__ void count(int number) {
     const int mine = lane % 16, first = lane / 16 * HALF;
     if (mine >= rows_in(number) || first >= HEADS) return;
-    const int feature = first_feature(number) + mine;
-    const float one = fmaf(lot(number)[mine * width + value_dim], keep, fixed.psi[feature]);
+    const Features &features = fixed.features[first_feature(number) + mine];
+    const float one = fmaf(lot(number)[mine * width + value_dim], keep, features.psi);
     if (first == 0) state[static_cast<int64_t>(first_row(number) + mine) * width + value_dim] = one;
 #pragma unroll
-    for (int h = 0; h < HALF; ++h) mass[h] = fmaf(fixed.phi[feature].of[first + h], one, mass[h]);
+    for (int h = 0; h < HALF; ++h) mass[h] = fmaf(features.phi.of[first + h], one, mass[h]);
   }
   __device__ __forceinline__ void multiply(int number) {
     const int count = rows_in(number);
@@ -212,20 +217,20 @@ template <int DEGREE, int HEADS, int SLICES, bool WHOLE, int WARPS> struct Step 
   template <int COUNT> __device__ __forceinline__ void multiply_rows(int number, int first) {
     const float *const from = lot(number) + first * width + lane;
     float *const to = state + static_cast<int64_t>(first_row(number) + first) * width + lane;
-    const float *const of_key = fixed.psi + first_feature(number) + first;
-    const Heads *const of_queries = fixed.phi + first_feature(number) + first;
+    const Features *const features = fixed.features + first_feature(number) + first;
 #pragma unroll
     for (int u = 0; u < COUNT; ++u) {
+      const Features of_row = features[u];
       float x[SLICES];
 #pragma unroll
       for (int t = 0; t < SLICES; ++t) {
-        x[t] = is_column(t) ? fmaf(of_key[u], value[t], from[u * width + 32 * t] * keep) : 0.f;
+        x[t] = is_column(t) ? fmaf(of_row.psi, value[t], from[u * width + 32 * t] * keep) : 0.f;
         if (is_column(t)) to[u * width + 32 * t] = x[t];
       }
 #pragma unroll
       for (int h = 0; h < HEADS; ++h)
 #pragma unroll
-        for (int t = 0; t < SLICES; ++t) num[h][t] = fmaf(of_queries[u].of[h], x[t], num[h][t]);
+        for (int t = 0; t < SLICES; ++t) num[h][t] = fmaf(of_row.phi.of[h], x[t], num[h][t]);
     }
   }
 
