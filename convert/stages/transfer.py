@@ -84,6 +84,11 @@ class Transfer(Stage):
             )
         softmax = hf_linattn.LinAttnConfig.of(self.student.config).softmax_layers
         modules, teachers = (dict(attention_modules(model)) for model in (self.student, self.teacher))
+        if any(module.layer_idx < 0 for module in modules.values()):
+            raise ConversionError(
+                f"{self.options.student}: one attention serves several layers, and {self.run.command} takes each by itself; "
+                "give it to distill at once"
+            )
         names = [name for name, module in modules.items() if module.layer_idx not in softmax]
         widths = [model.config.get_text_config().hidden_size for model in (self.student, self.teacher)]
         if set(modules) != set(teachers) or widths[0] != widths[1]:

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hf_linattn.attention import softmax_attention
 from hf_linattn.forms.seen import SINKS, Seen
 
 _WATCHED = "linattn_watched"
@@ -25,11 +25,16 @@ class Sums:
         self.tokens = 0
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Takes queries (B, Hq, N, D) and keys (B, Hk, N, D) in, and the softmax of their products."""
-        self.tokens += query.shape[0] * query.shape[2]
-        for row_query, row_key in zip(query.float(), key.float(), strict=True):  # (H, N, D): one text's matrix of all pairs at a time
-            mass = self._mass(row_query, row_key, scaling)
+    def add(self, query: Tensor, key: Tensor, scaling: float, mask: Tensor | None = None, softcap: float | None = None) -> None:
+        """Takes queries (B, Hq, N, D) and keys (B, Hk, N, D) in, and the softmax of their products where `mask` (B or 1, 1, N, N) shows
+        them, None: of all tokens before."""
+        batch, _, length, _ = query.shape
+        self.tokens += batch * length
+        if mask is None:
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device).tril()
+        # (H, N, D): one text's matrix of all pairs at a time
+        for row_query, row_key, row_mask in zip(query.float(), key.float(), mask.expand(batch, -1, -1, -1), strict=True):
+            mass = self._mass(row_query, row_key, scaling, row_mask, softcap)
             self._take("query", row_query.mT @ row_query)
             self._take("key", row_key.sum(1))
             self._take("keys", row_key.mT @ row_key)
@@ -53,10 +58,12 @@ class Sums:
         self.sums[name] = self.sums[name] + value.double() if name in self.sums else value.double()
 
     @staticmethod
-    def _mass(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    def _mass(query: Tensor, key: Tensor, scaling: float, mask: Tensor, softcap: float | None) -> Tensor:
         key = key.repeat_interleave(query.shape[0] // key.shape[0], 0)
-        future = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool, device=query.device).triu(1)
-        return (query @ key.mT * scaling).masked_fill(future, -torch.inf).softmax(-1)
+        scores = query @ key.mT * scaling
+        if softcap is not None:
+            scores = (scores / softcap).tanh() * softcap
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1)
 
 
 def _by_distance(mass: Tensor) -> Tensor:
@@ -73,9 +80,14 @@ def watched_attention(model: PreTrainedModel) -> Iterator[dict[int, Sums]]:
     """Runs `model` with its softmax attention watched: sums by the index of the layer."""
     found: dict[int, Sums] = {}
 
-    def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any) -> Any:
-        found.setdefault(module.layer_idx, Sums()).add(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling, **kwargs)
+    def attend(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, dropout: float = 0.0,
+        is_causal: bool | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        found.setdefault(module.layer_idx, Sums()).add(query, key, scale, mask, kwargs.get("softcap"))
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        return softmax_attention(module, query, key, value, mask, None, scaling, dropout, causal, kwargs)
 
     AttentionInterface.register(_WATCHED, attend)
     AttentionMaskInterface.register(_WATCHED, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

@@ -11,6 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from byte_models import START, byte_model, byte_tokenizer
 from no_caches import no_caches
+from sweep.tiny import tiny_config
 from transformers import AutoModelForCausalLM
 
 from convert.errors import ConversionError
@@ -79,6 +80,37 @@ def test_what_is_seen_is_what_the_teacher_attends_to(tiny: SimpleNamespace) -> N
         torch.testing.assert_close(seen.reach(3), expected.clamp(min=1), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["mistral", "gemma2", "gpt_oss"])
+def test_windows_softcaps_and_sinks_of_the_teacher_have_their_say(model_type: str) -> None:
+    """What it sees through SDPA, which knows of no softcap and of no sinks, were another model's hidden states."""
+    config = tiny_config(model_type)
+    config.layer_types = ["sliding_attention", "full_attention"] * (config.num_hidden_layers // 2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8) if parameter.dim() > 1 else parameter.add_(0.5)
+        ids = torch.randint(5, 80, (2, 20), generator=torch.Generator().manual_seed(0))
+        expected = model(ids, output_attentions=True)
+        with watched_attention(model) as found:
+            logits = model(ids).logits
+    torch.testing.assert_close(logits, expected.logits, atol=1e-4, rtol=1e-4)
+    for layer, sums in found.items():
+        seen, mass = sums.seen(), expected.attentions[layer].double()
+        mass = mass / mass.sum(-1, keepdim=True)  # what sinks take, no token gets
+        mass[..., :SINKS] = 0
+        distances = torch.stack([mass.diagonal(-n, 2, 3).sum((0, 2)) for n in range(20)], 1) / 40
+        torch.testing.assert_close(seen.distance_mass, distances, atol=1e-5, rtol=1e-4)
+
+
+def test_documents_that_do_not_see_one_another_are_looked_at_alone() -> None:
+    model = byte_model()
+    ids = torch.randint(1, 200, (1, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), watched_attention(model) as found:
+        model(ids, position_ids=torch.arange(20)[None] % 10, use_cache=False)
+    assert all(sums.seen().distance_mass[:, 10:].abs().max() == 0 for sums in found.values())
+
+
 def test_the_projection_is_the_best_of_its_rank() -> None:
     """No other pair of matrices of rank r that was tried keeps q.k better; with all features nothing is lost."""
     generator = torch.Generator().manual_seed(0)
@@ -140,3 +172,15 @@ def test_a_student_without_new_numbers_is_refused(tiny: SimpleNamespace, tmp_pat
     given.student = str(tmp_path / "fixed")
     with pytest.raises(ConversionError, match="no new parameters"):
         Calibrate(given, "convert.calibrate", False, False).run_all()
+
+
+def test_an_attention_that_serves_several_layers_is_refused(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    config = tiny_config("zamba2")
+    config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = 257, 0, 0, 0
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    byte_tokenizer().save_pretrained(tmp_path / "source")
+    linearize(tmp_path / "source", tmp_path / "student", LinearizeOptions(check=False))
+    given = options(tiny, tmp_path / "run")
+    given.student, given.teacher = str(tmp_path / "student"), str(tmp_path / "source")
+    with pytest.raises(ConversionError, match="one attention serves several layers, and convert.calibrate takes each by itself"):
+        Calibrate(given, "convert.calibrate", False, False)
