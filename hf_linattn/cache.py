@@ -495,13 +495,16 @@ def _reads_differ(now: int, before: int) -> str:
 
 
 def cache_bytes(cache: cache_utils.Cache) -> int:
-    """Bytes that a cache of Transformers holds: keys and values, and the states of linear layers."""
+    """Bytes that a cache of Transformers holds: keys and values, states of linear layers, and those of recurrences and convolutions."""
     held = 0
     for layer in cache.layers:
         if isinstance(layer, LinearStateLayer):
             held += layer.nbytes()
         else:
             held += sum(value.nbytes for value in vars(layer).values() if isinstance(value, Tensor))
+        if isinstance(layer, LinearAttentionLayer):
+            states = (*layer.conv_states.values(), *layer.recurrent_states.values())
+            held += sum(state.nbytes for state in states if state is not None)
     return held
 
 

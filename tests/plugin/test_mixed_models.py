@@ -7,7 +7,7 @@ from tiny_models import TEXT, tiny_tokens
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import LinearAttentionLayer
 
-from hf_linattn import LinearStateLayer
+from hf_linattn import LinearStateLayer, cache_bytes
 from hf_linattn.cache import MixedLayer
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
@@ -47,6 +47,15 @@ def test_cached_calls_equal_the_full_pass(model):
                 out = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(lengths, 1)], 1)
                 torch.testing.assert_close(out, full, atol=1e-4, rtol=0)
                 cache.reset()
+
+
+def test_bytes_of_recurrences_are_counted(model):
+    with torch.no_grad():
+        cache = model(tiny_tokens()).past_key_values
+    layers = [layer for layer in cache.layers if isinstance(layer, LinearAttentionLayer)]
+    recurrent = [state for layer in layers for state in (*layer.conv_states.values(), *layer.recurrent_states.values())]
+    linear = sum(layer.nbytes() for layer in cache.layers if isinstance(layer, LinearStateLayer))
+    assert recurrent and cache_bytes(cache) == linear + sum(state.nbytes for state in recurrent if state is not None)
 
 
 def test_each_layer_has_the_cache_of_its_kind(model):
