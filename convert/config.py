@@ -44,7 +44,8 @@ def converted_config(source: Source, options: LinearizeOptions) -> tuple[Any, An
     if kept == with_attention:
         raise OptionError(f"{{keep_softmax}} names every layer of {source.name} with attention: nothing is left to convert")
     linear = set(with_attention) - set(kept)
-    dropped = dropped_features(config, [layer in linear for layer in range(count)])
+    names = [key for keys in source.keys for key in keys]
+    dropped = dropped_features(config, [layer in linear for layer in range(count)], names)
     config.linattn = options.linattn().to_dict()
     config.attn_implementation = "linattn"
     config.auto_map = auto_map(config_class)

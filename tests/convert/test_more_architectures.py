@@ -63,6 +63,13 @@ def test_matrices_of_a_head_and_numbers_of_a_key_head_that_a_config_does_not_cou
     assert report["costs"]["state"] == held(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
 
 
+def test_sinks_that_linear_layers_drop_are_said(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(tiny_config("gpt_oss")).save_pretrained(tmp_path / "source")
+    report = linearize(tmp_path / "source", tmp_path / "out", LinearizeOptions(keep_softmax=(1,), check=False))
+    assert {one["what"]: one["layers"] for one in report["dropped"]} == {"sliding_window": [0, 2], "attention sinks": [0, 2, 3]}
+    assert "- `attention sinks` (learned) is dropped from layers 0, 2-3: " in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_layers_without_attention_are_none_that_become_linear_or_stay_softmax(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(tiny_config("qwen3_next")).save_pretrained(tmp_path / "source")
     for kept, told in (((0,), "names layer 0 of .*, which has no attention; those with it are 1, 3"), ((1, 3), "names every layer")):
