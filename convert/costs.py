@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from convert.errors import ConversionError
-from hf_linattn.config import PREFIX, LinAttnConfig, attention_layers, sizes_of, sliding_windows
+from hf_linattn.config import LinAttnConfig, attention_layers, readers_of, sizes_of, sliding_windows
 from hf_linattn.forms import Form
 
 LARGEST_STATE = 2**30
@@ -19,9 +19,6 @@ BANDWIDTH = 20 * 10**9
 SLOWER = (4, 10)
 """How many times as long plain PyTorch takes there, which goes over the state several times: 3.9 to 9.4 measured, at states of a layer from
 0.5 to 138 MB. At 18 layers of 4 heads of 256, the second degree, 2.1 s a token where reading and writing once takes 0.25 s."""
-
-READERS = {"diffllama": 2}
-"""How often layers of a model type read their keys, with a state for each."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ def generating_costs(config: Any, large_state: bool = False) -> Costs:
     sizes = {layer: sizes_of(config, layer=layer) for layer in attention_layers(config)}
     keys = {layer: Keys((of.head_dim + of.value_dim) * of.key_heads * dtype.itemsize, windows[layer]) for layer, of in sizes.items()}
     linear = [layer for layer in sizes if layer not in linattn["softmax_layers"]]
-    form, readers = LinAttnConfig(**linattn).attention, READERS.get(type(config).model_type.removeprefix(PREFIX), 1)
+    form, readers = LinAttnConfig(**linattn).attention, readers_of(config)
 
     def state_of(form: Form) -> int:
         return readers * sum(form.state_bytes(sizes[layer], dtype) for layer in linear)

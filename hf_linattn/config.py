@@ -21,6 +21,8 @@ PREFIX = "linattn_"  # of the model types of converted checkpoints
 DROPOUT_KINDS = ("paper", "moment")
 ATTENTION = ("full_attention", "sliding_attention", "chunked_attention", "hybrid", "hybrid_sliding")
 """Types of layers whose cache keeps keys, beside a recurrence or not."""
+READERS = {"diffllama": 2}
+"""How often layers of a model type compute attention over the same keys, each time with a state of its own."""
 OPTIONS = {name: tuple(field.name for field in dataclasses.fields(form.Options)) for name, form in FORMS.items()}
 
 
@@ -200,6 +202,11 @@ def sizes_of(model_config: Any, longest: float = 512.0, hidden_size: int | None 
         key_heads *= 2
     value_dim = int(model_config.v_head_dim) if is_latent or kind == "mimo_v2_flash" else head_dim
     return Sizes(heads, key_heads, head_dim, value_dim, hidden_size or model_config.hidden_size, longest)
+
+
+def readers_of(model_config: PreTrainedConfig) -> int:
+    """How often a layer computes attention over its keys."""
+    return READERS.get(type(model_config).model_type.removeprefix(PREFIX), 1)
 
 
 def attention_layers(model_config: PreTrainedConfig) -> list[int]:

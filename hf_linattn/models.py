@@ -24,7 +24,7 @@ from transformers.utils import is_peft_available
 from hf_linattn import ahead, deferred, next_inputs, text_mask, texts
 from hf_linattn.attention import KEEPS_SOFTMAX, index_of
 from hf_linattn.compiled import CompiledStep
-from hf_linattn.config import PREFIX, LinAttnConfig, sizes_of, sliding_windows
+from hf_linattn.config import PREFIX, LinAttnConfig, readers_of, sizes_of, sliding_windows
 from hf_linattn.forms import LinAttnParams
 from hf_linattn.forms.parameters import OFFSET
 
@@ -179,7 +179,7 @@ def _attach_parameters(model: PreTrainedModel) -> None:
             sizes = sizes_of(config, min(longest, windows[module.layer_idx] or longest), width, module.layer_idx)
             parameters = options.attention.parameters(sizes, options.learnable)
             if parameters is not None:
-                module.linattn = parameters
+                module.linattn, parameters.readers = parameters, readers_of(config)
                 parameters.keep_hidden_states(module)
     for inner in model.modules():
         if isinstance(inner, PreTrainedModel) and not isinstance(inner, LinAttnModelMixin):

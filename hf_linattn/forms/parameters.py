@@ -36,7 +36,8 @@ class LinAttnParams(nn.Module):
     ) -> None:
         super().__init__()
         self.names, self.matrices, self.learnable, self.hidden_size = list(numbers), list(matrices), learnable, hidden_size
-        self.entered: dict[int, Tensor] = {}  # hidden states that were not taken yet, by the thread that runs the model
+        self.readers = 1  # how often attention is computed each time that hidden states enter the layer
+        self.entered: dict[int, list[Tensor]] = {}  # those that were not taken yet, once for each, by the thread that runs the model
         self.traced: list[Tensor] = []  # those of a graph that is traced, which knows no threads
         for name, heads in numbers.items():
             # A buffer and not a frozen parameter: loading a checkpoint makes every parameter require a gradient again.
@@ -109,16 +110,21 @@ class LinAttnParams(nn.Module):
     def leave_hidden_states(self, hidden: Tensor) -> None:
         """What enters the layer's attention, for `take_hidden_states`."""
         if torch.compiler.is_compiling():
-            self.traced[:] = [hidden]
+            self.traced[:] = [hidden] * self.readers
         else:
-            self.entered[get_ident()] = hidden
+            self.entered[get_ident()] = [hidden] * self.readers
 
     def take_hidden_states(self) -> Tensor | None:
-        """The hidden states (B, N, hidden_size) that entered the layer's attention, once; None where nothing is computed from them."""
+        """The hidden states (B, N, hidden_size) that entered the layer's attention, once for each reader; None where nothing is computed
+        from them."""
         if not self.hidden_size:
             return None
         if not torch.compiler.is_compiling() and (thread := get_ident()) in self.entered:
-            return self.entered.pop(thread)
+            entered = self.entered[thread]
+            hidden = entered.pop()
+            if not entered:
+                del self.entered[thread]
+            return hidden
         return self.traced.pop() if self.traced else None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -63,6 +63,16 @@ def test_matrices_of_a_head_and_numbers_of_a_key_head_that_a_config_does_not_cou
     assert report["costs"]["state"] == held(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
 
 
+def test_hidden_states_are_there_for_each_of_two_readers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config("diffllama")).save_pretrained(tmp_path / "source")
+    options = LinearizeOptions(form="window", window=4, decay="token", input_gate="token", output_map="gate")
+    report = linearize(tmp_path / "source", tmp_path / "out", options)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert report["check"]["bar"] < 0.5 and report["costs"]["state"] == held(model)
+    assert not any(module.entered for module in model.modules() if isinstance(module, hf_linattn.LinAttnParams))
+
+
 def test_sinks_that_linear_layers_drop_are_said(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(tiny_config("gpt_oss")).save_pretrained(tmp_path / "source")
     report = linearize(tmp_path / "source", tmp_path / "out", LinearizeOptions(keep_softmax=(1,), check=False))
