@@ -220,10 +220,10 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   __device__ __forceinline__ bool is_diagonal(int tile) const { return tile >= own_tile; }
   // Whether not all pairs of a tile are seen, or gated alike. told: of a gated tile.
   __device__ __forceinline__ bool is_near(int tile, int32_t told) const {
-    const int64_t first = static_cast<int64_t>(tile) * kKeys;
     if constexpr (GATED) return is_diagonal(tile) || (GATES == RUNS && told & NEAR_TILE << warp / 4);
-    return first + kKeys > p.length || (p.causal && first + kKeys - 1 > group_begin);
+    return tile >= first_near();
   }
+  __device__ __forceinline__ int first_near() const { return min(own_tile, static_cast<int>(p.length / kKeys)); }  // without gates
 
   // A tile's products into its weights.
   template <bool SQUARES, bool NEAR> __device__ __forceinline__ void weigh(float (&s)[2 * TOKEN_BLOCKS][4], int tile, int stage) {
@@ -298,14 +298,14 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
     weigh<SQUARES, NEAR>(s, tile, stage);
     round(weights, s);
   }
-  // A tile's weights times its values, beside the next one's products and weights.
-  template <bool SQUARES, bool NEAR, typename Beside>
+  // A tile's weights times its values, beside the next one's products and weights. MOVES: the next one may be of another level.
+  template <bool SQUARES, bool NEAR, bool MOVES, typename Beside>
   __device__ __forceinline__ void go_on(int next, int stage, uint32_t values, uint32_t keys, uint32_t (&weights)[TOKEN_BLOCKS][4], int next_level, Beside beside) {
     float s[2 * TOKEN_BLOCKS][4];
     multiply_keys(s, keys);
     multiply_values(weights, values);
     beside();
-    const bool move = moves(next, next_level), own = NEAR && next == own_tile;
+    const bool move = MOVES && moves(next, next_level), own = NEAR && next == own_tile;
     warpgroup_wait<1>();
     warpgroup_keep(s);
     if (move) {
@@ -326,7 +326,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[block][i] *= factor[i >> 1];
     }
-    if (GATED) level = next_level;
+    if (MOVES) level = next_level;
     round(weights, s);
   }
   __device__ __forceinline__ void end_with(uint32_t stage, const uint32_t (&weights)[TOKEN_BLOCKS][4]) {
@@ -449,46 +449,62 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
     barrier_sync<kThreads>(kFirstGroup + warpgroup);
   }
   __device__ __forceinline__ void leave(Stage stage, int lane) const {
-    warpgroup_publish();  // what lanes have read themselves is read before a bulk copy takes its place
     __syncwarp();
     if (lane == 0) bulk_arrive(keys.read(stage));
   }
 
+  // The first tile from `tile` to `mine` that is not far from the rows, or of another level than their sums. What of a tile is asked there is nothing that the
+  // steps over tiles before it have to ask.
+  __device__ __forceinline__ int far_until(const Rows &rows, int tile, int mine) const {
+    if constexpr (GATES == NO_GATES) return min(mine, rows.first_near());
+    else for (; tile < mine; tile += 32) {
+      const int own = tile + rows.lane;
+      bool other = own >= mine || rows.is_diagonal(own);
+      if (!other) other = rows.is_near(own, keys.stages->told[own - base]) || keys.stages->told[own - base] >> kLevelShift != rows.level;
+      const uint32_t others = __ballot_sync(0xffffffffu, other);
+      if (others) return tile + __ffs(others) - 1;
+    }
+    return mine;
+  }
+
+  // The values of `tile`, in `stage`, beside the weights of the next one.
+  template <bool SQUARES, bool NEAR, bool MOVES>
+  __device__ __forceinline__ void step(Rows &rows, uint32_t (&weights)[Rows::TOKEN_BLOCKS][4], int tile, Stage stage, int level, int turn) const {
+    const Stage next = stage.next();
+    rows.template go_on<SQUARES, NEAR, MOVES>(tile + 1, next.number, keys.tile_at(stage), keys.tile_at(next), weights, level, [&] {
+      if ((tile & 3) == turn) ask_ahead(tile, stage);  // in turn, for the work's sake
+    });
+    leave(stage, rows.lane);
+  }
   // Rows see the tiles before `mine`.
   template <bool SQUARES> __device__ __forceinline__ void go(Rows &rows, int mine) const {
     if (first >= mine) return;
     uint32_t weights[Rows::TOKEN_BLOCKS][4];
     Stage stage;
-    int from = first;
+    int tile = first;
     if constexpr (GATES != NO_GATES)  // tiles before what the second warpgroup sees are the first's alone
-      for (; from < min(rows.warp < 4 ? first : second, mine); ++from, stage = stage.next()) bulk_wait(keys.here(stage), stage.parity), leave(stage, rows.lane);
-    if (from >= mine) return;
-    int32_t of_next = told(from);
-    arrive(stage, of_next, rows.warp);
-    if (rows.is_near(from, of_next)) rows.template begin_with<SQUARES, true>(from, stage.number, keys.tile_at(stage), weights);
-    else rows.template begin_with<SQUARES, false>(from, stage.number, keys.tile_at(stage), weights);
-    rows.level = of_next >> kLevelShift;
-    of_next = told(from + 1);
-    for (int tile = from; tile < mine; ++tile) {
-      const Stage next = stage.next();
-      const uint32_t values = keys.tile_at(stage);
-      const int32_t now = of_next;
-      const auto beside = [&] {
-        if (rows.warp == tile % 4 && rows.lane == 0) ask_ahead(tile, stage);  // in turn, for the work's sake
-        of_next = told(tile + 2);
-      };
-      if (tile + 1 < mine) {
-        const int level = now >> kLevelShift;
-        arrive(next, now, rows.warp);
-        if (rows.is_near(tile + 1, now)) rows.template go_on<SQUARES, true>(tile + 1, next.number, values, keys.tile_at(next), weights, level, beside);
-        else rows.template go_on<SQUARES, false>(tile + 1, next.number, values, keys.tile_at(next), weights, level, beside);
-      } else {
-        beside();
-        rows.end_with(values, weights);
+      for (; tile < min(rows.warp < 4 ? first : second, mine); ++tile, stage = stage.next()) bulk_wait(keys.here(stage), stage.parity), leave(stage, rows.lane);
+    if (tile >= mine) return;
+    const int32_t of_first = told(tile);
+    arrive(stage, of_first, rows.warp);
+    if (rows.is_near(tile, of_first)) rows.template begin_with<SQUARES, true>(tile, stage.number, keys.tile_at(stage), weights);
+    else rows.template begin_with<SQUARES, false>(tile, stage.number, keys.tile_at(stage), weights);
+    rows.level = of_first >> kLevelShift;
+    const int turn = rows.lane == 0 ? rows.warp : -1;
+    while (tile + 1 < mine) {
+      for (const int until = far_until(rows, tile + 1, mine); tile + 1 < until; ++tile, stage = stage.next()) {
+        bulk_wait(keys.here(stage.next()), stage.next().parity);
+        step<SQUARES, false, false>(rows, weights, tile, stage, 0, turn);
       }
-      leave(stage, rows.lane);
-      stage = next;
+      if (tile + 1 >= mine) break;
+      const int32_t of_next = told(tile + 1);
+      arrive(stage.next(), of_next, rows.warp);
+      if (rows.is_near(tile + 1, of_next)) step<SQUARES, true, GATES != NO_GATES>(rows, weights, tile, stage, of_next >> kLevelShift, turn);
+      else step<SQUARES, false, GATES != NO_GATES>(rows, weights, tile, stage, of_next >> kLevelShift, turn);
+      ++tile, stage = stage.next();
     }
+    rows.end_with(keys.tile_at(stage), weights);
+    leave(stage, rows.lane);
   }
 };
 
