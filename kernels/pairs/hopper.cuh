@@ -200,16 +200,16 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
     }
   }
 
-  __device__ __forceinline__ void multiply_keys(float (&s)[2 * TOKEN_BLOCKS][4], uint32_t stage) {
-    const uint64_t keys = warpgroup_operand<K>(stage);
+  __device__ __forceinline__ void multiply_keys(float (&s)[2 * TOKEN_BLOCKS][4], int stage) {
+    const uint64_t keys = warpgroup_operand<K>(row_tile + S::ROW_TILE + stage * S::STAGE);
     warpgroup_keep(s);
     warpgroup_begin();
 #pragma unroll
     for (int block = 0; block < KEY_BLOCKS; ++block) WarpgroupProduct<T, kKeys, false>::run(s, q[block], warpgroup_moved(keys, Tile<K>::columns_at(2 * block)), block > 0);
     warpgroup_commit();
   }
-  __device__ __forceinline__ void multiply_values(const uint32_t (&weights)[TOKEN_BLOCKS][4], uint32_t stage) {
-    const uint64_t values = warpgroup_operand<V>(stage + S::KEYS, Tile<V>::kPanelBytes);
+  __device__ __forceinline__ void multiply_values(const uint32_t (&weights)[TOKEN_BLOCKS][4], int stage) {
+    const uint64_t values = warpgroup_operand<V>(row_tile + S::ROW_TILE + stage * S::STAGE + S::KEYS, Tile<V>::kPanelBytes);
     warpgroup_keep(acc);
     warpgroup_begin();
 #pragma unroll
@@ -225,10 +225,21 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   }
   __device__ __forceinline__ int first_near() const { return min(own_tile, static_cast<int>(p.length / kKeys)); }  // without gates
 
+  // Of two neighbouring keys of a tile: their scales, and beside gates their factors. Block n of eight, the lane's two.
+  using TwoKeys = std::conditional_t<GATED, float4, float2>;
+  __device__ __forceinline__ TwoKeys two_keys(int stage, int n) const {
+    if constexpr (GATED) return *reinterpret_cast<const float4 *>(stages->gates[stage].scale_and_factor[4 * n + place]);
+    else return *reinterpret_cast<const float2 *>(stages->scales[stage] + 8 * n + 2 * place);
+  }
+  static constexpr int EARLY = 2;  // of these are read before the products are waited for, and then as many ahead
+  __device__ __forceinline__ void read_early(TwoKeys (&early)[EARLY], int stage) const {
+#pragma unroll
+    for (int n = 0; n < EARLY; ++n) early[n] = two_keys(stage, n);
+  }
+
   // A tile's products into its weights.
-  template <bool SQUARES, bool NEAR> __device__ __forceinline__ void weigh(float (&s)[2 * TOKEN_BLOCKS][4], int tile, int stage) {
+  template <bool SQUARES, bool NEAR> __device__ __forceinline__ void weigh(float (&s)[2 * TOKEN_BLOCKS][4], TwoKeys (&early)[EARLY], int tile, int stage) {
     const int64_t first = static_cast<int64_t>(tile) * kKeys;
-    const float *const scales = stages->scales[GATED ? 0 : stage] + 2 * place;
     const KeyGates &keys = stages->gates[GATED ? stage : 0];
     // Keys of the tile that there are, and the last one that the first row sees, from the lane's first column on: columns are compared with numbers that are known here,
     // since the compiler keeps each sum with a lane's column in a register.
@@ -245,13 +256,11 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
 #pragma unroll
     for (int n = 0; n < 2 * TOKEN_BLOCKS; ++n) {
       const int column = 8 * n + 2 * place;
-      float2 scale, factor;
-      if constexpr (GATED) {
-        const float4 both = *reinterpret_cast<const float4 *>(keys.scale_and_factor[4 * n + place]);
-        scale = make_float2(both.x, both.y), factor = make_float2(both.z, both.w);
-      } else {
-        scale = *reinterpret_cast<const float2 *>(scales + 8 * n);
-      }
+      const TwoKeys two = early[n % EARLY];
+      if (n + EARLY < 2 * TOKEN_BLOCKS) early[n % EARLY] = two_keys(stage, n + EARLY);
+      const float2 scale = make_float2(two.x, two.y);
+      float2 factor = scale;
+      if constexpr (GATED) factor = make_float2(two.z, two.w);
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] = weight.template of<SQUARES>(s[n][i], i & 1 ? scale.y : scale.x, i >> 1);
       if constexpr (GATED && NEAR) {
@@ -290,22 +299,26 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   }
 
   // The first tile's products and weights.
-  template <bool SQUARES, bool NEAR> __device__ __forceinline__ void begin_with(int tile, int stage, uint32_t keys, uint32_t (&weights)[TOKEN_BLOCKS][4]) {
+  template <bool SQUARES, bool NEAR> __device__ __forceinline__ void begin_with(int tile, int stage, uint32_t (&weights)[TOKEN_BLOCKS][4]) {
     float s[2 * TOKEN_BLOCKS][4];
-    multiply_keys(s, keys);
+    multiply_keys(s, stage);
+    TwoKeys early[EARLY];
+    read_early(early, stage);
     warpgroup_wait<0>();
     warpgroup_keep(s);
-    weigh<SQUARES, NEAR>(s, tile, stage);
+    weigh<SQUARES, NEAR>(s, early, tile, stage);
     round(weights, s);
   }
   // A tile's weights times its values, beside the next one's products and weights. MOVES: the next one may be of another level.
   template <bool SQUARES, bool NEAR, bool MOVES, typename Beside>
-  __device__ __forceinline__ void go_on(int next, int stage, uint32_t values, uint32_t keys, uint32_t (&weights)[TOKEN_BLOCKS][4], int next_level, Beside beside) {
+  __device__ __forceinline__ void go_on(int next, int from, int stage, uint32_t (&weights)[TOKEN_BLOCKS][4], int next_level, Beside beside) {
     float s[2 * TOKEN_BLOCKS][4];
-    multiply_keys(s, keys);
-    multiply_values(weights, values);
+    multiply_keys(s, stage);
+    multiply_values(weights, from);
     beside();
     const bool move = MOVES && moves(next, next_level), own = NEAR && next == own_tile;
+    TwoKeys early[EARLY];
+    read_early(early, stage);
     warpgroup_wait<1>();
     warpgroup_keep(s);
     if (move) {
@@ -315,7 +328,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
         mass[half] *= factor, lost[half] *= factor;
       }
     }
-    weigh<SQUARES, NEAR>(s, next, stage);
+    weigh<SQUARES, NEAR>(s, early, next, stage);
     warpgroup_keep(s);  // all of it before the wait
     warpgroup_wait<0>();
     warpgroup_keep(acc);
@@ -329,7 +342,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
     if (MOVES) level = next_level;
     round(weights, s);
   }
-  __device__ __forceinline__ void end_with(uint32_t stage, const uint32_t (&weights)[TOKEN_BLOCKS][4]) {
+  __device__ __forceinline__ void end_with(int stage, const uint32_t (&weights)[TOKEN_BLOCKS][4]) {
     multiply_values(weights, stage);
     warpgroup_wait<0>();
     warpgroup_keep(acc);
@@ -457,22 +470,22 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
   // steps over tiles before it have to ask.
   __device__ __forceinline__ int far_until(const Rows &rows, int tile, int mine) const {
     if constexpr (GATES == NO_GATES) return min(mine, rows.first_near());
-    else for (; tile < mine; tile += 32) {
-      const int own = tile + rows.lane;
-      bool other = own >= mine || rows.is_diagonal(own);
-      if (!other) other = rows.is_near(own, keys.stages->told[own - base]) || keys.stages->told[own - base] >> kLevelShift != rows.level;
-      const uint32_t others = __ballot_sync(0xffffffffu, other);
-      if (others) return tile + __ffs(others) - 1;
-    }
+    else
+      for (; tile < mine; tile += 32) {
+        const int own = tile + rows.lane;
+        bool other = own >= mine || rows.is_diagonal(own);
+        if (!other) other = rows.is_near(own, keys.stages->told[own - base]) || keys.stages->told[own - base] >> kLevelShift != rows.level;
+        const int found = __reduce_min_sync(0xffffffffu, other ? own : INT32_MAX);
+        if (found < INT32_MAX) return found;
+      }
     return mine;
   }
 
   // The values of `tile`, in `stage`, beside the weights of the next one.
   template <bool SQUARES, bool NEAR, bool MOVES>
-  __device__ __forceinline__ void step(Rows &rows, uint32_t (&weights)[Rows::TOKEN_BLOCKS][4], int tile, Stage stage, int level, int turn) const {
-    const Stage next = stage.next();
-    rows.template go_on<SQUARES, NEAR, MOVES>(tile + 1, next.number, keys.tile_at(stage), keys.tile_at(next), weights, level, [&] {
-      if ((tile & 3) == turn) ask_ahead(tile, stage);  // in turn, for the work's sake
+  __device__ __forceinline__ void step(Rows &rows, uint32_t (&weights)[Rows::TOKEN_BLOCKS][4], int tile, Stage stage, Stage next, int level, int &asks_at) const {
+    rows.template go_on<SQUARES, NEAR, MOVES>(tile + 1, stage.number, next.number, weights, level, [&] {
+      if (tile == asks_at) ask_ahead(tile, stage), asks_at += 4;
     });
     leave(stage, rows.lane);
   }
@@ -487,23 +500,26 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
     if (tile >= mine) return;
     const int32_t of_first = told(tile);
     arrive(stage, of_first, rows.warp);
-    if (rows.is_near(tile, of_first)) rows.template begin_with<SQUARES, true>(tile, stage.number, keys.tile_at(stage), weights);
-    else rows.template begin_with<SQUARES, false>(tile, stage.number, keys.tile_at(stage), weights);
+    if (rows.is_near(tile, of_first)) rows.template begin_with<SQUARES, true>(tile, stage.number, weights);
+    else rows.template begin_with<SQUARES, false>(tile, stage.number, weights);
     rows.level = of_first >> kLevelShift;
-    const int turn = rows.lane == 0 ? rows.warp : -1;
+    int asks_at = rows.lane == 0 && rows.warp < 4 ? tile + (rows.warp - tile & 3) : INT32_MAX;  // the first warpgroup's in turn, for the work's sake
     while (tile + 1 < mine) {
-      for (const int until = far_until(rows, tile + 1, mine); tile + 1 < until; ++tile, stage = stage.next()) {
-        bulk_wait(keys.here(stage.next()), stage.next().parity);
-        step<SQUARES, false, false>(rows, weights, tile, stage, 0, turn);
+      for (const int until = far_until(rows, tile + 1, mine); tile + 1 < until; ++tile) {
+        const Stage next = stage.next();
+        bulk_wait(keys.here(next), next.parity);
+        step<SQUARES, false, false>(rows, weights, tile, stage, next, 0, asks_at);
+        stage = next;
       }
       if (tile + 1 >= mine) break;
+      const Stage next = stage.next();
       const int32_t of_next = told(tile + 1);
-      arrive(stage.next(), of_next, rows.warp);
-      if (rows.is_near(tile + 1, of_next)) step<SQUARES, true, GATES != NO_GATES>(rows, weights, tile, stage, of_next >> kLevelShift, turn);
-      else step<SQUARES, false, GATES != NO_GATES>(rows, weights, tile, stage, of_next >> kLevelShift, turn);
-      ++tile, stage = stage.next();
+      arrive(next, of_next, rows.warp);
+      if (rows.is_near(tile + 1, of_next)) step<SQUARES, true, GATES != NO_GATES>(rows, weights, tile, stage, next, of_next >> kLevelShift, asks_at);
+      else step<SQUARES, false, GATES != NO_GATES>(rows, weights, tile, stage, next, of_next >> kLevelShift, asks_at);
+      ++tile, stage = next;
     }
-    rows.end_with(keys.tile_at(stage), weights);
+    rows.end_with(stage.number, weights);
     leave(stage, rows.lane);
   }
 };
