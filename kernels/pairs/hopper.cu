@@ -214,9 +214,7 @@ template <typename T, int K, int V, Gates GATES, bool STATE = false> cudaError_t
     output<<<blocks, kGroupThreads, kShared, stream>>>(args, maps);
     return cudaPeekAtLastError();
   } else {
-    const auto of_tiles = hopper_sums_decay(args) ? key_tile_kernel<T, K, true> : key_tile_kernel<T, K, false>;
-    of_tiles<<<key_tile_blocks(args), kGroupThreads, 0, stream>>>(args, !hopper_makes_scales(args));
-    if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
+    if (const cudaError_t failed = launch_key_tiles<T, K>(args, stream)) return failed;
     return launch_early(output, blocks, kGroupThreads, kShared, stream, args, maps);
   }
 }
