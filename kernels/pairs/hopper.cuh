@@ -125,7 +125,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   const linattn_problem &p;
   unsigned char *const shared;
   Stages *const stages;
-  const uint32_t row_tile;
+  const uint32_t row_tile, first_stage;  // the latter as operands have it, counted in 16 bytes, and a number that the compiler does not make anew at every use
   const int lane, warp, group, place;
   const int64_t group_begin;  // the first row of the warpgroup
   const int own_tile;         // with which its own tokens begin, where later ones are not seen
@@ -135,8 +135,9 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   int level = 0;  // that the sums are in
 
   __device__ __forceinline__ OutputRows(const linattn_problem &p, const Place &own, unsigned char *shared)
-      : p(p), shared(shared), stages(reinterpret_cast<Stages *>(shared + S::STAGES_AT)), row_tile(shared_address(shared)), lane(threadIdx.x & 31), warp(warp_number()),
-        group(lane >> 2), place(lane & 3), group_begin(own.begin + 64 * (warp / 4)), own_tile(p.causal ? static_cast<int>(own.begin / kKeys) + warp / 4 : INT32_MAX) {
+      : p(p), shared(shared), stages(reinterpret_cast<Stages *>(shared + S::STAGES_AT)), row_tile(shared_address(shared)),
+        first_stage(__reduce_max_sync(0xffffffffu, (row_tile + S::ROW_TILE) / 16)), lane(threadIdx.x & 31), warp(warp_number()), group(lane >> 2), place(lane & 3),
+        group_begin(own.begin + 64 * (warp / 4)), own_tile(p.causal ? static_cast<int>(own.begin / kKeys) + warp / 4 : INT32_MAX) {
     mass[0] = mass[1] = 0.f;
 #pragma unroll
     for (int block = 0; block < 2 * VALUE_BLOCKS; ++block)
@@ -201,7 +202,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   }
 
   __device__ __forceinline__ void multiply_keys(float (&s)[2 * TOKEN_BLOCKS][4], int stage) {
-    const uint64_t keys = warpgroup_operand<K>(row_tile + S::ROW_TILE + stage * S::STAGE);
+    const uint64_t keys = warpgroup_operand<K>(0) | (first_stage + stage * (S::STAGE / 16));
     warpgroup_keep(s);
     warpgroup_begin();
 #pragma unroll
@@ -209,7 +210,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
     warpgroup_commit();
   }
   __device__ __forceinline__ void multiply_values(const uint32_t (&weights)[TOKEN_BLOCKS][4], int stage) {
-    const uint64_t values = warpgroup_operand<V>(row_tile + S::ROW_TILE + stage * S::STAGE + S::KEYS, Tile<V>::kPanelBytes);
+    const uint64_t values = warpgroup_operand<V>(0, Tile<V>::kPanelBytes) | (first_stage + stage * (S::STAGE / 16) + S::KEYS / 16);
     warpgroup_keep(acc);
     warpgroup_begin();
 #pragma unroll
