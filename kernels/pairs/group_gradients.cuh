@@ -207,7 +207,7 @@ template <typename S, typename Load, typename Copy, typename Store> __device__ _
 
 // The loop over tiles. `work` multiplies, weighs and adds.
 template <typename Work> __device__ __forceinline__ void walk_tiles(Work &work, const Walk &walk) {
-  const uint32_t count = remade(walk.count());
+  const uint32_t count = __reduce_max_sync(0xffffffffu, walk.count());  // all lanes' is the same: what the loop counts is kept in registers of the whole warp
   const int here = kTileHere + work.warp / 4;
   uint32_t number = 0;
   TileNote at;
@@ -218,7 +218,7 @@ template <typename Work> __device__ __forceinline__ void walk_tiles(Work &work, 
   const auto arrive = [&] {
     for (; number < count; ++number) {
       barrier_sync<kGroupThreads + 32>(here + 2 * (number % kGroupStages));
-      at.told = work.others.told[number % kGroupStages];
+      at.told = __reduce_max_sync(0xffffffffu, work.others.told[number % kGroupStages]);
       if (!work.passes(at.first())) return;
       leave(number);
     }
