@@ -16,6 +16,10 @@ struct Numbers {
       : a(p.coefficients[head]), b(p.coefficients[p.query_heads + head]), c(p.coefficients[2 * p.query_heads + head]), temperature(p.coefficients[3 * p.query_heads + head]) {}
 };
 
+// What is asked of a tile's pairs: nothing, since all are seen and gated by their keys' factors; whether they are seen; that, and gates of their own, where factors might be
+// beyond float32.
+enum Pairs { FAR, MASKED, OWN };
+
 // What makes a weight of a product, for a lane's two rows.
 struct RowWeights {
   bool squares;  // of all of the head's
@@ -105,11 +109,11 @@ template <Gates GATES> struct Sight {
   }
   // As KeyStages has it.
   __device__ __forceinline__ int32_t note(const int4 &told) const {
-    int32_t note = (told.x << kLevelShift) | (told.y & HOLES);
+    int32_t note = (told.x << kLevelShift) | (told.y & (HOLES | FAST));
     if constexpr (GATES == RUNS)
 #pragma unroll
       for (int group = 0; group < 2; ++group)
-        if (told.y || told.z != low[group] || told.w != high[group] || low[group] != high[group]) note |= NEAR_TILE << group;
+        if (told.y & (HOLES | BEHIND) || told.z != low[group] || told.w != high[group] || low[group] != high[group]) note |= NEAR_TILE << group;
     return note;
   }
 };
@@ -132,7 +136,8 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   float shrink, mass[2], lost[2] = {}, acc[2 * VALUE_BLOCKS][4];
   uint32_t q[KEY_BLOCKS][4];
   RowWeights weight;
-  int level = 0;  // that the sums are in
+  int level = 0;          // that the sums are in
+  bool own_unit = false;  // or else in the rows' own unit
 
   __device__ __forceinline__ OutputRows(const linattn_problem &p, const Place &own, unsigned char *shared)
       : p(p), shared(shared), stages(reinterpret_cast<Stages *>(shared + S::STAGES_AT)), row_tile(shared_address(shared)),
@@ -225,6 +230,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
     return tile >= first_near();
   }
   __device__ __forceinline__ int first_near() const { return min(own_tile, static_cast<int>(p.length / kKeys)); }  // without gates
+  __device__ __forceinline__ Pairs pairs_of(int tile, int32_t told) const { return !is_near(tile, told) ? FAR : GATED && is_diagonal(tile) && told & FAST ? OWN : MASKED; }
 
   // Of two neighbouring keys of a tile: their scales, and beside gates their factors. Block n of eight, the lane's two.
   using TwoKeys = std::conditional_t<GATED, float4, float2>;
@@ -239,18 +245,18 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   }
 
   // A tile's products into its weights.
-  template <bool SQUARES, bool NEAR> __device__ __forceinline__ void weigh(float (&s)[2 * TOKEN_BLOCKS][4], TwoKeys (&early)[EARLY], int tile, int stage) {
+  template <bool SQUARES, Pairs PAIRS> __device__ __forceinline__ void weigh(float (&s)[2 * TOKEN_BLOCKS][4], TwoKeys (&early)[EARLY], int tile, int stage) {
     const int64_t first = static_cast<int64_t>(tile) * kKeys;
     const KeyGates &keys = stages->gates[GATED ? stage : 0];
     // Keys of the tile that there are, and the last one that the first row sees, from the lane's first column on: columns are compared with numbers that are known here,
     // since the compiler keeps each sum with a lane's column in a register.
     const int end = static_cast<int>(min(p.length - first, static_cast<int64_t>(kKeys))) - 2 * place;
     const int last = (p.causal ? static_cast<int>(group_begin - first) + 16 * (warp % 4) + group : kKeys) - 2 * place;
-    const bool diagonal = is_diagonal(tile);
+    constexpr bool NEAR = PAIRS != FAR;
     float own[2] = {0.f, 0.f};  // the rows' exponents from the tile's last token on
     int32_t runs[2] = {0, 0};
     if (GATED && NEAR) runs[0] = row_of(0).run, runs[1] = row_of(1).run;
-    if (GATED && NEAR && diagonal) {
+    if (PAIRS == OWN) {
       const float between = static_cast<float>(edge() - keys.edge);
       own[0] = row_of(0).exponent + between, own[1] = row_of(1).exponent + between;
     }
@@ -265,12 +271,13 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[n][i] = weight.template of<SQUARES>(s[n][i], i & 1 ? scale.y : scale.x, i >> 1);
       if constexpr (GATED && NEAR) {
-        const float2 exponent = *reinterpret_cast<const float2 *>(keys.exponent + column);
+        float2 exponent = factor;
         int2 run = make_int2(1, 1);
+        if constexpr (PAIRS == OWN) exponent = *reinterpret_cast<const float2 *>(keys.exponent + column);
         if constexpr (GATES == RUNS) run = *reinterpret_cast<const int2 *>(keys.run + column);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float x = diagonal ? exp2_fast((i & 1 ? exponent.y : exponent.x) + own[i >> 1]) : i & 1 ? factor.y : factor.x;
+          const float x = PAIRS == OWN ? exp2_fast((i & 1 ? exponent.y : exponent.x) + own[i >> 1]) : i & 1 ? factor.y : factor.x;
           s[n][i] = last >= 8 * n + (i & 1) - 8 * (i >> 1) && (i & 1 ? run.y : run.x) == runs[i >> 1] ? s[n][i] * x : 0.f;
         }
       } else if constexpr (GATED) {
@@ -286,12 +293,19 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
     }
   }
 
-  // Whether sums of earlier tiles change their unit before `tile` is added: to the tile's level, or to the rows' own before the first of the warpgroup's tokens.
-  __device__ __forceinline__ bool moves(int tile, int tile_level) const { return GATED && (tile == own_tile || (!is_diagonal(tile) && tile_level != level)); }
+  // What sums of earlier tiles are multiplied by where their unit changes: to that of a tile's level, or to the rows' own.
   __device__ __forceinline__ float moved(bool own, int tile_level, int half) const {
     if (!own) return exp2_fast(static_cast<float>(kLevel * (tile_level - level)));
     const double above = edge() - static_cast<double>(kLevel) * level, whole = floor(above);
     return row_of(half).run < 0 ? 0.f : exp2_fast(row_of(half).exponent + static_cast<float>(above - whole)) * exp2_fast(static_cast<float>(whole));
+  }
+  // At the end of a causal walk, where sums are in the unit of a level: what they are multiplied by for the masses, besides the weights' own unit, which cancels in means.
+  __device__ __forceinline__ void leave_level() const {
+    if (own_unit) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      if (place == 0) row_of(half).size *= moved(true, 0, half);
+    __syncwarp();
   }
 
   static __device__ __forceinline__ void round(uint32_t (&weights)[TOKEN_BLOCKS][4], const float (&s)[2 * TOKEN_BLOCKS][4]) {
@@ -300,24 +314,25 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   }
 
   // The first tile's products and weights.
-  template <bool SQUARES, bool NEAR> __device__ __forceinline__ void begin_with(int tile, int stage, uint32_t (&weights)[TOKEN_BLOCKS][4]) {
+  template <bool SQUARES, Pairs PAIRS> __device__ __forceinline__ void begin_with(int tile, int stage, uint32_t (&weights)[TOKEN_BLOCKS][4]) {
     float s[2 * TOKEN_BLOCKS][4];
     multiply_keys(s, stage);
     TwoKeys early[EARLY];
     read_early(early, stage);
     warpgroup_wait<0>();
     warpgroup_keep(s);
-    weigh<SQUARES, NEAR>(s, early, tile, stage);
+    weigh<SQUARES, PAIRS>(s, early, tile, stage);
     round(weights, s);
   }
   // A tile's weights times its values, beside the next one's products and weights. MOVES: the next one may be of another level.
-  template <bool SQUARES, bool NEAR, bool MOVES, typename Beside>
+  template <bool SQUARES, Pairs PAIRS, bool MOVES, typename Beside>
   __device__ __forceinline__ void go_on(int next, int from, int stage, uint32_t (&weights)[TOKEN_BLOCKS][4], int next_level, Beside beside) {
     float s[2 * TOKEN_BLOCKS][4];
     multiply_keys(s, stage);
     multiply_values(weights, from);
     beside();
-    const bool move = MOVES && moves(next, next_level), own = NEAR && next == own_tile;
+    constexpr bool own = PAIRS == OWN;
+    const bool move = own || (MOVES && next_level != level);
     TwoKeys early[EARLY];
     read_early(early, stage);
     warpgroup_wait<1>();
@@ -329,7 +344,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
         mass[half] *= factor, lost[half] *= factor;
       }
     }
-    weigh<SQUARES, NEAR>(s, early, next, stage);
+    weigh<SQUARES, PAIRS>(s, early, next, stage);
     warpgroup_keep(s);  // all of it before the wait
     warpgroup_wait<0>();
     warpgroup_keep(acc);
@@ -340,7 +355,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
 #pragma unroll
         for (int i = 0; i < 4; ++i) acc[block][i] *= factor[i >> 1];
     }
-    if (MOVES) level = next_level;
+    if (MOVES) level = next_level, own_unit = own;
     round(weights, s);
   }
   __device__ __forceinline__ void end_with(int stage, const uint32_t (&weights)[TOKEN_BLOCKS][4]) {
@@ -483,9 +498,9 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
   }
 
   // The values of `tile`, in `stage`, beside the weights of the next one.
-  template <bool SQUARES, bool NEAR, bool MOVES>
+  template <bool SQUARES, Pairs PAIRS, bool MOVES>
   __device__ __forceinline__ void step(Rows &rows, uint32_t (&weights)[Rows::TOKEN_BLOCKS][4], int tile, Stage stage, Stage next, int level, int &asks_at) const {
-    rows.template go_on<SQUARES, NEAR, MOVES>(tile + 1, stage.number, next.number, weights, level, [&] {
+    rows.template go_on<SQUARES, PAIRS, MOVES>(tile + 1, stage.number, next.number, weights, level, [&] {
       if (tile == asks_at) ask_ahead(tile, stage), asks_at += 4;
     });
     leave(stage, rows.lane);
@@ -501,27 +516,38 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
     if (tile >= mine) return;
     const int32_t of_first = told(tile);
     arrive(stage, of_first, rows.warp);
-    if (rows.is_near(tile, of_first)) rows.template begin_with<SQUARES, true>(tile, stage.number, weights);
-    else rows.template begin_with<SQUARES, false>(tile, stage.number, weights);
+    switch (rows.pairs_of(tile, of_first)) {
+      case FAR: rows.template begin_with<SQUARES, FAR>(tile, stage.number, weights); break;
+      case MASKED: rows.template begin_with<SQUARES, MASKED>(tile, stage.number, weights); break;
+      case OWN:
+        if constexpr (GATES != NO_GATES) rows.template begin_with<SQUARES, OWN>(tile, stage.number, weights), rows.own_unit = true;
+    }
     rows.level = of_first >> kLevelShift;
     int asks_at = rows.lane == 0 && rows.warp < 4 ? tile + (rows.warp - tile & 3) : INT32_MAX;  // the first warpgroup's in turn, for the work's sake
     while (tile + 1 < mine) {
       for (const int until = far_until(rows, tile + 1, mine); tile + 1 < until; ++tile) {
         const Stage next = stage.next();
         bulk_wait(keys.here(next), next.parity);
-        step<SQUARES, false, false>(rows, weights, tile, stage, next, 0, asks_at);
+        step<SQUARES, FAR, false>(rows, weights, tile, stage, next, 0, asks_at);
         stage = next;
       }
       if (tile + 1 >= mine) break;
       const Stage next = stage.next();
       const int32_t of_next = told(tile + 1);
       arrive(next, of_next, rows.warp);
-      if (rows.is_near(tile + 1, of_next)) step<SQUARES, true, GATES != NO_GATES>(rows, weights, tile, stage, next, of_next >> kLevelShift, asks_at);
-      else step<SQUARES, false, GATES != NO_GATES>(rows, weights, tile, stage, next, of_next >> kLevelShift, asks_at);
+      const int level = of_next >> kLevelShift;
+      constexpr bool MOVES = GATES != NO_GATES;
+      switch (rows.pairs_of(tile + 1, of_next)) {
+        case FAR: step<SQUARES, FAR, MOVES>(rows, weights, tile, stage, next, level, asks_at); break;
+        case MASKED: step<SQUARES, MASKED, MOVES>(rows, weights, tile, stage, next, level, asks_at); break;
+        case OWN:
+          if constexpr (GATES != NO_GATES) step<SQUARES, OWN, MOVES>(rows, weights, tile, stage, next, level, asks_at);
+      }
       ++tile, stage = next;
     }
     rows.end_with(stage.number, weights);
     leave(stage, rows.lane);
+    if (GATES != NO_GATES && p.causal) rows.leave_level();
   }
 };
 

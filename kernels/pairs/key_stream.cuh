@@ -34,15 +34,13 @@ struct alignas(16) KeyGates {
   float2 scale_and_factor[kKeys / 2][2];  // of two neighbours: 1 / |k|, then their factors
   float exponent[kKeys];                  // from the tile's last token on, E - G
   int32_t run[kKeys];                     // 0: padding, or behind the last token
-  int4 told;                              // its level; HOLES, BEHIND; the lowest and the highest run of its real tokens, INT32_MAX and 0 where there are none
+  int4 told;                              // its level; HOLES, FAST, BEHIND; the lowest and the highest run of its real tokens, INT32_MAX and 0 where there are none
   double edge, unused;                    // E; up to 16 bytes, which are copied
 };
-enum OfTile : int32_t {
-  NEAR_TILE = 1,
-  HOLES = 4,
-  BEHIND = 8
-};  // not all pairs of a tile are gated alike, in a bit a warpgroup; some keys are padding; some lie behind the last token
-constexpr int kLevelShift = 3;
+// Not all pairs of a tile are gated alike, in a bit a warpgroup; some keys are padding; the decay within it is beyond what factors may be; some keys lie behind the last token.
+enum OfTile : int32_t { NEAR_TILE = 1, HOLES = 4, FAST = 8, BEHIND = 16 };
+constexpr int kLevelShift = 4;
+constexpr float kFast = kLevel / 2;  // halvings in a tile
 
 struct KeyMaps {
   TensorMap keys, values;
@@ -64,7 +62,7 @@ template <int K, Gates GATES> struct KeyStages {
   double edge[2];  // R, the sum of the decay before a warpgroup's own tokens
   OwnRow rows[kRows];
   int32_t begin[kGroupThreads / 32], behind[kGroupThreads / 32], second[kGroupThreads / 32];
-  int32_t told[MOST_TILES + 2];  // of each tile: its level, shifted, and NEAR_TILE, HOLES
+  int32_t told[MOST_TILES + 2];  // of each tile: its level, shifted, and NEAR_TILE, HOLES, FAST
 };
 
 template <int K, int V, Gates GATES> struct OutputShape {
