@@ -138,6 +138,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   RowWeights weight;
   int level = 0;          // that the sums are in
   bool own_unit = false;  // or else in the rows' own unit
+  bool few = true;        // no far tile is among them
 
   __device__ __forceinline__ OutputRows(const linattn_problem &p, const Place &own, unsigned char *shared)
       : p(p), shared(shared), stages(reinterpret_cast<Stages *>(shared + S::STAGES_AT)), row_tile(shared_address(shared)),
@@ -288,7 +289,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
         for (int i = 0; i < 4; ++i)
           if (end <= 8 * n + (i & 1) || last < 8 * n + (i & 1) - 8 * (i >> 1)) s[n][i] = 0.f;
       }
-      if (NEAR && (GATED || tile == 0)) lost[0] += lost_by_rounding<T>(s[n][0], s[n][1]), lost[1] += lost_by_rounding<T>(s[n][2], s[n][3]);
+      if (NEAR && (PAIRS == OWN || (GATED ? few : tile == 0))) lost[0] += lost_by_rounding<T>(s[n][0], s[n][1]), lost[1] += lost_by_rounding<T>(s[n][2], s[n][3]);
       mass[0] += s[n][0] + s[n][1], mass[1] += s[n][2] + s[n][3];
     }
   }
@@ -517,7 +518,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
     const int32_t of_first = told(tile);
     arrive(stage, of_first, rows.warp);
     switch (rows.pairs_of(tile, of_first)) {
-      case FAR: rows.template begin_with<SQUARES, FAR>(tile, stage.number, weights); break;
+      case FAR: rows.template begin_with<SQUARES, FAR>(tile, stage.number, weights), rows.few = false; break;
       case MASKED: rows.template begin_with<SQUARES, MASKED>(tile, stage.number, weights); break;
       case OWN:
         if constexpr (GATES != NO_GATES) rows.template begin_with<SQUARES, OWN>(tile, stage.number, weights), rows.own_unit = true;
@@ -525,7 +526,9 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
     rows.level = of_first >> kLevelShift;
     int asks_at = rows.lane == 0 && rows.warp < 4 ? tile + (rows.warp - tile & 3) : INT32_MAX;  // the first warpgroup's in turn, for the work's sake
     while (tile + 1 < mine) {
-      for (const int until = far_until(rows, tile + 1, mine); tile + 1 < until; ++tile) {
+      const int until = far_until(rows, tile + 1, mine);
+      if (tile + 1 < until) rows.few = false;
+      for (; tile + 1 < until; ++tile) {
         const Stage next = stage.next();
         bulk_wait(keys.here(next), next.parity);
         step<SQUARES, FAR, false>(rows, weights, tile, stage, next, 0, asks_at);
