@@ -152,15 +152,12 @@ __global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_B
   const uint32_t row_tile = shared_address(shared);
 
   const Place own(args);
-  copy_tile<K, kRows, kGroupThreads>(row_tile, head_of<const T>(p.query, own.batch, own.head) + own.begin * p.query.token_stride, p.query.token_stride, own.rows, thread,
-                                     pieces_of<K, V>(p));
-  copy_commit();
   const int64_t chunk = STATE ? own.begin / State<K>::CHUNK : 0;
   const int of_chunk = static_cast<int>((STATE ? chunk * State<K>::CHUNK : own.begin < args.chunk ? 0 : own.begin / args.chunk * args.chunk) / kKeys);
   const KeyStream<K, V, GATES> keys(args, maps, own, shared);
+  if (thread == 0) keys.make_barriers(own.rows > kRows / 2 ? 8 : 4), keys.ask_for_queries(p, own);
   const RateReader queries(args.gates, p, true, own.batch, args.by_state.of(own.head), own.begin + kRows / 2 * (thread / (kGroupThreads / 2)) - 1);
   OutputWalk<T, K, V, GATES> walk{keys, p, of_chunk, own.tiles, of_chunk};
-  if (thread == 0) keys.make_barriers(own.rows > kRows / 2 ? 8 : 4);
   const bool by_state = STATE && chunk > 0;
   OutputRows<T, K, V, GATES> rows(p, own, shared);
   const Numbers numbers(p, own.head);
@@ -170,13 +167,13 @@ __global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_B
     walk.look(own, tokens, numbers, thread);
     if (thread == 0) walk.start();
     rows.set_gates(tokens);
-    copy_wait<0>();
     __syncthreads();
+    keys.wait_for_queries();
     if constexpr (GATES == RUNS) rows.zero_padding(tokens);
   } else {
     if (thread == 0 && !by_state) walk.start();
-    copy_wait<0>();
     __syncthreads();
+    keys.wait_for_queries();
   }
   float scale[2];
   rows.load_queries();
@@ -207,6 +204,7 @@ template <typename T, int K, int V, Gates GATES, bool STATE = false> cudaError_t
   KeyMaps maps;
   if (const cudaError_t failed = map_tensor<K>(maps.keys, p.key, p.batch, p.key_heads, p.length, p.head_dim)) return failed;
   if (const cudaError_t failed = map_tensor<V>(maps.values, p.value, p.batch, p.key_heads, p.length, p.value_dim)) return failed;
+  if (const cudaError_t failed = map_tensor<K>(maps.queries, p.query, p.batch, p.query_heads, p.length, p.head_dim)) return failed;
   const auto output = groups_kernel<T, K, V, GATES, STATE>;
   const int blocks = p.batch * p.query_heads * args.row_tiles;
   if (const cudaError_t failed = cudaFuncSetAttribute(output, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;

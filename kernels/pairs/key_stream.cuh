@@ -43,7 +43,7 @@ constexpr int kLevelShift = 4;
 constexpr float kFast = kLevel / 2;  // halvings in a tile
 
 struct KeyMaps {
-  TensorMap keys, values;
+  TensorMap keys, values, queries;
 };
 
 // Of a query, what is not needed at every tile.
@@ -58,7 +58,7 @@ template <int K, Gates GATES> struct KeyStages {
   static constexpr int MOST_TILES = GATED ? (K < 32 ? 32 : K) * (K < 32 ? 32 : K) * 8 / kKeys : 0;  // of sequences whose pairs are all formed
   alignas(16) float scales[GATED ? 1 : kKeyStages][kKeys];
   KeyGates gates[GATED ? kKeyStages : 1];
-  uint64_t here[kKeyStages], read[kKeyStages];
+  uint64_t here[kKeyStages], read[kKeyStages], queries;
   double edge[2];  // R, the sum of the decay before a warpgroup's own tokens
   OwnRow rows[kRows];
   int32_t begin[kGroupThreads / 32], behind[kGroupThreads / 32], second[kGroupThreads / 32];
@@ -100,12 +100,23 @@ template <int K, int V, Gates GATES> struct KeyStream {
   __device__ __forceinline__ uint32_t tile_at(Stage stage) const { return shared + S::ROW_TILE + stage.number * S::STAGE; }
   __device__ __forceinline__ uint32_t here(Stage stage) const { return shared_address(&stages->here[stage.number]); }
   __device__ __forceinline__ uint32_t read(Stage stage) const { return shared_address(&stages->read[stage.number]); }
+  __device__ __forceinline__ uint32_t queries() const { return shared_address(&stages->queries); }
 
   // By one thread, before the block's barrier; `warps` read tiles.
   __device__ __forceinline__ void make_barriers(int warps) const {
     for (int number = 0; number < kKeyStages; ++number) bulk_barrier(here({number}), 1), bulk_barrier(read({number}), warps);
+    bulk_barrier(queries(), 1);
     bulk_barriers_made();
   }
+  // By the same thread: the block's queries; and by all, behind the block's barrier.
+  __device__ __forceinline__ void ask_for_queries(const linattn_problem &p, const Place &own) const {
+    bulk_arrive_with(queries(), kRows * K * 2);
+#pragma unroll
+    for (int group = 0; group < kRows / kKeys; ++group)
+      bulk_copy_tile<K>(shared + Tile<K>::rows_at(group * kKeys / 16), maps.queries, own.begin + group * kKeys, p.query.head_stride ? own.head : 0,
+                        p.query.batch_stride ? own.batch : 0, queries());
+  }
+  __device__ __forceinline__ void wait_for_queries() const { bulk_wait(queries(), 0); }
   // By one thread, into a stage that nobody reads.
   __device__ __forceinline__ void ask(const linattn_problem &p, int tile, Stage stage) const {
     const uint32_t to = tile_at(stage), barrier = here(stage);
