@@ -11,6 +11,11 @@
 
 namespace linattn_pairs {
 
+// What Hopper's kernels ask of a tile's pairs: nothing, since all are seen, and gated by the others' factors alone; which of them are seen; that, and gates of their own, where
+// the decay among the tile's tokens and the own ones is beyond what factors may be, kFast halvings a token.
+enum Pairs { FAR, MASKED, GATED_EACH };
+constexpr float kFast = 0.25f;
+
 // The others of some tiles, one in work and one on its way.
 template <int STAGES> struct StagedGates {
   alignas(16) float exponent[STAGES][kKeys], factor[STAGES][kKeys];

@@ -73,7 +73,8 @@ template <int K, int V, bool GATED> struct GroupColumns {
     if constexpr (S::LOOKS_AHEAD) ahead[0] = numbers_of(stage, kStep * STEP)[0], ahead[1] = numbers_of(stage, kStep * STEP)[1];
   }
 
-  template <bool NEAR, int STEP> __device__ __forceinline__ void weigh_pairs(int first, int stage, bool diagonal) {
+  template <Pairs PAIRS, int STEP> __device__ __forceinline__ void weigh_pairs(int first, int stage) {
+    constexpr bool NEAR = PAIRS != FAR;
     const int earliest = p.causal ? key - first : -kKeys;  // query of the tile that sees the first key
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
@@ -84,7 +85,8 @@ template <int K, int V, bool GATED> struct GroupColumns {
       float x[4], y[4];  // not in their place: nothing but products may define what products add to
       float2 exponent = {};
       int2 run = {};
-      if constexpr (GATED && NEAR) exponent = *reinterpret_cast<const float2 *>(others.exponent[stage] + column), run = *reinterpret_cast<const int2 *>(others.run[stage] + column);
+      if constexpr (PAIRS == GATED_EACH) exponent = *reinterpret_cast<const float2 *>(others.exponent[stage] + column);
+      if constexpr (GATED && NEAR) run = *reinterpret_cast<const int2 *>(others.run[stage] + column);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int half = i >> 1;
@@ -92,10 +94,12 @@ template <int K, int V, bool GATED> struct GroupColumns {
         const float unit = s[STEP % BUFFERS][n][i] * scale[half], linear = fmaf(c.z, unit, c.y), change = d[STEP % BUFFERS][n][i] + c.w;
         float weight = fmaf(linear, unit, c.x), slope = fmaf(c.z, unit, linear);
         if constexpr (NEAR) {
-          const bool seen = column + (i & 1) >= earliest + 8 * half;
-          float gate = seen ? 1.f : 0.f;
-          if constexpr (GATED) gate = gates.times(1.f, 0, half, diagonal ? (i & 1 ? exponent.y : exponent.x) : 0.f, i & 1 ? run.y : run.x, seen, diagonal);
-          weight *= gate, slope *= gate;
+          const bool seen = column + (i & 1) >= earliest + 8 * half && (!GATED || (i & 1 ? run.y : run.x) == gates.run[0][half]);
+          if constexpr (PAIRS == GATED_EACH) {
+            const float gate = exp2_fast((i & 1 ? exponent.y : exponent.x) + gates.exponent[0][half]);
+            weight *= gate, slope *= gate;
+          }
+          weight = seen ? weight : 0.f, slope = seen ? slope : 0.f;
         }
         if constexpr (GATED) decay_sums[half] = fmaf(weight, change, decay_sums[half]);
         x[i] = change * slope, y[i] = weight;
@@ -112,8 +116,10 @@ template <int K, int V, bool GATED> struct GroupColumns {
   template <int STEP> __device__ __forceinline__ void weigh(const TileNote &at, int stage) {
     warpgroup_keep(s[STEP % BUFFERS]), warpgroup_keep(d[STEP % BUFFERS]);
     const bool mixed = GATED && at.mixed();
-    if (mixed || (GATED ? at.near() : p.causal && at.first() + kStep * STEP < group_begin + kGroup - 1)) weigh_pairs<true, STEP>(at.first(), stage, at.near());
-    else weigh_pairs<false, STEP>(at.first(), stage, false);
+    const bool whole = !p.causal || at.first() + kStep * STEP >= group_begin + kGroup - 1;
+    if (GATED && at.near()) weigh_pairs<GATED ? GATED_EACH : FAR, STEP>(at.first(), stage);
+    else if (mixed || !whole) weigh_pairs<MASKED, STEP>(at.first(), stage);
+    else weigh_pairs<FAR, STEP>(at.first(), stage);
   }
 
   template <int STEP> __device__ __forceinline__ void add(int stage) {
@@ -213,6 +219,7 @@ template <int K, int V, bool GATED> __device__ __forceinline__ void group_column
     give_registers<S::BRINGER_REGISTERS>();
     const int lane = thread & 31, stage = warp_number() - S::OWNERS / 32;
     const double edge = GATED ? query_gates.edge() : 0.0;
+    const bool fast = GATED && query_gates.sum_of(begin) - edge > kFast * S::TOKENS;
     const uint32_t target = stages + stage * S::STAGE;
     TileGates gates;
     QueriesOnWay on_way;
@@ -231,10 +238,11 @@ template <int K, int V, bool GATED> __device__ __forceinline__ void group_column
           const Coefficients f(p, first_head + at.head);
 #pragma unroll
           for (int half = 0; half < 2; ++half)
-            others.numbers[stage][32 * half + lane] = on_way.of(f, half, GATED && !at.near ? exp2_fast(fminf(gates.exponent(half, true, edge), 0.f)) : 1.f);
+            others.numbers[stage][32 * half + lane] =
+                on_way.of(f, half, GATED && !(at.near && fast) ? exp2_fast(fminf(gates.exponent(half, true, edge), at.near ? kFast * S::TOKENS : 0.f)) : 1.f);
           if constexpr (GATED) gates.store(others, true, edge, stage, lane);
           const bool mixed = GATED && gates.is_mixed(low, high);
-          if (lane == 0) others.told[stage] = TileNote::of(at, mixed);
+          if (lane == 0) others.told[stage] = TileNote::of(at, GATED ? at.near && fast : at.near, mixed);
         });
     return;
   }

@@ -178,7 +178,7 @@ template <int STEPS, int TILES> __device__ __forceinline__ void clear(float (&su
 // What those who own tokens are told of a tile of others.
 struct TileNote {
   int32_t told;
-  static __device__ __forceinline__ int32_t of(const Cursor &at, bool mixed) { return at.tile << 2 | (mixed ? 2 : 0) | (at.near ? 1 : 0); }
+  static __device__ __forceinline__ int32_t of(const Cursor &at, bool near, bool mixed) { return at.tile << 2 | (mixed ? 2 : 0) | (near ? 1 : 0); }
   __device__ __forceinline__ int first() const { return (told >> 2) * kKeys; }
   __device__ __forceinline__ bool near() const { return told & 1; }
   __device__ __forceinline__ bool mixed() const { return told & 2; }

@@ -74,7 +74,8 @@ template <int K, int V, bool GATED> struct GroupRows {
     if constexpr (S::LOOKS_AHEAD) ahead[0] = numbers_of(stage, kStep * STEP)[0], ahead[1] = numbers_of(stage, kStep * STEP)[1];
   }
 
-  template <bool NEAR, int STEP> __device__ __forceinline__ void weigh_pairs(int first, int stage, bool diagonal) {
+  template <Pairs PAIRS, int STEP> __device__ __forceinline__ void weigh_pairs(int first, int stage) {
+    constexpr bool NEAR = PAIRS != FAR;
     const int end = static_cast<int>(p.length) - 1 - first;
     const int last = p.causal ? min(end, row - first) : end, second_last = p.causal ? min(end, row + 8 - first) : end;  // keys of the tile that the lane's rows see
 #pragma unroll
@@ -86,7 +87,8 @@ template <int K, int V, bool GATED> struct GroupRows {
       float x[4];  // not in their place: nothing but products may define what products add to
       float2 exponent = {};
       int2 run = {};
-      if constexpr (GATED && NEAR) exponent = *reinterpret_cast<const float2 *>(others.exponent[stage] + column), run = *reinterpret_cast<const int2 *>(others.run[stage] + column);
+      if constexpr (PAIRS == GATED_EACH) exponent = *reinterpret_cast<const float2 *>(others.exponent[stage] + column);
+      if constexpr (GATED && NEAR) run = *reinterpret_cast<const int2 *>(others.run[stage] + column);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int half = i >> 1;
@@ -94,7 +96,8 @@ template <int K, int V, bool GATED> struct GroupRows {
         float counted = change, scaled = change * (GATED ? of[i & 1].y : unit);
         if constexpr (NEAR) {
           const bool seen = column + (i & 1) <= (half ? second_last : last);
-          if constexpr (GATED) counted = gates.times(change, 0, half, i & 1 ? exponent.y : exponent.x, i & 1 ? run.y : run.x, seen, diagonal);
+          if constexpr (PAIRS == GATED_EACH) counted = gates.times(change, 0, half, i & 1 ? exponent.y : exponent.x, i & 1 ? run.y : run.x, seen, true);
+          else if constexpr (GATED) counted = seen && (i & 1 ? run.y : run.x) == gates.run[0][half] ? change * of[i & 1].z : 0.f;
           else counted = seen ? change : 0.f;
           scaled = counted * unit;
         }
@@ -115,8 +118,9 @@ template <int K, int V, bool GATED> struct GroupRows {
     const int key = at.first() + kStep * STEP;
     const bool mixed = GATED && at.mixed();
     const bool whole = key + kStep <= p.length && (!p.causal || key + kStep - 1 <= group_begin);
-    if (mixed || (GATED && at.near()) || !whole) weigh_pairs<true, STEP>(at.first(), stage, GATED && at.near());
-    else weigh_pairs<false, STEP>(at.first(), stage, false);
+    if (GATED && at.near()) weigh_pairs<GATED ? GATED_EACH : FAR, STEP>(at.first(), stage);
+    else if (mixed || !whole) weigh_pairs<MASKED, STEP>(at.first(), stage);
+    else weigh_pairs<FAR, STEP>(at.first(), stage);
   }
 
   template <int STEP> __device__ __forceinline__ void add(int stage) {
@@ -198,6 +202,7 @@ template <int K, int V, bool GATED> __device__ __forceinline__ void group_rows(c
     const T *const keys = head_of<const T>(p.key, batch, key_head), *const values = head_of<const T>(p.value, batch, key_head);
     const float *const units = args.key_scale + (static_cast<int64_t>(batch) * p.key_heads + key_head) * args.padded;
     const double edge = GATED ? key_gates.edge() : 0.0;
+    const bool fast = GATED && edge - key_gates.sum_of(begin + rows - 1) > kFast * S::TOKENS;
     const uint32_t target = stages + stage * S::STAGE;
     TileGates gates;
     float unit[2];
@@ -216,12 +221,12 @@ template <int K, int V, bool GATED> __device__ __forceinline__ void group_rows(c
         [&](const Cursor &at) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const float factor = GATED && !at.near ? exp2_fast(fminf(gates.exponent(half, false, edge), 0.f)) : 1.f;
+            const float factor = GATED && !(at.near && fast) ? exp2_fast(fminf(gates.exponent(half, false, edge), at.near ? kFast * S::TOKENS : 0.f)) : 1.f;
             others.numbers[stage][32 * half + lane] = make_float4(unit[half], unit[half] * factor, factor, 0.f);
           }
           if constexpr (GATED) gates.store(others, false, edge, stage, lane);
           const bool mixed = GATED && gates.is_mixed(low, high);
-          if (lane == 0) others.told[stage] = TileNote::of(at, mixed);
+          if (lane == 0) others.told[stage] = TileNote::of(at, GATED ? at.near && fast : at.near, mixed);
         });
   } else {
     take_registers<S::OWNER_REGISTERS>();

@@ -16,10 +16,6 @@ struct Numbers {
       : a(p.coefficients[head]), b(p.coefficients[p.query_heads + head]), c(p.coefficients[2 * p.query_heads + head]), temperature(p.coefficients[3 * p.query_heads + head]) {}
 };
 
-// What is asked of a tile's pairs: nothing, since all are seen and gated by their keys' factors; whether they are seen; that, and gates of their own, where factors might be
-// beyond float32.
-enum Pairs { FAR, MASKED, OWN };
-
 // What makes a weight of a product, for a lane's two rows.
 struct RowWeights {
   bool squares;  // of all of the head's
@@ -231,7 +227,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
     return tile >= first_near();
   }
   __device__ __forceinline__ int first_near() const { return min(own_tile, static_cast<int>(p.length / kKeys)); }  // without gates
-  __device__ __forceinline__ Pairs pairs_of(int tile, int32_t told) const { return !is_near(tile, told) ? FAR : GATED && is_diagonal(tile) && told & FAST ? OWN : MASKED; }
+  __device__ __forceinline__ Pairs pairs_of(int tile, int32_t told) const { return !is_near(tile, told) ? FAR : GATED && is_diagonal(tile) && told & FAST ? GATED_EACH : MASKED; }
 
   // Of two neighbouring keys of a tile: their scales, and beside gates their factors. Block n of eight, the lane's two.
   using TwoKeys = std::conditional_t<GATED, float4, float2>;
@@ -257,7 +253,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
     float own[2] = {0.f, 0.f};  // the rows' exponents from the tile's last token on
     int32_t runs[2] = {0, 0};
     if (GATED && NEAR) runs[0] = row_of(0).run, runs[1] = row_of(1).run;
-    if (PAIRS == OWN) {
+    if (PAIRS == GATED_EACH) {
       const float between = static_cast<float>(edge() - keys.edge);
       own[0] = row_of(0).exponent + between, own[1] = row_of(1).exponent + between;
     }
@@ -274,11 +270,11 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
       if constexpr (GATED && NEAR) {
         float2 exponent = factor;
         int2 run = make_int2(1, 1);
-        if constexpr (PAIRS == OWN) exponent = *reinterpret_cast<const float2 *>(keys.exponent + column);
+        if constexpr (PAIRS == GATED_EACH) exponent = *reinterpret_cast<const float2 *>(keys.exponent + column);
         if constexpr (GATES == RUNS) run = *reinterpret_cast<const int2 *>(keys.run + column);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float x = PAIRS == OWN ? exp2_fast((i & 1 ? exponent.y : exponent.x) + own[i >> 1]) : i & 1 ? factor.y : factor.x;
+          const float x = PAIRS == GATED_EACH ? exp2_fast((i & 1 ? exponent.y : exponent.x) + own[i >> 1]) : i & 1 ? factor.y : factor.x;
           s[n][i] = last >= 8 * n + (i & 1) - 8 * (i >> 1) && (i & 1 ? run.y : run.x) == runs[i >> 1] ? s[n][i] * x : 0.f;
         }
       } else if constexpr (GATED) {
@@ -289,7 +285,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
         for (int i = 0; i < 4; ++i)
           if (end <= 8 * n + (i & 1) || last < 8 * n + (i & 1) - 8 * (i >> 1)) s[n][i] = 0.f;
       }
-      if (NEAR && (PAIRS == OWN || (GATED ? few : tile == 0))) lost[0] += lost_by_rounding<T>(s[n][0], s[n][1]), lost[1] += lost_by_rounding<T>(s[n][2], s[n][3]);
+      if (NEAR && (PAIRS == GATED_EACH || (GATED ? few : tile == 0))) lost[0] += lost_by_rounding<T>(s[n][0], s[n][1]), lost[1] += lost_by_rounding<T>(s[n][2], s[n][3]);
       mass[0] += s[n][0] + s[n][1], mass[1] += s[n][2] + s[n][3];
     }
   }
@@ -332,7 +328,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
     multiply_keys(s, stage);
     multiply_values(weights, from);
     beside();
-    constexpr bool own = PAIRS == OWN;
+    constexpr bool own = PAIRS == GATED_EACH;
     const bool move = own || (MOVES && next_level != level);
     TwoKeys early[EARLY];
     read_early(early, stage);
@@ -520,8 +516,8 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
     switch (rows.pairs_of(tile, of_first)) {
       case FAR: rows.template begin_with<SQUARES, FAR>(tile, stage.number, weights), rows.few = false; break;
       case MASKED: rows.template begin_with<SQUARES, MASKED>(tile, stage.number, weights); break;
-      case OWN:
-        if constexpr (GATES != NO_GATES) rows.template begin_with<SQUARES, OWN>(tile, stage.number, weights), rows.own_unit = true;
+      case GATED_EACH:
+        if constexpr (GATES != NO_GATES) rows.template begin_with<SQUARES, GATED_EACH>(tile, stage.number, weights), rows.own_unit = true;
     }
     rows.level = of_first >> kLevelShift;
     int asks_at = rows.lane == 0 && rows.warp < 4 ? tile + (rows.warp - tile & 3) : INT32_MAX;  // the first warpgroup's in turn, for the work's sake
@@ -543,8 +539,8 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
       switch (rows.pairs_of(tile + 1, of_next)) {
         case FAR: step<SQUARES, FAR, MOVES>(rows, weights, tile, stage, next, level, asks_at); break;
         case MASKED: step<SQUARES, MASKED, MOVES>(rows, weights, tile, stage, next, level, asks_at); break;
-        case OWN:
-          if constexpr (GATES != NO_GATES) step<SQUARES, OWN, MOVES>(rows, weights, tile, stage, next, level, asks_at);
+        case GATED_EACH:
+          if constexpr (GATES != NO_GATES) step<SQUARES, GATED_EACH, MOVES>(rows, weights, tile, stage, next, level, asks_at);
       }
       ++tile, stage = next;
     }

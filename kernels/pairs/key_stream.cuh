@@ -40,7 +40,6 @@ struct alignas(16) KeyGates {
 // Not all pairs of a tile are gated alike, in a bit a warpgroup; some keys are padding; the decay within it is beyond what factors may be; some keys lie behind the last token.
 enum OfTile : int32_t { NEAR_TILE = 1, HOLES = 4, FAST = 8, BEHIND = 16 };
 constexpr int kLevelShift = 4;
-constexpr float kFast = kLevel / 2;  // halvings in a tile
 
 struct KeyMaps {
   TensorMap keys, values, queries;

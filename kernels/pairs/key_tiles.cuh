@@ -103,7 +103,7 @@ template <bool SUMS_DECAY> struct TwoKeys {
     to.scale_and_factor[lane][1] = make_float2(factor[0], factor[1]);
     lowest = __reduce_min_sync(0xffffffffu, lowest), highest = __reduce_max_sync(0xffffffffu, highest);
     gaps = (__any_sync(0xffffffffu, gaps & HOLES) ? HOLES : 0) | (__any_sync(0xffffffffu, gaps & BEHIND) ? BEHIND : 0);
-    if (lane == 0) to.edge = edge, to.unused = 0.0, to.told = make_int4(static_cast<int32_t>(level), gaps | (exponent[0] < -kFast ? FAST : 0), lowest, highest);
+    if (lane == 0) to.edge = edge, to.unused = 0.0, to.told = make_int4(static_cast<int32_t>(level), gaps | (exponent[0] < -kFast * kKeys ? FAST : 0), lowest, highest);
   }
 };
 
