@@ -50,8 +50,8 @@ __device__ double block_sum(double x) {
   return x;
 }
 
-// The sum over the threads before this one.
-__device__ double block_prefix(double x) {
+// The sum over the threads before this one; all: over the block.
+__device__ double block_prefix(double x, double &all) {
   __shared__ double parts[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   double sum = x;
@@ -62,7 +62,12 @@ __device__ double block_prefix(double x) {
   __syncthreads();
   if (lane == 31) parts[warp] = sum;
   __syncthreads();
-  for (int w = 0; w < warp; ++w) sum += parts[w];
+  all = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) sum += parts[w];
+    all += parts[w];
+  }
   return sum - x;
 }
 
@@ -72,15 +77,20 @@ __global__ void running_decay_kernel(const float *log_decay, bool per_token, int
   double before = 0;
   for (int64_t block_begin = 0; block_begin < length; block_begin += kThreads * kEach) {
     const int64_t first = block_begin + static_cast<int64_t>(threadIdx.x) * kEach;
-    double own[kEach], total = 0;
+    float each[kEach];  // all of them are asked for at once
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) each[i] = first + i < length ? log_decay[per_token ? head * length + first + i : head % state_heads] : 0.f;
+    double own[kEach], total = 0, all;
+#pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      if (first + i < length) total += real_decay(per_token ? log_decay[head * length + first + i] : log_decay[head % state_heads]);
+      if (first + i < length) total += real_decay(each[i]);
       own[i] = total;
     }
-    const double ahead = before + block_prefix(total);
+    const double ahead = before + block_prefix(total, all);
+#pragma unroll
     for (int i = 0; i < kEach; ++i)
       if (first + i < length) decay[head * length + first + i] = (ahead + own[i]) * kLog2E;
-    before += block_sum(total);
+    before += all;
   }
 }
 
@@ -110,13 +120,13 @@ __global__ void token_gradient_kernel(Sums sums, const float *ends, float *gradi
   double later = ends ? ends[head] : 0.0;
   for (int64_t block_end = length; block_end > 0; block_end -= kThreads * kEach) {
     const int64_t last = block_end - 1 - static_cast<int64_t>(threadIdx.x) * kEach;  // a thread's tokens run down from here
-    double own[kEach], total = 0;
+    double own[kEach], total = 0, all;
     sums.read(own, head, last, -1);
     for (int i = 0; i < kEach; ++i) own[i] = total += own[i];
-    const double before = block_prefix(total);
+    const double before = block_prefix(total, all);
     for (int i = 0; i < kEach; ++i)
       if (last - i >= 0) gradient[head * length + last - i] = static_cast<float>(later + before + own[i]);
-    later += block_sum(total);
+    later += all;
   }
 }
 
