@@ -187,6 +187,7 @@ def test_gradients(hopper_kernels, head_dim, causal, length):
     {"decay": "query_token", "segments": "packed", "length": 270, "key_heads": 2},
     {"decay": "key_token", "segments": "left", "batch": 2, "length": 270}, {"segments": "mask", "causal": False, "length": 200},
     {"segments": "packed", "length": 520}, {"length": 33, "decay": "key_head"},
+    {"decay": "key_token", "strengths": (0.01, 50.0, 0.0), "segments": "middle", "length": 400},
 ], ids=str)  # fmt: skip
 def test_gated_gradients(hopper_kernels, kind, head_dim, value_dim):
     check_gradients(head_dim=head_dim, value_dim=value_dim, **kind)
