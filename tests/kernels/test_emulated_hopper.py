@@ -246,6 +246,16 @@ def test_what_a_decay_leaves_nothing_of_is_not_met(hopper_kernels, kind):
     assert_far_tokens_are_not_met(**kind)
 
 
+@pytest.mark.parametrize("kind", [
+    {"decay": "key_head", "segments": "right", "batch": 2}, {"decay": "key_token", "segments": "packed", "head_dim": 64},
+    {"decay": "query_token", "heads": 10, "length": 140},
+], ids=str)  # fmt: skip
+def test_tiles_of_keys_where_they_are_many(hopper_kernels, monkeypatch, kind):
+    """More of them than a card works on at once are made ready by blocks of half as many threads."""
+    monkeypatch.setenv("EMULATED_PROCESSORS", "0")
+    check(torch.bfloat16, **{"length": 300, "heads": 4, "key_heads": 2} | kind)
+
+
 @pytest.mark.parametrize("segments", ["packed", "middle", "right"])
 @pytest.mark.parametrize("decay", ["key_head", "query_token"])
 def test_the_reach_of_a_decay_beside_runs(hopper_kernels, decay, segments):
