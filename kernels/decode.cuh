@@ -68,23 +68,31 @@ static __device__ bool sees(const linattn_problem &p, int batch, int token) {
 // up the sum of weights as well, since waiting for another thread's would take longer.
 inline __host__ __device__ int columns_of_join(int value_dim) { return (value_dim + 31) / 32 * 32; }
 static __global__ void __launch_bounds__(THREADS) join_kernel(const StepArguments args) {
+  constexpr int AT_ONCE = 12;        // blocks of a thread: all of a state's, where heads of 64 have as many as there are
   __shared__ float2 found[THREADS];  // of a column's sum, and of the weights'
   const linattn_problem &p = args.problem;
   const int batch = blockIdx.x, head = blockIdx.y, token = blockIdx.z, width = p.value_dim + 1, columns = columns_of_join(p.value_dim);
   const int64_t number = (static_cast<int64_t>(batch) * p.query_heads + head) * p.length + token;
   const int splits = sees(p, batch, token) ? args.splits : 0;  // what a query that sees nothing would read was not written
   const int column = threadIdx.x % columns, parts = blockDim.x / columns;
-  const float *const from = args.partials + number * args.splits * width;
   float sum = 0.f, total = 0.f;
-#pragma unroll 8
-  for (int split = threadIdx.x / columns; split < splits; split += parts) {
-    sum += column < p.value_dim ? from[split * width + column] : 0.f;
-    total += from[split * width + p.value_dim];
+  const float *part = args.partials + (number * args.splits + threadIdx.x / columns) * width;
+#pragma unroll 1
+  for (int split = threadIdx.x / columns; split < splits; split += AT_ONCE * parts) {
+    float of_column[AT_ONCE], of_weights[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i, part += parts * width) {
+      const bool is_there = split + i * parts < splits;
+      of_column[i] = is_there && column < p.value_dim ? part[column] : 0.f, of_weights[i] = is_there ? part[p.value_dim] : 0.f;
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) sum += of_column[i], total += of_weights[i];
   }
   found[threadIdx.x] = make_float2(sum, total);
   __syncthreads();
   if (threadIdx.x >= p.value_dim) return;
-  for (int part = 1; part < parts; ++part) sum += found[part * columns + column].x, total += found[part * columns + column].y;
+#pragma unroll 1
+  for (int other = 1; other < parts; ++other) sum += found[other * columns + column].x, total += found[other * columns + column].y;
   store(args.out.data, p.dtype, offset_of(args.out, batch, head, token) + column, sum / (total == 0.f ? 1.f : total));
   if (column == 0 && args.mass) args.mass[number] = total;
 }
