@@ -2,20 +2,25 @@
 //   the largest score so far m, total = sum exp(s - m) and out = sum exp(s - m) v shrink by exp(m - m') when a tile has a larger one m'.
 // Slots that hold no token yet are not read.
 #pragma once
+#include "tile/instructions.cuh"
 #include "window/arguments.cuh"
 
 namespace linattn_ring {
 
-constexpr int LANES = 8;                                  // that share a key
-constexpr int GROUPS = THREADS / LANES, KEYS_AT_ONCE = 3;  // of a group: a window of 64 tokens and 4 sinks is one round
-constexpr int SLOTS = 2 * GROUPS * KEYS_AT_ONCE;           // of a tile
+constexpr int LANES = 8;                                   // that share a key
+constexpr int GROUPS = THREADS / LANES, KEYS_AT_ONCE = 3;  // of a group
+constexpr int SLOTS = GROUPS * KEYS_AT_ONCE;               // of a tile, at most: a window of 64 tokens and 4 sinks is one
+constexpr int TILE = 24 * 1024;                            // bytes of its keys and values, of which one is on its way while another is at hand
 
 template <typename T, int HEADS> struct Near {
-  static constexpr int AHEAD = 24;  // values of a thread that are on their way while keys are looked at
+  static constexpr int PIECE = 16 / sizeof(T);  // elements of a piece of a row, by which rows are copied and read
 
+  struct alignas(4 * HEADS) Weights {  // of a slot, for each query head
+    float of[HEADS];
+  };
   struct Shared {
-    float queries[HEADS][MAX_DIM];  // times the scaling
-    float weights[HEADS][SLOTS];    // scores, and then exp(score - largest)
+    alignas(16) float queries[HEADS][MAX_DIM];  // times the scaling, zeros up to a whole number of pieces
+    Weights weights[SLOTS];         // scores, and then exp(score - largest)
     float largest[HEADS], total[HEADS], shrink[HEADS];
     float parts[HEADS][THREADS];
   };
@@ -23,25 +28,68 @@ template <typename T, int HEADS> struct Near {
   const Arguments &args;
   const linattn_window &w;
   Shared &shared;
+  T *const tiles;
   const Heads heads;
   const int thread, warp, lane;
   const T *const new_key, *const new_value, *const ring_key, *const ring_value;
-  int sinks, visible, newest;  // slots that are seen: so many sinks, these and tokens of the window, and which of the latter is the newest
-  float sums[HEADS];           // this thread's, of its column
+  const int key_pieces, value_pieces, slots;  // of a row; of a tile
+  int sinks, visible, newest;                 // slots that are seen: so many sinks, these and tokens of the window, and which of the latter is the newest
+  bool in_pieces;                             // whether rows begin and end on 16-byte boundaries
+  float sums[HEADS];                          // this thread's, of its column
 
-  __device__ Near(const Arguments &args, Shared &shared, const Heads &heads)
-      : args(args), w(args.window), shared(shared), heads(heads), thread(threadIdx.x), warp(thread / 32), lane(thread % 32), new_key(row_of<T>(w.key, heads.batch, heads.key_head)),
-        new_value(row_of<T>(w.value, heads.batch, heads.key_head)), ring_key(row_of<T>(w.ring_key, heads.batch, heads.key_head)),
-        ring_value(row_of<T>(w.ring_value, heads.batch, heads.key_head)) {
+  __device__ Near(const Arguments &args, Shared &shared, unsigned char *tiles, const Heads &heads)
+      : args(args), w(args.window), shared(shared), tiles(reinterpret_cast<T *>(tiles)), heads(heads), thread(threadIdx.x), warp(thread / 32), lane(thread % 32),
+        new_key(row_of<T>(w.key, heads.batch, heads.key_head)), new_value(row_of<T>(w.value, heads.batch, heads.key_head)),
+        ring_key(row_of<T>(w.ring_key, heads.batch, heads.key_head)), ring_value(row_of<T>(w.ring_value, heads.batch, heads.key_head)),
+        key_pieces((w.head_dim + PIECE - 1) / PIECE), value_pieces((w.value_dim + PIECE - 1) / PIECE), slots(min(SLOTS, TILE / (16 * (key_pieces + value_pieces)))) {
     const int64_t seen = w.seen[heads.batch];
     sinks = static_cast<int>(min(max(seen + 1 - w.window, int64_t{0}), int64_t{w.sinks}));
     visible = sinks + static_cast<int>(min(seen + 1, int64_t{w.window})), newest = static_cast<int>(seen % w.window);
+    const auto at = [](const T *row) { return reinterpret_cast<uintptr_t>(row); };
+    const uintptr_t steps = (w.ring_key.token_stride | w.ring_value.token_stride | w.head_dim | w.value_dim) * sizeof(T);
+    in_pieces = ((at(new_key) | at(new_value) | at(ring_key) | at(ring_value) | steps) & 15) == 0;
   }
 
   // The i-th of the vectors that are seen.
   __device__ const T *row(const T *ring, const T *of_newest, const linattn_tensor &tensor, int i) const {
     if (i < sinks) return ring + i * tensor.token_stride;
     return i - sinks == newest ? of_newest : ring + (w.sinks + i - sinks) * tensor.token_stride;
+  }
+  // A tile's rows: a slot's key, and behind it its value.
+  __device__ T *tile(int number) const { return tiles + number % 2 * (TILE / static_cast<int>(sizeof(T))); }
+  __device__ T *keys(int number, int slot) const { return tile(number) + slot * PIECE * (key_pieces + value_pieces); }
+  __device__ T *values(int number, int slot) const { return keys(number, slot) + PIECE * key_pieces; }
+  __device__ int slots_in(int number) const { return min(slots, visible - number * slots); }
+
+  // A tile on its way, half a warp a slot.
+  __device__ void send_for(int number) const {
+    const int count = slots_in(number);
+#pragma unroll 1
+    for (int slot = thread / 16; slot < count; slot += THREADS / 16) {
+      const T *const key = row(ring_key, new_key, w.ring_key, number * slots + slot), *const value = row(ring_value, new_value, w.ring_value, number * slots + slot);
+#pragma unroll 1
+      for (int piece = thread % 16; piece < key_pieces + value_pieces; piece += 16) {
+        const bool is_key = piece < key_pieces;
+        const int first = PIECE * (is_key ? piece : piece - key_pieces);
+        T *const to = keys(number, slot) + PIECE * piece;
+        if (in_pieces) linattn_tile::copy_async(linattn_tile::shared_address(to), (is_key ? key : value) + first, true);
+        else copy_piece(to, (is_key ? key : value) + first, (is_key ? w.head_dim : w.value_dim) - first);
+      }
+    }
+    linattn_tile::copy_commit();
+  }
+  __device__ void copy_piece(T *to, const T *from, int count) const {
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) to[i] = i < count ? from[i] : T(0.f);
+  }
+  __device__ void read_piece(float (&to)[PIECE], const T *from) const {
+    union {
+      uint4 all;
+      T each[PIECE];
+    } piece;
+    piece.all = *reinterpret_cast<const uint4 *>(from);
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) to[i] = linattn_ring::number(piece.each[i]);
   }
 
   __device__ void write(int head, int column, float x) const {
@@ -50,55 +98,66 @@ template <typename T, int HEADS> struct Near {
   }
 
   __device__ void begin() {
-    for (int i = thread; i < HEADS * w.head_dim; i += THREADS) {
-      const int h = i / w.head_dim, d = i % w.head_dim;
-      shared.queries[h][d] = h < heads.count ? w.scaling * number(row_of<T>(w.query, heads.batch, heads.first + h)[d]) : 0.f;
-    }
+    for (int h = warp; h < HEADS; h += WARPS)
+#pragma unroll 1
+      for (int d = lane; d < PIECE * key_pieces; d += 32)
+        shared.queries[h][d] = h < heads.count && d < w.head_dim ? w.scaling * linattn_ring::number(row_of<T>(w.query, heads.batch, heads.first + h)[d]) : 0.f;
     if (thread < HEADS) shared.largest[thread] = -INFINITY, shared.total[thread] = 0.f;
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) sums[h] = 0.f;
   }
 
-  // The scores of a tile. Lanes of a group take the elements of a key in turn; a group beyond the last key does it over.
-  __device__ void score(int begin, int count) {
-    const int group = thread / LANES, place = thread % LANES;
-    for (int base = 0; base < count; base += GROUPS * KEYS_AT_ONCE) {
-      const T *keys[KEYS_AT_ONCE];
-      float scores[KEYS_AT_ONCE][HEADS] = {};
+  // The scores of a tile. Lanes of a group take the pieces of a key in turn.
+  __device__ void score(int number) {
+    const int group = thread / LANES, place = thread % LANES, count = slots_in(number);
+    float scores[KEYS_AT_ONCE][HEADS] = {};
+#pragma unroll 1
+    for (int piece = place; piece < key_pieces; piece += LANES) {
+      float key[KEYS_AT_ONCE][PIECE];
 #pragma unroll
-      for (int u = 0; u < KEYS_AT_ONCE; ++u) keys[u] = row(ring_key, new_key, w.ring_key, begin + min(base + u * GROUPS + group, count - 1));
-#pragma unroll 8
-      for (int d = place; d < w.head_dim; d += LANES) {
-        float key[KEYS_AT_ONCE];
+      for (int u = 0; u < KEYS_AT_ONCE; ++u) read_piece(key[u], keys(number, min(u * GROUPS + group, count - 1)) + PIECE * piece);
 #pragma unroll
-        for (int u = 0; u < KEYS_AT_ONCE; ++u) key[u] = number(keys[u][d]);
+      for (int h = 0; h < HEADS; ++h)
 #pragma unroll
-        for (int h = 0; h < HEADS; ++h)
+        for (int i = 0; i < PIECE; i += 4) {
+          const float4 query = *reinterpret_cast<const float4 *>(shared.queries[h] + PIECE * piece + i);
 #pragma unroll
-          for (int u = 0; u < KEYS_AT_ONCE; ++u) scores[u][h] += shared.queries[h][d] * key[u];
-      }
-#pragma unroll
-      for (int u = 0; u < KEYS_AT_ONCE; ++u)
-#pragma unroll
-        for (int h = 0; h < HEADS; ++h) {
-          float sum = scores[u][h];
-#pragma unroll
-          for (int step = LANES / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-          const int slot = base + u * GROUPS + group;
-          if (place == 0 && slot < count) shared.weights[h][slot] = sum;
+          for (int u = 0; u < KEYS_AT_ONCE; ++u) {
+            scores[u][h] = fmaf(query.x, key[u][i], scores[u][h]), scores[u][h] = fmaf(query.y, key[u][i + 1], scores[u][h]);
+            scores[u][h] = fmaf(query.z, key[u][i + 2], scores[u][h]), scores[u][h] = fmaf(query.w, key[u][i + 3], scores[u][h]);
+          }
         }
     }
+#pragma unroll
+    for (int u = 0; u < KEYS_AT_ONCE; ++u) {
+      const float sum = sum_of_lanes(scores[u], place);
+      if (const int slot = u * GROUPS + group; place % (LANES / HEADS) == 0 && slot < count) shared.weights[slot].of[place / (LANES / HEADS)] = sum;
+    }
+  }
+  // Adds up the lanes of a key: those that are left with the same head's sum follow one another.
+  __device__ float sum_of_lanes(float (&x)[HEADS], int place) const {
+#pragma unroll
+    for (int step = LANES / 2, left = HEADS; step > 0; step /= 2) {
+      const bool upper = place & step;
+      if (left > 1) {
+        left /= 2;
+#pragma unroll
+        for (int h = 0; h < left; ++h) x[h] = (upper ? x[h + left] : x[h]) + __shfl_xor_sync(0xffffffffu, upper ? x[h] : x[h + left], step);
+      } else {
+        x[0] += __shfl_xor_sync(0xffffffffu, x[0], step);
+      }
+    }
+    return x[0];
   }
 
   // A warp a head.
   __device__ void weigh(int count) {
     for (int h = warp; h < heads.count; h += WARPS) {
-      float *const weights = shared.weights[h];
       const float before = shared.largest[h];
       float top = before, total = 0.f;
-      for (int i = lane; i < count; i += 32) top = fmaxf(top, weights[i]);
+      for (int i = lane; i < count; i += 32) top = fmaxf(top, shared.weights[i].of[h]);
       top = warp_max(top);
-      for (int i = lane; i < count; i += 32) total += weights[i] = expf(weights[i] - top);
+      for (int i = lane; i < count; i += 32) total += shared.weights[i].of[h] = expf(shared.weights[i].of[h] - top);
       total = warp_sum(total);
       __syncwarp();  // all lanes have read the largest so far, as the sums say already, but not to racecheck
       if (lane == 0) {
@@ -109,34 +168,18 @@ template <typename T, int HEADS> struct Near {
   }
 
   // A thread has a column of the values, of every `parts`-th slot; one behind the last column has none.
-  struct Part {
-    int parts, first, column;
-    __device__ Part(int thread, int value_dim, int count) : parts(THREADS / value_dim), first(thread / value_dim), column(thread % value_dim) {
-      if (first >= parts) first = count;
-    }
-  };
-  __device__ void send_for(T (&ahead)[AHEAD], int begin, int count) const {
-    const Part part(thread, w.value_dim, count);
-#pragma unroll
-    for (int u = 0; u < AHEAD; ++u) {
-      const int i = part.first + u * part.parts;
-      if (i < count) ahead[u] = row(ring_value, new_value, w.ring_value, begin + i)[part.column];
-    }
-  }
-  __device__ void add(const T (&ahead)[AHEAD], int begin, int count) {
-    const Part part(thread, w.value_dim, count);
+  __device__ void add(int number) {
+    const int parts = THREADS / w.value_dim, part = thread / w.value_dim, column = thread % w.value_dim, count = slots_in(number);
 #pragma unroll
     for (int h = 0; h < HEADS; ++h) sums[h] *= h < heads.count ? shared.shrink[h] : 0.f;
+    if (part >= parts) return;
+#pragma unroll 4
+    for (int slot = part; slot < count; slot += parts) {
+      const float value = linattn_ring::number(values(number, slot)[column]);
+      const Weights weights = shared.weights[slot];
 #pragma unroll
-    for (int u = 0; u < AHEAD; ++u)
-      if (const int i = part.first + u * part.parts; i < count) add_one(i, number(ahead[u]));
-#pragma unroll 8
-    for (int i = part.first + AHEAD * part.parts; i < count; i += part.parts) add_one(i, number(row(ring_value, new_value, w.ring_value, begin + i)[part.column]));
-  }
-  __device__ void add_one(int i, float value) {
-#pragma unroll
-    for (int h = 0; h < HEADS; ++h)
-      if (h < heads.count) sums[h] += shared.weights[h][i] * value;
+      for (int h = 0; h < HEADS; ++h) sums[h] = fmaf(weights.of[h], value, sums[h]);
+    }
   }
 
   __device__ void finish() {
@@ -157,17 +200,18 @@ template <typename T, int HEADS> struct Near {
       for (int i = thread; i < heads.count * w.value_dim; i += THREADS) write(heads.first + i / w.value_dim, i % w.value_dim, 0.f);
       return;
     }
+    send_for(0);
     begin();
-    for (int at = 0; at < visible; at += SLOTS) {
-      const int count = min(SLOTS, visible - at);
-      T ahead[AHEAD];
-      send_for(ahead, at, count);
+    for (int number = 0; slots_in(number) > 0; ++number) {
+      send_for(number + 1);
+      linattn_tile::copy_wait<1>();
       __syncthreads();
-      score(at, count);
+      score(number);
       __syncthreads();
-      weigh(count);
+      weigh(slots_in(number));
       __syncthreads();
-      add(ahead, at, count);
+      add(number);
+      __syncthreads();
     }
     finish();
   }

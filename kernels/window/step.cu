@@ -10,27 +10,29 @@ namespace {
 
 // Blocks of `near` and, behind them, of `leaving`: two or more on a multiprocessor, and three where heads share no keys, which are many blocks.
 template <typename T, int HEADS> __global__ void __launch_bounds__(THREADS, HEADS == 1 ? 3 : 2) window_kernel(const Arguments args) {
+  extern __shared__ __align__(16) unsigned char shared[];  // two tiles of near
   __shared__ union {
     typename Near<T, HEADS>::Shared near;
     typename Leaving<T>::Shared leaving;
-  } shared;
+  } fixed;
   const int half = gridDim.x / 2, block = static_cast<int>(blockIdx.x);
   const Heads heads = heads_of(args.window, block % half, HEADS);
-  if (block < half) Near<T, HEADS>(args, shared.near, heads).run();
-  else Leaving<T>(args, shared.leaving, heads).run();
+  if (block < half) Near<T, HEADS>(args, fixed.near, shared, heads).run();
+  else Leaving<T>(args, fixed.leaving, heads).run();
 }
 
-template <typename T, int HEADS> void launch_near(const Arguments &args, cudaStream_t stream) {
+template <typename T, int HEADS> cudaError_t launch_near(const Arguments &args, cudaStream_t stream) {
   const linattn_window &w = args.window;
   const int rounds = (w.query_heads / w.key_heads + HEADS - 1) / HEADS;
-  window_kernel<T, HEADS><<<2 * w.batch * w.key_heads * rounds, THREADS, 0, stream>>>(args);
+  if (const cudaError_t failed = cudaFuncSetAttribute(window_kernel<T, HEADS>, cudaFuncAttributeMaxDynamicSharedMemorySize, 2 * TILE)) return failed;
+  window_kernel<T, HEADS><<<2 * w.batch * w.key_heads * rounds, THREADS, 2 * TILE, stream>>>(args);
+  return cudaPeekAtLastError();
 }
-template <typename T> void launch_near(const Arguments &args, cudaStream_t stream) {
+template <typename T> cudaError_t launch_near(const Arguments &args, cudaStream_t stream) {
   const int group = args.window.query_heads / args.window.key_heads;
-  if (group == 1) launch_near<T, 1>(args, stream);
-  else if (group == 2) launch_near<T, 2>(args, stream);
-  else if (group <= 4) launch_near<T, 4>(args, stream);
-  else launch_near<T, HEADS_AT_ONCE>(args, stream);
+  if (group == 1) return launch_near<T, 1>(args, stream);
+  if (group == 2) return launch_near<T, 2>(args, stream);
+  return group <= 4 ? launch_near<T, 4>(args, stream) : launch_near<T, HEADS_AT_ONCE>(args, stream);
 }
 
 int value_columns(const linattn_window &w, const linattn_beside &beside) { return w.value_dim + (beside.log_input_gate != nullptr); }
@@ -81,14 +83,12 @@ cudaError_t step(const linattn_window &w, const linattn_beside *beside, const li
   const cudaStream_t stream = static_cast<cudaStream_t>(w.stream);
   Arguments args{w, beside ? *beside : linattn_beside{}, beside != nullptr, {}};
   const uintptr_t rest = beside ? lay_out(reinterpret_cast<uintptr_t>(w.workspace), w, *beside, args.scratch) : 0;
-  if (w.dtype == LINATTN_FLOAT32) launch_near<float>(args, stream);
-  else if (w.dtype == LINATTN_FLOAT16) launch_near<__half>(args, stream);
-  else launch_near<__nv_bfloat16>(args, stream);
+  const auto launch = w.dtype == LINATTN_FLOAT32 ? launch_near<float> : w.dtype == LINATTN_FLOAT16 ? launch_near<__half> : launch_near<__nv_bfloat16>;
+  if (const cudaError_t failed = launch(args, stream)) return failed;
   if (!beside) {
     count_kernel<<<(w.batch + THREADS - 1) / THREADS, THREADS, 0, stream>>>(args);
     return cudaPeekAtLastError();
   }
-  if (const cudaError_t failed = cudaPeekAtLastError()) return failed;
   linattn_problem problem = problem_of(w, *beside, args.scratch);
   problem.workspace = reinterpret_cast<void *>(rest);
   if (const cudaError_t failed = linattn::decode(problem, result_of(problem, *beside, args.scratch), plan)) return failed;
