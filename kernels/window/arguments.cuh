@@ -40,6 +40,18 @@ __device__ inline float number(float x) { return x; }
 __device__ inline float number(__half x) { return __half2float(x); }
 __device__ inline float number(__nv_bfloat16 x) { return __bfloat162float(x); }
 
+// Elements of 16 bytes, by which rows are copied and read.
+template <typename T> constexpr int PIECE = 16 / sizeof(T);
+template <typename T> __device__ inline void read_piece(float (&to)[PIECE<T>], const T *from) {
+  union {
+    uint4 all;
+    T each[PIECE<T>];
+  } piece;
+  piece.all = *reinterpret_cast<const uint4 *>(from);
+#pragma unroll
+  for (int i = 0; i < PIECE<T>; ++i) to[i] = number(piece.each[i]);
+}
+
 // The vector of a tensor of length 1, or that of a slot of a ring.
 template <typename T> __device__ T *row_of(const linattn_tensor &x, int batch, int head, int64_t slot = 0) { return static_cast<T *>(x.data) + offset_of(x, batch, head, slot); }
 
@@ -52,6 +64,23 @@ __device__ inline float warp_sum(float x) {
 __device__ inline float warp_max(float x) {
   for (int step = 16; step > 0; step /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
   return x;
+}
+
+// Adds up COUNT numbers over LANES neighbors, `place` among them: lane l is left with the sum of number l COUNT / LANES. Powers of two.
+template <int LANES, int COUNT> __device__ inline float sum_of_neighbors(float (&x)[COUNT], int place) {
+  int left = COUNT;
+#pragma unroll
+  for (int step = LANES / 2; step > 0; step /= 2) {
+    const bool upper = place & step;
+    if (left > 1) {
+      left /= 2;
+#pragma unroll
+      for (int i = 0; i < left; ++i) x[i] = (upper ? x[i + left] : x[i]) + __shfl_xor_sync(0xffffffffu, upper ? x[i] : x[i + left], step);
+    } else {
+      x[0] += __shfl_xor_sync(0xffffffffu, x[0], step);
+    }
+  }
+  return x[0];
 }
 
 // The query heads of a block: some of those that share a key head.

@@ -70,13 +70,32 @@ template <typename T> struct Leaving {
     return args.scratch.query + (static_cast<int64_t>(heads.batch) * w.query_heads + heads.first + row) * beside.features;
   }
 
-  __device__ float product(int row, int column, int columns) const {
+  __device__ const T *matrix_of(int row, int columns) const {
     const int head = row == heads.count ? heads.key_head : heads.first + row;
-    const T *const matrix = static_cast<const T *>(row == heads.count ? beside.key_matrix : beside.query_matrix) + static_cast<int64_t>(head) * w.head_dim * columns + column;
+    return static_cast<const T *>(row == heads.count ? beside.key_matrix : beside.query_matrix) + static_cast<int64_t>(head) * w.head_dim * columns;
+  }
+  __device__ float product(int row, int column, int columns) const {
+    const T *const matrix = matrix_of(row, columns) + column;
     float sum = 0.f;
 #pragma unroll 8
     for (int d = 0; d < w.head_dim; ++d) sum += shared.rows[row][d] * number(matrix[d * columns]);
     return sum;
+  }
+  // The same by all lanes of a piece's columns together: each has every PIECE-th row of the matrix, for all of them.
+  __device__ float product_of_lanes(int row, int column, int columns) const {
+    const int place = column % PIECE<T>;
+    const T *const matrix = matrix_of(row, columns) + column - place;
+    float sums[PIECE<T>] = {}, piece[PIECE<T>];
+#pragma unroll 8
+    for (int d = place; d < w.head_dim; d += PIECE<T>) {
+      read_piece<T>(piece, matrix + d * columns);
+#pragma unroll
+      for (int i = 0; i < PIECE<T>; ++i) sums[i] = fmaf(shared.rows[row][d], piece[i], sums[i]);
+    }
+    return sum_of_neighbors<PIECE<T>>(sums, place);
+  }
+  __device__ bool matrices_lie_in_pieces(int columns) const {
+    return ((reinterpret_cast<uintptr_t>(beside.query_matrix) | reinterpret_cast<uintptr_t>(beside.key_matrix) | columns * sizeof(T)) & 15) == 0;
   }
 
   // A warp a row.
@@ -98,9 +117,11 @@ template <typename T> struct Leaving {
     for (int i = thread; i < heads.count * w.head_dim; i += THREADS)
       shared.rows[i / w.head_dim][i % w.head_dim] = number(row_of<T>(w.query, heads.batch, heads.first + i / w.head_dim)[i % w.head_dim]);
     __syncthreads();
-    for (int i = thread; i < rows * columns; i += THREADS) {
-      const int row = i / columns, column = i % columns;
-      const float x = beside.query_matrix ? product(row, column, columns) : shared.rows[row][column];
+    const bool by_lanes = beside.query_matrix && matrices_lie_in_pieces(columns);
+    for (int first = 0; first < rows * columns; first += THREADS) {
+      const int i = first + thread, row = min(i / columns, rows - 1), column = i % columns;  // those beyond the last row do its products over
+      const float x = by_lanes ? product_of_lanes(row, column, columns) : beside.query_matrix ? product(row, column, columns) : shared.rows[row][column];
+      if (i >= rows * columns) continue;
       if (beside.is_map) shared.products[row][column] = x;
       else features_of(row)[column] = x;
     }

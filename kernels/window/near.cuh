@@ -13,7 +13,7 @@ constexpr int SLOTS = GROUPS * KEYS_AT_ONCE;               // of a tile, at most
 constexpr int TILE = 24 * 1024;                            // bytes of its keys and values, of which one is on its way while another is at hand
 
 template <typename T, int HEADS> struct Near {
-  static constexpr int PIECE = 16 / sizeof(T);  // elements of a piece of a row, by which rows are copied and read
+  static constexpr int PIECE = linattn_ring::PIECE<T>;
 
   struct alignas(4 * HEADS) Weights {  // of a slot, for each query head
     float of[HEADS];
@@ -82,16 +82,6 @@ template <typename T, int HEADS> struct Near {
 #pragma unroll
     for (int i = 0; i < PIECE; ++i) to[i] = i < count ? from[i] : T(0.f);
   }
-  __device__ void read_piece(float (&to)[PIECE], const T *from) const {
-    union {
-      uint4 all;
-      T each[PIECE];
-    } piece;
-    piece.all = *reinterpret_cast<const uint4 *>(from);
-#pragma unroll
-    for (int i = 0; i < PIECE; ++i) to[i] = linattn_ring::number(piece.each[i]);
-  }
-
   __device__ void write(int head, int column, float x) const {
     if (args.has_beside) args.scratch.near[(static_cast<int64_t>(heads.batch) * w.query_heads + head) * w.value_dim + column] = x;
     else linattn::store(w.out.data, w.dtype, offset_of(w.out, heads.batch, head, 0) + column, x);
@@ -115,7 +105,7 @@ template <typename T, int HEADS> struct Near {
     for (int piece = place; piece < key_pieces; piece += LANES) {
       float key[KEYS_AT_ONCE][PIECE];
 #pragma unroll
-      for (int u = 0; u < KEYS_AT_ONCE; ++u) read_piece(key[u], keys(number, min(u * GROUPS + group, count - 1)) + PIECE * piece);
+      for (int u = 0; u < KEYS_AT_ONCE; ++u) read_piece<T>(key[u], keys(number, min(u * GROUPS + group, count - 1)) + PIECE * piece);
 #pragma unroll
       for (int h = 0; h < HEADS; ++h)
 #pragma unroll
@@ -130,26 +120,10 @@ template <typename T, int HEADS> struct Near {
     }
 #pragma unroll
     for (int u = 0; u < KEYS_AT_ONCE; ++u) {
-      const float sum = sum_of_lanes(scores[u], place);
+      const float sum = sum_of_neighbors<LANES>(scores[u], place);
       if (const int slot = u * GROUPS + group; place % (LANES / HEADS) == 0 && slot < count) shared.weights[slot].of[place / (LANES / HEADS)] = sum;
     }
   }
-  // Adds up the lanes of a key: those that are left with the same head's sum follow one another.
-  __device__ float sum_of_lanes(float (&x)[HEADS], int place) const {
-#pragma unroll
-    for (int step = LANES / 2, left = HEADS; step > 0; step /= 2) {
-      const bool upper = place & step;
-      if (left > 1) {
-        left /= 2;
-#pragma unroll
-        for (int h = 0; h < left; ++h) x[h] = (upper ? x[h + left] : x[h]) + __shfl_xor_sync(0xffffffffu, upper ? x[h] : x[h + left], step);
-      } else {
-        x[0] += __shfl_xor_sync(0xffffffffu, x[0], step);
-      }
-    }
-    return x[0];
-  }
-
   // A warp a head.
   __device__ void weigh(int count) {
     for (int h = warp; h < heads.count; h += WARPS) {
