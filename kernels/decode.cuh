@@ -12,7 +12,8 @@
 namespace linattn {
 
 constexpr int WARPS = THREADS / 32, HEADS_AT_ONCE = 8;
-constexpr int FEWEST_ROWS = 64;  // that are worth a block of their own
+constexpr int FEWEST_ROWS = 64;             // that are worth a block of their own
+constexpr float SMALLEST_SQUARE = 1e-24f;  // |x| <= 1e-12 has no direction: its unit vector is zero
 
 struct StepArguments {
   linattn_problem problem;

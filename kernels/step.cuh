@@ -154,7 +154,6 @@ template <int DEGREE, int HEADS, int SLICES, bool WHOLE, int WARPS> struct Step 
   }
   // A query, or behind them the key, of unit length and multiplied, where all warps find it.
   __device__ __forceinline__ void put_down(int number, const float *x, float scale) const {
-    constexpr float SMALLEST_SQUARE = 1e-24f;  // |x| <= 1e-12 has no direction: its unit vector is zero
     if (number > heads) return;
     if (p.normalize_qk) {
       float square = 0;

@@ -1,6 +1,7 @@
 // architectures: sm_80 compute_80 sm_90
 // A few new tokens a sequence: which kernel a call takes, and its launch.
 #include "tokens.cuh"
+#include "tokens/units.h"
 
 namespace linattn {
 namespace {
@@ -20,7 +21,7 @@ template <int SLICES, linattn_dtype DTYPE, int WARPS> __global__ void __launch_b
 #pragma unroll 1
     for (int number = 0; number < 2; ++number) work.send_for(number);
     work.gather();
-    work.look_at_tokens();
+    fixed.look_at_tokens(work.p, work.at, work.warp, work.lane, WARPS);
     linattn_tile::copy_wait<1>();
     __syncthreads();
     const int weigh = work.at.split > 0 || work.tiles > WARPS / 2 ? 0 : work.tiles;  // warps that do nothing else meanwhile
@@ -77,8 +78,36 @@ Kernel kernel_of(const linattn_problem &p) {
 int heads_at_once(const linattn_problem &p, int most_tiles) { return std::min<int>(p.query_heads / p.state_heads, 16 * most_tiles / static_cast<int>(p.length)); }
 int tiles_of(const linattn_problem &p, int heads) { return (heads * static_cast<int>(p.length) + 15) / 16; }
 
-bool plan_tokens(const linattn_problem &problem, linattn_plan &plan) {
+// The kernel by units, where one is made for the call.
+UnitsKernel units_of(const linattn_problem &p, const linattn_tensor &out) {
+  const bool is_for_it = p.dtype == LINATTN_BFLOAT16 && p.head_dim == p.value_dim && aligned(p.query) && aligned(p.key) && aligned(p.value) && aligned(out);
+  if (!is_for_it) return {};
+  const int tokens = static_cast<int>(p.length), pairs = p.query_heads / p.state_heads * tokens;
+  const UnitsKernel found = p.degree == 1 ? units_of_first_degree(p.head_dim, pairs, tokens) : units_of_second_degree(p.head_dim, pairs, tokens);
+  return found.shared_bytes <= shared_memory() ? found : UnitsKernel{};
+}
+// How many blocks share a state: those that are at work at once do so in rounds, of as many units as one of their warps has, and what
+// a block's beginning and end take, and a second kernel.
+int splits_by_units(const linattn_problem &p, const UnitsKernel &kernel) {
+  constexpr int ENDS = 3, JOIN = 2;  // in the time of units
+  const int64_t states = static_cast<int64_t>(p.batch) * p.state_heads, at_once = static_cast<int64_t>(kernel.blocks) * card(cudaDevAttrMultiProcessorCount, 108);
+  int best = 1;
+  int64_t least = INT64_MAX;
+  for (int splits = 1; splits * kernel.runs <= kernel.units; ++splits) {
+    const int64_t rounds = (states * splits + at_once - 1) / at_once, units = (kernel.units + splits * kernel.runs - 1) / (splits * kernel.runs);
+    const int64_t time = rounds * (units + ENDS) + (splits > 1 ? JOIN : 0);
+    if (time < least) least = time, best = splits;
+  }
+  return best;
+}
+
+bool plan_tokens(const linattn_problem &problem, const linattn_tensor &out, linattn_plan &plan) {
   if (problem.length > MOST_TOKENS || !problem.causal || problem.dropout_p) return false;
+  if (const UnitsKernel units = units_of(problem, out); units.kernel) {
+    plan_splits(problem, splits_by_units(problem, units), plan);
+    plan.shared_bytes = units.shared_bytes;
+    return true;
+  }
   plan_splits(problem, splits_of(problem), plan);
   const Kernel found = kernel_of(problem);
   plan.shared_bytes = found.shared_bytes(problem.head_dim, tiles_of(problem, heads_at_once(problem, found.most_tiles)), static_cast<int>(plan.chunk));
@@ -87,6 +116,13 @@ bool plan_tokens(const linattn_problem &problem, linattn_plan &plan) {
 
 cudaError_t run_tokens(const linattn_problem &problem, const linattn_forward_result &result, const float *before, const linattn_plan &plan) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
+  if (const UnitsKernel units = units_of(problem, result.out); units.kernel) {
+    const StepArguments args = step_arguments(problem, result, before, plan);
+    if (const cudaError_t failed = cudaFuncSetAttribute(units.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, units.shared_bytes)) return failed;
+    const auto kernel = units.kernel;
+    kernel<<<blocks_of(args), 32 * units.warps, units.shared_bytes, stream>>>(args);
+    return launch_join(args, stream);
+  }
   const Kernel found = kernel_of(problem);
   const auto kernel = found.kernel;
   const int heads = heads_at_once(problem, found.most_tiles), tokens = static_cast<int>(problem.length);
@@ -99,9 +135,9 @@ cudaError_t run_tokens(const linattn_problem &problem, const linattn_forward_res
 }  // namespace
 
 bool tokens_plan_forward(const linattn_problem &problem, const linattn_forward_result &result, linattn_plan &plan) {
-  return (problem.initial_state || result.state) && plan_tokens(problem, plan);
+  return (problem.initial_state || result.state) && plan_tokens(problem, result.out, plan);
 }
-bool tokens_plan_step(const linattn_problem &problem, const linattn_forward_result &result, linattn_plan &plan) { return result.state && plan_tokens(problem, plan); }
+bool tokens_plan_step(const linattn_problem &problem, const linattn_forward_result &result, linattn_plan &plan) { return result.state && plan_tokens(problem, result.out, plan); }
 
 cudaError_t tokens_forward(const linattn_problem &problem, const linattn_forward_result &result, const linattn_plan &plan) {
   return run_tokens(problem, result, problem.initial_state, plan);

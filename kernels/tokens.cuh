@@ -11,11 +11,11 @@
 
 #include "decode.cuh"
 #include "tile/instructions.cuh"
+#include "tokens/decays.cuh"
 
 namespace linattn {
 namespace {
 
-constexpr int MOST_TOKENS = 16;
 constexpr int TOKEN_PITCH = 20;  // floats from one row to the next where columns are tokens
 
 struct TokensArguments : StepArguments {
@@ -40,9 +40,7 @@ template <int SLICES, linattn_dtype DTYPE, int WARPS> struct Tokens {
   static constexpr int WIDE = SLICES < 2 ? SLICES : 2, TAKEN = SLICES < 8 ? 3 : 2;  // slices and rows that take tokens in together
   // Blocks of a multiprocessor, by registers.
   static constexpr int BLOCKS = ((SLICES <= 2 ? 3 : SLICES == 4 ? 2 : 1) - (PRECISE && SLICES < 8)) * 8 / WARPS;
-  struct Fixed {
-    float left[MOST_TOKENS + 1][MOST_TOKENS];  // W_tj: of token j at token t; below, where t = MOST_TOKENS, W_j
-    float carried[MOST_TOKENS + 1];            // K_t, and K
+  struct Fixed : Decays {
     float masses[WARPS][16];
   };
   // Where a block's arrays begin in shared memory, in floats.
@@ -128,39 +126,6 @@ template <int SLICES, linattn_dtype DTYPE, int WARPS> struct Tokens {
     return make_short2(both.x, both.y);
   }
 
-  // What decays leave of each token at each other: warps have rows of the table, two at a time, and one what is left behind the last token.
-  __device__ __forceinline__ void look_at_tokens() const {
-    if (2 * warp >= tokens) return;
-    const int state_head = at.batch * p.state_heads + at.head, number = lane % MOST_TOKENS, token = min(number, tokens - 1);
-    const bool begins = token > 0 && run_of(p, at.batch, token) != run_of(p, at.batch, token - 1);
-    const bool is_there = number < tokens && is_taken(p, at.batch, token);
-    const float rate = !p.log_decay ? 0.f : p.log_decay_per_token ? p.log_decay[static_cast<int64_t>(state_head) * tokens + token] : p.log_decay[at.head];
-    const float keep = begins ? 0.f : expf(rate);
-#pragma unroll 1
-    for (int row = 2 * warp + lane / MOST_TOKENS; row - lane / MOST_TOKENS < tokens; row += 2 * WARPS) look_from(row, token, is_there, keep);
-    if (warp > 0) return;
-    float behind = 1.f;
-#pragma unroll 1
-    for (int s = 0; s < tokens; ++s) {
-      const float of_token = __shfl_sync(0xffffffffu, keep, s);
-      if (s > token) behind *= of_token;
-    }
-    if (lane < MOST_TOKENS) fixed.left[MOST_TOKENS][lane] = is_there ? behind : 0.f;
-    if (lane == 0) fixed.carried[MOST_TOKENS] = behind * keep;
-  }
-  __device__ __forceinline__ void look_from(int row, int token, bool is_there, float keep) const {
-    float left = 1.f, carried = 1.f;
-#pragma unroll 1
-    for (int s = 0; s < tokens; ++s) {
-      const float of_token = __shfl_sync(0xffffffffu, keep, s);
-      if (s > row) continue;
-      carried *= of_token;
-      if (s > token) left *= of_token;
-    }
-    fixed.left[row][lane % MOST_TOKENS] = is_there && token <= row ? left : 0.f;
-    if (lane % MOST_TOKENS == 0) fixed.carried[row] = carried;
-  }
-
   // Where a vector lies, null for zeros; where it goes in shared memory, how far apart its numbers; whether it is to be of unit length, and what
   // it is multiplied by.
   struct Source {
@@ -200,7 +165,6 @@ template <int SLICES, linattn_dtype DTYPE, int WARPS> struct Tokens {
   }
   // Those that lanes from `next` on found out about, who also find what they are multiplied by.
   __device__ __forceinline__ void fetch_some(const Source &own, int next) const {
-    constexpr float SMALLEST_SQUARE = 1e-24f;  // |x| <= 1e-12 has no direction: its unit vector is zero
     Number bits[AT_ONCE][SLICES];
 #pragma unroll
     for (int v = 0; v < AT_ONCE; ++v) {
