@@ -21,7 +21,7 @@ template <int SLICES, linattn_dtype DTYPE, int WARPS> __global__ void __launch_b
 #pragma unroll 1
     for (int number = 0; number < 2; ++number) work.send_for(number);
     work.gather();
-    fixed.look_at_tokens(work.p, work.at, work.warp, work.lane, WARPS);
+    if (work.warp == 0) fixed.look_at_tokens(Decays::token_of(work.p, work.at, work.lane), work.tokens, work.lane);
     linattn_tile::copy_wait<1>();
     __syncthreads();
     const int weigh = work.at.split > 0 || work.tiles > WARPS / 2 ? 0 : work.tiles;  // warps that do nothing else meanwhile
@@ -80,7 +80,8 @@ int tiles_of(const linattn_problem &p, int heads) { return (heads * static_cast<
 
 // The kernel by units, where one is made for the call.
 UnitsKernel units_of(const linattn_problem &p, const linattn_tensor &out) {
-  const bool is_for_it = p.dtype == LINATTN_BFLOAT16 && p.head_dim == p.value_dim && aligned(p.query) && aligned(p.key) && aligned(p.value) && aligned(out);
+  const auto is_near = [&](const linattn_tensor &rows) { return aligned(rows) && std::max(rows.head_stride * p.query_heads, rows.token_stride * MOST_TOKENS) <= INT32_MAX / 2; };
+  const bool is_for_it = p.dtype == LINATTN_BFLOAT16 && p.head_dim == p.value_dim && is_near(p.query) && is_near(p.key) && is_near(p.value) && is_near(out);
   if (!is_for_it) return {};
   const int tokens = static_cast<int>(p.length), pairs = p.query_heads / p.state_heads * tokens;
   const UnitsKernel found = p.degree == 1 ? units_of_first_degree(p.head_dim, pairs, tokens) : units_of_second_degree(p.head_dim, pairs, tokens);
@@ -117,7 +118,8 @@ bool plan_tokens(const linattn_problem &problem, const linattn_tensor &out, lina
 cudaError_t run_tokens(const linattn_problem &problem, const linattn_forward_result &result, const float *before, const linattn_plan &plan) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
   if (const UnitsKernel units = units_of(problem, result.out); units.kernel) {
-    const StepArguments args = step_arguments(problem, result, before, plan);
+    const int tokens = static_cast<int>(problem.length);
+    const UnitsArguments args = {step_arguments(problem, result, before, plan), (65535 + tokens) / tokens};
     if (const cudaError_t failed = cudaFuncSetAttribute(units.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, units.shared_bytes)) return failed;
     const auto kernel = units.kernel;
     kernel<<<blocks_of(args), 32 * units.warps, units.shared_bytes, stream>>>(args);

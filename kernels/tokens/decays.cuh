@@ -11,38 +11,34 @@ struct Decays {
   float left[MOST_TOKENS + 1][MOST_TOKENS];  // W_tj: of token j at token t; below, where t = MOST_TOKENS, W_j
   float carried[MOST_TOKENS + 1];            // K_t, and K
 
-  // Warps have rows of the table, two at a time, and one what is left behind the last token.
-  __device__ __forceinline__ void look_at_tokens(const linattn_problem &p, const Place &at, int warp, int lane, int warps) {
-    const int tokens = static_cast<int>(p.length);
-    if (2 * warp >= tokens) return;
-    const int state_head = at.batch * p.state_heads + at.head, number = lane % MOST_TOKENS, token = min(number, tokens - 1);
+  // What a lane finds out about one of the tokens, on its way before it is looked at.
+  struct Token {
+    int number;
+    bool begins, is_there;
+    float rate;
+  };
+  static __device__ __forceinline__ Token token_of(const linattn_problem &p, const Place &at, int lane) {
+    const int tokens = static_cast<int>(p.length), token = min(lane % MOST_TOKENS, tokens - 1);
+    const float *const rates = p.log_decay_per_token ? p.log_decay + static_cast<int64_t>(at.batch * p.state_heads + at.head) * tokens + token : p.log_decay + at.head;
+    const float rate = p.log_decay ? *rates : 0.f;
     const bool begins = token > 0 && run_of(p, at.batch, token) != run_of(p, at.batch, token - 1);
-    const bool is_there = number < tokens && is_taken(p, at.batch, token);
-    const float rate = !p.log_decay ? 0.f : p.log_decay_per_token ? p.log_decay[static_cast<int64_t>(state_head) * tokens + token] : p.log_decay[at.head];
-    const float keep = begins ? 0.f : expf(rate);
-#pragma unroll 1
-    for (int row = 2 * warp + lane / MOST_TOKENS; row - lane / MOST_TOKENS < tokens; row += 2 * warps) look_from(row, token, tokens, is_there, keep, lane);
-    if (warp > 0) return;
-    float behind = 1.f;
-#pragma unroll 1
-    for (int s = 0; s < tokens; ++s) {
-      const float of_token = __shfl_sync(0xffffffffu, keep, s);
-      if (s > token) behind *= of_token;
-    }
-    if (lane < MOST_TOKENS) left[MOST_TOKENS][lane] = is_there ? behind : 0.f;
-    if (lane == 0) carried[MOST_TOKENS] = behind * keep;
+    return {token, begins, lane % MOST_TOKENS < tokens && is_taken(p, at.batch, token), rate};
   }
-  __device__ __forceinline__ void look_from(int row, int token, int tokens, bool is_there, float keep, int lane) {
-    float of_row = 1.f, of_state = 1.f;
-#pragma unroll 1
-    for (int s = 0; s < tokens; ++s) {
-      const float of_token = __shfl_sync(0xffffffffu, keep, s);
-      if (s > row) continue;
-      of_state *= of_token;
-      if (s > token) of_row *= of_token;
+
+  // By one warp: lanes have columns of the table, and the 16th the state's.
+  __device__ __forceinline__ void look_at_tokens(const Token &own, int tokens, int lane) {
+    const float keep = own.begins ? 0.f : expf(own.rate);
+    float x = lane < MOST_TOKENS ? 0.f : 1.f;
+#pragma unroll 4
+    for (int t = 0; t < tokens; ++t) {
+      const float of_token = __shfl_sync(0xffffffffu, keep, t);
+      if (lane >= MOST_TOKENS || t > own.number) x *= of_token;
+      else if (t == own.number) x = own.is_there ? 1.f : 0.f;
+      if (lane < MOST_TOKENS) left[t][lane] = x;
+      else if (lane == MOST_TOKENS) carried[t] = x;
     }
-    left[row][lane % MOST_TOKENS] = is_there && token <= row ? of_row : 0.f;
-    if (lane % MOST_TOKENS == 0) carried[row] = of_state;
+    if (lane < MOST_TOKENS) left[MOST_TOKENS][lane] = x;
+    else if (lane == MOST_TOKENS) carried[MOST_TOKENS] = x;
   }
 };
 

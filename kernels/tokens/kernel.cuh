@@ -1,18 +1,18 @@
 // The kernel of units.cuh, by what a launch asks for.
 #pragma once
 #include "tokens/units.cuh"
-#include "tokens/units.h"
 
 namespace linattn {
 namespace {
 
 template <int DIM, int DEGREE, int TILES, int STEPS> __global__ void __launch_bounds__(Units<DIM, DEGREE, TILES, STEPS>::THREADS, Units<DIM, DEGREE, TILES, STEPS>::BLOCKS)
-    units_kernel(const StepArguments args) {
+    units_kernel(const UnitsArguments args) {
   using Work = Units<DIM, DEGREE, TILES, STEPS>;
   extern __shared__ __align__(16) float shared[];
   __shared__ typename Work::Fixed fixed;
   Work work(args, fixed, shared);
   work.begin();
+  work.weigh_tokens();
   work.work();
   work.read_tokens();
   work.take_in_one();

@@ -13,6 +13,7 @@
 #include "tile/exact.cuh"
 #include "tile/instructions.cuh"
 #include "tokens/decays.cuh"
+#include "tokens/units.h"
 
 namespace linattn {
 namespace {
@@ -20,47 +21,56 @@ namespace {
 // TILES of 16 pairs; STEPS of 8 tokens.
 template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   static constexpr int TOKENS = 8 * STEPS, RUNS = 4;
-  static constexpr int GROUPS = TILES > 4 ? 2 : 1;  // of columns: that many warps share a unit
+  static constexpr int GROUPS = DIM == 64 && TILES > 2 ? TILES / 2 : 1;  // of columns: that many warps share a unit
   static constexpr int OWN = DIM / GROUPS, EIGHTS = OWN / 8, WARPS = RUNS * GROUPS, THREADS = 32 * WARPS;
   static constexpr int TOGETHER = TILES / GROUPS;  // tiles that a unit is read for together; of so many a warp has the sums of weights
   static constexpr int WIDTH = DIM + 1, UNIT = 16 * WIDTH, BUFFER = UNIT + 4;
   static constexpr int STAGES = DEGREE == 2 ? 3 : DIM / 64;  // units of a warp that are in shared memory
   static constexpr int PRODUCTS = DEGREE == 2 ? DIM * (DIM + 1) / 2 / 16 : 0, COUNT = PRODUCTS + DIM / 16;  // units: of products, and all
-  static constexpr int BLOCKS = GROUPS == 2 ? 1 : DIM == 128 ? (TILES == 1 ? 3 : 2) : TILES == 1 ? 4 : TILES == 2 ? 3 : 2;  // of a multiprocessor
+  static constexpr int BLOCKS = GROUPS > 1 ? 4 / GROUPS : DIM == 128 ? 2 : TILES == 1 ? 5 : TILES == 2 ? 4 : 2;  // of a multiprocessor
   static constexpr int WORDS = TOGETHER == 3 ? 4 : TOGETHER;  // of a pair and the one 8 further, a word a tile: those of tiles that are read for together
   static constexpr int QUERY_PITCH = 32 * WORDS, QUERY_ROWS = DEGREE == 2 ? 2 * DIM : DIM, QUERY_BYTES = QUERY_ROWS * QUERY_PITCH;
   static constexpr int PITCH = DIM + 4;  // of sums
   static constexpr int LANES = DIM / 8, VECTORS = 32 / LANES;  // lanes of a vector, 8 numbers each, and vectors of a warp at once
-  static constexpr int KEYS_EACH = (TOKENS + WARPS * VECTORS - 1) / (WARPS * VECTORS);
+  static constexpr int KEYS_EACH = (TOKENS + WARPS * VECTORS - 1) / (WARPS * VECTORS), QUERIES_EACH = (8 * TILES + WARPS * VECTORS - 1) / (WARPS * VECTORS);
+  static constexpr int ONES_EACH = (WIDTH + THREADS - 1) / THREADS;
   static constexpr int PARTS = DEGREE == 2 ? 2 : 1;  // of a feature of a query
 
   struct Fixed : Decays {
-    float scales[16 * TILES], key_scales[MOST_TOKENS];  // what a pair's and a token's numbers are to be multiplied by
-    float masses[RUNS][16 * TILES];
+    float numbers[4][16 * TILES];                       // of f: a, b, c and the temperature of each pair
+    float scales[16 * TILES], key_scales[MOST_TOKENS];  // what else a pair's and a token's vectors are to be multiplied by
+    float masses[RUNS][16 * TILES], token_masses[16 * TILES];  // sums of weights: of the state's rows, and of the tokens
     float one[WIDTH];  // the row of the state that belongs to the feature 1
   };
   // Where a block's arrays begin in shared memory, in floats.
   static constexpr int SUMS = RUNS * 16 * PITCH, SUMS_BYTES = 4 * SUMS * (TILES > 1 ? 2 : 1), BUFFERS_BYTES = 4 * RUNS * STAGES * BUFFER;
   static constexpr int QUERIES = (SUMS_BYTES > BUFFERS_BYTES ? SUMS_BYTES : BUFFERS_BYTES) / 4, VALUES = QUERIES + GROUPS * QUERY_BYTES / 4;
-  static constexpr int KEYS = VALUES + STEPS * DIM / 16 * 128, WEIGHED_KEYS = KEYS + DIM * TOKENS, END = WEIGHED_KEYS + (DIM + 1) * TOKENS;
+  static constexpr int KEYS = VALUES + STEPS * DIM / 16 * 128, WEIGHED_KEYS = KEYS + DIM * TOKENS, WEIGHTS = WEIGHED_KEYS + (DIM + 1) * TOKENS;
+  static constexpr int END = WEIGHTS + GROUPS * TILES * 32 * 8;
   static constexpr int SHARED_BYTES = 4 * END;
 
-  const StepArguments &args;
+  const UnitsArguments &args;
   const linattn_problem &p;
   Fixed &fixed;
   float *const shared;
-  const int thread, warp, lane, group, place, run, columns;  // columns: which of the GROUPS
+  int thread, warp, lane, group, place, run, columns;  // columns: which of the GROUPS
   const Place at;
   const int key_head, tokens, pairs, first_query, first, stride;  // first, stride: this warp's units
   const int64_t state;
   float carry;
   float sums[TILES][EIGHTS][4], mass[TOGETHER][4];
 
-  __device__ __forceinline__ Units(const StepArguments &args, Fixed &fixed, float *shared)
+  __device__ __forceinline__ Units(const UnitsArguments &args, Fixed &fixed, float *shared)
       : args(args), p(args.problem), fixed(fixed), shared(shared), thread(threadIdx.x), warp(__shfl_sync(0xffffffffu, thread / 32, 0)), lane(thread % 32), group(lane / 4),
         place(lane % 4), run(warp % RUNS), columns(warp / RUNS), key_head(key_head_of(args, at.head)), tokens(static_cast<int>(p.length)), pairs(args.group * tokens),
         first_query(at.head * args.group), first(at.split * RUNS + run), stride(RUNS * args.splits),
         state((static_cast<int64_t>(at.batch) * p.state_heads + at.head) * args.features * WIDTH) {}
+
+  // Numbers of this thread are made again from here on: those of the part before would take registers that sums have.
+  __device__ __forceinline__ void begin_part() {
+    thread = linattn_tile::remade(thread), warp = linattn_tile::remade(warp);
+    lane = thread % 32, group = lane / 4, place = lane % 4, run = warp % RUNS, columns = warp / RUNS;
+  }
 
   // ---- units on their way
 
@@ -127,54 +137,92 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
     const float inverse = 1.f / sqrtf(square), power = __uint_as_float(__float_as_uint(inverse) & 0x7f800000u);
     return power > 0.f ? Scale{power, inverse / power} : Scale{1.f, inverse};
   }
-  __device__ __forceinline__ uint4 load(const linattn_tensor &rows, int head, int token) const {
-    return *reinterpret_cast<const uint4 *>(static_cast<const uint16_t *>(rows.data) + offset_of(rows, at.batch, head, token) + lane % LANES * 8);
+  // Eight numbers of a vector: of a head and a token behind the first ones.
+  __device__ __forceinline__ uint4 load(const linattn_tensor &rows, const uint16_t *first, int head, int token) const {
+    return *reinterpret_cast<const uint4 *>(first + head * static_cast<int>(rows.head_stride) + token * static_cast<int>(rows.token_stride));
   }
+  __device__ __forceinline__ const uint16_t *first_of(const linattn_tensor &rows, int head) const {
+    return static_cast<const uint16_t *>(rows.data) + offset_of(rows, at.batch, head, 0) + lane % LANES * 8;
+  }
+  __device__ __forceinline__ int head_of(int pair) const { return pair * args.one_token >> 16; }  // a pair is head * tokens + token
+  // The vector that a lane has a part of, of those that a warp takes in turns.
+  __device__ __forceinline__ int vector(int turn) const { return (turn * WARPS + warp) * VECTORS + lane / LANES; }
+
+  // What is fetched of the tokens, all on its way before the first is looked at.
+  struct Fetched {
+    uint4 queries[QUERIES_EACH][2], keys[KEYS_EACH], values[KEYS_EACH];
+    bool is_token[KEYS_EACH];
+    float numbers[4], one[ONES_EACH];
+    Decays::Token token;
+  };
+  __device__ __forceinline__ void fetch(Fetched &to) const {
+    to.token = Decays::token_of(p, at, lane);
+    const uint16_t *const queries = first_of(p.query, first_query), *const keys = first_of(p.key, key_head), *const values = first_of(p.value, key_head);
+#pragma unroll
+    for (int turn = 0; turn < KEYS_EACH; ++turn) {
+      const int token = min(vector(turn), tokens - 1);
+      to.keys[turn] = load(p.key, keys, 0, token), to.values[turn] = load(p.value, values, 0, token);
+      to.is_token[turn] = vector(turn) < tokens && is_taken(p, at.batch, token);
+    }
+#pragma unroll
+    for (int turn = 0; turn < QUERIES_EACH; ++turn)
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        const int pair = min(pair_of_vector(vector(turn), side), pairs - 1), head = head_of(pair);
+        to.queries[turn][side] = load(p.query, queries, head, pair - head * tokens);
+      }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to.numbers[i] = thread < pairs && (i != 2 || DEGREE == 2) ? p.coefficients[i * p.query_heads + first_query + head_of(thread)] : 0.f;
+#pragma unroll
+    for (int i = 0; i < ONES_EACH; ++i) to.one[i] = at.split == 0 && args.before && thread + i * THREADS < WIDTH ? args.before[state + DIM * WIDTH + thread + i * THREADS] : 0.f;
+  }
+  static __device__ __forceinline__ int pair_of_vector(int vector, int side) { return vector / 8 * 16 + side * 8 + vector % 8; }
 
   // Two pairs at once, which share words.
-  __device__ __forceinline__ void gather_queries() const {
-#pragma unroll 1
-    for (int i = warp * VECTORS; i < 8 * TILES; i += WARPS * VECTORS) {
-      const int tile = (i + lane / LANES) / 8, row = (i + lane / LANES) % 8;
-      uint4 bits[2];
+  __device__ __forceinline__ void store_queries(const Fetched &from) const {
+#pragma unroll
+    for (int turn = 0; turn < QUERIES_EACH; ++turn) {
+      const int tile = vector(turn) / 8, row = vector(turn) % 8;
       Scale scale[2];
+      bool is_pair[2];
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        const int pair = 16 * tile + 8 * side + row, head = pair / tokens;
-        bits[side] = pair < pairs ? load(p.query, first_query + head, pair - head * tokens) : make_uint4(0, 0, 0, 0);
+        const int pair = pair_of_vector(vector(turn), side);
+        scale[side] = scale_of(square_of(from.queries[turn][side])), is_pair[side] = pair < pairs;
+        if (lane % LANES == 0 && tile < TILES) fixed.scales[pair] = scale[side].rest;
       }
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        const int pair = 16 * tile + 8 * side + row;
-        scale[side] = scale_of(square_of(bits[side]));
-        if (lane % LANES == 0) fixed.scales[pair] = pair < pairs ? scale[side].rest * p.coefficients[3 * p.query_heads + first_query + pair / tokens] : 0.f;
-      }
+      if (tile >= TILES) continue;
       unsigned char *const to = queries(tile / WORDS) + tile % WORDS * 4;
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        const int x = 8 * (lane % LANES) + e;
-        const float low = number(bits[0], e) * scale[0].power, high = number(bits[1], e) * scale[1].power;
-        *reinterpret_cast<uint32_t *>(to + (query_row(x) ^ row * 4 * WORDS)) = linattn_tile::upper_halves(__float_as_uint(low), __float_as_uint(high));
+        const float low = is_pair[0] ? number(from.queries[turn][0], e) * scale[0].power : 0.f, high = is_pair[1] ? number(from.queries[turn][1], e) * scale[1].power : 0.f;
+        const int at_row = (query_row(8 * (lane % LANES) + e / 4 * 4) ^ row * 4 * WORDS) ^ e % 4 * QUERY_PITCH;  // bits of its own
+        *reinterpret_cast<uint32_t *>(to + at_row) = linattn_tile::upper_halves(__float_as_uint(low), __float_as_uint(high));
         if constexpr (DEGREE == 2)
-          *reinterpret_cast<uint32_t *>(to + (query_row(DIM + x) ^ row * 4 * WORDS)) = linattn_tile::upper_halves(__float_as_uint(0.5f * low), __float_as_uint(0.5f * high));
+          *reinterpret_cast<uint32_t *>(to + DIM * QUERY_PITCH + at_row) = linattn_tile::upper_halves(__float_as_uint(0.5f * low), __float_as_uint(0.5f * high));
       }
     }
+  }
+  __device__ __forceinline__ void store_numbers(const Fetched &from) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (thread < 16 * TILES) fixed.numbers[i][thread] = from.numbers[i];
+#pragma unroll
+    for (int i = 0; i < ONES_EACH; ++i)
+      if (thread + i * THREADS < WIDTH) fixed.one[thread + i * THREADS] = from.one[i];
   }
 
   // Which token of the block: number i, the second number of a fragment's two, of step `step`, of a place.
   static __device__ __forceinline__ int token_of(int place, int step, int i) { return 2 * STEPS * place + 2 * step + i; }
-  __device__ __forceinline__ int vector(int turn) const { return (turn * WARPS + warp) * VECTORS + lane / LANES; }
-  __device__ __forceinline__ bool is_token(int token) const { return token < tokens && is_taken(p, at.batch, token); }
 
   // As fragments: columns are rows of the left factor, tokens its columns.
-  __device__ __forceinline__ void gather_values() const {
+  __device__ __forceinline__ void store_values(const Fetched &from) const {
 #pragma unroll
     for (int turn = 0; turn < KEYS_EACH; ++turn) {
       const int token = vector(turn);
-      if (token >= TOKENS) break;
-      const uint4 bits = is_token(token) ? load(p.value, key_head, token) : make_uint4(0, 0, 0, 0);
+      if (token >= TOKENS) continue;
 #pragma unroll
-      for (int e = 0; e < 8; ++e) shared[VALUES + value_at(token, 8 * (lane % LANES) + e)] = number(bits, e);
+      for (int e = 0; e < 8; ++e) shared[VALUES + value_at(token, 8 * (lane % LANES)) + e % 4 * 16 + e / 4] = from.is_token[turn] ? number(from.values[turn], e) : 0.f;
     }
   }
   // Column `lane` of an eight; which one that is of a row.
@@ -189,30 +237,22 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   }
 
   // Keys, a column each; and times what decays leave of them and what makes them of unit length.
-  __device__ __forceinline__ void load_keys(uint4 (&bits)[KEYS_EACH]) const {
-#pragma unroll
-    for (int turn = 0; turn < KEYS_EACH; ++turn) bits[turn] = is_token(vector(turn)) ? load(p.key, key_head, vector(turn)) : make_uint4(0, 0, 0, 0);
-  }
-  __device__ __forceinline__ void store_keys(const uint4 (&bits)[KEYS_EACH]) const {
+  __device__ __forceinline__ void store_keys(const Fetched &from) const {
 #pragma unroll
     for (int turn = 0; turn < KEYS_EACH; ++turn) {
       const int token = vector(turn);
-      const Scale scale = scale_of(square_of(bits[turn]));
+      const Scale scale = scale_of(square_of(from.keys[turn]));
       if (token >= TOKENS) continue;
       const float left = fixed.left[MOST_TOKENS][token] * scale.rest;
-      if (lane % LANES == 0) fixed.key_scales[token] = scale.rest, shared[WEIGHED_KEYS + DIM * TOKENS + token] = left;
+      if (lane % LANES == 0) fixed.key_scales[token] = from.is_token[turn] ? scale.rest : 0.f, shared[WEIGHED_KEYS + DIM * TOKENS + token] = from.is_token[turn] ? left : 0.f;
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         const int x = 8 * (lane % LANES) + e;
-        const float key = number(bits[turn], e) * scale.power;
+        const float key = from.is_token[turn] ? number(from.keys[turn], e) * scale.power : 0.f;
         shared[KEYS + x * TOKENS + token] = key;
-        if constexpr (DEGREE == 2) shared[WEIGHED_KEYS + x * TOKENS + token] = key * left * scale.rest;
+        if constexpr (DEGREE == 2) shared[WEIGHED_KEYS + x * TOKENS + token] = from.is_token[turn] ? key * left * scale.rest : 0.f;
       }
     }
-  }
-  __device__ __forceinline__ void load_one() const {
-    if (at.split > 0) return;
-    for (int i = thread; i < WIDTH; i += THREADS) fixed.one[i] = args.before ? args.before[state + DIM * WIDTH + i] : 0.f;
   }
   __device__ __forceinline__ void take_in_one() const {
     if (at.split > 0 || !args.after) return;
@@ -225,27 +265,14 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   }
 
   __device__ __forceinline__ void begin() {
+    Fetched fetched;
+    fetch(fetched);
 #pragma unroll
     for (int turn = 0; turn < STAGES; ++turn) send_for(turn);
-    uint4 keys[KEYS_EACH];
-    load_keys(keys);
-    gather_queries();
-    gather_values();
-    load_one();
-    fixed.look_at_tokens(p, at, warp, lane, WARPS);
+    store_queries(fetched), store_values(fetched), store_numbers(fetched);
+    if (warp == WARPS - 1) fixed.look_at_tokens(fetched.token, tokens, lane);
     __syncthreads();
-    store_keys(keys);
-    carry = fixed.carried[MOST_TOKENS];
-#pragma unroll
-    for (int t = 0; t < TILES; ++t)
-#pragma unroll
-      for (int c = 0; c < EIGHTS; ++c)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[t][c][i] = 0.f;
-#pragma unroll
-    for (int t = 0; t < TOGETHER; ++t)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) mass[t][i] = 0.f;
+    store_keys(fetched);
     __syncthreads();
   }
 
@@ -314,8 +341,7 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   // What sums of a pair's features are multiplied by: of single numbers, and of products of two.
   __device__ __forceinline__ float scale_of_pair(int pair, int degree) const {
     if (pair >= pairs) return 0.f;
-    const int head = pair / tokens;
-    const float scale = fixed.scales[pair], number = p.coefficients[degree * p.query_heads + first_query + head] * fixed.carried[pair - head * tokens];
+    const float number = fixed.numbers[degree][pair] * fixed.carried[pair - head_of(pair) * tokens], scale = fixed.scales[pair] * fixed.numbers[3][pair];
     return degree == 0 ? number : degree == 1 ? number * scale : 2.f * number * scale * scale;
   }
 
@@ -460,9 +486,9 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
       for (int t = 0; t < TOGETHER; ++t) linattn_tile::mma_bf16(mass[t], features[part][t], right[0], right[1]);
   }
   __device__ __forceinline__ void take_in_ones(const Keys &keys, float *rows) const {
-    if constexpr (GROUPS == 2) {
-      if (columns == 1) return linattn_tile::barrier_arrive<64>(1 + RUNS + run);
-      linattn_tile::barrier_sync<64>(1 + RUNS + run);  // both have read them
+    if constexpr (GROUPS > 1) {
+      if (columns > 0) return linattn_tile::barrier_arrive<32 * GROUPS>(1 + RUNS + run);
+      linattn_tile::barrier_sync<32 * GROUPS>(1 + RUNS + run);  // all have read them
     } else {
       __syncwarp();
     }
@@ -473,7 +499,19 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
 
   // Units of products come first.
   __device__ __forceinline__ void work() {
+    begin_part();
     int turn = 0;
+    carry = fixed.carried[MOST_TOKENS];
+#pragma unroll
+    for (int t = 0; t < TILES; ++t)
+#pragma unroll
+      for (int c = 0; c < EIGHTS; ++c)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[t][c][i] = 0.f;
+#pragma unroll
+    for (int t = 0; t < TOGETHER; ++t)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) mass[t][i] = 0.f;
     if constexpr (DEGREE == 2) {
 #pragma unroll 1
       for (; first + turn * stride < PRODUCTS; ++turn) work_on<false>(turn);
@@ -499,21 +537,37 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
 
   // ---- the tokens themselves
 
-  // What they give the pairs of each tile, by one of its warps: W_tj f(q_t . k_j), and times the values.
+  // Their weights at the pairs of each tile, W_tj f(q_t . k_j), by one of its warps while units are on their way: as left factors, and added up.
+  __device__ __forceinline__ bool weighs(int tile) const { return at.split == 0 && tile % RUNS == run; }
+  __device__ __forceinline__ uint4 *weights_of(int tile) const { return reinterpret_cast<uint4 *>(shared + WEIGHTS) + ((columns * TILES + tile) * 32 + lane) * 2; }
+  __device__ __forceinline__ void weigh_tokens() {
+    begin_part();
+#pragma unroll 1
+    for (int t = run; t < TILES && at.split == 0; t += RUNS) {
+      float weights[2][4] = {};
+      uint32_t high[4] = {}, low[4] = {};
+      score(weights, t);
+      weigh(weights, t);
+#pragma unroll
+      for (int i = 0; i < 2 * STEPS; ++i) split(weights[i / 2][i % 2 * 2], weights[i / 2][i % 2 * 2 + 1], high[i], low[i]);
+      weights_of(t)[0] = make_uint4(high[0], high[1], high[2], high[3]), weights_of(t)[1] = make_uint4(low[0], low[1], low[2], low[3]);
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        float sum = (weights[0][2 * side] + weights[0][2 * side + 1]) + (weights[1][2 * side] + weights[1][2 * side + 1]);
+#pragma unroll
+        for (int step = 1; step <= 2; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        if (place == 0 && columns == 0) fixed.token_masses[16 * t + group + 8 * side] = sum;
+      }
+    }
+  }
+  // Times the values.
   __device__ __forceinline__ void read_tokens() {
-    if (at.split > 0) return;
+    begin_part();
 #pragma unroll
     for (int t = 0; t < TILES; ++t)
-      if (t % RUNS == run) {
-        float weights[2][4] = {};
-        uint32_t high[4] = {}, low[4] = {};
-        score(weights, t);
-        weigh(weights, t);
-#pragma unroll
-        for (int i = 0; i < 2 * STEPS; ++i) split(weights[i / 2][i % 2 * 2], weights[i / 2][i % 2 * 2 + 1], high[i], low[i]);
-        if (t / TOGETHER == columns)
-#pragma unroll
-          for (int i = 0; i < 8; ++i) mass[t % TOGETHER][i % 4] += weights[i / 4][i % 4];
+      if (weighs(t)) {
+        const uint4 first = weights_of(t)[0], second = weights_of(t)[1];
+        const Fragment high = {first.x, first.y, first.z, first.w}, low = {second.x, second.y, second.z, second.w};
 #pragma unroll
         for (int two = 0; two < EIGHTS / 2; ++two) {
           uint32_t right[2][2] = {};
@@ -554,11 +608,9 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   __device__ __forceinline__ void weigh(float (&weights)[2][4], int tile) const {
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      const int pair = 16 * tile + group + 8 * side, head = pair / tokens, query_head = first_query + head;
-      const bool is_pair = pair < pairs;
-      const float scale = is_pair ? fixed.scales[pair] : 0.f, a = is_pair ? p.coefficients[query_head] : 0.f, b = is_pair ? p.coefficients[p.query_heads + query_head] : 0.f;
-      const float c = is_pair && DEGREE == 2 ? p.coefficients[2 * p.query_heads + query_head] : 0.f;
-      const float *const left = fixed.left[is_pair ? pair - head * tokens : 0];
+      const int pair = 16 * tile + group + 8 * side;
+      const float scale = fixed.scales[pair] * fixed.numbers[3][pair], a = fixed.numbers[0][pair], b = fixed.numbers[1][pair], c = fixed.numbers[2][pair];
+      const float *const left = fixed.left[pair < pairs ? pair - head_of(pair) * tokens : 0];
 #pragma unroll
       for (int step = 0; step < STEPS; ++step)
 #pragma unroll
@@ -586,6 +638,7 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   }
   // Warps' sums over where units were, a tile after the other, added up in a fixed order and divided; or left to the second kernel.
   __device__ __forceinline__ void finish() {
+    begin_part();
     leave_masses();
     __syncthreads();
 #pragma unroll
@@ -604,10 +657,10 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   }
   __device__ __forceinline__ void write(const float *tile, int pair, int column) const {
     if (pair >= pairs) return;
-    const int head = pair / tokens, token = pair - head * tokens, query_head = first_query + head;
+    const int head = head_of(pair), token = pair - head * tokens, query_head = first_query + head;
     const int64_t row = (static_cast<int64_t>(at.batch) * p.query_heads + query_head) * tokens + token;
     const float of_one = at.split > 0 ? 0.f : scale_of_pair(pair, 0);
-    float sum[8], total = at.split > 0 ? 0.f : of_one * fixed.one[DIM];
+    float sum[8], total = at.split > 0 ? 0.f : fmaf(of_one, fixed.one[DIM], fixed.token_masses[pair]);
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum[i] = at.split > 0 ? 0.f : of_one * fixed.one[column + i];
 #pragma unroll

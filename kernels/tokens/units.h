@@ -4,11 +4,15 @@
 
 namespace linattn {
 
+struct UnitsArguments : StepArguments {
+  int32_t one_token;  // of 65,536 parts, rounded up: a quotient of few numbers by the tokens is one product
+};
+
 struct UnitsKernel {
   int warps, shared_bytes;
   int blocks;                        // of a multiprocessor at once
   int units, runs;                   // of a state; warps that they are shared among, in a block
-  void (*kernel)(StepArguments);     // null: there is none
+  void (*kernel)(UnitsArguments);     // null: there is none
 };
 
 // For a head dim, which the value dim equals, so many pairs of a query head and a token to a state, and so many tokens.
