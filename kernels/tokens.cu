@@ -79,10 +79,11 @@ int heads_at_once(const linattn_problem &p, int most_tiles) { return std::min<in
 int tiles_of(const linattn_problem &p, int heads) { return (heads * static_cast<int>(p.length) + 15) / 16; }
 
 // The kernel by units, where one is made for the call.
-UnitsKernel units_of(const linattn_problem &p, const linattn_tensor &out) {
+UnitsKernel units_of(const linattn_problem &p, const linattn_forward_result &result, const float *before) {
   const auto is_near = [&](const linattn_tensor &rows) { return aligned(rows) && std::max(rows.head_stride * p.query_heads, rows.token_stride * MOST_TOKENS) <= INT32_MAX / 2; };
-  const bool is_for_it = p.dtype == LINATTN_BFLOAT16 && p.head_dim == p.value_dim && is_near(p.query) && is_near(p.key) && is_near(p.value) && is_near(out);
-  if (!is_for_it) return {};
+  const bool is_for_it = p.dtype == LINATTN_BFLOAT16 && p.head_dim == p.value_dim && is_near(p.query) && is_near(p.key) && is_near(p.value) && is_near(result.out);
+  const bool lie_alike = !before || !result.state || (reinterpret_cast<uintptr_t>(before) - reinterpret_cast<uintptr_t>(result.state)) % 16 == 0;  // from a boundary of 16 bytes
+  if (!is_for_it || !lie_alike) return {};
   const int tokens = static_cast<int>(p.length), pairs = p.query_heads / p.state_heads * tokens;
   const UnitsKernel found = p.degree == 1 ? units_of_first_degree(p.head_dim, pairs, tokens) : units_of_second_degree(p.head_dim, pairs, tokens);
   return found.shared_bytes <= shared_memory() ? found : UnitsKernel{};
@@ -102,9 +103,9 @@ int splits_by_units(const linattn_problem &p, const UnitsKernel &kernel) {
   return best;
 }
 
-bool plan_tokens(const linattn_problem &problem, const linattn_tensor &out, linattn_plan &plan) {
+bool plan_tokens(const linattn_problem &problem, const linattn_forward_result &result, const float *before, linattn_plan &plan) {
   if (problem.length > MOST_TOKENS || !problem.causal || problem.dropout_p) return false;
-  if (const UnitsKernel units = units_of(problem, out); units.kernel) {
+  if (const UnitsKernel units = units_of(problem, result, before); units.kernel) {
     plan_splits(problem, splits_by_units(problem, units), plan);
     plan.shared_bytes = units.shared_bytes;
     return true;
@@ -117,7 +118,7 @@ bool plan_tokens(const linattn_problem &problem, const linattn_tensor &out, lina
 
 cudaError_t run_tokens(const linattn_problem &problem, const linattn_forward_result &result, const float *before, const linattn_plan &plan) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
-  if (const UnitsKernel units = units_of(problem, result.out); units.kernel) {
+  if (const UnitsKernel units = units_of(problem, result, before); units.kernel) {
     const int tokens = static_cast<int>(problem.length);
     const UnitsArguments args = {step_arguments(problem, result, before, plan), (65535 + tokens) / tokens};
     if (const cudaError_t failed = cudaFuncSetAttribute(units.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, units.shared_bytes)) return failed;
@@ -137,9 +138,11 @@ cudaError_t run_tokens(const linattn_problem &problem, const linattn_forward_res
 }  // namespace
 
 bool tokens_plan_forward(const linattn_problem &problem, const linattn_forward_result &result, linattn_plan &plan) {
-  return (problem.initial_state || result.state) && plan_tokens(problem, result.out, plan);
+  return (problem.initial_state || result.state) && plan_tokens(problem, result, problem.initial_state, plan);
 }
-bool tokens_plan_step(const linattn_problem &problem, const linattn_forward_result &result, linattn_plan &plan) { return result.state && plan_tokens(problem, result.out, plan); }
+bool tokens_plan_step(const linattn_problem &problem, const linattn_forward_result &result, linattn_plan &plan) {
+  return result.state && plan_tokens(problem, result, result.state, plan);
+}
 
 cudaError_t tokens_forward(const linattn_problem &problem, const linattn_forward_result &result, const linattn_plan &plan) {
   return run_tokens(problem, result, problem.initial_state, plan);

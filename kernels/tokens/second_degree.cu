@@ -8,6 +8,7 @@ UnitsKernel units_of_second_degree(int dim, int pairs, int tokens) {
   if (dim != 64 || pairs > 128) return {};
   if (pairs <= 16) return units<64, 2, 1>(tokens);
   if (pairs <= 32) return units<64, 2, 2>(tokens);
+  if (pairs <= 48) return units<64, 2, 3>(tokens);
   return pairs <= 64 ? units<64, 2, 4>(tokens) : units<64, 2, 8>(tokens);
 }
 

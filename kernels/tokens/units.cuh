@@ -21,15 +21,15 @@ namespace {
 // TILES of 16 pairs; STEPS of 8 tokens.
 template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   static constexpr int TOKENS = 8 * STEPS, RUNS = 4;
-  static constexpr int GROUPS = DIM == 64 && TILES > 2 ? TILES / 2 : 1;  // of columns: that many warps share a unit
+  static constexpr int GROUPS = TILES > 4 ? 2 : 1;  // of columns: that many warps share a unit
   static constexpr int OWN = DIM / GROUPS, EIGHTS = OWN / 8, WARPS = RUNS * GROUPS, THREADS = 32 * WARPS;
   static constexpr int TOGETHER = TILES / GROUPS;  // tiles that a unit is read for together; of so many a warp has the sums of weights
   static constexpr int WIDTH = DIM + 1, UNIT = 16 * WIDTH, BUFFER = UNIT + 4;
   static constexpr int STAGES = DEGREE == 2 ? 3 : DIM / 64;  // units of a warp that are in shared memory
   static constexpr int PRODUCTS = DEGREE == 2 ? DIM * (DIM + 1) / 2 / 16 : 0, COUNT = PRODUCTS + DIM / 16;  // units: of products, and all
-  static constexpr int BLOCKS = GROUPS > 1 ? 4 / GROUPS : DIM == 128 ? 2 : TILES == 1 ? 5 : TILES == 2 ? 4 : 2;  // of a multiprocessor
+  static constexpr int BLOCKS = GROUPS > 1 ? 1 : DIM == 128 ? 2 : TILES == 1 ? 5 : TILES == 2 ? 4 : 2;  // of a multiprocessor
   static constexpr int WORDS = TOGETHER == 3 ? 4 : TOGETHER;  // of a pair and the one 8 further, a word a tile: those of tiles that are read for together
-  static constexpr int QUERY_PITCH = 32 * WORDS, QUERY_ROWS = DEGREE == 2 ? 2 * DIM : DIM, QUERY_BYTES = QUERY_ROWS * QUERY_PITCH;
+  static constexpr int QUERY_PITCH = 32 * WORDS, QUERY_ROWS = DEGREE == 2 ? 2 * DIM + 2 : DIM, QUERY_BYTES = QUERY_ROWS * QUERY_PITCH;
   static constexpr int PITCH = DIM + 4;  // of sums
   static constexpr int LANES = DIM / 8, VECTORS = 32 / LANES;  // lanes of a vector, 8 numbers each, and vectors of a warp at once
   static constexpr int KEYS_EACH = (TOKENS + WARPS * VECTORS - 1) / (WARPS * VECTORS), QUERIES_EACH = (8 * TILES + WARPS * VECTORS - 1) / (WARPS * VECTORS);
@@ -43,11 +43,11 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
     float one[WIDTH];  // the row of the state that belongs to the feature 1
   };
   // Where a block's arrays begin in shared memory, in floats.
-  static constexpr int SUMS = RUNS * 16 * PITCH, SUMS_BYTES = 4 * SUMS * (TILES > 1 ? 2 : 1), BUFFERS_BYTES = 4 * RUNS * STAGES * BUFFER;
-  static constexpr int QUERIES = (SUMS_BYTES > BUFFERS_BYTES ? SUMS_BYTES : BUFFERS_BYTES) / 4, VALUES = QUERIES + GROUPS * QUERY_BYTES / 4;
+  static constexpr int SUMS = RUNS * 16 * TILES * PITCH;  // of all warps, over all else once it has been read
+  static constexpr int QUERIES = RUNS * STAGES * BUFFER, VALUES = QUERIES + GROUPS * QUERY_BYTES / 4;
   static constexpr int KEYS = VALUES + STEPS * DIM / 16 * 128, WEIGHED_KEYS = KEYS + DIM * TOKENS, WEIGHTS = WEIGHED_KEYS + (DIM + 1) * TOKENS;
   static constexpr int END = WEIGHTS + GROUPS * TILES * 32 * 8;
-  static constexpr int SHARED_BYTES = 4 * END;
+  static constexpr int SHARED_BYTES = 4 * (END > SUMS ? END : SUMS);
 
   const UnitsArguments &args;
   const linattn_problem &p;
@@ -62,21 +62,21 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
 
   __device__ __forceinline__ Units(const UnitsArguments &args, Fixed &fixed, float *shared)
       : args(args), p(args.problem), fixed(fixed), shared(shared), thread(threadIdx.x), warp(__shfl_sync(0xffffffffu, thread / 32, 0)), lane(thread % 32), group(lane / 4),
-        place(lane % 4), run(warp % RUNS), columns(warp / RUNS), key_head(key_head_of(args, at.head)), tokens(static_cast<int>(p.length)), pairs(args.group * tokens),
-        first_query(at.head * args.group), first(at.split * RUNS + run), stride(RUNS * args.splits),
+        place(lane % 4), run(GROUPS == 1 ? warp : warp % RUNS), columns(GROUPS == 1 ? 0 : warp / RUNS), key_head(key_head_of(args, at.head)), tokens(static_cast<int>(p.length)),
+        pairs(args.group * tokens), first_query(at.head * args.group), first(at.split * RUNS + run), stride(RUNS * args.splits),
         state((static_cast<int64_t>(at.batch) * p.state_heads + at.head) * args.features * WIDTH) {}
 
   // Numbers of this thread are made again from here on: those of the part before would take registers that sums have.
   __device__ __forceinline__ void begin_part() {
     thread = linattn_tile::remade(thread), warp = linattn_tile::remade(warp);
-    lane = thread % 32, group = lane / 4, place = lane % 4, run = warp % RUNS, columns = warp / RUNS;
+    lane = thread % 32, group = lane / 4, place = lane % 4, run = GROUPS == 1 ? warp : warp % RUNS, columns = GROUPS == 1 ? 0 : warp / RUNS;
   }
 
   // ---- units on their way
 
   __device__ __forceinline__ static int row_of(int unit) { return unit < PRODUCTS ? DIM + 1 + 16 * unit : 16 * (unit - PRODUCTS); }
   __device__ __forceinline__ float *buffer(int turn) const { return shared + (run * STAGES + turn % STAGES) * BUFFER; }
-  // A unit lies in shared memory as far from a boundary of 16 bytes as in memory.
+  // A unit lies in shared memory as far from a boundary of 16 bytes as in memory, before and behind the tokens.
   static __device__ __forceinline__ int shift_of(const float *from) { return static_cast<int>(reinterpret_cast<uintptr_t>(from) / 4 % 4); }
   __device__ __forceinline__ int64_t begin_of(int turn) const { return state + static_cast<int64_t>(row_of(first + turn * stride)) * WIDTH; }
   __device__ __forceinline__ bool is_unit(int turn) const { return first + turn * stride < COUNT; }
@@ -88,9 +88,10 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
       if (args.before) {
         const int shift = shift_of(from);
         for_all_slots(
-            shift, [&](int i) { linattn_tile::copy_async(linattn_tile::shared_address(to + i), from - shift + i, true); },
-            [&](int i) { linattn_tile::copy_number_async(linattn_tile::shared_address(to + i), from - shift + i, true); });
+            shift, to, from - shift, [](float *slot, const float *x) { linattn_tile::copy_async(linattn_tile::shared_address(slot), x, true); },
+            [](float *slot, const float *x) { linattn_tile::copy_number_async(linattn_tile::shared_address(slot), x, true); });
       } else {
+#pragma unroll 1
         for (int i = lane + 32 * columns; i < BUFFER; i += 32 * GROUPS) to[i] = 0.f;
       }
     }
@@ -98,14 +99,15 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   }
   // Fours of a unit's numbers that lie on 16 bytes, and those at the ends that share theirs with others, one by one. A warp of a group has the
   // same of every unit, so that it alone copies a place of a buffer out and in.
-  template <typename Four, typename Single> __device__ __forceinline__ void for_all_slots(int shift, const Four &four, const Single &single) const {
-    const int own = lane + 32 * columns;
+  template <typename Memory, typename Four, typename Single>
+  __device__ __forceinline__ void for_all_slots(int shift, float *slots, Memory *memory, const Four &four, const Single &single) const {
+    const int own = lane + 32 * columns, end = own < shift ? UNIT + own : own;
+    float *const slot = slots + 4 * own;
+    Memory *const x = memory + 4 * own;
 #pragma unroll
-    for (int i = 0; i < (UNIT / 4 + 32 * GROUPS - 1) / (32 * GROUPS); ++i) {
-      const int slot = own + i * 32 * GROUPS;
-      if (slot < UNIT / 4 && (slot > 0 || shift == 0)) four(4 * slot);
-    }
-    if (own < 4 && shift != 0) single(own < shift ? UNIT + own : own);
+    for (int i = 0; i < UNIT / 4; i += 32 * GROUPS)
+      if ((i > 0 || own > 0 || shift == 0) && (i + 32 * GROUPS <= UNIT / 4 || own < UNIT / 4 - i)) four(slot + 4 * i, x + 4 * i);
+    if (own < 4 && shift != 0) single(slots + end, memory + end);
   }
 
   // ---- what the block knows of its tokens
@@ -145,8 +147,11 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
     return static_cast<const uint16_t *>(rows.data) + offset_of(rows, at.batch, head, 0) + lane % LANES * 8;
   }
   __device__ __forceinline__ int head_of(int pair) const { return pair * args.one_token >> 16; }  // a pair is head * tokens + token
-  // The vector that a lane has a part of, of those that a warp takes in turns.
-  __device__ __forceinline__ int vector(int turn) const { return (turn * WARPS + warp) * VECTORS + lane / LANES; }
+  // The vector that a lane has a part of, of those that a warp takes in turns: of queries, and of keys and values, by the last warps first.
+  __device__ __forceinline__ int query_vector(int turn) const { return (turn * WARPS + warp) * VECTORS + lane / LANES; }
+  __device__ __forceinline__ int vector(int turn) const { return (turn * WARPS + WARPS - 1 - warp) * VECTORS + lane / LANES; }
+  __device__ __forceinline__ bool has_queries(int turn) const { return (turn * WARPS + warp) * VECTORS < 8 * TILES; }
+  __device__ __forceinline__ bool has_tokens(int turn) const { return (turn * WARPS + WARPS - 1 - warp) * VECTORS < TOKENS; }
 
   // What is fetched of the tokens, all on its way before the first is looked at.
   struct Fetched {
@@ -160,15 +165,16 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
     const uint16_t *const queries = first_of(p.query, first_query), *const keys = first_of(p.key, key_head), *const values = first_of(p.value, key_head);
 #pragma unroll
     for (int turn = 0; turn < KEYS_EACH; ++turn) {
+      if (!has_tokens(turn)) break;
       const int token = min(vector(turn), tokens - 1);
       to.keys[turn] = load(p.key, keys, 0, token), to.values[turn] = load(p.value, values, 0, token);
       to.is_token[turn] = vector(turn) < tokens && is_taken(p, at.batch, token);
     }
 #pragma unroll
-    for (int turn = 0; turn < QUERIES_EACH; ++turn)
+    for (int turn = 0; turn < QUERIES_EACH && has_queries(turn); ++turn)
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        const int pair = min(pair_of_vector(vector(turn), side), pairs - 1), head = head_of(pair);
+        const int pair = min(pair_of_vector(query_vector(turn), side), pairs - 1), head = head_of(pair);
         to.queries[turn][side] = load(p.query, queries, head, pair - head * tokens);
       }
 #pragma unroll
@@ -182,16 +188,16 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   __device__ __forceinline__ void store_queries(const Fetched &from) const {
 #pragma unroll
     for (int turn = 0; turn < QUERIES_EACH; ++turn) {
-      const int tile = vector(turn) / 8, row = vector(turn) % 8;
+      if (!has_queries(turn)) break;
+      const int tile = query_vector(turn) / 8, row = query_vector(turn) % 8;
       Scale scale[2];
       bool is_pair[2];
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        const int pair = pair_of_vector(vector(turn), side);
+        const int pair = pair_of_vector(query_vector(turn), side);
         scale[side] = scale_of(square_of(from.queries[turn][side])), is_pair[side] = pair < pairs;
-        if (lane % LANES == 0 && tile < TILES) fixed.scales[pair] = scale[side].rest;
+        if (lane % LANES == 0) fixed.scales[pair] = scale[side].rest;
       }
-      if (tile >= TILES) continue;
       unsigned char *const to = queries(tile / WORDS) + tile % WORDS * 4;
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
@@ -219,8 +225,8 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   __device__ __forceinline__ void store_values(const Fetched &from) const {
 #pragma unroll
     for (int turn = 0; turn < KEYS_EACH; ++turn) {
+      if (!has_tokens(turn)) break;
       const int token = vector(turn);
-      if (token >= TOKENS) continue;
 #pragma unroll
       for (int e = 0; e < 8; ++e) shared[VALUES + value_at(token, 8 * (lane % LANES)) + e % 4 * 16 + e / 4] = from.is_token[turn] ? number(from.values[turn], e) : 0.f;
     }
@@ -240,9 +246,9 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   __device__ __forceinline__ void store_keys(const Fetched &from) const {
 #pragma unroll
     for (int turn = 0; turn < KEYS_EACH; ++turn) {
+      if (!has_tokens(turn)) break;
       const int token = vector(turn);
       const Scale scale = scale_of(square_of(from.keys[turn]));
-      if (token >= TOKENS) continue;
       const float left = fixed.left[MOST_TOKENS][token] * scale.rest;
       if (lane % LANES == 0) fixed.key_scales[token] = from.is_token[turn] ? scale.rest : 0.f, shared[WEIGHED_KEYS + DIM * TOKENS + token] = from.is_token[turn] ? left : 0.f;
 #pragma unroll
@@ -270,10 +276,21 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
 #pragma unroll
     for (int turn = 0; turn < STAGES; ++turn) send_for(turn);
     store_queries(fetched), store_values(fetched), store_numbers(fetched);
-    if (warp == WARPS - 1) fixed.look_at_tokens(fetched.token, tokens, lane);
+    if (warp == 0) fixed.look_at_tokens(fetched.token, tokens, lane);
     __syncthreads();
-    store_keys(fetched);
+    store_keys(fetched), store_scales();
     __syncthreads();
+  }
+
+  // In the place of a second number: what the single ones are multiplied by.
+  __device__ __forceinline__ void store_scales() const {
+    if (DEGREE == 1 || thread >= 16 * TILES) return;
+    const int tile = thread / 16, side = thread / 8 % 2, row = thread % 8;
+    uint32_t high, low;
+    split(scale_of_pair(thread, 1), 0.f, high, low);
+    unsigned char *const to = queries(tile / WORDS) + tile % WORDS * 4 + side * 2;
+    *reinterpret_cast<uint16_t *>(to + (query_row(2 * DIM) ^ row * 4 * WORDS)) = static_cast<uint16_t>(high);
+    *reinterpret_cast<uint16_t *>(to + (query_row(2 * DIM + 1) ^ row * 4 * WORDS)) = static_cast<uint16_t>(low);
   }
 
   // ---- a unit
@@ -285,10 +302,14 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   static __device__ __forceinline__ Factors factors_of(int unit, int row) {
     if (unit >= PRODUCTS) {
       const int x = 16 * (unit - PRODUCTS) + row;
-      return {static_cast<uint32_t>(query_row(x)), static_cast<uint32_t>(DIM * TOKENS | x * TOKENS << 16)};
+      return {static_cast<uint32_t>(query_row(x) | (DEGREE == 2 ? query_row(2 * DIM) << 16 : 0)), static_cast<uint32_t>(DIM * TOKENS | x * TOKENS << 16)};
     }
-    const int2 both = pair_of(16 * unit + row, DIM);
-    return {static_cast<uint32_t>(query_row(both.x) | query_row(both.x == both.y ? DIM + both.y : both.y) << 16), static_cast<uint32_t>(both.x * TOKENS | both.y * TOKENS << 16)};
+    // The first number's products begin at x (2 DIM + 1 - x) / 2: the root of what is left of a square is a whole number there, and elsewhere is
+    // greater by more than what it is rounded by.
+    const int product = 16 * unit + row;
+    const float side = 2 * DIM + 1, rest = side * side - 8.f * product;
+    const int x = static_cast<int>(.5f * (side + 1.f / 128.f - rest * linattn_tile::reciprocal_root(rest))), y = product - x * (2 * DIM - 1 - x) / 2;
+    return {static_cast<uint32_t>(query_row(x) | query_row(x == y ? DIM + y : y) << 16), static_cast<uint32_t>(x * TOKENS | y * TOKENS << 16)};
   }
   __device__ __forceinline__ void load_words(uint32_t (&words)[WORDS], int half, uint32_t row) const {
     const unsigned char *const from = queries(half) + (row ^ group * 4 * WORDS);
@@ -304,39 +325,36 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   }
 
   // Features of the pairs of some tiles in the rows of a unit, as left factors: of the second degree all products of two numbers but for what a
-  // pair's sums are multiplied by at the end, and its single ones with that.
+  // pair's sums are multiplied by at the end, and its single ones with that, which stands in two parts where a second number would.
   using Fragment = uint32_t[4];
-  template <bool LINEAR> __device__ __forceinline__ void make_features(Fragment (&features)[PARTS][TOGETHER], uint32_t query, int half) const {
+  __device__ __forceinline__ void make_features(Fragment (&features)[PARTS][TOGETHER], uint32_t query, int half, bool is_linear) const {
     uint32_t high[TOGETHER][4], low[TOGETHER][4];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
       const uint32_t rows = __shfl_sync(0xffffffffu, query, 4 * place + r);
       uint32_t x[WORDS], y[WORDS];
       load_words(x, half, rows & 0xffffu);
-      if constexpr (!LINEAR) load_words(y, half, rows >> 16);
+      if constexpr (DEGREE == 2) load_words(y, half, rows >> 16);
 #pragma unroll
       for (int t = 0; t < TOGETHER; ++t) {
-        if constexpr (LINEAR) high[t][r] = x[t];
+        if constexpr (DEGREE == 1) high[t][r] = x[t];
         else linattn_tile::multiply_two_exactly(x[t], y[t], high[t][r], low[t][r]);
+      }
+      if (DEGREE == 2 && is_linear) {
+        load_words(y, half, query_row(2 * DIM + 1));
+#pragma unroll
+        for (int t = 0; t < TOGETHER; ++t) low[t][r] = linattn_tile::multiply_add_two(x[t], y[t], low[t][r]);
       }
     }
 #pragma unroll
     for (int t = 0; t < TOGETHER; ++t) {
       in_fragments(features[0][t], high[t]);
-      if constexpr (DEGREE == 2 && LINEAR) scale_features(features[0][t], features[1][t], TOGETHER * half + t);
-      if constexpr (!LINEAR) in_fragments(features[1][t], low[t]);
+      if constexpr (DEGREE == 2) in_fragments(features[1][t], low[t]);
     }
   }
   static __device__ __forceinline__ void in_fragments(Fragment &to, const uint32_t (&rows)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) to[i] = i % 2 ? linattn_tile::upper_halves(rows[i / 2 * 2], rows[i / 2 * 2 + 1]) : linattn_tile::lower_halves(rows[i / 2 * 2], rows[i / 2 * 2 + 1]);
-  }
-  __device__ __forceinline__ void scale_features(Fragment &high, Fragment &low, int tile) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float scale = scale_of_pair(16 * tile + group + i % 2 * 8, 1);
-      split(__uint_as_float(high[i] << 16) * scale, __uint_as_float(high[i] & 0xffff0000u) * scale, high[i], low[i]);
-    }
   }
   // What sums of a pair's features are multiplied by: of single numbers, and of products of two.
   __device__ __forceinline__ float scale_of_pair(int pair, int degree) const {
@@ -392,37 +410,30 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
     }
   }
 
-  template <bool LINEAR> __device__ __forceinline__ void work_on(int turn) {
+  __device__ __forceinline__ void work_on(int turn) {
     const int unit = first + turn * stride;
     const Factors factors = factors_of(unit, lane % 16);
     linattn_tile::copy_wait<STAGES - 1>();
     meet();
     float *const to = args.after + begin_of(turn);
-    const int shift = shift_of(args.before ? args.before + begin_of(turn) : nullptr);
+    const int shift = shift_of((args.before ? args.before : args.after) + begin_of(turn));
     float *const rows = buffer(turn) + shift;
-    Fragment features[PARTS][TOGETHER];
+    Keys keys;
+    make_features(keys, factors.key);
 #pragma unroll
     for (int half = 0; half < GROUPS; ++half) {
-      make_features<LINEAR>(features, factors.query, half);
+      Fragment features[PARTS][TOGETHER];
+      make_features(features, factors.query, half, unit >= PRODUCTS);
       if (half == columns) read_ones(features, rows);
-      if (half + 1 < GROUPS) read<false>(features, rows, half, {});
+      read(features, rows, half, keys);
     }
-    if (args.after) {
-      Keys keys;
-      make_features(keys, factors.key);
-      read<true>(features, rows, GROUPS - 1, keys);
-      take_in_ones(keys, rows);
-      meet();
-      if (shift_of(to) == shift)
-        for_all_slots(
-            shift, [&](int i) { *reinterpret_cast<float4 *>(to - shift + i) = *reinterpret_cast<const float4 *>(rows - shift + i); },
-            [&](int i) { to[i - shift] = rows[i - shift]; });
-      else
-        for (int i = lane + 32 * columns; i < UNIT; i += 32 * GROUPS) to[i] = rows[i];
-    } else {
-      read<false>(features, rows, GROUPS - 1, {});
-    }
-    if (!args.before || !args.after || shift_of(to) != shift) meet();  // elsewhere a lane sends for what it has written
+    take_in_ones(keys, rows);
+    meet();
+    if (args.after)
+      for_all_slots(
+          shift, rows - shift, to - shift, [](float *slot, float *x) { *reinterpret_cast<float4 *>(x) = *reinterpret_cast<const float4 *>(slot); },
+          [](float *slot, float *x) { *x = *slot; });
+    if (!args.before) meet();  // elsewhere a lane sends for what it has written
     send_for(turn + STAGES);
   }
   // Those who share a unit.
@@ -431,7 +442,7 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
     else linattn_tile::barrier_sync<32 * GROUPS>(1 + run);
   }
 
-  template <bool TAKES> __device__ __forceinline__ void read(const Fragment (&features)[PARTS][TOGETHER], float *rows, int half, const Keys &keys) {
+  __device__ __forceinline__ void read(const Fragment (&features)[PARTS][TOGETHER], float *rows, int half, const Keys &keys) {
 #pragma unroll
     for (int two = 0; two < EIGHTS / 2; ++two) {
       float x[4][2];
@@ -455,7 +466,7 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
             const uint32_t (&of_state)[2] = product == 1 ? low[side] : high[side];
             linattn_tile::mma_bf16(sums[TOGETHER * half + t][2 * two + side], feature, of_state[0], of_state[1]);
           }
-      if constexpr (TAKES) take_in(x, two, keys, own);
+      if (half + 1 == GROUPS) take_in(x, two, keys, own);
     }
   }
   // The state's numbers, and what the tokens bring.
@@ -512,19 +523,18 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
     for (int t = 0; t < TOGETHER; ++t)
 #pragma unroll
       for (int i = 0; i < 4; ++i) mass[t][i] = 0.f;
-    if constexpr (DEGREE == 2) {
+    bool is_scaled = DEGREE == 1;
 #pragma unroll 1
-      for (; first + turn * stride < PRODUCTS; ++turn) work_on<false>(turn);
-      scale_sums(2);
+    for (; is_unit(turn); ++turn) {
+      if (!is_scaled && first + turn * stride >= PRODUCTS) scale_sums(), is_scaled = true;
+      work_on(turn);
     }
-#pragma unroll 1
-    for (; is_unit(turn); ++turn) work_on<true>(turn);
-    if constexpr (DEGREE == 1) scale_sums(1);
+    if (DEGREE == 1 || !is_scaled) scale_sums();
   }
-  __device__ __forceinline__ void scale_sums(int degree) {
+  __device__ __forceinline__ void scale_sums() {
 #pragma unroll
     for (int t = 0; t < TILES; ++t) {
-      const float scale[2] = {scale_of_pair(16 * t + group, degree), scale_of_pair(16 * t + group + 8, degree)};
+      const float scale[2] = {scale_of_pair(16 * t + group, DEGREE), scale_of_pair(16 * t + group + 8, DEGREE)};
 #pragma unroll
       for (int c = 0; c < EIGHTS; ++c)
 #pragma unroll
@@ -636,27 +646,24 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
         if (place == 0) fixed.masses[run][16 * (TOGETHER * columns + t) + group + 8 * side] = sum;
       }
   }
-  // Warps' sums over where units were, a tile after the other, added up in a fixed order and divided; or left to the second kernel.
+  // The sums of all warps, added up in a fixed order and divided; or left to the second kernel.
   __device__ __forceinline__ void finish() {
     begin_part();
     leave_masses();
     __syncthreads();
+    float *const to = shared + (16 * TILES * run + group) * PITCH;
 #pragma unroll
-    for (int t = 0; t < TILES; ++t) {
-      float *const tile = shared + t % 2 * SUMS;
-      float *const to = tile + (16 * run + group) * PITCH;
+    for (int t = 0; t < TILES; ++t)
 #pragma unroll
       for (int c = 0; c < EIGHTS; ++c)
 #pragma unroll
         for (int side = 0; side < 2; ++side)
-          *reinterpret_cast<float2 *>(to + 8 * side * PITCH + column_of(columns * EIGHTS + c, 2 * place)) = make_float2(sums[t][c][2 * side], sums[t][c][2 * side + 1]);
-      __syncthreads();
+          *reinterpret_cast<float2 *>(to + (16 * t + 8 * side) * PITCH + column_of(columns * EIGHTS + c, 2 * place)) = make_float2(sums[t][c][2 * side], sums[t][c][2 * side + 1]);
+    __syncthreads();
 #pragma unroll 1
-      for (int i = thread; i < 16 * DIM / 8; i += THREADS) write(tile, 16 * t + i / (DIM / 8), i % (DIM / 8) * 8);
-    }
+    for (int i = thread; i < pairs * (DIM / 8); i += THREADS) write(i / (DIM / 8), i % (DIM / 8) * 8);
   }
-  __device__ __forceinline__ void write(const float *tile, int pair, int column) const {
-    if (pair >= pairs) return;
+  __device__ __forceinline__ void write(int pair, int column) const {
     const int head = head_of(pair), token = pair - head * tokens, query_head = first_query + head;
     const int64_t row = (static_cast<int64_t>(at.batch) * p.query_heads + query_head) * tokens + token;
     const float of_one = at.split > 0 ? 0.f : scale_of_pair(pair, 0);
@@ -666,7 +673,7 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
 #pragma unroll
     for (int other = 0; other < RUNS; ++other) {
       total += fixed.masses[other][pair];
-      const float4 *const from = reinterpret_cast<const float4 *>(tile + (16 * other + pair % 16) * PITCH + column);
+      const float4 *const from = reinterpret_cast<const float4 *>(shared + (16 * TILES * other + pair) * PITCH + column);
       const float4 x = from[0], y = from[1];
       sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w, sum[4] += y.x, sum[5] += y.y, sum[6] += y.z, sum[7] += y.w;
     }
