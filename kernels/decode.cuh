@@ -35,11 +35,6 @@ inline dim3 blocks_of(const StepArguments &args) { return dim3(args.problem.batc
 
 inline int feature_count(const linattn_problem &p) { return p.head_dim + 1 + (p.degree == 2 ? p.head_dim * (p.head_dim + 1) / 2 : 0); }
 
-inline int splits_of(const linattn_problem &p) {
-  const int64_t heads = static_cast<int64_t>(p.batch) * p.state_heads, blocks = 4 * static_cast<int64_t>(card(cudaDevAttrMultiProcessorCount, 108));
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(blocks / heads, feature_count(p) / FEWEST_ROWS)));
-}
-
 // The parts of a plan that say how a state's rows are shared among blocks.
 inline void plan_splits(const linattn_problem &p, int splits, linattn_plan &plan) {
   plan.segments = splits, plan.chunk = (feature_count(p) + splits - 1) / splits;  // of the state's rows here

@@ -103,6 +103,12 @@ int splits_by_units(const linattn_problem &p, const UnitsKernel &kernel) {
   return best;
 }
 
+// How many blocks share a state where they go through its rows by lots.
+int splits_by_lots(const linattn_problem &p) {
+  const int64_t heads = static_cast<int64_t>(p.batch) * p.state_heads, blocks = 4 * static_cast<int64_t>(card(cudaDevAttrMultiProcessorCount, 108));
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(blocks / heads, feature_count(p) / FEWEST_ROWS)));
+}
+
 bool plan_tokens(const linattn_problem &problem, const linattn_forward_result &result, const float *before, linattn_plan &plan) {
   if (problem.length > MOST_TOKENS || !problem.causal || problem.dropout_p) return false;
   if (const UnitsKernel units = units_of(problem, result, before); units.kernel) {
@@ -110,7 +116,7 @@ bool plan_tokens(const linattn_problem &problem, const linattn_forward_result &r
     plan.shared_bytes = units.shared_bytes;
     return true;
   }
-  plan_splits(problem, splits_of(problem), plan);
+  plan_splits(problem, splits_by_lots(problem), plan);
   const Kernel found = kernel_of(problem);
   plan.shared_bytes = found.shared_bytes(problem.head_dim, tiles_of(problem, heads_at_once(problem, found.most_tiles)), static_cast<int>(plan.chunk));
   return true;
