@@ -13,6 +13,7 @@ __device__ __forceinline__ void multiply_two_exactly(uint32_t x, uint32_t y, uin
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(high) : "r"(x), "r"(y), "r"(0x80008000u));
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(low) : "r"(x), "r"(y), "r"(high ^ 0x80008000u));
 }
+
 // x y + sum, of two bfloat16 each.
 __device__ __forceinline__ uint32_t multiply_add_two(uint32_t x, uint32_t y, uint32_t sum) {
   uint32_t both;
