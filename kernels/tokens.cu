@@ -1,7 +1,8 @@
 // architectures: sm_80 compute_80 sm_90
 // A few new tokens a sequence: which kernel a call takes, and its launch.
 #include "tokens.cuh"
-#include "tokens/units.h"
+
+#include "tokens/kernels.h"
 
 namespace linattn {
 namespace {
@@ -78,19 +79,19 @@ Kernel kernel_of(const linattn_problem &p) {
 int heads_at_once(const linattn_problem &p, int most_tiles) { return std::min<int>(p.query_heads / p.state_heads, 16 * most_tiles / static_cast<int>(p.length)); }
 int tiles_of(const linattn_problem &p, int heads) { return (heads * static_cast<int>(p.length) + 15) / 16; }
 
-// The kernel by units, where one is made for the call.
-UnitsKernel units_of(const linattn_problem &p, const linattn_forward_result &result, const float *before) {
+// The kernel of calls as models have them, where the call is one.
+SeveralKernel several_of(const linattn_problem &p, const linattn_forward_result &result, const float *before) {
   const auto is_near = [&](const linattn_tensor &rows) { return aligned(rows) && std::max(rows.head_stride * p.query_heads, rows.token_stride * MOST_TOKENS) <= INT32_MAX / 2; };
   const bool is_for_it = p.dtype == LINATTN_BFLOAT16 && p.head_dim == p.value_dim && is_near(p.query) && is_near(p.key) && is_near(p.value) && is_near(result.out);
   const bool lie_alike = !before || !result.state || (reinterpret_cast<uintptr_t>(before) - reinterpret_cast<uintptr_t>(result.state)) % 16 == 0;  // from a boundary of 16 bytes
   if (!is_for_it || !lie_alike) return {};
   const int tokens = static_cast<int>(p.length), pairs = p.query_heads / p.state_heads * tokens;
-  const UnitsKernel found = p.degree == 1 ? units_of_first_degree(p.head_dim, pairs, tokens) : units_of_second_degree(p.head_dim, pairs, tokens);
-  return found.shared_bytes <= shared_memory() ? found : UnitsKernel{};
+  const SeveralKernel found = p.degree == 1 ? kernel_of_first_degree(p.head_dim, pairs, tokens) : kernel_of_second_degree(p.head_dim, pairs, tokens);
+  return found.shared_bytes <= shared_memory() ? found : SeveralKernel{};
 }
 // How many blocks share a state: those that are at work at once do so in rounds, of as many units as one of their warps has, and what
 // a block's beginning and end take, and a second kernel.
-int splits_by_units(const linattn_problem &p, const UnitsKernel &kernel) {
+int splits_by_units(const linattn_problem &p, const SeveralKernel &kernel) {
   constexpr int ENDS = 3, JOIN = 2;  // in the time of units
   const int64_t states = static_cast<int64_t>(p.batch) * p.state_heads, at_once = static_cast<int64_t>(kernel.blocks) * card(cudaDevAttrMultiProcessorCount, 108);
   int best = 1;
@@ -111,9 +112,9 @@ int splits_by_lots(const linattn_problem &p) {
 
 bool plan_tokens(const linattn_problem &problem, const linattn_forward_result &result, const float *before, linattn_plan &plan) {
   if (problem.length > MOST_TOKENS || !problem.causal || problem.dropout_p) return false;
-  if (const UnitsKernel units = units_of(problem, result, before); units.kernel) {
-    plan_splits(problem, splits_by_units(problem, units), plan);
-    plan.shared_bytes = units.shared_bytes;
+  if (const SeveralKernel found = several_of(problem, result, before); found.kernel) {
+    plan_splits(problem, splits_by_units(problem, found), plan);
+    plan.shared_bytes = found.shared_bytes;
     return true;
   }
   plan_splits(problem, splits_by_lots(problem), plan);
@@ -124,18 +125,18 @@ bool plan_tokens(const linattn_problem &problem, const linattn_forward_result &r
 
 cudaError_t run_tokens(const linattn_problem &problem, const linattn_forward_result &result, const float *before, const linattn_plan &plan) {
   const cudaStream_t stream = static_cast<cudaStream_t>(problem.stream);
-  if (const UnitsKernel units = units_of(problem, result, before); units.kernel) {
-    const int tokens = static_cast<int>(problem.length);
-    const UnitsArguments args = {step_arguments(problem, result, before, plan), (65535 + tokens) / tokens};
-    if (const cudaError_t failed = cudaFuncSetAttribute(units.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, units.shared_bytes)) return failed;
-    const auto kernel = units.kernel;
-    kernel<<<blocks_of(args), 32 * units.warps, units.shared_bytes, stream>>>(args);
-    return launch_join(args, stream);
+  const int tokens = static_cast<int>(problem.length);
+  const SeveralArguments several = {step_arguments(problem, result, before, plan), (65535 + tokens) / tokens};
+  if (const SeveralKernel found = several_of(problem, result, before); found.kernel) {
+    if (const cudaError_t failed = cudaFuncSetAttribute(found.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, found.shared_bytes)) return failed;
+    const auto kernel = found.kernel;
+    kernel<<<blocks_of(several), 32 * found.warps, found.shared_bytes, stream>>>(several);
+    return launch_join(several, stream);
   }
   const Kernel found = kernel_of(problem);
   const auto kernel = found.kernel;
-  const int heads = heads_at_once(problem, found.most_tiles), tokens = static_cast<int>(problem.length);
-  const TokensArguments args = {step_arguments(problem, result, before, plan), heads, tiles_of(problem, heads), (65535 + tokens) / tokens};
+  const int heads = heads_at_once(problem, found.most_tiles);
+  const TokensArguments args = {several, heads, tiles_of(problem, heads)};
   if (const cudaError_t failed = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes)) return failed;
   kernel<<<blocks_of(args), 32 * found.warps, plan.shared_bytes, stream>>>(args);
   return launch_join(args, stream);

@@ -12,15 +12,15 @@
 #include "decode.cuh"
 #include "tile/instructions.cuh"
 #include "tokens/decays.cuh"
+#include "tokens/kernels.h"
 
 namespace linattn {
 namespace {
 
 constexpr int TOKEN_PITCH = 20;  // floats from one row to the next where columns are tokens
 
-struct TokensArguments : StepArguments {
+struct TokensArguments : SeveralArguments {
   int32_t heads_at_once, tiles_at_once;
-  int32_t one_token;  // of 65,536 parts, rounded up: a quotient of few numbers by the tokens is one product
 };
 
 // SLICES of 32 numbers hold D and Dv; DTYPE: of inputs. WARPS: fewer where states are small, since each begins by finding out the same.

@@ -3,7 +3,7 @@
 import accuracy_bar
 import torch
 
-from hf_linattn.ops import cuda, one_token
+from hf_linattn.ops import chunked, cuda, one_token
 from hf_linattn.ops.call import Call
 from hf_linattn.ops.decay import without_padding
 from hf_linattn.ops.features import feature_count
@@ -37,6 +37,19 @@ def step_case(dtype, *, degree=1, decay=None, padded=False, batch=2, heads=4, ke
         one_token.step(Call(*token, coefficients[:, :state_heads].contiguous(), degree=degree), state)
     rows = query.to(dtype), key.to(dtype), value.to(dtype)
     return Call(*rows, coefficients, rate, segments, segments, degree=degree, normalize_qk=normalize_qk), state
+
+
+def cancelling_case(dtype, degree, dim, *, length=4, device="cpu"):
+    """Keys that lie together, and queries that face away: f(s) = (1 + s)^degree is a difference of what the state says."""
+    call, state = step_case(dtype, length=length, head_dim=dim, value_dim=dim, degree=degree, device=device)
+    generator = torch.Generator().manual_seed(0)
+    spread = lambda *shape: (torch.randn(*shape, dim, generator=generator) * dim**-0.5).to(device)  # noqa: E731
+    numbers = torch.tensor([1.0, degree, degree - 1.0, 1.0], device=device)[:, None].expand(-1, 4).contiguous()
+    middle = spread() / spread().norm()
+    past = Call(spread(2, 4, 200), middle + 0.3 * spread(2, 2, 200), 6 * spread(2, 2, 200), numbers, degree=degree)
+    state.copy_(chunked.forward(past, True)[2])
+    query, key = (0.3 * spread(2, 4, length) - middle).to(dtype), (middle + 0.3 * spread(2, 2, length)).to(dtype)
+    return call._replace(query=query, key=key, coefficients=numbers, initial_state=state)
 
 
 def check_step(dtype, **kind):

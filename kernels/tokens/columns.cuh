@@ -7,7 +7,7 @@
 #include "tile/exact.cuh"
 #include "tile/instructions.cuh"
 #include "tokens/decays.cuh"
-#include "tokens/units.h"
+#include "tokens/kernels.h"
 
 namespace linattn {
 namespace {
@@ -36,7 +36,7 @@ template <int DIM, int STEPS> struct Columns {
   };
   static int shared_bytes(int tiles) { return Layout(tiles).end; }
 
-  const UnitsArguments &args;
+  const SeveralArguments &args;
   const linattn_problem &p;
   Fixed &fixed;
   unsigned char *const shared;
@@ -51,7 +51,7 @@ template <int DIM, int STEPS> struct Columns {
   uint32_t value[2][STEPS];                        // of them, two tokens to a word
   float one[2][2];                                 // the row of the feature 1, columns of sums
 
-  __device__ __forceinline__ Columns(const UnitsArguments &args, Fixed &fixed, unsigned char *shared)
+  __device__ __forceinline__ Columns(const SeveralArguments &args, Fixed &fixed, unsigned char *shared)
       : args(args), p(args.problem), fixed(fixed), shared(shared), thread(threadIdx.x), warp(__shfl_sync(0xffffffffu, thread / 32, 0)), lane(thread % 32), group(lane / 4),
         place(lane % 4), key_head(key_head_of(args, at.head)), tokens(static_cast<int>(p.length)), pairs(args.group * tokens), tiles((pairs + 15) / 16),
         first_query(at.head * args.group), state((static_cast<int64_t>(at.batch) * p.state_heads + at.head) * STATE),
@@ -386,7 +386,7 @@ template <int DIM, int STEPS> struct Columns {
   }
 };
 
-template <int DIM, int STEPS> __global__ void __launch_bounds__(Columns<DIM, STEPS>::THREADS, Columns<DIM, STEPS>::BLOCKS) columns_kernel(const UnitsArguments args) {
+template <int DIM, int STEPS> __global__ void __launch_bounds__(Columns<DIM, STEPS>::THREADS, Columns<DIM, STEPS>::BLOCKS) columns_kernel(const SeveralArguments args) {
   using Work = Columns<DIM, STEPS>;
   extern __shared__ __align__(16) unsigned char shared[];
   __shared__ typename Work::Fixed fixed;
@@ -407,7 +407,7 @@ template <int DIM, int STEPS> __global__ void __launch_bounds__(Columns<DIM, STE
   work.write();
 }
 
-template <int DIM, int STEPS> UnitsKernel columns(int pairs) {
+template <int DIM, int STEPS> SeveralKernel columns(int pairs) {
   using Work = Columns<DIM, STEPS>;
   return {Work::WARPS, Work::shared_bytes((pairs + 15) / 16), Work::BLOCKS, 1, 1, columns_kernel<DIM, STEPS>};
 }

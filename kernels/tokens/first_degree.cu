@@ -4,7 +4,7 @@
 
 namespace linattn {
 
-UnitsKernel units_of_first_degree(int dim, int pairs, int tokens) {
+SeveralKernel kernel_of_first_degree(int dim, int pairs, int tokens) {
   if (pairs > 128 || (dim != 64 && dim != 128)) return {};
   if (dim == 64) return tokens <= 8 ? columns<64, 1>(pairs) : columns<64, 2>(pairs);
   return tokens <= 8 ? columns<128, 1>(pairs) : columns<128, 2>(pairs);

@@ -1,10 +1,10 @@
 // architectures: sm_80 compute_80 sm_90
 // A few new tokens of the second degree at a head dim of 64.
-#include "tokens/kernel.cuh"
+#include "tokens/units.cuh"
 
 namespace linattn {
 
-UnitsKernel units_of_second_degree(int dim, int pairs, int tokens) {
+SeveralKernel kernel_of_second_degree(int dim, int pairs, int tokens) {
   if (dim != 64 || pairs > 128) return {};
   if (pairs <= 16) return units<64, 2, 1>(tokens);
   if (pairs <= 32) return units<64, 2, 2>(tokens);

@@ -13,7 +13,7 @@
 #include "tile/exact.cuh"
 #include "tile/instructions.cuh"
 #include "tokens/decays.cuh"
-#include "tokens/units.h"
+#include "tokens/kernels.h"
 
 namespace linattn {
 namespace {
@@ -49,7 +49,7 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   static constexpr int END = WEIGHTS + GROUPS * TILES * 32 * 8;
   static constexpr int SHARED_BYTES = 4 * (END > SUMS ? END : SUMS);
 
-  const UnitsArguments &args;
+  const SeveralArguments &args;
   const linattn_problem &p;
   Fixed &fixed;
   float *const shared;
@@ -60,7 +60,7 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   float carry;
   float sums[TILES][EIGHTS][4], mass[TOGETHER][4];
 
-  __device__ __forceinline__ Units(const UnitsArguments &args, Fixed &fixed, float *shared)
+  __device__ __forceinline__ Units(const SeveralArguments &args, Fixed &fixed, float *shared)
       : args(args), p(args.problem), fixed(fixed), shared(shared), thread(threadIdx.x), warp(__shfl_sync(0xffffffffu, thread / 32, 0)), lane(thread % 32), group(lane / 4),
         place(lane % 4), run(GROUPS == 1 ? warp : warp % RUNS), columns(GROUPS == 1 ? 0 : warp / RUNS), key_head(key_head_of(args, at.head)), tokens(static_cast<int>(p.length)),
         pairs(args.group * tokens), first_query(at.head * args.group), first(at.split * RUNS + run), stride(RUNS * args.splits),
@@ -693,6 +693,26 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
     if (column == 0 && args.mass) args.mass[row] = total;
   }
 };
+
+template <int DIM, int DEGREE, int TILES, int STEPS> __global__ void __launch_bounds__(Units<DIM, DEGREE, TILES, STEPS>::THREADS, Units<DIM, DEGREE, TILES, STEPS>::BLOCKS)
+    units_kernel(const SeveralArguments args) {
+  using Work = Units<DIM, DEGREE, TILES, STEPS>;
+  extern __shared__ __align__(16) float shared[];
+  __shared__ typename Work::Fixed fixed;
+  Work work(args, fixed, shared);
+  work.begin();
+  work.weigh_tokens();
+  work.work();
+  work.read_tokens();
+  work.take_in_one();
+  work.finish();
+}
+
+template <int DIM, int DEGREE, int TILES, int STEPS> SeveralKernel units() {
+  using Work = Units<DIM, DEGREE, TILES, STEPS>;
+  return {Work::WARPS, Work::SHARED_BYTES, Work::BLOCKS, Work::COUNT, Work::RUNS, units_kernel<DIM, DEGREE, TILES, STEPS>};
+}
+template <int DIM, int DEGREE, int TILES> SeveralKernel units(int tokens) { return tokens <= 8 ? units<DIM, DEGREE, TILES, 1>() : units<DIM, DEGREE, TILES, 2>(); }
 
 }  // namespace
 }  // namespace linattn

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accuracy_bar import assert_bar, compare, operator_case, paths_of
 from emulation import build
-from step_cases import SEVERAL, check_step, step_case
+from step_cases import SEVERAL, cancelling_case, check_step, step_case
 
 from hf_linattn.ops import chunked, cuda
 from hf_linattn.ops.call import Call
@@ -15,6 +15,18 @@ pytestmark = [
     pytest.mark.timeout(1200),
 ]
 SMALL = {"batch": 1, "heads": 2, "key_heads": 1, "head_dim": 32, "value_dim": 32, "device": "cpu", "stateful": True}
+WIDE, OF_128 = {"head_dim": 64, "value_dim": 64}, {"head_dim": 128, "value_dim": 128}
+
+
+BY_TILES = [
+    {"heads": 1, "key_heads": 1, "length": 9}, {"heads": 5, "key_heads": 1, "length": 8}, {"heads": 8, "key_heads": 1, "length": 16},
+    {"heads": 4, "key_heads": 2, "state_heads": 4, "length": 16}, {"heads": 4, "key_heads": 1, "length": 7, **OF_128},
+    {"heads": 2, "key_heads": 2, "length": 10, **OF_128}, {"degree": 2, "heads": 1, "key_heads": 1, "length": 6},
+    {"degree": 2, "heads": 2, "key_heads": 1, "length": 16}, {"degree": 2, "heads": 3, "key_heads": 1, "length": 16},
+    {"degree": 2, "heads": 8, "key_heads": 1, "length": 8}, {"degree": 2, "heads": 8, "key_heads": 1, "length": 16},
+    {"degree": 2, "heads": 9, "key_heads": 1, "length": 16},
+]  # fmt: skip
+"""From one tile of 16 pairs of a head and a token to as many as are worked on at once, and one more."""
 
 
 def part(call: Call, begin: int, end: int, state: torch.Tensor | None) -> Call:
@@ -46,19 +58,18 @@ def test_in_place_out_of_place_and_one_after_the_other(kernels, kind):
     assert torch.equal(cuda.step(call, state), out) and torch.equal(state, after)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("degree", [1, 2])
-def test_terms_that_cancel(kernels, dtype, degree):
+@pytest.mark.parametrize("kind", BY_TILES, ids=str)
+def test_as_many_pairs_as_a_state_has(kernels, kind):
+    check_step(torch.bfloat16, batch=1, decay="head", **kind)
+
+
+@pytest.mark.parametrize("dtype, degree, dim", [
+    (torch.float32, 1, 32), (torch.float32, 2, 32), (torch.float16, 1, 32), (torch.float16, 2, 32),
+    (torch.bfloat16, 1, 64), (torch.bfloat16, 2, 64), (torch.bfloat16, 1, 128),
+], ids=str)  # fmt: skip
+def test_terms_that_cancel(kernels, dtype, degree, dim):
     """Keys that lie together, and queries that face away: f(s) = (1 + s)^degree is a difference of what the state says."""
-    call, state = step_case(dtype, length=4, head_dim=32, value_dim=32, degree=degree)
-    generator = torch.Generator().manual_seed(0)
-    spread = lambda *shape: torch.randn(*shape, 32, generator=generator) * 32**-0.5  # noqa: E731
-    numbers = torch.tensor([1.0, degree, degree - 1.0, 1.0])[:, None].expand(-1, 4).contiguous()
-    middle = spread() / spread().norm()
-    past = Call(spread(2, 4, 200), middle + 0.3 * spread(2, 2, 200), 6 * spread(2, 2, 200), numbers, degree=degree)
-    state.copy_(chunked.forward(past, True)[2])
-    query, key = (0.3 * spread(2, 4, 4) - middle).to(dtype), (middle + 0.3 * spread(2, 2, 4)).to(dtype)
-    call = call._replace(query=query, key=key, coefficients=numbers, initial_state=state)
+    call = cancelling_case(dtype, degree, dim)
     exactly = Call(*(x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in call))
     ours, plain, exact = cuda.forward(call, True), chunked.forward(call, True), chunked.forward(exactly, True)
     assert_bar("out", ours[0], plain[0], exact[0], 2, dtype)
@@ -99,24 +110,39 @@ def test_which_calls(kernels, length, state, asked, path):
 
 @pytest.mark.parametrize("asked", [True, False])
 @pytest.mark.parametrize("given", [True, False])
-def test_a_state_that_is_not_given_or_not_asked_for(kernels, given, asked):
-    call, state = step_case(torch.float32, length=6, decay="head")
+@pytest.mark.parametrize("dtype, degree", [(torch.float32, 1), (torch.bfloat16, 1), (torch.bfloat16, 2)], ids=str)
+def test_a_state_that_is_not_given_or_not_asked_for(kernels, given, asked, dtype, degree):
+    call, state = step_case(dtype, length=6, decay="head", degree=degree)
     call = part(call, 0, 6, state if given else None)
     for name, ours, plain in zip(("out", "mass", "state"), cuda.forward(call, asked), chunked.forward(call, asked), strict=True):
         if ours is not None or plain is not None:
-            assert_bar(name, ours, plain, plain.double(), 2, torch.float32)
+            assert_bar(name, ours, plain, plain.double(), 2, dtype)
+
+
+@pytest.mark.parametrize("behind", [1, 3])
+@pytest.mark.parametrize("degree", [1, 2])
+def test_states_off_a_boundary_of_16_bytes(kernels, degree, behind):
+    """Both as far from one, or not: the same numbers but for their last place."""
+    call, state = step_case(torch.bfloat16, length=5, degree=degree, decay="token")
+    out, _, after = cuda.forward(call._replace(initial_state=state), True)
+    apart = torch.empty(state.numel() + behind)[behind:].view(state.shape).copy_(state)
+    elsewhere, _, after_elsewhere = cuda.forward(call._replace(initial_state=apart), True)
+    torch.testing.assert_close(elsewhere, out, rtol=0.02, atol=0.005)
+    torch.testing.assert_close(after_elsewhere, after, rtol=1e-5, atol=1e-5)
+    assert torch.equal(cuda.step(call, apart), out) and torch.equal(apart, after)
 
 
 @pytest.mark.parametrize("lag", [1, 3])
-def test_queries_of_another_run_than_the_keys(kernels, lag):
+@pytest.mark.parametrize("dtype, kind", [(torch.float32, {}), (torch.bfloat16, WIDE), (torch.bfloat16, WIDE | {"degree": 2})], ids=str)
+def test_queries_of_another_run_than_the_keys(kernels, lag, dtype, kind):
     """A lag shifts the tokens against each other: a query whose run has no key yet sees nothing."""
-    inputs, _ = operator_case(torch.float32, **SMALL | {"length": 16, "segments": "packed"})
+    inputs, _ = operator_case(dtype, **SMALL | {"length": 16, "segments": "packed"} | kind)
     query, key, value, coefficients, _, runs, _, state, *_ = inputs
     count = 16 - lag
     rows = query[:, :, lag:], key[:, :, :count], value[:, :, :count]
-    call = Call(*(x.contiguous() for x in rows), coefficients, None, runs[:, lag:], runs[:, :count], state)
+    call = Call(*(x.contiguous() for x in rows), coefficients, None, runs[:, lag:], runs[:, :count], state, degree=kind.get("degree", 1))
     for name, ours, plain in zip(("out", "mass", "state"), cuda.forward(call, True), chunked.forward(call, True), strict=True):
-        assert_bar(name, ours, plain, plain.double(), 2, torch.float32)
+        assert_bar(name, ours, plain, plain.double(), 2, dtype)
 
 
 @pytest.mark.parametrize("kind", [{"decay": "token", "padded": True}, {"degree": 2, "heads": 12, "key_heads": 1}], ids=str)
