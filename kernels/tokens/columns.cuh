@@ -1,4 +1,4 @@
-// Up to 16 new tokens a sequence of the first degree where models live: bfloat16, head dims of 64 and 128. A block has a state as a whole in shared
+// Up to 16 new tokens a sequence of the first degree where models live, in bfloat16, and where heads share a state: a block has one as a whole in shared
 // memory, and each warp 16 of its columns, of all rows, as right factors in registers: the nearest bfloat16 and what is left. Past them go all
 // pairs of a query head and a token, 16 at a time, as left factors: queries as they are, since what makes them of unit length multiplies the sums.
 // What the tokens bring is a product by tf32 (values are exact in it, keys in two parts), added to the state in float32.

@@ -1,4 +1,4 @@
-// Up to 16 new tokens a sequence where models live: bfloat16, head dims of 64 and 128, up to 128 pairs of a query head and a token to a state.
+// Up to 16 new tokens a sequence where models live, in bfloat16: the second degree, and the first where no or few heads share a state.
 //
 // The rows of a state go through the block's warps by units of 16, each warp on its own: it sends for units ahead, multiplies what the tokens ask
 // by the rows as they were, adds what the tokens bring, and writes the unit back, without a barrier of the block. Products by tensor cores:
@@ -27,7 +27,7 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   static constexpr int WIDTH = DIM + 1, UNIT = 16 * WIDTH, BUFFER = UNIT + 4;
   static constexpr int STAGES = DEGREE == 2 ? 3 : DIM / 64;  // units of a warp that are in shared memory
   static constexpr int PRODUCTS = DEGREE == 2 ? DIM * (DIM + 1) / 2 / 16 : 0, COUNT = PRODUCTS + DIM / 16;  // units: of products, and all
-  static constexpr int BLOCKS = GROUPS > 1 ? 1 : DIM == 128 ? 2 : TILES == 1 ? 5 : TILES == 2 ? 4 : 2;  // of a multiprocessor
+  static constexpr int BLOCKS = GROUPS > 1 ? 1 : DIM == 128 || TILES > 2 ? 2 : TILES == 2 ? 3 : DEGREE == 2 ? 4 : 5;  // of a multiprocessor
   static constexpr int WORDS = TOGETHER == 3 ? 4 : TOGETHER;  // of a pair and the one 8 further, a word a tile: those of tiles that are read for together
   static constexpr int QUERY_PITCH = 32 * WORDS, QUERY_ROWS = DEGREE == 2 ? 2 * DIM + 2 : DIM, QUERY_BYTES = QUERY_ROWS * QUERY_PITCH;
   static constexpr int PITCH = DIM + 4;  // of sums
