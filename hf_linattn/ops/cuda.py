@@ -136,7 +136,8 @@ def load_library(path: Path = LIBRARY) -> tuple[ctypes.CDLL | None, str]:
         return None, f"the compiled library {path.name} is not part of this installation: {CURE}"
     try:
         library = ctypes.CDLL(str(path))
-        if not hasattr(library, "linattn_interface") or library.linattn_interface() != INTERFACE:
+        is_ours = hasattr(library, "linattn_interface") and library.linattn_interface() == INTERFACE
+        if not is_ours or any(library.linattn_struct_bytes(which) != ctypes.sizeof(struct) for which, struct in enumerate(_STRUCTS)):
             return None, f"the compiled library {path.name} is of another version than this Python code: {CURE}"
         for name, problem, results in (("forward", _Problem, _ForwardResult), ("backward", _Problem, _BackwardData),
                                        ("step", _Problem, _ForwardResult), ("window_step", _Window, _Beside)):  # fmt: skip

@@ -48,6 +48,15 @@ def test_structures_are_those_of_the_header():
         assert library.linattn_struct_bytes(which) == ctypes.sizeof(struct)
 
 
+@needs_library
+def test_a_library_of_the_same_number_with_other_structures_is_refused(monkeypatch):
+    """Built while its headers were being changed, and before they were counted."""
+    longer = type("longer", (ctypes.Structure,), {"_fields_": [*cuda._Plan._fields_, ("more", ctypes.c_int64)]})
+    monkeypatch.setattr(cuda, "_STRUCTS", tuple(longer if struct is cuda._Plan else struct for struct in cuda._STRUCTS))
+    library, cause = cuda.load_library.__wrapped__()
+    assert library is None and "is of another version than this Python code" in cause
+
+
 def test_the_interface_has_another_number_where_it_is_another():
     """A function that takes something else than before would be called all the same, by Python of another day than the library."""
     headers = "".join((ROOT / "kernels" / name).read_text() for name in ("linattn.h", "runs.h"))
