@@ -388,9 +388,9 @@ template <int DIM, int STEPS> struct Columns {
 
 template <int DIM, int STEPS> __global__ void __launch_bounds__(Columns<DIM, STEPS>::THREADS, Columns<DIM, STEPS>::BLOCKS) columns_kernel(const SeveralArguments args) {
   using Work = Columns<DIM, STEPS>;
-  extern __shared__ __align__(16) unsigned char shared[];
+  extern __shared__ __align__(16) float shared[];
   __shared__ typename Work::Fixed fixed;
-  Work work(args, fixed, shared);
+  Work work(args, fixed, reinterpret_cast<unsigned char *>(shared));
   work.begin();
   work.measure();
   __syncthreads();
