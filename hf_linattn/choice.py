@@ -40,6 +40,7 @@ _built: WeakKeyDictionary[PreTrainedModel, None] = WeakKeyDictionary()  # in the
 
 def get_correct_attn_implementation(self: PreTrainedModel, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
     """Transformers' own answer. A config with options of linear attention asks for it, unless something else was asked for aloud."""
+    share_options(self.config)
     if requested_attention is None:
         if getattr(self.config, NAME, None) is not None:
             requested_attention = NAME
@@ -49,6 +50,25 @@ def get_correct_attn_implementation(self: PreTrainedModel, requested_attention: 
     if chosen == NAME:
         refuse_class(type(self))
     return chosen
+
+
+def share_options(config: PreTrainedConfig) -> None:
+    """Gives the text part of a config, by which its layers go, the options that were set on the whole.
+
+    Raises:
+        ValueError: it has others.
+    """
+    options = getattr(config, NAME, None)
+    if options is None or (text := config.get_text_config()) is config:
+        return
+    of_text = getattr(text, NAME, None)
+    if of_text is None:
+        setattr(text, NAME, options)
+    elif of_text != options:
+        raise ValueError(
+            f"config.linattn is {options}, and that of its text part, by which layers go, {of_text}; set both by "
+            "LinAttnConfig(...).store(config)."
+        )
 
 
 def post_init(self: PreTrainedModel) -> None:

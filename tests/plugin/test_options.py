@@ -7,7 +7,7 @@ import pytest
 import torch
 from learned import learned_model
 from tiny_models import ENCODERS, tiny_config, tiny_model, tiny_tokens
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Gemma3Config
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from hf_linattn import LinAttnConfig
 from hf_linattn.config import sizes_of, sliding_windows, softmax_layers
@@ -151,6 +151,28 @@ def test_a_bound_itself_is_allowed_and_without_unit_length_there_is_none(options
 def test_sizes_of_a_config_that_may_leave_them_unsaid(given, sizes):
     config = SimpleNamespace(num_attention_heads=4, hidden_size=64, **given)
     assert sizes_of(config) == Sizes(*sizes, 512.0) and sizes_of(config, 7.0, 48) == Sizes(*sizes[:4], 48, 7.0)
+
+
+@pytest.mark.parametrize("chosen", ["linattn", {"text_config": "linattn"}], ids=str)
+def test_options_of_a_model_of_parts_reach_its_text_layers(chosen):
+    """They were passed over where they stood on the whole alone."""
+    sees = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+
+    def logits(*places):
+        config = Gemma3Config(text_config=tiny_config("gemma3").to_dict(), vision_config=sees)
+        for place in places:
+            (config if place == "whole" else config.text_config).linattn = {"decay": "head"}
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return Gemma3ForConditionalGeneration._from_config(config, attn_implementation=chosen).eval()(tiny_tokens()).logits
+
+    expected = logits("text")
+    assert torch.equal(logits("whole"), expected) and torch.equal(logits("whole", "text"), expected)
+    assert not torch.equal(logits(), expected)
+    config = Gemma3Config(text_config=tiny_config("gemma3", decay="head").to_dict(), vision_config=sees)
+    config.linattn = {"decay": "key_head"}
+    with pytest.raises(ValueError, match="that of its text part, by which layers go, .*set both by LinAttnConfig"):
+        Gemma3ForConditionalGeneration._from_config(config, attn_implementation=chosen)
 
 
 WINDOWS = {"sliding_window": 8, "attention_chunk_size": 16}
