@@ -1,6 +1,6 @@
 // architectures: sm_80 compute_80 sm_90
 // A few new tokens of the second degree at a head dim of 64.
-#include "tokens/units.cuh"
+#include "tokens/unit_kernel.cuh"
 
 namespace linattn {
 

@@ -81,22 +81,7 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   __device__ __forceinline__ int64_t begin_of(int turn) const { return state + static_cast<int64_t>(row_of(first + turn * stride)) * WIDTH; }
   __device__ __forceinline__ bool is_unit(int turn) const { return first + turn * stride < COUNT; }
 
-  __device__ __forceinline__ void send_for(int turn) const {
-    if (is_unit(turn)) {
-      const float *const from = args.before + begin_of(turn);
-      float *const to = buffer(turn);
-      if (args.before) {
-        const int shift = shift_of(from);
-        for_all_slots(
-            shift, to, from - shift, [](float *slot, const float *x) { linattn_tile::copy_async(linattn_tile::shared_address(slot), x, true); },
-            [](float *slot, const float *x) { linattn_tile::copy_number_async(linattn_tile::shared_address(slot), x, true); });
-      } else {
-#pragma unroll 1
-        for (int i = lane + 32 * columns; i < BUFFER; i += 32 * GROUPS) to[i] = 0.f;
-      }
-    }
-    linattn_tile::copy_commit();
-  }
+  __device__ __forceinline__ void send_for(int turn) const;
   // Fours of a unit's numbers that lie on 16 bytes, and those at the ends that share theirs with others, one by one. A warp of a group has the
   // same of every unit, so that it alone copies a place of a buffer out and in.
   template <typename Memory, typename Four, typename Single>
@@ -160,77 +145,16 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
     float numbers[4], one[ONES_EACH];
     Decays::Token token;
   };
-  __device__ __forceinline__ void fetch(Fetched &to) const {
-    to.token = Decays::token_of(p, at, lane);
-    const uint16_t *const queries = first_of(p.query, first_query), *const keys = first_of(p.key, key_head), *const values = first_of(p.value, key_head);
-#pragma unroll
-    for (int turn = 0; turn < KEYS_EACH; ++turn) {
-      if (!has_tokens(turn)) break;
-      const int token = min(vector(turn), tokens - 1);
-      to.keys[turn] = load(p.key, keys, 0, token), to.values[turn] = load(p.value, values, 0, token);
-      to.is_token[turn] = vector(turn) < tokens && is_taken(p, at.batch, token);
-    }
-#pragma unroll
-    for (int turn = 0; turn < QUERIES_EACH && has_queries(turn); ++turn)
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        const int pair = min(pair_of_vector(query_vector(turn), side), pairs - 1), head = head_of(pair);
-        to.queries[turn][side] = load(p.query, queries, head, pair - head * tokens);
-      }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to.numbers[i] = thread < pairs && (i != 2 || DEGREE == 2) ? p.coefficients[i * p.query_heads + first_query + head_of(thread)] : 0.f;
-#pragma unroll
-    for (int i = 0; i < ONES_EACH; ++i) to.one[i] = at.split == 0 && args.before && thread + i * THREADS < WIDTH ? args.before[state + DIM * WIDTH + thread + i * THREADS] : 0.f;
-  }
+  __device__ __forceinline__ void fetch(Fetched &to) const;
   static __device__ __forceinline__ int pair_of_vector(int vector, int side) { return vector / 8 * 16 + side * 8 + vector % 8; }
 
-  // Two pairs at once, which share words.
-  __device__ __forceinline__ void store_queries(const Fetched &from) const {
-#pragma unroll
-    for (int turn = 0; turn < QUERIES_EACH; ++turn) {
-      if (!has_queries(turn)) break;
-      const int tile = query_vector(turn) / 8, row = query_vector(turn) % 8;
-      Scale scale[2];
-      bool is_pair[2];
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        const int pair = pair_of_vector(query_vector(turn), side);
-        scale[side] = scale_of(square_of(from.queries[turn][side])), is_pair[side] = pair < pairs;
-        if (lane % LANES == 0) fixed.scales[pair] = scale[side].rest;
-      }
-      unsigned char *const to = queries(tile / WORDS) + tile % WORDS * 4;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const float low = is_pair[0] ? number(from.queries[turn][0], e) * scale[0].power : 0.f, high = is_pair[1] ? number(from.queries[turn][1], e) * scale[1].power : 0.f;
-        const int at_row = (query_row(8 * (lane % LANES) + e / 4 * 4) ^ row * 4 * WORDS) ^ e % 4 * QUERY_PITCH;  // bits of its own
-        *reinterpret_cast<uint32_t *>(to + at_row) = linattn_tile::upper_halves(__float_as_uint(low), __float_as_uint(high));
-        if constexpr (DEGREE == 2)
-          *reinterpret_cast<uint32_t *>(to + DIM * QUERY_PITCH + at_row) = linattn_tile::upper_halves(__float_as_uint(0.5f * low), __float_as_uint(0.5f * high));
-      }
-    }
-  }
-  __device__ __forceinline__ void store_numbers(const Fetched &from) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (thread < 16 * TILES) fixed.numbers[i][thread] = from.numbers[i];
-#pragma unroll
-    for (int i = 0; i < ONES_EACH; ++i)
-      if (thread + i * THREADS < WIDTH) fixed.one[thread + i * THREADS] = from.one[i];
-  }
+  __device__ __forceinline__ void store_queries(const Fetched &from) const;
+  __device__ __forceinline__ void store_numbers(const Fetched &from) const;
 
   // Which token of the block: number i, the second number of a fragment's two, of step `step`, of a place.
   static __device__ __forceinline__ int token_of(int place, int step, int i) { return 2 * STEPS * place + 2 * step + i; }
 
-  // As fragments: columns are rows of the left factor, tokens its columns.
-  __device__ __forceinline__ void store_values(const Fetched &from) const {
-#pragma unroll
-    for (int turn = 0; turn < KEYS_EACH; ++turn) {
-      if (!has_tokens(turn)) break;
-      const int token = vector(turn);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) shared[VALUES + value_at(token, 8 * (lane % LANES)) + e % 4 * 16 + e / 4] = from.is_token[turn] ? number(from.values[turn], e) : 0.f;
-    }
-  }
+  __device__ __forceinline__ void store_values(const Fetched &from) const;
   // Column `lane` of an eight; which one that is of a row.
   static __device__ __forceinline__ int column_of(int eight, int lane) { return eight / 4 * 32 + eight % 4 * 4 + lane / 4 * 16 + lane % 4; }
   static __device__ __forceinline__ int value_at(int token, int column) {
@@ -242,56 +166,12 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
     return *reinterpret_cast<const float4 *>(shared + VALUES + ((step * (DIM / 16) + columns * EIGHTS / 2 + two) * 32 + lane) * 4);
   }
 
-  // Keys, a column each; and times what decays leave of them and what makes them of unit length.
-  __device__ __forceinline__ void store_keys(const Fetched &from) const {
-#pragma unroll
-    for (int turn = 0; turn < KEYS_EACH; ++turn) {
-      if (!has_tokens(turn)) break;
-      const int token = vector(turn);
-      const Scale scale = scale_of(square_of(from.keys[turn]));
-      const float left = fixed.left[MOST_TOKENS][token] * scale.rest;
-      if (lane % LANES == 0) fixed.key_scales[token] = from.is_token[turn] ? scale.rest : 0.f, shared[WEIGHED_KEYS + DIM * TOKENS + token] = from.is_token[turn] ? left : 0.f;
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        const int x = 8 * (lane % LANES) + e;
-        const float key = from.is_token[turn] ? number(from.keys[turn], e) * scale.power : 0.f;
-        shared[KEYS + x * TOKENS + token] = key;
-        if constexpr (DEGREE == 2) shared[WEIGHED_KEYS + x * TOKENS + token] = from.is_token[turn] ? key * left * scale.rest : 0.f;
-      }
-    }
-  }
-  __device__ __forceinline__ void take_in_one() const {
-    if (at.split > 0 || !args.after) return;
-    for (int i = thread; i < WIDTH; i += THREADS) {
-      float x = fixed.one[i] * fixed.carried[MOST_TOKENS];
-#pragma unroll 1
-      for (int token = 0; token < tokens; ++token) x = fmaf(fixed.left[MOST_TOKENS][token], i < DIM ? shared[VALUES + value_at(token, i)] : 1.f, x);
-      args.after[state + DIM * WIDTH + i] = x;
-    }
-  }
+  __device__ __forceinline__ void store_keys(const Fetched &from) const;
+  __device__ __forceinline__ void take_in_one() const;
 
-  __device__ __forceinline__ void begin() {
-    Fetched fetched;
-    fetch(fetched);
-#pragma unroll
-    for (int turn = 0; turn < STAGES; ++turn) send_for(turn);
-    store_queries(fetched), store_values(fetched), store_numbers(fetched);
-    if (warp == 0) fixed.look_at_tokens(fetched.token, tokens, lane);
-    __syncthreads();
-    store_keys(fetched), store_scales();
-    __syncthreads();
-  }
+  __device__ __forceinline__ void begin();
 
-  // In the place of a second number: what the single ones are multiplied by.
-  __device__ __forceinline__ void store_scales() const {
-    if (DEGREE == 1 || thread >= 16 * TILES) return;
-    const int tile = thread / 16, side = thread / 8 % 2, row = thread % 8;
-    uint32_t high, low;
-    split(scale_of_pair(thread, 1), 0.f, high, low);
-    unsigned char *const to = queries(tile / WORDS) + tile % WORDS * 4 + side * 2;
-    *reinterpret_cast<uint16_t *>(to + (query_row(2 * DIM) ^ row * 4 * WORDS)) = static_cast<uint16_t>(high);
-    *reinterpret_cast<uint16_t *>(to + (query_row(2 * DIM + 1) ^ row * 4 * WORDS)) = static_cast<uint16_t>(low);
-  }
+  __device__ __forceinline__ void store_scales() const;
 
   // ---- a unit
 
@@ -327,31 +207,7 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   // Features of the pairs of some tiles in the rows of a unit, as left factors: of the second degree all products of two numbers but for what a
   // pair's sums are multiplied by at the end, and its single ones with that, which stands in two parts where a second number would.
   using Fragment = uint32_t[4];
-  __device__ __forceinline__ void make_features(Fragment (&features)[PARTS][TOGETHER], uint32_t query, int half, bool is_linear) const {
-    uint32_t high[TOGETHER][4], low[TOGETHER][4];
-#pragma unroll
-    for (int r = 0; r < 4; ++r) {
-      const uint32_t rows = __shfl_sync(0xffffffffu, query, 4 * place + r);
-      uint32_t x[WORDS], y[WORDS];
-      load_words(x, half, rows & 0xffffu);
-      if constexpr (DEGREE == 2) load_words(y, half, rows >> 16);
-#pragma unroll
-      for (int t = 0; t < TOGETHER; ++t) {
-        if constexpr (DEGREE == 1) high[t][r] = x[t];
-        else linattn_tile::multiply_two_exactly(x[t], y[t], high[t][r], low[t][r]);
-      }
-      if (DEGREE == 2 && is_linear) {
-        load_words(y, half, query_row(2 * DIM + 1));
-#pragma unroll
-        for (int t = 0; t < TOGETHER; ++t) low[t][r] = linattn_tile::multiply_add_two(x[t], y[t], low[t][r]);
-      }
-    }
-#pragma unroll
-    for (int t = 0; t < TOGETHER; ++t) {
-      in_fragments(features[0][t], high[t]);
-      if constexpr (DEGREE == 2) in_fragments(features[1][t], low[t]);
-    }
-  }
+  __device__ __forceinline__ void make_features(Fragment (&features)[PARTS][TOGETHER], uint32_t query, int half, bool is_linear) const;
   static __device__ __forceinline__ void in_fragments(Fragment &to, const uint32_t (&rows)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) to[i] = i % 2 ? linattn_tile::upper_halves(rows[i / 2 * 2], rows[i / 2 * 2 + 1]) : linattn_tile::lower_halves(rows[i / 2 * 2], rows[i / 2 * 2 + 1]);
@@ -382,337 +238,40 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
   struct Keys {
     float high[2][STEPS][2], low[2][STEPS][2], sums[2];
   };
-  __device__ __forceinline__ void make_features(Keys &keys, uint32_t key) const {
-#pragma unroll
-    for (int t = 0; t < 2; ++t) {
-      const uint32_t both = __shfl_sync(0xffffffffu, key, group / 2 * 4 + 2 * t + group % 2);
-      const float *const x = shared + WEIGHED_KEYS + (both & 0xffffu) + 2 * STEPS * place, *const y = shared + KEYS + (both >> 16) + 2 * STEPS * place;
-      float2 left[STEPS], right[STEPS];
-      if constexpr (STEPS == 2) {
-        const float4 l = *reinterpret_cast<const float4 *>(x), r = *reinterpret_cast<const float4 *>(y);
-        left[0] = make_float2(l.x, l.y), left[1] = make_float2(l.z, l.w), right[0] = make_float2(r.x, r.y), right[1] = make_float2(r.z, r.w);
-      } else {
-        left[0] = *reinterpret_cast<const float2 *>(x), right[0] = *reinterpret_cast<const float2 *>(y);
-      }
-      keys.sums[t] = 0.f;
-#pragma unroll
-      for (int step = 0; step < STEPS; ++step) {
-        const float of_row[2] = {left[step].x * right[step].x, left[step].y * right[step].y};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          keys.high[t][step][i] = __uint_as_float((__float_as_uint(of_row[i]) + 0x1000u) & 0xffffe000u);
-          keys.low[t][step][i] = of_row[i] - keys.high[t][step][i];
-          keys.sums[t] += of_row[i];
-        }
-      }
-#pragma unroll
-      for (int step = 1; step <= 2; step *= 2) keys.sums[t] += __shfl_xor_sync(0xffffffffu, keys.sums[t], step);
-    }
-  }
+  __device__ __forceinline__ void make_features(Keys &keys, uint32_t key) const;
 
-  __device__ __forceinline__ void work_on(int turn) {
-    const int unit = first + turn * stride;
-    const Factors factors = factors_of(unit, lane % 16);
-    linattn_tile::copy_wait<STAGES - 1>();
-    meet();
-    float *const to = args.after + begin_of(turn);
-    const int shift = shift_of((args.before ? args.before : args.after) + begin_of(turn));
-    float *const rows = buffer(turn) + shift;
-    Keys keys;
-    make_features(keys, factors.key);
-#pragma unroll
-    for (int half = 0; half < GROUPS; ++half) {
-      Fragment features[PARTS][TOGETHER];
-      make_features(features, factors.query, half, unit >= PRODUCTS);
-      if (half == columns) read_ones(features, rows);
-      read(features, rows, half, keys);
-    }
-    take_in_ones(keys, rows);
-    meet();
-    if (args.after)
-      for_all_slots(
-          shift, rows - shift, to - shift, [](float *slot, float *x) { *reinterpret_cast<float4 *>(x) = *reinterpret_cast<const float4 *>(slot); },
-          [](float *slot, float *x) { *x = *slot; });
-    if (!args.before) meet();  // elsewhere a lane sends for what it has written
-    send_for(turn + STAGES);
-  }
+  __device__ __forceinline__ void work_on(int turn);
   // Those who share a unit.
   __device__ __forceinline__ void meet() const {
     if constexpr (GROUPS == 1) __syncwarp();
     else linattn_tile::barrier_sync<32 * GROUPS>(1 + run);
   }
 
-  __device__ __forceinline__ void read(const Fragment (&features)[PARTS][TOGETHER], float *rows, int half, const Keys &keys) {
-#pragma unroll
-    for (int two = 0; two < EIGHTS / 2; ++two) {
-      float x[4][2];
-      uint32_t high[2][2], low[2][2];
-      float *const own = rows + 4 * place * WIDTH + column_of(columns * EIGHTS + 2 * two, group);
-#pragma unroll
-      for (int r = 0; r < 4; ++r)
-#pragma unroll
-        for (int side = 0; side < 2; ++side) x[r][side] = own[r * WIDTH + 4 * side];
-#pragma unroll
-      for (int side = 0; side < 2; ++side)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) split(x[2 * i][side], x[2 * i + 1][side], high[side][i], low[side][i]);
-#pragma unroll
-      for (int product = PARTS; product >= 0; --product)  // the smallest first
-#pragma unroll
-        for (int t = 0; t < TOGETHER; ++t)
-#pragma unroll
-          for (int side = 0; side < 2; ++side) {
-            const Fragment &feature = features[product == 2 ? PARTS - 1 : 0][t];
-            const uint32_t (&of_state)[2] = product == 1 ? low[side] : high[side];
-            linattn_tile::mma_bf16(sums[TOGETHER * half + t][2 * two + side], feature, of_state[0], of_state[1]);
-          }
-      if (half + 1 == GROUPS) take_in(x, two, keys, own);
-    }
-  }
-  // The state's numbers, and what the tokens bring.
-  __device__ __forceinline__ void take_in(const float (&x)[4][2], int two, const Keys &keys, float *own) const {
-    float brought[2][4] = {};
-#pragma unroll
-    for (int step = 0; step < STEPS; ++step) {
-      const float4 value = values(step, two);
-      const float left[4] = {value.x, value.y, value.z, value.w};
-#pragma unroll
-      for (int t = 0; t < 2; ++t) mma_tf32(brought[t], left, keys.low[t][step]);
-#pragma unroll
-      for (int t = 0; t < 2; ++t) mma_tf32(brought[t], left, keys.high[t][step]);
-    }
-#pragma unroll
-    for (int r = 0; r < 4; ++r)
-#pragma unroll
-      for (int side = 0; side < 2; ++side) own[r * WIDTH + 4 * side] = fmaf(x[r][side], carry, brought[r / 2][2 * side + r % 2]);
-  }
+  __device__ __forceinline__ void read(const Fragment (&features)[PARTS][TOGETHER], float *rows, int half, const Keys &keys);
+  __device__ __forceinline__ void take_in(const float (&x)[4][2], int two, const Keys &keys, float *own) const;
 
-  // The last column, which sums up weights.
-  __device__ __forceinline__ void read_ones(const Fragment (&features)[PARTS][TOGETHER], const float *rows) {
-    const float *const own = rows + 4 * place * WIDTH + DIM;
-    const uint32_t right[2] = {part_of(own[0], own[WIDTH]), part_of(own[2 * WIDTH], own[3 * WIDTH])};
-#pragma unroll
-    for (int part = PARTS - 1; part >= 0; --part)
-#pragma unroll
-      for (int t = 0; t < TOGETHER; ++t) linattn_tile::mma_bf16(mass[t], features[part][t], right[0], right[1]);
-  }
-  __device__ __forceinline__ void take_in_ones(const Keys &keys, float *rows) const {
-    if constexpr (GROUPS > 1) {
-      if (columns > 0) return linattn_tile::barrier_arrive<32 * GROUPS>(1 + RUNS + run);
-      linattn_tile::barrier_sync<32 * GROUPS>(1 + RUNS + run);  // all have read them
-    } else {
-      __syncwarp();
-    }
-    if (place > 1) return;
-    float &one = rows[(group / 2 * 4 + 2 * place + group % 2) * WIDTH + DIM];
-    one = fmaf(one, carry, place == 0 ? keys.sums[0] : keys.sums[1]);
-  }
+  __device__ __forceinline__ void read_ones(const Fragment (&features)[PARTS][TOGETHER], const float *rows);
+  __device__ __forceinline__ void take_in_ones(const Keys &keys, float *rows) const;
 
-  // Units of products come first.
-  __device__ __forceinline__ void work() {
-    begin_part();
-    int turn = 0;
-    carry = fixed.carried[MOST_TOKENS];
-#pragma unroll
-    for (int t = 0; t < TILES; ++t)
-#pragma unroll
-      for (int c = 0; c < EIGHTS; ++c)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[t][c][i] = 0.f;
-#pragma unroll
-    for (int t = 0; t < TOGETHER; ++t)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) mass[t][i] = 0.f;
-    bool is_scaled = DEGREE == 1;
-#pragma unroll 1
-    for (; is_unit(turn); ++turn) {
-      if (!is_scaled && first + turn * stride >= PRODUCTS) scale_sums(), is_scaled = true;
-      work_on(turn);
-    }
-    if (DEGREE == 1 || !is_scaled) scale_sums();
-  }
-  __device__ __forceinline__ void scale_sums() {
-#pragma unroll
-    for (int t = 0; t < TILES; ++t) {
-      const float scale[2] = {scale_of_pair(16 * t + group, DEGREE), scale_of_pair(16 * t + group + 8, DEGREE)};
-#pragma unroll
-      for (int c = 0; c < EIGHTS; ++c)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[t][c][i] *= scale[i / 2];
-      if (t / TOGETHER == columns)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) mass[t % TOGETHER][i] *= scale[i / 2];
-    }
-  }
+  __device__ __forceinline__ void work();
+  __device__ __forceinline__ void scale_sums();
 
   // ---- the tokens themselves
 
   // Their weights at the pairs of each tile, W_tj f(q_t . k_j), by one of its warps while units are on their way: as left factors, and added up.
   __device__ __forceinline__ bool weighs(int tile) const { return at.split == 0 && tile % RUNS == run; }
   __device__ __forceinline__ uint4 *weights_of(int tile) const { return reinterpret_cast<uint4 *>(shared + WEIGHTS) + ((columns * TILES + tile) * 32 + lane) * 2; }
-  __device__ __forceinline__ void weigh_tokens() {
-    begin_part();
-#pragma unroll 1
-    for (int t = run; t < TILES && at.split == 0; t += RUNS) {
-      float weights[2][4] = {};
-      uint32_t high[4] = {}, low[4] = {};
-      score(weights, t);
-      weigh(weights, t);
-#pragma unroll
-      for (int i = 0; i < 2 * STEPS; ++i) split(weights[i / 2][i % 2 * 2], weights[i / 2][i % 2 * 2 + 1], high[i], low[i]);
-      weights_of(t)[0] = make_uint4(high[0], high[1], high[2], high[3]), weights_of(t)[1] = make_uint4(low[0], low[1], low[2], low[3]);
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        float sum = (weights[0][2 * side] + weights[0][2 * side + 1]) + (weights[1][2 * side] + weights[1][2 * side + 1]);
-#pragma unroll
-        for (int step = 1; step <= 2; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-        if (place == 0 && columns == 0) fixed.token_masses[16 * t + group + 8 * side] = sum;
-      }
-    }
-  }
-  // Times the values.
-  __device__ __forceinline__ void read_tokens() {
-    begin_part();
-#pragma unroll
-    for (int t = 0; t < TILES; ++t)
-      if (weighs(t)) {
-        const uint4 first = weights_of(t)[0], second = weights_of(t)[1];
-        const Fragment high = {first.x, first.y, first.z, first.w}, low = {second.x, second.y, second.z, second.w};
-#pragma unroll
-        for (int two = 0; two < EIGHTS / 2; ++two) {
-          uint32_t right[2][2] = {};
-#pragma unroll
-          for (int step = 0; step < STEPS; ++step) {
-            const float4 value = values(step, two);
-            right[0][step] = linattn_tile::upper_halves(__float_as_uint(value.x), __float_as_uint(value.z));
-            right[1][step] = linattn_tile::upper_halves(__float_as_uint(value.y), __float_as_uint(value.w));
-          }
-#pragma unroll
-          for (int side = 0; side < 2; ++side) {
-            linattn_tile::mma_bf16(sums[t][2 * two + side], low, right[side][0], right[side][1]);
-            linattn_tile::mma_bf16(sums[t][2 * two + side], high, right[side][0], right[side][1]);
-          }
-        }
-      }
-  }
-  __device__ __forceinline__ void score(float (&scores)[2][4], int tile) const {
-    const unsigned char *const from = queries(tile / WORDS) + tile % WORDS * 4;
-#pragma unroll 2
-    for (int slice = 0; slice < DIM; slice += 16) {
-      uint32_t rows[4];
-      Fragment left;
-      const float *const keys = shared + KEYS + (slice + 4 * place) * TOKENS;
-#pragma unroll
-      for (int r = 0; r < 4; ++r) rows[r] = *reinterpret_cast<const uint32_t *>(from + (query_row(slice + 4 * place + r) ^ group * 4 * WORDS));
-      in_fragments(left, rows);
-#pragma unroll
-      for (int step = 0; step < STEPS; ++step) {
-        const int token = token_of(group / 2, step, group % 2);
-        uint32_t right[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) right[i] = linattn_tile::upper_halves(__float_as_uint(keys[2 * i * TOKENS + token]), __float_as_uint(keys[(2 * i + 1) * TOKENS + token]));
-        linattn_tile::mma_bf16(scores[step], left, right[0], right[1]);
-      }
-    }
-  }
-  __device__ __forceinline__ void weigh(float (&weights)[2][4], int tile) const {
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const int pair = 16 * tile + group + 8 * side;
-      const float scale = fixed.scales[pair] * fixed.numbers[3][pair], a = fixed.numbers[0][pair], b = fixed.numbers[1][pair], c = fixed.numbers[2][pair];
-      const float *const left = fixed.left[pair < pairs ? pair - head_of(pair) * tokens : 0];
-#pragma unroll
-      for (int step = 0; step < STEPS; ++step)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int token = token_of(place, step, i);
-          float &weight = weights[step][2 * side + i];
-          const float score = weight * scale * fixed.key_scales[token];
-          weight = fmaf(fmaf(c, score, b), score, a) * left[token];
-        }
-    }
-  }
+  __device__ __forceinline__ void weigh_tokens();
+  __device__ __forceinline__ void read_tokens();
+  __device__ __forceinline__ void score(float (&scores)[2][4], int tile) const;
+  __device__ __forceinline__ void weigh(float (&weights)[2][4], int tile) const;
 
   // ---- results
 
-  __device__ __forceinline__ void leave_masses() {
-#pragma unroll
-    for (int t = 0; t < TOGETHER; ++t)
-#pragma unroll
-      for (int side = 0; side < 2; ++side) {
-        float sum = mass[t][2 * side] + mass[t][2 * side + 1];
-#pragma unroll
-        for (int step = 1; step <= 2; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-        if (place == 0) fixed.masses[run][16 * (TOGETHER * columns + t) + group + 8 * side] = sum;
-      }
-  }
-  // The sums of all warps, added up in a fixed order and divided; or left to the second kernel.
-  __device__ __forceinline__ void finish() {
-    begin_part();
-    leave_masses();
-    __syncthreads();
-    float *const to = shared + (16 * TILES * run + group) * PITCH;
-#pragma unroll
-    for (int t = 0; t < TILES; ++t)
-#pragma unroll
-      for (int c = 0; c < EIGHTS; ++c)
-#pragma unroll
-        for (int side = 0; side < 2; ++side)
-          *reinterpret_cast<float2 *>(to + (16 * t + 8 * side) * PITCH + column_of(columns * EIGHTS + c, 2 * place)) = make_float2(sums[t][c][2 * side], sums[t][c][2 * side + 1]);
-    __syncthreads();
-#pragma unroll 1
-    for (int i = thread; i < pairs * (DIM / 8); i += THREADS) write(i / (DIM / 8), i % (DIM / 8) * 8);
-  }
-  __device__ __forceinline__ void write(int pair, int column) const {
-    const int head = head_of(pair), token = pair - head * tokens, query_head = first_query + head;
-    const int64_t row = (static_cast<int64_t>(at.batch) * p.query_heads + query_head) * tokens + token;
-    const float of_one = at.split > 0 ? 0.f : scale_of_pair(pair, 0);
-    float sum[8], total = at.split > 0 ? 0.f : fmaf(of_one, fixed.one[DIM], fixed.token_masses[pair]);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum[i] = at.split > 0 ? 0.f : of_one * fixed.one[column + i];
-#pragma unroll
-    for (int other = 0; other < RUNS; ++other) {
-      total += fixed.masses[other][pair];
-      const float4 *const from = reinterpret_cast<const float4 *>(shared + (16 * TILES * other + pair) * PITCH + column);
-      const float4 x = from[0], y = from[1];
-      sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w, sum[4] += y.x, sum[5] += y.y, sum[6] += y.z, sum[7] += y.w;
-    }
-    if (args.splits > 1) {
-      float *const part = args.partials + (row * args.splits + at.split) * WIDTH;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) part[column + i] = sum[i];
-      if (column == 0) part[DIM] = total;
-      return;
-    }
-    if (!sees(p, at.batch, token)) total = 0.f;
-    const float inverse = total == 0.f ? 0.f : 1.f / total;
-    uint32_t bits[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) bits[i] = total == 0.f ? 0u : linattn_tile::pack_bf16(sum[2 * i] * inverse, sum[2 * i + 1] * inverse);
-    *reinterpret_cast<uint4 *>(static_cast<uint16_t *>(args.out.data) + offset_of(args.out, at.batch, query_head, token) + column) = make_uint4(bits[0], bits[1], bits[2], bits[3]);
-    if (column == 0 && args.mass) args.mass[row] = total;
-  }
+  __device__ __forceinline__ void leave_masses();
+  __device__ __forceinline__ void finish();
+  __device__ __forceinline__ void write(int pair, int column) const;
 };
-
-template <int DIM, int DEGREE, int TILES, int STEPS> __global__ void __launch_bounds__(Units<DIM, DEGREE, TILES, STEPS>::THREADS, Units<DIM, DEGREE, TILES, STEPS>::BLOCKS)
-    units_kernel(const SeveralArguments args) {
-  using Work = Units<DIM, DEGREE, TILES, STEPS>;
-  extern __shared__ __align__(16) float shared[];
-  __shared__ typename Work::Fixed fixed;
-  Work work(args, fixed, shared);
-  work.begin();
-  work.weigh_tokens();
-  work.work();
-  work.read_tokens();
-  work.take_in_one();
-  work.finish();
-}
-
-template <int DIM, int DEGREE, int TILES, int STEPS> SeveralKernel units() {
-  using Work = Units<DIM, DEGREE, TILES, STEPS>;
-  return {Work::WARPS, Work::SHARED_BYTES, Work::BLOCKS, Work::COUNT, Work::RUNS, units_kernel<DIM, DEGREE, TILES, STEPS>};
-}
-template <int DIM, int DEGREE, int TILES> SeveralKernel units(int tokens) { return tokens <= 8 ? units<DIM, DEGREE, TILES, 1>() : units<DIM, DEGREE, TILES, 2>(); }
 
 }  // namespace
 }  // namespace linattn
