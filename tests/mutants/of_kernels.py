@@ -27,7 +27,7 @@ MUTANTS = [
          "if (half == columns) read_ones(features, rows);", "if (half == 0) read_ones(features, rows);",
          "kernels/test_emulated_tokens.py::test_as_many_pairs_as_a_state_has"),
         ("a state's last row without the tokens", "kernels/tokens/columns.cuh", "i < 2 * DIM + 1; i += THREADS", "i < DIM; i += THREADS",
-         "kernels/test_emulated_tokens.py::test_in_place"),
+         "kernels/test_emulated_tokens.py::test_as_many_pairs_as_a_state_has"),
         ("later rounds of heads that begin behind the tokens", "kernels/tokens.cu", "base + args.heads_at_once >= args.group &&",
          "base == 0 &&",
          "kernels/test_emulated_tokens.py::test_in_place"),
