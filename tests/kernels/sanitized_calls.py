@@ -87,7 +87,8 @@ if __name__ == "__main__":
             torch.cuda.synchronize()
             print(narrow, flush=True)
     second = {"degree": 2, "padded": True, "heads": 9, "key_heads": 3, "state_heads": 9, "decay": "token"}
-    for kind in ({"decay": "head"}, second, {"decay": "head", "length": 11}, {**second, "length": 6}):
+    shared = {"heads": 8, "key_heads": 1, "batch": 1, "length": 16}
+    for kind in ({"decay": "head"}, second, {"decay": "head", "length": 11}, {**second, "length": 6}, shared, {**shared, "degree": 2}):
         call, state = step_case(dtype, head_dim=head_dim, value_dim=head_dim, **kind)
         cuda.step(Call(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in call)), state.cuda())
         torch.cuda.synchronize()
