@@ -19,11 +19,11 @@ __global__ void __launch_bounds__(32 * WARPS, Step<DEGREE, HEADS, SLICES, WHOLE,
   for (int base = 0; base < args.group; base += HEADS) {
 #pragma unroll 1
     for (int number = 0; number < LOTS; ++number) step.send_for(number);
-    step.begin_round(base);
     if (!takes_in) {
       linattn_tile::copy_wait<0>();
       return step.write_padding();
     }
+    step.begin_round(base);
     __syncthreads();
 #pragma unroll 1
     for (int number = 0; step.rows_in(number) > 0; ++number) {

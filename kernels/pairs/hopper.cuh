@@ -475,6 +475,7 @@ template <typename T, int K, int V, Gates GATES> struct OutputWalk {
     barrier_sync<kThreads>(kFirstGroup + warpgroup);
   }
   __device__ __forceinline__ void leave(Stage stage, int lane) const {
+    warpgroup_publish();  // what lanes have read themselves is read before a bulk copy takes its place
     __syncwarp();
     if (lane == 0) bulk_arrive(keys.read(stage));
   }
