@@ -143,7 +143,7 @@ template <typename T, int D, typename Rows> __device__ __forceinline__ void add_
 }
 
 template <typename T, int K, int V, Gates GATES, bool STATE>
-__global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args, const __grid_constant__ Maps maps) {
+__global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_BLOCKS) groups_kernel(const __grid_constant__ Arguments args, const __grid_constant__ KeyMaps maps) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = OutputShape<K, V, GATES>;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -194,18 +194,17 @@ __global__ void __launch_bounds__(kGroupThreads, OutputShape<K, V, GATES>::MIN_B
     else walk.template go<false>(rows, mine);
   }
   if constexpr (K < V) __syncthreads();  // rows of results are wider than queries, and lie over those of others
-  rows.store(args, own, maps.results);
+  rows.store(args, own);
 #endif
 }
 
 template <typename T, int K, int V, Gates GATES, bool STATE = false> cudaError_t launch(const Arguments &args, cudaStream_t stream) {
   constexpr int kShared = OutputShape<K, V, GATES>::SHARED;
   const linattn_problem &p = args.problem;
-  Maps maps;
+  KeyMaps maps;
   if (const cudaError_t failed = map_tensor<K>(maps.keys, p.key, p.batch, p.key_heads, p.length, p.head_dim)) return failed;
   if (const cudaError_t failed = map_tensor<V>(maps.values, p.value, p.batch, p.key_heads, p.length, p.value_dim)) return failed;
   if (const cudaError_t failed = map_tensor<K>(maps.queries, p.query, p.batch, p.query_heads, p.length, p.head_dim)) return failed;
-  if (const cudaError_t failed = map_tensor<V, 16>(maps.results, args.out, p.batch, p.query_heads, p.length, p.value_dim)) return failed;
   const auto output = groups_kernel<T, K, V, GATES, STATE>;
   const int blocks = p.batch * p.query_heads * args.row_tiles;
   if (const cudaError_t failed = cudaFuncSetAttribute(output, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared)) return failed;

@@ -362,8 +362,9 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
   }
 
   // The means and masses. A warp stages its results over queries, which everybody has in registers.
-  __device__ __forceinline__ void store(const Arguments &args, const Place &own, const TensorMap &to) {
+  __device__ __forceinline__ void store(const Arguments &args, const Place &own) {
     float *const mass_rows = args.mass + (static_cast<int64_t>(own.batch) * p.query_heads + own.head) * p.length + own.begin;
+    T *const results = head_of<T>(args.out, own.batch, own.head) + own.begin * args.out.token_stride;
     const bool stored = own.begin >= args.chunk;  // what states have added lies there
     float finish[2];
 #pragma unroll
@@ -386,17 +387,16 @@ template <typename T, int K, int V, Gates GATES> struct OutputRows {
       const float divisor = mass[half] - lost[half];
       finish[half] = mass[half] == 0.f || divisor == 0.f ? 0.f : (stored ? 1.f : size) / divisor;
     }
-    if (stored) {
-      const T *const results = head_of<T>(args.out, own.batch, own.head) + own.begin * args.out.token_stride;
-      add_stored<T, V>(acc, results, args.out.token_stride, 16 * warp + group, own.rows, place);
-    }
+    if (stored) add_stored<T, V>(acc, results, args.out.token_stride, 16 * warp + group, own.rows, place);
     const Blocks<V> blocks(row_tile, lane_down<V>(lane));
 #pragma unroll
     for (int block = 0; block < VALUE_BLOCKS; ++block)
       store_block<T, V>(blocks.at(0, block) + Tile<V>::rows_at(warp), acc[2 * block], acc[2 * block + 1], finish[0], finish[1], lane);
-    warpgroup_publish();
     __syncwarp();
-    if (lane == 0) bulk_store_rows<V>(to, row_tile + Tile<V>::rows_at(warp), own.begin + 16 * warp, own.head, own.batch);
+    for (int index = lane; index < 16 * (V / 8); index += 32) {
+      const int row = 16 * warp + index / (V / 8), piece = index % (V / 8);
+      if (row < own.rows) *reinterpret_cast<uint4 *>(results + row * args.out.token_stride + piece * 8) = *reinterpret_cast<const uint4 *>(shared + Tile<V>::at(row, piece));
+    }
   }
 };
 

@@ -41,8 +41,8 @@ struct alignas(16) KeyGates {
 enum OfTile : int32_t { NEAR_TILE = 1, HOLES = 4, FAST = 8, BEHIND = 16 };
 constexpr int kLevelShift = 4;
 
-struct Maps {
-  TensorMap keys, values, queries, results;
+struct KeyMaps {
+  TensorMap keys, values, queries;
 };
 
 // Of a query, what is not needed at every tile.
@@ -84,14 +84,14 @@ struct Stage {
 template <int K, int V, Gates GATES> struct KeyStream {
   using S = OutputShape<K, V, GATES>;
   using Stages = typename S::Stages;
-  const Maps &maps;
+  const KeyMaps &maps;
   const float *const scales;    // of the head
   const KeyGates *const gates;  // of the head
   const uint32_t shared;
   Stages *const stages;
   const int batch, head;  // as the maps have them
 
-  __device__ __forceinline__ KeyStream(const Arguments &args, const Maps &maps, const Place &own, unsigned char *shared)
+  __device__ __forceinline__ KeyStream(const Arguments &args, const KeyMaps &maps, const Place &own, unsigned char *shared)
       : maps(maps), scales(args.key_scale + (static_cast<int64_t>(own.batch) * args.problem.key_heads + own.key_head) * args.padded),
         gates(GATES ? args.key_gates + (static_cast<int64_t>(own.batch) * args.problem.state_heads + args.by_state.of(own.head)) * (args.padded / kKeys) : nullptr),
         shared(shared_address(shared)), stages(reinterpret_cast<Stages *>(shared + S::STAGES_AT)), batch(own.batch), head(own.key_head) {}

@@ -27,9 +27,8 @@ inline EncodeTensorMap find_encode() {
   return failed || result != cudaDriverEntryPointSuccess ? nullptr : reinterpret_cast<EncodeTensorMap>(found);
 }
 
-// For tiles Tile<D> of 64 rows, or ROWS; what lies outside of the tensor reads as zero, and is not written. Of a head or batch stride of 0 only number 0 may be asked for; rows
-// have none.
-template <int D, int ROWS = 64> cudaError_t map_tensor(TensorMap &result, const linattn_tensor &tensor, int batch, int heads, int64_t length, int columns) {
+// For tiles Tile<D> of 64 rows; what lies outside of the tensor reads as zero. Of a head or batch stride of 0 only number 0 may be asked for; rows have none.
+template <int D> cudaError_t map_tensor(TensorMap &result, const linattn_tensor &tensor, int batch, int heads, int64_t length, int columns) {
   static const EncodeTensorMap encode = find_encode();
   if (!encode) return cudaErrorNotSupported;
   constexpr int kColumns = D > 64 ? 64 : D;
@@ -37,7 +36,7 @@ template <int D, int ROWS = 64> cudaError_t map_tensor(TensorMap &result, const 
   const auto bytes = [](int64_t stride) { return static_cast<cuuint64_t>(stride ? 2 * stride : 16); };
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(length), count(tensor.head_stride, heads), count(tensor.batch_stride, batch)};
   const cuuint64_t strides[3] = {bytes(tensor.token_stride), bytes(tensor.head_stride), bytes(tensor.batch_stride)};
-  const cuuint32_t box[4] = {kColumns, ROWS, 1, 1}, steps[4] = {1, 1, 1, 1};
+  const cuuint32_t box[4] = {kColumns, 64, 1, 1}, steps[4] = {1, 1, 1, 1};
   constexpr CUtensorMapSwizzle kSwizzle = kColumns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : kColumns == 32 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
   return encode(&result.map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, tensor.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzle,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
@@ -80,15 +79,6 @@ template <int D> __device__ __forceinline__ void bulk_copy_tile(uint32_t tile, c
                  "l"(&from.map), "r"(64 * panel), "r"(static_cast<int>(row)), "r"(head), "r"(batch), "r"(barrier)
                  : "memory");
 }
-// Rows of a Tile<D> into a head from `row` on, as many as the map has; what they are read from may be written again.
-template <int D> __device__ __forceinline__ void bulk_store_rows(const TensorMap &to, uint32_t rows, int64_t row, int head, int batch) {
-#pragma unroll
-  for (int panel = 0; panel < (D + 63) / 64; ++panel)
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&to.map), "r"(64 * panel), "r"(static_cast<int>(row)), "r"(head),
-                 "r"(batch), "r"(rows + panel * Tile<D>::kPanelBytes)
-                 : "memory");
-  asm volatile("cp.async.bulk.commit_group; cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
 // A multiple of 16 bytes.
 __device__ __forceinline__ void bulk_copy(uint32_t shared, const void *global, int bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared), "l"(global), "r"(bytes), "r"(barrier) : "memory");
@@ -102,7 +92,6 @@ __device__ __forceinline__ void bulk_arrive(uint32_t) {}
 __device__ __forceinline__ void bulk_arrive_with(uint32_t, int) {}
 __device__ __forceinline__ void bulk_wait(uint32_t, int) {}
 template <int D> __device__ __forceinline__ void bulk_copy_tile(uint32_t, const TensorMap &, int64_t, int, int, uint32_t) {}
-template <int D> __device__ __forceinline__ void bulk_store_rows(const TensorMap &, uint32_t, int64_t, int, int) {}
 __device__ __forceinline__ void bulk_copy(uint32_t, const void *, int, uint32_t) {}
 #endif
 

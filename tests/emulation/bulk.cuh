@@ -7,11 +7,11 @@ namespace linattn_tile {
 struct TensorMap {
   linattn_tensor tensor;
   int64_t length;
-  int columns, rows;  // rows: of a copy
+  int columns;
 };
 
-template <int D, int ROWS = 64> cudaError_t map_tensor(TensorMap &result, const linattn_tensor &tensor, int, int, int64_t length, int columns) {
-  result = {tensor, length, columns, ROWS};
+template <int D> cudaError_t map_tensor(TensorMap &result, const linattn_tensor &tensor, int, int, int64_t length, int columns) {
+  result = {tensor, length, columns};
   return cudaSuccess;
 }
 
@@ -45,13 +45,6 @@ template <int D> void bulk_copy_tile(uint32_t tile, const TensorMap &from, int64
       std::memset(emulation::shared_memory + to, 0xff, 16);
       emulation::turn(barrier).copies.push_back({to, real ? begin + 2 * ((row + i) * from.tensor.token_stride + 8 * piece) : nullptr, 16});
     }
-}
-
-template <int D> void bulk_store_rows(const TensorMap &to, uint32_t rows, int64_t row, int head, int batch) {
-  char *const begin = static_cast<char *>(const_cast<void *>(static_cast<const void *>(to.tensor.data))) + 2 * (batch * to.tensor.batch_stride + head * to.tensor.head_stride);
-  for (int i = 0; i < to.rows && row + i < to.length; ++i)
-    for (int piece = 0; piece < to.columns / 8; ++piece)
-      std::memcpy(begin + 2 * ((row + i) * to.tensor.token_stride + 8 * piece), emulation::shared_memory + rows + Tile<D>::at(i, piece), 16);
 }
 
 }  // namespace linattn_tile
