@@ -87,7 +87,7 @@ SeveralKernel several_of(const linattn_problem &p, const linattn_forward_result 
   if (!is_for_it || !lie_alike) return {};
   const int tokens = static_cast<int>(p.length), pairs = p.query_heads / p.state_heads * tokens;
   const SeveralKernel found = p.degree == 1 ? kernel_of_first_degree(p.head_dim, pairs, tokens) : kernel_of_second_degree(p.head_dim, pairs, tokens);
-  return found.shared_bytes <= shared_memory() ? found : SeveralKernel{};
+  return found.shared_bytes + found.fixed_bytes <= shared_memory() ? found : SeveralKernel{};
 }
 // How many blocks share a state: those that are at work at once do so in rounds, of as many units as one of their warps has, and what
 // a block's beginning and end take, and a second kernel.

@@ -409,7 +409,7 @@ template <int DIM, int STEPS> __global__ void __launch_bounds__(Columns<DIM, STE
 
 template <int DIM, int STEPS> SeveralKernel columns(int pairs) {
   using Work = Columns<DIM, STEPS>;
-  return {Work::WARPS, Work::shared_bytes((pairs + 15) / 16), Work::BLOCKS, 1, 1, columns_kernel<DIM, STEPS>};
+  return {Work::WARPS, Work::shared_bytes((pairs + 15) / 16), sizeof(typename Work::Fixed), Work::BLOCKS, 1, 1, columns_kernel<DIM, STEPS>};
 }
 
 }  // namespace

@@ -9,7 +9,8 @@ struct SeveralArguments : StepArguments {
 };
 
 struct SeveralKernel {
-  int warps, shared_bytes;
+  int warps, shared_bytes;           // a launch asks for
+  int fixed_bytes;                   // of shared memory beside them, which the kernel declares
   int blocks;                        // of a multiprocessor at once
   int units, runs;                   // parts of a state that warps take in turns, and warps of a block that do: blocks may share a state's
   void (*kernel)(SeveralArguments);  // null: there is none

@@ -23,7 +23,7 @@ template <int DIM, int DEGREE, int TILES, int STEPS> __global__ void __launch_bo
 
 template <int DIM, int DEGREE, int TILES, int STEPS> SeveralKernel units() {
   using Work = Units<DIM, DEGREE, TILES, STEPS>;
-  return {Work::WARPS, Work::SHARED_BYTES, Work::BLOCKS, Work::COUNT, Work::RUNS, units_kernel<DIM, DEGREE, TILES, STEPS>};
+  return {Work::WARPS, Work::SHARED_BYTES, sizeof(typename Work::Fixed), Work::BLOCKS, Work::COUNT, Work::RUNS, units_kernel<DIM, DEGREE, TILES, STEPS>};
 }
 template <int DIM, int DEGREE, int TILES> SeveralKernel units(int tokens) { return tokens <= 8 ? units<DIM, DEGREE, TILES, 1>() : units<DIM, DEGREE, TILES, 2>(); }
 

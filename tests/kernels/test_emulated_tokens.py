@@ -103,6 +103,17 @@ def test_with_gradients(kernels, dtype, length, kind):
     compare(dtype, **kind)
 
 
+@pytest.mark.parametrize("heads, length", [(2, 16), (8, 8)])
+def test_what_a_kernel_declares_counts_where_shared_memory_is_small(kernels, monkeypatch, heads, length):
+    """What launches of the kernels for head dims of 128 ask for would fit here, but not with what these declare: 3 and 6 KB."""
+    monkeypatch.setenv("EMULATED_SHARED_KB", "99")
+    kind = {"batch": 1, "heads": heads, "key_heads": 1, "length": length, **OF_128}
+    call, state = step_case(torch.bfloat16, **kind)
+    plan = cuda._Launch(call).plan("step", cuda._ForwardResult(cuda._describe(call.empty_out()), None, state.data_ptr()))
+    assert 0 < plan.shared_bytes <= (99 - 6) * 1024
+    check_step(torch.bfloat16, **kind)
+
+
 @pytest.mark.parametrize("length, state, asked, path", [
     (16, True, True, "tokens"), (16, True, False, "tokens"), (16, False, True, "tokens"), (16, False, False, "stream"),
     (17, True, True, "stream"),
