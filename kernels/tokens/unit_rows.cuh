@@ -101,7 +101,8 @@ template <int DIM, int DEGREE, int TILES, int STEPS> __device__ __forceinline__ 
     for_all_slots(
         shift, rows - shift, to - shift, [](float *slot, float *x) { *reinterpret_cast<float4 *>(x) = *reinterpret_cast<const float4 *>(slot); },
         [](float *slot, float *x) { *x = *slot; });
-  if (!args.before) meet();  // elsewhere a lane sends for what it has written
+  // A lane sends for what it has written, but where there was nothing before, and where products end: single ones lie elsewhere among 16 bytes.
+  if (!args.before || (DEGREE == 2 && unit < PRODUCTS && unit + STAGES * stride >= PRODUCTS)) meet();
   send_for(turn + STAGES);
 }
 

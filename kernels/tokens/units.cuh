@@ -83,7 +83,7 @@ template <int DIM, int DEGREE, int TILES, int STEPS> struct Units {
 
   __device__ __forceinline__ void send_for(int turn) const;
   // Fours of a unit's numbers that lie on 16 bytes, and those at the ends that share theirs with others, one by one. A warp of a group has the
-  // same of every unit, so that it alone copies a place of a buffer out and in.
+  // same of every unit, so that it alone copies a place of a buffer out and in; and a lane too, of units of products and of single ones each.
   template <typename Memory, typename Four, typename Single>
   __device__ __forceinline__ void for_all_slots(int shift, float *slots, Memory *memory, const Four &four, const Single &single) const {
     const int own = lane + 32 * columns, end = own < shift ? UNIT + own : own;

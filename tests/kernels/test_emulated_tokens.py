@@ -6,7 +6,7 @@ from accuracy_bar import assert_bar, compare, distance, operator_case, paths_of
 from emulation import build
 from step_cases import SEVERAL, cancelling_case, check_step, step_case
 
-from hf_linattn.ops import chunked, cuda
+from hf_linattn.ops import chunked, cuda, one_token
 from hf_linattn.ops.call import Call
 from hf_linattn.ops.known import Launches
 
@@ -149,6 +149,19 @@ def test_states_off_a_boundary_of_16_bytes(kernels, degree, behind):
     torch.testing.assert_close(elsewhere, out, rtol=0.02, atol=0.005)
     torch.testing.assert_close(after_elsewhere, after, rtol=1e-5, atol=1e-5)
     assert torch.equal(cuda.step(call, apart), out) and torch.equal(apart, after)
+
+
+@pytest.mark.parametrize("heads", [1, 8])
+@pytest.mark.parametrize("behind", [0, 1, 2, 3])
+def test_units_of_products_and_of_single_numbers_one_after_the_other(kernels, monkeypatch, behind, heads):
+    """They lie differently among 16 bytes, and where blocks share no state a warp sends for the one behind the other."""
+    monkeypatch.setenv("EMULATED_PROCESSORS", "1")
+    call, state = step_case(torch.bfloat16, length=9, degree=2, heads=heads, key_heads=1, batch=1)
+    exact, plain = state.double(), state.clone()
+    one_token.step(in_double(call), exact), one_token.step(call, plain)
+    place = torch.empty(state.numel() + behind)[behind:].view(state.shape).copy_(state)
+    cuda.step(call, place)
+    assert_bar("state", place, plain, exact, 2, torch.float32)
 
 
 @pytest.mark.parametrize("lag", [1, 3])
