@@ -12,7 +12,8 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -64,7 +65,7 @@ def app(command: Callable[..., Any]) -> typer.Typer:
     def guarded(*args: Any, debug: bool = False, **options: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             # A polite kill ends as Ctrl-C does, so that what is half written goes.
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, _interrupt_once)
         with exit_with_sentence(debug, passing=(typer.Exit, typer.Abort, typer.BadParameter)):
             for name, value in options.items():
                 if isinstance(value, int) and abs(value) >= 2**63:
@@ -82,6 +83,12 @@ def app(command: Callable[..., Any]) -> typer.Typer:
     application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     application.command(cls=type("Command", (_Command,), {"asked": signature.parameters}))(guarded)
     return application
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
+    """A second kill, such as a launcher's behind a chain's, shall not disturb the clearing up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.default_int_handler(number, frame)
 
 
 def _what_stays(options: Mapping[str, Any]) -> str:

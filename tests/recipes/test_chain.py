@@ -20,6 +20,7 @@ from recipes.common.chain import PROJECT, Chain, usable_cores
 from recipes.common.errors import RecipeError
 from recipes.common.files import staged_directory
 from recipes.common.reading import read_json
+from recipes.common.started import run_to_its_end
 
 ROOT = str(Path(__file__).parents[2])
 REMEDY = "choose another folder"
@@ -222,9 +223,9 @@ except KeyboardInterrupt:
 """
 
 
-def in_its_stage(folder: Path, chain: str = CHAIN) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+def in_its_stage(folder: Path, chain: str = CHAIN, stage: str = STAGE) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
     """A chain at work, whose step launches another process; the processes of that."""
-    for name, text in {"chain": chain, "launcher": LAUNCHER, "stage": STAGE}.items():
+    for name, text in {"chain": chain, "launcher": LAUNCHER, "stage": stage}.items():
         (folder / f"{name}.py").write_text(text)
     started = subprocess.Popen(
         [sys.executable, "chain.py"],
@@ -265,16 +266,52 @@ def test_a_chain_that_is_asked_to_end_ends_with_all_that_it_started(
         pass
 
 
+@pytest.mark.parametrize("busy", [STAGE, STAGE.partition("try:")[0] + "time.sleep(100)"], ids=["at work", "importing"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_in_a_training_that_accelerate_launches_is_told_in_one_sentence(
-    processes: int, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    processes: int, busy: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A terminal sends it to all of them at once."""
+    """A terminal sends it to all of them at once, whatever they are at."""
     two = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     patched = f"import recipes.common.chain as c\nc._unconfigured = lambda: ({two}, {{}})\n" if processes == 2 else ""
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    started, family = in_its_stage(tmp_path, patched + CHAIN.replace('call("launcher")', 'launch("stage")'))
+    started, family = in_its_stage(tmp_path, patched + CHAIN.replace('call("launcher")', 'launch("stage")'), busy)
     os.killpg(started.pid, signal.SIGINT)
     assert started.wait(timeout=60) == 130 and not psutil.wait_procs(family, timeout=10)[1]
     told = [line for line in capfd.readouterr().err.splitlines() if "torch/distributed/elastic" not in line]  # its log
     assert told == ["stopped; out keeps what is done, and the same command goes on where it was"]
+
+
+def test_ctrl_c_while_a_process_is_being_started_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Interrupted(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            signal.raise_signal(signal.SIGINT)  # to this thread: one of the test runner's would hear it at once
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_to_its_end([sys.executable, "-c", "import time; time.sleep(100)"], os.environ)
+    assert made and not psutil.pid_exists(made[0].pid)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_second_kill_does_not_disturb_the_clearing_up(tmp_path: Path) -> None:
+    """Launchers pass a kill on that everybody has had."""
+    (tmp_path / "clearing.py").write_text(
+        "import os, signal\n"
+        "from recipes.common import cli\n"
+        "def work():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    finally:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        print('cleared')\n"
+        "cli.run(work)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "clearing.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": ROOT}, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "cleared\n", "stopped; give the same command again\n")
