@@ -1,6 +1,6 @@
 // architectures: sm_80 compute_80 sm_90
 // A few new tokens of the first degree at head dims of 64 and 128: a state's rows in units where pairs are few, else its columns.
-#include "tokens/columns.cuh"
+#include "tokens/column_kernel.cuh"
 #include "tokens/unit_kernel.cuh"
 
 namespace linattn {
