@@ -43,13 +43,14 @@ def refuse_model(model: PreTrainedModel) -> None:
         TypeError: options of the wrong type.
     """
     chosen = [(module, config) for module, config in _governed(model, model.config) if config._attn_implementation == NAME]
+    # a copy of its config, which a rotary embedding may keep for itself, chooses nothing
+    chosen = [(module, config) for module, config in chosen if isinstance(module, PreTrainedModel) or _kind_of(module) is not None]
     if not chosen:
         return
     name = type(model).__name__
     for config in {id(config): config for _, config in chosen}.values():
         _refuse_config(name, config)
-    classes: list[Any] = [type(module) for module, _ in chosen]
-    kinds = [_kind(cls) for cls in classes]
+    kinds = [_kind_of(module) for module, _ in chosen]
     for (module, _), kind in zip(chosen, kinds, strict=True):
         if kind == "own":
             raise ValueError(_past_the_interface(f"{type(module).__name__} of {name}"))
@@ -114,6 +115,11 @@ def _cure() -> str:
         'leave attn_implementation="linattn" out, or, in a model of several parts, give it to those it can serve: '
         'attn_implementation={"text_config": "linattn"}.'
     )
+
+
+def _kind_of(module: nn.Module) -> str | None:
+    cls: Any = type(module)
+    return _kind(cls)
 
 
 @functools.cache

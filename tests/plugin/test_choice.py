@@ -231,3 +231,14 @@ def test_other_implementations_are_left_alone(tmp_path):
         assert "attn_implementation" not in config.to_dict() and "linattn" not in config.to_dict()
     with pytest.raises(ValueError, match="not supported"):
         model.set_attn_implementation("no such attention")
+
+
+def test_a_copy_of_its_config_that_a_part_keeps_chooses_nothing():
+    """Rotary embeddings of GraniteSWA keep one, which Transformers passes over where it sets another implementation."""
+    config = transformers.GraniteSWAConfig(**TEXT, num_key_value_heads=2, sliding_window=8)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="linattn").eval()
+    model.set_attn_implementation("eager")
+    softmax = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    softmax.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model(tiny_tokens()).logits, softmax(tiny_tokens()).logits)
