@@ -31,6 +31,8 @@ def refuse_kept_keys(config: PreTrainedConfig, cache: Cache) -> None:
     if (any(has_state) and cache.is_initialized) or type(cache).__module__.startswith(_OF_ONE_MODEL):
         return
     is_linear = [kind in (NAME, MIXED) for kind in get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0]]
+    if cache.layers:  # of a model that drafts by its first layers, those alone
+        is_linear = is_linear[: len(cache.layers)]
     if any(is_linear) and not any(has_state):
         name = type(cache).__name__
         raise ValueError(f"Linear attention was given a {name} without states: the cache keeps keys and values. {KEEPS_KEYS}")

@@ -112,12 +112,13 @@ def test_an_encoder_and_its_decoder_draft_as_without_this_package(drafts):
     assert torch.equal(generate(model, tiny_tokens(1), **drafts), generate(model, tiny_tokens(1)))
 
 
-@pytest.mark.parametrize("options", [{"decay": "head"}, {**WINDOW, "softmax_layers": [1]}], ids=str)
-def test_a_model_drafts_by_its_first_layers(options):
+@pytest.mark.parametrize("options", [{"decay": "head"}, {**WINDOW, "softmax_layers": [1]}, {"softmax_layers": [0]}], ids=str)
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # the latter's config names a type for each layer, and goes on to name all of them
+def test_a_model_drafts_by_its_first_layers(name, options):
     """While it does, its config says that there are fewer layers than one that keeps softmax."""
-    model, ids = tiny_model("llama", **options), tiny_tokens(1)
+    model, ids = tiny_model(name, **options), tiny_tokens(1)
     expected = generate(model, ids)
-    assert torch.equal(generate(tiny_model("llama", **options), ids, assistant_early_exit=1), expected)
+    assert torch.equal(generate(tiny_model(name, **options), ids, assistant_early_exit=1), expected)
 
 
 @pytest.mark.parametrize("drafts", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": True}], ids=str)
