@@ -19,8 +19,9 @@ from convert.commands import command, parameter
 from convert.errors import ConversionError
 from convert.evaluation.selection_options import SelectOptions
 from recipes.common import cli
+from recipes.common.errors import RecipeError
 from recipes.common.files import check_apart, write_json
-from recipes.common.reading import user_path
+from recipes.common.reading import read_json, user_path
 
 
 def select_layers(options: SelectOptions, tell: Any = print) -> dict[str, Any]:
@@ -88,8 +89,18 @@ def _check_file(out: Path, options: SelectOptions, overwrite: bool) -> None:
         raise ConversionError(f"{out} is a folder; give the name of a file")
     if path.exists() and not overwrite:
         raise ConversionError(f"{out} exists already; choose another file, or pass --overwrite to replace it")
+    if path.exists() and not _is_ours(path):
+        raise ConversionError(f"{out} was not written by linattn select-layers, so --overwrite leaves it alone; choose another file")
     if not path.absolute().parent.is_dir():
         raise ConversionError(f"{out} cannot be written, since there is no folder {path.absolute().parent}; choose another place")
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        found = read_json(path)
+    except RecipeError:
+        return False
+    return isinstance(found, dict) and {"asked", "attention", "chosen"} <= set(found)
 
 
 _OUT = parameter("out", Path, typer.Option(help="The file to write, such as layers.json.", show_default=False))

@@ -321,6 +321,23 @@ def test_folders_that_a_killed_first_output_made_go_with_it(place: str, mine: st
     assert set(tree(home)) - before == {str(path) for path in (Path(mine), *Path(mine).parents)} - {"."}
 
 
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_process_with_the_number_of_a_killed_one_writes_the_same_file(begun: bool, tmp_path: Path) -> None:
+    """In a container every start has the same, and some files are written where no folder is looked through first."""
+    left = tmp_path / f".x.json.partial-{os.getpid()}"
+    left.mkdir()
+    if begun:
+        begin(left, "a file")
+        (left / "x.json").write_text("a half")
+    files.write_json(tmp_path / "x.json", {"whole": True})
+    assert tree(tmp_path) == {"x.json": tree(tmp_path)["x.json"]} and "whole" in (tmp_path / "x.json").read_text()
+    left.mkdir()
+    (left / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError):
+        files.write_json(tmp_path / "x.json", {})
+    assert (left / "thesis.txt").read_text() == "years of work"
+
+
 @ALL
 def test_what_another_process_is_writing_is_left_to_it(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "lock", lambda folder, wait=0.0: lock(folder))  # a second of waiting, seven times

@@ -224,6 +224,8 @@ def _check_ours(target: Path, command: str) -> None:
 def _begin(target: Path, command: str, parents: int = 0) -> tuple[Path, Lock]:
     """A new folder beside `target`, held and marked, with which so many `parents` were made."""
     aside = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    if os.path.lexists(aside):  # of one that was killed and had this process's number, as in a container it often has
+        clear_up(target.parent, target.name)
     while True:
         aside.mkdir()
         try:

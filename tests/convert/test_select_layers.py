@@ -54,9 +54,19 @@ def test_the_layers_it_chooses_stay_softmax(evaluated: Path, tmp_path: Path) -> 
     assert "ranking.png" in page and "Layers, one at a time under a window" in page
 
 
+@pytest.mark.parametrize("theirs", ["years of work", '{"chosen": [1]}', "[]"])
+def test_a_file_of_somebody_elses_is_left_alone(theirs: str, evaluated: Path, tmp_path: Path) -> None:
+    out = tmp_path / "thesis.json"
+    out.write_text(theirs)
+    done = run(evaluated, out, "--overwrite")
+    assert done.exit_code == 2 and "was not written by linattn select-layers, so --overwrite leaves it alone" in done.stderr
+    assert out.read_text() == theirs
+
+
 def test_by_attention_alone(evaluated: Path, tmp_path: Path) -> None:
-    done = run(evaluated, tmp_path / "layers.json", "--attention-only")
-    assert done.exit_code == 0, done.output
+    for again in ([], ["--overwrite"]):
+        done = run(evaluated, tmp_path / "layers.json", "--attention-only", *again)
+        assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "layers.json").read_text())
     best = max(found["attention"], key=lambda one: max(one["heads"]))
     assert found["chosen"] == [best["layer"]] and "layers" not in found
