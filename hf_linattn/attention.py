@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import sys
 from typing import Any
 
@@ -15,8 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .architectures import missing_parameters
 from .cache import LinearStateLayer, take
 from .calls import STATE_FOR_KEYS, refuse_unknown_calls, warn_about_dropped
-from .config import NAME, LinAttnConfig
-from .forms import Call, Form, LinAttnParams, Numbers
+from .config import NAME, LinAttnConfig, known_options
+from .forms import FORMS, Call, Form, LinAttnParams, Numbers
 from .packing import segment_ids, sequence_starts
 from .pattern import Pattern, is_packed
 from .told import made_pattern, pattern_of, refuse_another_past
@@ -136,12 +135,14 @@ def _needs_grad(*given: Any) -> bool:
 def options_of(module: nn.Module) -> LinAttnConfig:
     """`LinAttnConfig.of(module.config)`, checked once per content of `config.linattn`, not once a token."""
     config: Any = module.config
-    if is_compiling():
-        return LinAttnConfig.of(config)
+    if is_compiling():  # an edit is seen by PyTorch's guards, which then trace it anew
+        options = LinAttnConfig.of(config)
+        refuse_another_than_was_learned(module, options)
+        return options
     stored = attribute(config, NAME, None)
     cached = module.__dict__.get("_linattn_options")
     if cached is None or cached[0] != stored:
-        cached = (copy.deepcopy(stored), LinAttnConfig.of(config))
+        cached = (copy.deepcopy(stored), known_options(config))
         refuse_another_than_was_learned(module, cached[1])
         module.__dict__["_linattn_options"] = cached
     return cached[1]
@@ -153,14 +154,21 @@ def refuse_another_than_was_learned(module: nn.Module, options: LinAttnConfig) -
     Raises:
         ValueError: one was; of a window its size and its sinks alone are no matter of numbers.
     """
-    learned = getattr(module._modules.get(NAME), "options", None)
-    now = dataclasses.asdict(options.options)
-    for name, made in {} if learned is None else dataclasses.asdict(learned).items():
-        if name not in FREE and name in now and now[name] != made:
+    learned = getattr(getattr(module, NAME, None), "options", None)
+    if learned is None:
+        return
+    now = options.attention.named()
+    for name, made in form_of(learned).named().items():
+        if name not in FREE and now[name] != made:
             raise ValueError(
                 f"config.linattn says {name}={now[name]!r}, and the numbers that {type(module).__name__} has learned are of "
                 f"{name}={made!r}; set it back, or convert the source again with the other."
             )
+
+
+def form_of(options: Any) -> Form:
+    """The form that these are options of."""
+    return next(form for form in FORMS.values() if type(options) is form.Options)(options)
 
 
 def keeps_softmax(module: nn.Module, options: LinAttnConfig) -> bool:

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from .config import ATTENTION, NAME, LinAttnConfig, layer_types, softmax_layers
+from .config import ATTENTION, NAME, known_options, layer_types, softmax_layers
 from .counted import digest, joined
 from .forms import Call, Form, LinAttnParams, Numbers, Sizes, State
 from .forms.kept import Kept, Made
@@ -181,16 +181,17 @@ class LinearStateLayer(CacheLayerMixin):
         Raises:
             ValueError: the state is there, and of other options.
         """
-        if is_compiling():
-            return
-        if self.form is not form and self.state is not None and self.form is not None and self.form.options != form.options:
+        before = self.form
+        if before is not None and before is not form and self.state is not None:
             now = form.named()
-            name, seen = next((name, value) for name, value in self.form.named().items() if now.get(name) != value)
-            raise ValueError(
-                f"The cache holds what a model with linattn option {name}={seen!r} has seen, and this one has {now.get(name)!r}; give each "
-                "model a cache of its own."
-            )
-        self.form = form
+            for name, seen in before.named().items():
+                if now[name] != seen:
+                    raise ValueError(
+                        f"The cache holds what a model with linattn option {name}={seen!r} has seen, and this one has {now[name]!r}; give "
+                        "each model a cache of its own."
+                    )
+        if not is_compiling():
+            self.form = form
 
     def made(self, parameters: LinAttnParams | None, few: bool) -> Made | None:
         """What was made of the layer's numbers at the tokens before, see `Kept`, where those to come are few; None where nothing is kept,
@@ -530,7 +531,7 @@ def get_layer_types_and_kwargs(config: PreTrainedConfig) -> tuple[list[str], Any
                 f"linattn option softmax_layers counts {modules} of them: leave it empty, or give use_cache=False."
             )
         types = [kind if layer in kept else _our_type(kind) for layer, kind in enumerate(types)]
-        form, heads = LinAttnConfig.of(config).attention, getattr(config, "num_attention_heads", None)
+        form, heads = known_options(config).attention, getattr(config, "num_attention_heads", None)
         for layer_kwargs in kwargs if isinstance(kwargs, list) else [kwargs]:  # older Transformers have one for all layers
             layer_kwargs.update(form=form, query_heads=heads)
     return types, kwargs

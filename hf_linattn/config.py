@@ -142,15 +142,7 @@ class _Known(NamedTuple):
 _known: dict[int, _Known] = {}
 
 
-def softmax_layers(model_config: PreTrainedConfig) -> set[int]:
-    """The layers of a model that keep softmax attention; made and checked once for the same options, for it is asked for at every token.
-
-    Raises:
-        ValueError: the option names a layer that the model does not have.
-    """
-    stored = attribute(model_config, NAME, None)
-    if is_compiling() or not isinstance(stored, dict):
-        return set(LinAttnConfig.of(model_config).softmax_layers)
+def _known_of(model_config: PreTrainedConfig, stored: dict[str, Any]) -> _Known:
     known = _known.get(id(model_config))
     if known is None or known.config() is not model_config or known.stored != stored:
         if len(_known) >= 256:
@@ -162,6 +154,28 @@ def softmax_layers(model_config: PreTrainedConfig) -> set[int]:
             getattr(model_config.get_text_config(), "num_hidden_layers", 0),  # an encoder inside another model counts in its own way
         )
         _known[id(model_config)] = known
+    return known
+
+
+def known_options(model_config: PreTrainedConfig) -> LinAttnConfig:
+    """`LinAttnConfig.of`, and where a config has options of its own the same object for the same ones: PyTorch's guards then look at one
+    layer's, and at whether those of the others are it."""
+    stored = attribute(model_config, NAME, None)
+    if is_compiling() or not isinstance(stored, dict):
+        return LinAttnConfig.of(model_config)
+    return _known_of(model_config, stored).options
+
+
+def softmax_layers(model_config: PreTrainedConfig) -> set[int]:
+    """The layers of a model that keep softmax attention; made and checked once for the same options, for it is asked for at every token.
+
+    Raises:
+        ValueError: the option names a layer that the model does not have.
+    """
+    stored = attribute(model_config, NAME, None)
+    if is_compiling() or not isinstance(stored, dict):
+        return set(LinAttnConfig.of(model_config).softmax_layers)
+    known = _known_of(model_config, stored)
     kept = set(known.options.softmax_layers)
     if kept and max(kept) >= known.layers:
         last = known.layers - 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -94,7 +93,7 @@ class Form(ABC):
 
     def named(self) -> dict[str, Any]:
         """The form's name and options, as `config.linattn` holds them."""
-        return {"form": self.name, **dataclasses.asdict(self.options)}
+        return {"form": self.name, **{field: getattr(self.options, field) for field in self.Options.__dataclass_fields__}}
 
     # ---- in words, for reports and model cards
 

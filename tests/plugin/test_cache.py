@@ -230,6 +230,26 @@ def test_other_sequences_and_other_options_are_refused_in_words(form, kind):
         other(ids[:, 10:].repeat_interleave(2, 0), past_key_values=cache)
 
 
+@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"window": 3, "sinks": 4}], ids=str)
+@pytest.mark.parametrize("first", ["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_compiled_step_refuses_what_was_seen_under_other_options(kind, first, change):
+    """It went on from a state of the old ones, and read a ring of five tokens behind two as one of three behind four."""
+    torch._dynamo.reset()
+    model, ids = tiny_model("llama", layers=1, form="window", window=5, sinks=2), tiny_tokens()
+    compiled = torch.compile(model, backend="eager")
+    cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        (compiled if first == "compiled" else model)(ids[:, :10], past_key_values=cache)
+        compiled(ids[:, 10:11], past_key_values=cache)
+        name, was = next(iter(change)), LinAttnConfig.of(model.config).to_dict()
+        model.config.linattn = model.config.linattn | change
+        with pytest.raises(
+            ValueError, match=f"with linattn option {name}={was[name]} has seen, and this one has {change[name]}; give each"
+        ):
+            compiled(ids[:, 11:12], past_key_values=cache)
+
+
 def test_a_state_of_another_window_is_refused():
     """Six tokens behind one sink lie as five behind two."""
     one, other = tiny_model("llama", form="window", window=6, sinks=1), tiny_model("llama", form="window", window=5, sinks=2)

@@ -211,9 +211,12 @@ def test_a_config_without_options_has_the_defaults():
     assert LinAttnConfig.of(AutoConfig.for_model("llama")) == LinAttnConfig()
 
 
+OF_A_WINDOW = ("window", "sinks", "beside", "gate")
+
+
 @pytest.mark.parametrize("change", [
     {"decay": "none"}, {"decay": "head"}, {"features": 3}, {"input_gate": "none"}, {"output_map": "norm"}, {"temperature": 0.5},
-    {"gate": "head"}, {"normalize_qk": False}, {"kernel": "quadratic", "c": 0.5},
+    {"gate": "head"}, {"normalize_qk": False}, {"kernel": "quadratic", "c": 0.5}, {"form": "polynomial"},
 ], ids=str)  # fmt: skip
 def test_what_a_converted_model_has_learned_is_not_read_as_of_other_options(change):
     model = learned_model(form="window", window=5, sinks=2, gate="token", decay="token", input_gate="token")
@@ -222,9 +225,53 @@ def test_what_a_converted_model_has_learned_is_not_read_as_of_other_options(chan
         expected = model(ids).logits
         model.config.linattn |= change
         name = next(iter(change))
+        if name == "form":
+            model.config.linattn = {name: value for name, value in model.config.linattn.items() if name not in OF_A_WINDOW}
         with pytest.raises(ValueError, match=f"says {name}=.*, and the numbers that LlamaAttention has learned are of {name}="):
             model(ids)
         model.config.linattn = stored | {"window": 3, "sinks": 1, "dropout": 0.5}
         assert not torch.equal(model(ids).logits, expected)
         model.config.linattn = stored
         assert torch.equal(model(ids).logits, expected)
+
+
+def test_a_polynomial_that_was_learned_has_no_gate_beside_a_window():
+    """It ran, with a gate that nobody had learned."""
+    model = learned_model(decay="head")
+    model.config.linattn |= {"form": "window", "window": 5, "sinks": 2}
+    with pytest.raises(ValueError, match="says form='window', and the numbers that LlamaAttention has learned are of form='polynomial'"):
+        model(tiny_tokens())
+
+
+@pytest.mark.parametrize("change", [{"decay": "key_head"}, {"temperature": 0.5}, {"form": "window", "window": 5}, {"output_map": "gate"}])
+def test_a_model_that_is_compiled_from_its_first_call_hears_of_other_options(change):
+    """The graph that was made after the change ran on with what was learned under others."""
+    torch._dynamo.reset()
+    model = learned_model(decay="head")
+    compiled, ids, stored, name = torch.compile(model, backend="eager"), tiny_tokens(), dict(model.config.linattn), next(iter(change))
+    with torch.no_grad():
+        expected = compiled(ids).logits
+        model.config.linattn |= change
+        with pytest.raises(ValueError, match=f"says {name}=.*, and the numbers that LlamaAttention has learned are of {name}="):
+            compiled(ids)
+        model.config.linattn = stored
+        assert torch.equal(compiled(ids).logits, expected)
+
+
+def test_options_of_a_compiled_model_break_no_graph_and_make_no_second():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    model, ids = learned_model(form="window", window=5, sinks=2, gate="token", decay="head"), tiny_tokens()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(3):
+            compiled(ids)
+        assert len(graphs) == 1
+        model.config.linattn |= {"window": 3}
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits)
+    assert len(graphs) == 2
