@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops.constants import constant
+from ..ops.precision import exact
 from ..ops.weights import weights_of
 from ..ops.window_token import Beside
 from . import feature_map, input_gate, output_map, projection
@@ -58,6 +59,6 @@ def _gate(share: float | Tensor, query: Tensor) -> Tensor:
     """The window's share of each query head, (Hq,)."""
     if isinstance(share, Tensor):
         return share
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = exact(query.dtype)
     make = lambda: torch.full(query.shape[1:2], share, dtype=dtype, device=query.device)  # noqa: E731
     return make() if torch.compiler.is_compiling() else constant(("gate", share, query.shape[1], dtype, query.device), make)

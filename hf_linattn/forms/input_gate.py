@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import beside
+from ..ops.precision import exact
 from .form import Call, Numbers
 
 CHOICES = ("none", "token")
@@ -21,8 +22,8 @@ boundless weight would drown all others in it for good. And e^u v keeps within f
 
 
 def bounded(x: Tensor) -> Tensor:
-    """u of what was read off the hidden states, float32: x where it is small, and never beyond LARGEST."""
-    return LARGEST * torch.tanh(x.float() / LARGEST)
+    """u of what was read off the hidden states, in at least float32: x where it is small, and never beyond LARGEST."""
+    return LARGEST * torch.tanh(x.to(exact(x.dtype)) / LARGEST)
 
 
 def weighed(call: Call, numbers: Numbers) -> tuple[Call, Numbers]:

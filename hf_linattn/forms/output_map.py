@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops import beside
+from ..ops.precision import exact
 from .form import Numbers
 from .parameters import refuse_unread
 
@@ -53,8 +54,8 @@ def starting_numbers(choice: str, heads: int) -> Numbers:
 
 
 def gate(read: Tensor) -> Tensor:
-    """Of what was read off the hidden states, float32: 1 at first, from 0 to 2."""
-    return 2 * torch.sigmoid(read.float())
+    """Of what was read off the hidden states, in at least float32: 1 at first, from 0 to 2."""
+    return 2 * torch.sigmoid(read.to(exact(read.dtype)))
 
 
 def mapped(out: Tensor, numbers: Numbers) -> Tensor:

@@ -59,16 +59,16 @@ class LinAttnParams(nn.Module):
             if name.endswith(OFFSET):
                 init.zeros_(parameter)
 
-    def number(self, name: str) -> Tensor:
-        """A number a head, float32 (heads,): where it started and what was learned."""
-        started, offset = getattr(self, name).float(), getattr(self, name + OFFSET, None)
-        return started if offset is None else started + offset.float()
+    def number(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A number a head, (heads,): where it started and what was learned."""
+        started, offset = getattr(self, name).to(dtype), getattr(self, name + OFFSET, None)
+        return started if offset is None else started + offset.to(dtype)
 
-    def learned(self) -> dict[str, Tensor]:
+    def learned(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The numbers a head by name."""
         if torch.compiler.is_compiling() or not self.learnable or not self.names:
-            return {name: self.number(name) for name in self.names}
-        started, offsets = ([getattr(self, name + end).float() for name in self.names] for end in ("", OFFSET))
+            return {name: self.number(name, dtype) for name in self.names}
+        started, offsets = ([getattr(self, name + end).to(dtype) for name in self.names] for end in ("", OFFSET))
         return dict(zip(self.names, torch._foreach_add(started, offsets), strict=True))  # one kernel for all
 
     @torch.no_grad()
@@ -79,7 +79,7 @@ class LinAttnParams(nn.Module):
             getattr(self, name + OFFSET).zero_()
 
     def read_off(self, name: str, hidden: Tensor | None, option: str, value: str = "token") -> Tensor:
-        """What a matrix (heads, hidden_size) reads off the hidden states (B, N, hidden_size): (B, heads, N), of 32 bits or fewer.
+        """What a matrix (heads, hidden_size) reads off the hidden states (B, N, hidden_size): (B, heads, N), in their dtype.
 
         Raises:
             ValueError: `option`, "decay" say, has a value that needs hidden states, and there are none.
@@ -89,7 +89,7 @@ class LinAttnParams(nn.Module):
         read = F.linear(hidden, getattr(self, name).to(hidden.dtype)).mT
         if torch.compiler.is_compiling():  # the gradient of a transposed one is traced with other strides than it has (torch 2.13)
             read = read.contiguous()
-        return read.float() if read.dtype == torch.float64 else read
+        return read
 
     def at_rest(self) -> dict[str, Tensor]:
         """What to attend with where the hidden states are zeros: (heads,) each, and matrices."""

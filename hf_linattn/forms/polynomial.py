@@ -15,6 +15,7 @@ from ..ops import bounds
 from ..ops.checks import MOST_TOKENS
 from ..ops.constants import constant
 from ..ops.features import feature_count
+from ..ops.precision import exact
 from . import feature_map, input_gate, output_map, projection
 from .form import Call, Form, Numbers, Sizes, State, Tokens
 from .kept import Made, once
@@ -184,12 +185,13 @@ class PolynomialParameters(LinAttnParams):
             return ()
         return ("temperature_logit",) if self.options.kernel == "linear" else ("log_temperature", "b_logit")
 
-    def forward(self, hidden: Tensor | None = None, made: Made | None = None) -> dict[str, Tensor]:
-        """The numbers to attend with, as float32 tensors of shape (heads,), which are to be left as they are.
+    def forward(self, hidden: Tensor | None = None, made: Made | None = None, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The numbers to attend with, as tensors of shape (heads,), which are to be left as they are.
 
         Args:
             hidden: (B, N, hidden_size), for a decay or a gate per token.
             made: where what tokens have no say in is kept.
+            dtype: float32, or float64 beside queries of float64.
 
         Returns:
             ``a``, ``b``, ``temperature``; with the quadratic kernel ``c``; with a decay ``log_decay`` = -1 / T < 0, for one per token
@@ -200,8 +202,8 @@ class PolynomialParameters(LinAttnParams):
         Raises:
             ValueError: a decay or gate per token without hidden states.
         """
-        learned: dict[str, Tensor] = once(made, "learned", self.learned)
-        return once(made, "same for all tokens", lambda: self._of_layer(learned)) | self._of_tokens(learned, hidden)
+        learned: dict[str, Tensor] = once(made, ("learned", dtype), lambda: self.learned(dtype))
+        return once(made, ("same for all tokens", dtype), lambda: self._of_layer(learned)) | self._of_tokens(learned, hidden)
 
     def _of_layer(self, learned: dict[str, Tensor]) -> dict[str, Tensor]:
         """The numbers that are the same for all tokens."""
@@ -336,13 +338,13 @@ class Polynomial(Form):
     def numbers(self, call: Call, parameters: LinAttnParams | None) -> Numbers:
         if parameters is not None and parameters.hidden_size:  # each token has its own
             return self._numbers(call, parameters)
-        return once(call.made, ("numbers", call.scaling), lambda: self._numbers(call, parameters))
+        return once(call.made, ("numbers", call.scaling, call.query.dtype), lambda: self._numbers(call, parameters))
 
     def _numbers(self, call: Call, parameters: LinAttnParams | None) -> Numbers:
         options, query = self.options, call.query
         numbers: Numbers = {name: getattr(options, name) for name in ("a", "b", "c", "temperature", "normalize_qk")}
         if parameters is not None:
-            numbers.update(parameters(call.hidden, call.made))
+            numbers.update(parameters(call.hidden, call.made, exact(query.dtype)))
         elif options.features is not None:
             raise ValueError("linattn option features is of learned projections, which only converted checkpoints have: leave it out.")
         elif options.feature_map != "none":
@@ -357,7 +359,7 @@ class Polynomial(Form):
                 f'linattn option output_map="{options.output_map}" is learned, which only converted checkpoints are: leave it out.'
             )
         elif options.decay != "none":
-            numbers["log_decay"] = starting_log_decay(self._rates(call.sizes), query.device)
+            numbers["log_decay"] = starting_log_decay(self._rates(call.sizes), query.device, exact(query.dtype))
         if not options.normalize_qk:
             numbers["temperature"] = numbers["temperature"] * (query.shape[-1] ** -0.5 if call.scaling is None else call.scaling)
         return numbers
@@ -389,7 +391,7 @@ class Polynomial(Form):
         heads = sizes.query_heads if self.options.decay == "head" else sizes.key_heads
         rows = feature_count(self.options.width(sizes.head_dim), self.options.degree)
         columns = sizes.value_dim + (2 if self.options.input_gate == "token" else 1)
-        return {"sums": ((heads, rows, columns), torch.float64 if dtype == torch.float64 else torch.float32)}
+        return {"sums": ((heads, rows, columns), exact(dtype))}
 
     def tokens(self, call: Call, numbers: Numbers) -> Tokens:
         return {"key": call.key, "value": call.value, **per_token(numbers)}
@@ -459,6 +461,6 @@ class Polynomial(Form):
                 yield Polynomial(PolynomialOptions(kernel, decay=decay, **kept))
 
 
-def starting_log_decay(heads: int, device: torch.device | None = None) -> Tensor:
-    """-1 / tau, float32 (heads,), tau from 1.5 to 512 tokens in equal ratios: the fixed rates of a model without parameters."""
-    return -torch.logspace(-math.log10(SHORTEST_TIME_CONSTANT), -math.log10(512.0), heads, device=device, dtype=torch.float32)
+def starting_log_decay(heads: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """-1 / tau, (heads,), tau from 1.5 to 512 tokens in equal ratios: the fixed rates of a model without parameters."""
+    return -torch.logspace(-math.log10(SHORTEST_TIME_CONSTANT), -math.log10(512.0), heads, device=device, dtype=dtype)

@@ -19,6 +19,7 @@ from ..ops import window, window_reference, window_step
 from ..ops.frame import Frame
 from ..ops.functional import cast_for_autocast, is_for_onnx, noisy
 from ..ops.mixing import mixed
+from ..ops.precision import exact
 from ..ops.ring import Ring, along, take
 from ..ops.window_token import Token
 from . import output_map
@@ -236,7 +237,7 @@ class Window(Form):
         if self.beside is None:
             return ring
         rows = sizes.key_heads * [self.options.decay, self.options.input_gate].count("token")
-        numbers = {"per_token": ((rows, self.options.window), torch.float32)} if rows else {}
+        numbers = {"per_token": ((rows, self.options.window), exact(dtype))} if rows else {}
         return ring | numbers | self.beside.layout(sizes, dtype)
 
     def _ring(self, state: State) -> Ring:

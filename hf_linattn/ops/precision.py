@@ -1,9 +1,14 @@
-"""Sums stay float32 under autocast."""
+"""Sums and learned numbers are float32, float64 beside float64, under autocast too."""
 
 from collections.abc import Callable
 from functools import wraps
 
 import torch
+
+
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """What sums and learned numbers are beside tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def in_full_precision(kernel: Callable) -> Callable:

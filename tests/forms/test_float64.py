@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from learned import learned_model
+from tiny_models import tiny_model, tiny_tokens
 from torch import Tensor
+from transformers import DynamicCache
 from window_cases import make_tensors
 
 from hf_linattn import LinAttnConfig
@@ -83,3 +87,54 @@ def test_whole_in_pieces_and_token_by_token(kind: dict[str, Any]) -> None:
     for found in (form.attend(call, numbers), form.reference(call, numbers), torch.cat(outs, 2)):
         assert found.dtype == torch.float64
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_numbers_of_a_float64_model_are_made_in_float64() -> None:
+    """They were made in float32, and a decay, a gate or a factor of the output was 1e-8 to 1e-7 of itself off."""
+    options = {"decay": "token", "input_gate": "token", "output_map": "norm_gate", "gate": "token", "kernel": "quadratic"}
+    form = LinAttnConfig(form="window", window=W, sinks=S, **options).attention
+    parameters: Any = form.parameters(Sizes(4, 2, 8, 6, 12), True).double()
+    for parameter in parameters.parameters():
+        parameter.data += torch.randn_like(parameter)
+    hidden = torch.randn(2, LENGTH, 12, dtype=torch.float64)
+    numbers = form.numbers(Call(*make_tensors(LENGTH, grad=False), hidden=hidden), parameters)
+
+    def learned(name: str) -> Tensor:
+        return getattr(parameters, name).double() + getattr(parameters, name + "_offset")
+
+    def read(name: str) -> Tensor:
+        return (hidden @ getattr(parameters, name).mT).mT
+
+    expected = {
+        "log_decay": -F.softplus(learned("rate_logit")[:, None] + read("rate_weight")),
+        "log_input_gate": 5 * torch.tanh(read("input_weight") / 5), "output_gate": 2 * torch.sigmoid(read("output_weight")),
+        "gate": torch.sigmoid(learned("gate_logit")[:, None] + read("gate_weight")),
+        "output_power": torch.tanh(learned("output_power_logit")), "output_log_scale": learned("output_log_scale"),
+        "temperature": learned("log_temperature").exp(), "b": 0.999 * 2 * 0.5**0.5 * torch.sigmoid(learned("b_logit")),
+    }  # fmt: skip
+    for name, number in expected.items():
+        torch.testing.assert_close(numbers[name], number, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.get("beside") != "none"], ids=str)
+def test_a_float64_model_gives_the_same_in_pieces(kind: dict[str, Any]) -> None:
+    window = {"window": W, "sinks": S} if "form" in kind else {}
+    model, ids = learned_model(**window, **kind).double(), tiny_tokens()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([9, 1, 1, 12], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, rtol=0, atol=1e-12)
+    held = {name: x.dtype for name, x in cache.layers[0].state.items() if name != "seen"}
+    assert set(held.values()) == {torch.float64}
+
+
+def test_fixed_rates_of_a_float64_model() -> None:
+    model, found = tiny_model("llama", layers=1, decay="head"), dict[torch.dtype, Tensor]()
+    form = LinAttnConfig.of(model.config).attention
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        query = torch.zeros(1, 4, 3, 8, dtype=dtype)
+        found[dtype] = form.numbers(Call(query, query, query), None)["log_decay"]
+    torch.testing.assert_close(
+        found[torch.float64], -1 / (1.5 * (512 / 1.5) ** torch.linspace(0, 1, 4, dtype=torch.float64)), rtol=1e-14, atol=0
+    )
+    assert torch.equal(found[torch.float32], found[torch.bfloat16]) and found[torch.bfloat16].dtype == torch.float32

@@ -67,7 +67,7 @@ def test_a_written_parameter_is_seen_by_the_next_token(options, write):
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_numbers_are_made_once_a_text(kind, monkeypatch):
     model, made, learned = converted(STUDENTS[0]), [], LinAttnParams.learned
-    monkeypatch.setattr(LinAttnParams, "learned", lambda self: made.append(self.names) or learned(self))
+    monkeypatch.setattr(LinAttnParams, "learned", lambda self, dtype: made.append(self.names) or learned(self, dtype))
     cache = DynamicCache(config=model.config) if kind == "dynamic" else StaticCache(config=model.config, max_cache_len=32)
     logits(model, cache, list(tiny_tokens(1, 26).split([17, 1, 1, 5, 1, 1], 1)))
     assert made == [["temperature_logit", "log_rate"]] * 2  # for the prompt, and for all tokens behind it
@@ -77,7 +77,7 @@ def test_a_captured_graph_makes_its_numbers_itself(monkeypatch):
     """Else a replay would read what they were, in memory that a reset gives back."""
     model, (prompt, *tokens) = converted(STUDENTS[0]), tiny_tokens(1, 20).split([17, 1, 1, 1], 1)
     cache, made, learned = DynamicCache(config=model.config), [], LinAttnParams.learned
-    monkeypatch.setattr(LinAttnParams, "learned", lambda self: made.append(self.names) or learned(self))
+    monkeypatch.setattr(LinAttnParams, "learned", lambda self, dtype: made.append(self.names) or learned(self, dtype))
     logits(model, cache, [prompt, tokens[0]])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     cache.layers[0].device = torch.device("cuda")  # as a layer of a GPU asks

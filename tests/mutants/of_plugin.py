@@ -120,7 +120,8 @@ MUTANTS = [
          "output_map.moved(numbers, lambda x: frame.close(x[..., None]).squeeze(-1))", "numbers",
          "forms/test_window.py::test_a_sequence_gives_what_it_gives_alone"),
         # an input gate
-        ("a gate without a bound", "hf_linattn/forms/input_gate.py", "return LARGEST * torch.tanh(x.float() / LARGEST)", "return x.float()",
+        ("a gate without a bound", "hf_linattn/forms/input_gate.py",
+         "return LARGEST * torch.tanh(x.to(exact(x.dtype)) / LARGEST)", "return x",
          "forms/test_input_gate.py::test_no_key_weighs_beyond_its_bound"),
         ("noise on both parts of a quotient", "hf_linattn/forms/operators.py", "noise = {} if gated else call.noise",
          "noise = call.noise", "forms/test_input_gate.py::test_noise_is_on_the_quotient"),
