@@ -181,7 +181,7 @@ class Run:
                 self.accelerator.load_state(str(newest[0]))
             progress = read_json(newest[0] / "progress.json")
         self.accelerator.wait_for_everyone()
-        _by_main(self.accelerator, lambda: self._cut_metrics(progress["step"]))
+        _by_main(self.accelerator, lambda: self._cut_metrics(progress["step"] if newest else -1))  # the beginning is measured anew
         return progress
 
     def _cut_metrics(self, step: int) -> None:

@@ -365,13 +365,14 @@ def test_a_window_is_dropped_ever_less_and_a_resume_draws_the_same(given, tiny, 
 LONGER = {"transfer": {}, "distill": {"repeat": 8, "length": 48, "tokens": 6 * 4 * 48, "gradient_accumulation": 2, "batch_size": 2}}
 
 
+@pytest.mark.parametrize("at", [1, 5])  # before the first checkpoint, behind the second
 @pytest.mark.parametrize("name", mainly("distill"))
-def test_killed_it_goes_on_to_the_same_bits(given, tmp_path, name, monkeypatch):
+def test_killed_it_goes_on_to_the_same_bits(given, tmp_path, name, at, monkeypatch):
     expected = run(name, given(output=str(tmp_path / "whole"), **LONGER[name]))
     stage = STAGES[name][1]
 
     def die(self):
-        if self.step == 5:
+        if self.step == at:
             raise KeyboardInterrupt
 
     values = given(output=str(tmp_path / "killed"), **LONGER[name])
