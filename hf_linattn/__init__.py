@@ -6,7 +6,7 @@ and the Auto classes of converted checkpoints.
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from . import adapters, assisted, cache, choice, deferred, kept_keys, models  # noqa: F401  (models registers the Auto classes)
+from . import adapters, assisted, cache, choice, deferred, kept_keys, kept_softmax, models  # noqa: F401  (models registers the Auto classes)
 from .attention import linattn_attention
 from .cache import LinearStateLayer, StaticLinearStateLayer, cache_bytes
 from .config import NAME, LinAttnConfig
@@ -23,6 +23,7 @@ __version__ = "0.2.0"
 AttentionInterface.register(NAME, linattn_attention)
 AttentionMaskInterface.register(NAME, linattn_mask)
 cache.install()
+kept_softmax.install()
 kept_keys.install()
 choice.install()
 adapters.install()

@@ -22,6 +22,7 @@ from .counted import digest, joined
 from .forms import Call, Form, LinAttnParams, Numbers, Sizes, State
 from .forms.kept import Kept, Made
 from .hand_over import FILLED, NEVER_READ, hand_over, receive
+from .kept_softmax import KEPT, is_closed
 from .rollback import KEPT_TOKENS, RecentTokens
 from .support import require_attention_interface
 
@@ -216,7 +217,7 @@ class LinearStateLayer(CacheLayerMixin):
         state = self._state
         if state is None:
             state = self.state = form.empty_state(sizes(), self.batch_size, self.dtype, self.device)
-        elif _is_closed(next(iter(state.values()))):
+        elif is_closed(next(iter(state.values()))):
             state = self.state = _each(torch.clone, state)
         return state
 
@@ -354,7 +355,7 @@ class StaticLinearStateLayer(LinearStateLayer):
             torch._dynamo.mark_static_address(tensor)
 
     def _advance(self, tokens: Any) -> None:
-        if _is_closed(self.cumulative_length):
+        if is_closed(self.cumulative_length):
             self.cumulative_length = self.cumulative_length.clone()
         self.cumulative_length.add_(tokens)
 
@@ -390,7 +391,7 @@ class StaticLinearStateLayer(LinearStateLayer):
             self.state = _each(Tensor.detach, state)
             return
         assert self.state is not None  # as `allocate` leaves it
-        if _is_closed(next(iter(self.state.values()))):
+        if is_closed(next(iter(self.state.values()))):
             self.state = _each(torch.clone, self.state)
         for name, tensor in self.state.items():
             tensor.copy_(state[name].detach())
@@ -466,11 +467,6 @@ def take(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Lin
     return key, value, layer.next_reader()
 
 
-def _is_closed(tensor: Tensor) -> bool:
-    """Whether it was made under torch.inference_mode() and is to be written outside, which PyTorch refuses."""
-    return not is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled()
-
-
 def _each(function: Callable[[Tensor], Tensor], state: State) -> State:
     return {name: function(tensor) for name, tensor in state.items()}
 
@@ -530,7 +526,7 @@ def get_layer_types_and_kwargs(config: PreTrainedConfig) -> tuple[list[str], Any
                 f"Layers of this model run several times a token, each time with another of the {len(types)} places of its cache, and "
                 f"linattn option softmax_layers counts {modules} of them: leave it empty, or give use_cache=False."
             )
-        types = [kind if layer in kept else _our_type(kind) for layer, kind in enumerate(types)]
+        types = [KEPT.get(kind, kind) if layer in kept else _our_type(kind) for layer, kind in enumerate(types)]
         form, heads = known_options(config).attention, getattr(config, "num_attention_heads", None)
         for layer_kwargs in kwargs if isinstance(kwargs, list) else [kwargs]:  # older Transformers have one for all layers
             layer_kwargs.update(form=form, query_heads=heads)

@@ -17,13 +17,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .cache import LinearStateLayer, StaticLinearStateLayer, below
+from .kept_softmax import KeptStaticLayer
 from .models import attention_modules
 from .same_model import described, fingerprint, refuse_another_model, weights
 
 FORMAT = "hf_linattn cache 1"
+OVER_ALL = DynamicLayer, KeptStaticLayer
+"""Layers of softmax over all tokens."""
 
 
 def save_cache(cache: Cache, path: str | Path, model: PreTrainedModel, *, overwrite: bool = False) -> None:
@@ -126,7 +129,7 @@ def _held(layer: Any, number: int, tokens: int) -> dict[str, Tensor]:
         if layer.is_incomplete or layer.state is None:
             raise ValueError(f"Layer {number} has seen tokens both ways, for which no state can stand; process the prompt causally.")
         return dict(layer.to_tensors())
-    if kind in (DynamicLayer, StaticLayer):
+    if kind in OVER_ALL:
         return {"keys": layer.keys[:, :, :tokens], "values": layer.values[:, :, :tokens]}
     if kind is DynamicSlidingWindowLayer:
         first = max(0, layer.keys.shape[2] - layer.sliding_window + 1)  # while tokens may be taken back it holds more
@@ -138,7 +141,7 @@ def _restore(layer: Any, number: int, tensors: dict[str, Tensor], tokens: int, d
     kind = type(layer)
     if kind in (LinearStateLayer, StaticLinearStateLayer):
         layer.from_tensors(tensors, tokens, dtype)
-    elif kind in (DynamicLayer, StaticLayer, DynamicSlidingWindowLayer):
+    elif kind in (*OVER_ALL, DynamicSlidingWindowLayer):
         layer.update(tensors["keys"], tensors["values"])
         if layer.is_sliding:
             layer.cumulative_length = tokens

@@ -1,5 +1,7 @@
 """A model that keeps chosen layers softmax: cache, generation, padding and packing as for one kind of layer."""
 
+import pickle
+
 import pytest
 import torch
 import transformers
@@ -102,6 +104,45 @@ def test_padding_and_generation_beside_a_window(windowed):
 
 def test_packing_beside_a_window(windowed):
     check_packing(windowed)
+
+
+@torch.no_grad()
+def check_autocast(model):
+    """Keys are float32 behind a rotary embedding and values bfloat16: a static cache has one dtype for both, and PyTorch refused."""
+    ids, cut, errors = tiny_tokens(), [7, 1, 9, 6], []
+    full = model(ids, use_cache=False).logits
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            pieces = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(cut, 1)], 1)
+        errors.append((pieces - full).abs().max())
+        close(model(ids[:, :1], past_key_values=cache).logits.isfinite().float(), torch.ones(2, 1, full.shape[-1]))
+    assert errors[1] <= 2 * errors[0]
+
+
+@torch.no_grad()
+def check_inference_mode(model):
+    """Outside of it PyTorch refused to write, also to reset, what a static cache was filled with inside."""
+    ids = tiny_tokens()
+    full = model(ids, use_cache=False).logits
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=40)):
+        for _ in range(2):
+            with torch.inference_mode():
+                model(ids[:, :9], past_key_values=cache)
+            close(torch.cat([model(part, past_key_values=cache).logits for part in ids[:, 9:].split([1, 13], 1)], 1), full[:, 9:])
+            with torch.inference_mode():
+                model(ids[:, :1], past_key_values=cache)
+            cache.reset()
+        close(model(ids, past_key_values=pickle.loads(pickle.dumps(cache))).logits, full)
+
+
+@pytest.mark.parametrize("check", [check_autocast, check_inference_mode])
+def test_where_transformers_static_cache_cannot_go(check, model):
+    check(model)
+
+
+@pytest.mark.parametrize("check", [check_autocast, check_inference_mode])
+def test_where_transformers_static_cache_cannot_go_beside_a_window(check, windowed):
+    check(windowed)
 
 
 def test_prompt_lookup(model):
