@@ -78,7 +78,7 @@ def linattn_attention(
     if layer is not None and not first and (layer.is_incomplete or not causal):
         raise ValueError("A cache holds what came before; bidirectional linear attention cannot go on from it. Give use_cache=False.")
     if layer is not None:  # of the first tokens no mask tells of others before them
-        refuse_another_past(layer.left_out, pattern)
+        refuse_another_past(layer.left_out, pattern, getattr(module, "layer_idx", None))
 
     segments = segments_of(pattern, position_ids, cu_seq_lens_q, length, query.shape[0])
     form, parameters = options.attention, parameters_of(module, options)

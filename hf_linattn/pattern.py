@@ -12,6 +12,7 @@ W        1: nothing is said, and a bias that the model adds stays as it was; 0: 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ class Pattern:
     starts: Tensor | None = None  # bool (B, N), where a packed sequence begins behind another; None: nowhere
     past: Tensor | int | None = None  # (B,) digest of the tokens before that are hidden, -1 where it does not say; 0: of none; None
     whole: bool = False  # positions have nothing to add
-    agreed: bool = False  # the past was compared with a state in this forward pass
+    agreed: tuple[Any, ...] | None = None  # which layer compared the past with its state's padding, and which that was
 
 
 def pack(pattern: Pattern, length: int, device: torch.device | str) -> Tensor:

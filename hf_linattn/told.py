@@ -150,17 +150,29 @@ def _visible(mask: Tensor) -> Tensor:
     return visible
 
 
-def refuse_another_past(left_out: Tensor | None, pattern: Pattern) -> None:
-    """Refuses a mask that hides other tokens of the past than the state left out; asked once a forward pass.
+def refuse_another_past(left_out: Tensor | None, pattern: Pattern, layer: int | None) -> None:
+    """Refuses a mask that hides other tokens of the past than the state left out; asked once a forward pass, by the first layer that can,
+    and of a mask that is given again no more for the same state.
 
-    `left_out` is the state's digest (B,), None if it left nothing out.
+    `left_out` is the state's digest (B,), None if it left nothing out; `layer` the layer's index.
 
     Raises:
         ValueError: they differ.
     """
     told, counted = pattern.past, 0 if left_out is None else left_out
-    if told is None or pattern.agreed or (isinstance(told, int) and isinstance(counted, int)):
+    if told is None or (isinstance(told, int) and isinstance(counted, int)):
         return
+    if pattern.agreed is not None:
+        asked, before, written = pattern.agreed
+        if asked != layer or (before is left_out and written is not None and written == _written(left_out)):
+            return
     same: Any = (counted == told) | (told == SAYS_NOTHING)
     require(same.all(), OTHER_PAST)
-    pattern.agreed = True
+    pattern.agreed = layer, left_out, _written(left_out)
+
+
+def _written(left_out: Tensor | None) -> int | None:
+    """How often, None where nobody counts."""
+    if left_out is None:
+        return 0
+    return None if is_traced(left_out) or left_out.is_inference() else left_out._version

@@ -1,5 +1,6 @@
 """Masks are read: who sees whom, who is padding and what came before, against a quadratic form under the mask itself."""
 
+import copy
 import itertools
 
 import pytest
@@ -712,6 +713,26 @@ def test_what_was_left_out_follows_the_sequences(llama):
         llama(ids[:, :2], attention_mask=torch.ones(2, 2), past_key_values=cache)
         llama(ids[:, 2:4], attention_mask=torch.ones(2, 4), past_key_values=cache)
         mask[1, 4] = 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_mask_that_agreed_with_one_cache_is_held_against_the_next(llama, kind):
+    """The same 4D mask, given again: what it hides was compared with what the first cache had left out, and with no other's."""
+    ids, padding = tiny_tokens(2, 12), torch.ones(2, 10, dtype=torch.long)
+    caches = [
+        DynamicCache(config=llama.config) if kind == "dynamic" else StaticCache(config=llama.config, max_cache_len=16) for _ in range(3)
+    ]
+    for cache, hidden in zip(caches, (3, 5, 0), strict=True):
+        padding[:, :5], padding[:, :hidden] = 1, 0
+        llama(ids[:, :10], attention_mask=padding, past_key_values=cache)
+    mask = torch.zeros(2, 1, 1, 11 if kind == "dynamic" else 16, dtype=torch.bool)
+    mask[..., 3:11] = True
+    expected = llama(ids[:, 10:11], attention_mask=mask, past_key_values=copy.deepcopy(caches[0])).logits
+    for cache in caches[1:]:
+        with pytest.raises(ValueError, match="hides other tokens of the past"):
+            llama(ids[:, 10:11], attention_mask=mask, past_key_values=cache)
+    assert torch.equal(llama(ids[:, 10:11], attention_mask=mask, past_key_values=caches[0]).logits, expected)
 
 
 @torch.no_grad()
