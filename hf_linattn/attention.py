@@ -25,6 +25,10 @@ Number = float | Tensor
 KEEPS_SOFTMAX = "linattn_keeps_softmax"
 """Of a converted model's attention modules: `softmax_layers` as they were loaded, and whether theirs is among them. A compiled graph that
 asks for a layer's index is that layer's alone."""
+NOTHING_LEARNED = (
+    "config.linattn asks {} for numbers that it has not learned: it kept softmax, or had nothing beside its window, when the model was "
+    "loaded; set softmax_layers and beside back, or convert the source again with the others."
+)
 FREE = ("window", "sinks")
 """Options that a converted model may be given others of at any time."""
 SDPA_HAS_NOT = ("softcap", "s_aux", "sinks")  # what shapes softmax scores and PyTorch's SDPA has no argument for
@@ -154,11 +158,12 @@ def refuse_another_than_was_learned(module: nn.Module, options: LinAttnConfig) -
     Raises:
         ValueError: one was; of a window its size and its sinks alone are no matter of numbers.
     """
-    learned = getattr(getattr(module, NAME, None), "options", None)
+    parameters: Any = getattr(module, NAME, None)
+    learned = getattr(parameters, "options", None)
     if learned is None:
         return
-    now = options.attention.named()
-    for name, made in form_of(learned).named().items():
+    now = options.attention.named() | {"learnable": options.learnable}  # what was learned since the start would be saved, and not loaded
+    for name, made in (form_of(learned).named() | {"learnable": parameters.learnable}).items():
         if name not in FREE and now[name] != made:
             raise ValueError(
                 f"config.linattn says {name}={now[name]!r}, and the numbers that {type(module).__name__} has learned are of "
@@ -207,7 +212,8 @@ def parameters_of(module: nn.Module, options: LinAttnConfig) -> LinAttnParams | 
     """
     parameters: Any = getattr(module, NAME, None) if is_compiling() else module._modules.get(NAME)  # where Module itself looks last
     if parameters is None and options.learnable and options.attention.learns:
-        raise ValueError(missing_parameters(type(module).__name__))
+        name = type(module).__name__
+        raise ValueError(NOTHING_LEARNED.format(name) if hasattr(module, KEEPS_SOFTMAX) else missing_parameters(name))
     return parameters
 
 

@@ -217,6 +217,7 @@ OF_A_WINDOW = ("window", "sinks", "beside", "gate")
 @pytest.mark.parametrize("change", [
     {"decay": "none"}, {"decay": "head"}, {"features": 3}, {"input_gate": "none"}, {"output_map": "norm"}, {"temperature": 0.5},
     {"gate": "head"}, {"normalize_qk": False}, {"kernel": "quadratic", "c": 0.5}, {"form": "polynomial"},
+    {"learnable": False},
 ], ids=str)  # fmt: skip
 def test_what_a_converted_model_has_learned_is_not_read_as_of_other_options(change):
     model = learned_model(form="window", window=5, sinks=2, gate="token", decay="token", input_gate="token")
@@ -243,7 +244,9 @@ def test_a_polynomial_that_was_learned_has_no_gate_beside_a_window():
         model(tiny_tokens())
 
 
-@pytest.mark.parametrize("change", [{"decay": "key_head"}, {"temperature": 0.5}, {"form": "window", "window": 5}, {"output_map": "gate"}])
+@pytest.mark.parametrize(
+    "change", [{"decay": "key_head"}, {"temperature": 0.5}, {"form": "window", "window": 5}, {"output_map": "gate"}, {"learnable": False}]
+)
 def test_a_model_that_is_compiled_from_its_first_call_hears_of_other_options(change):
     """The graph that was made after the change ran on with what was learned under others."""
     torch._dynamo.reset()
