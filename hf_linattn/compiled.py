@@ -127,8 +127,6 @@ class CompiledStep:
             weakref.finalize(self, self.watched.forget).atexit = False
         self.call = torch.compile(step, **options)
         self.hooks = list(_all_hooks(model))
-        if self.watched is not None:
-            self.watched.joins = only_reads(model)  # others may bring weights of their own, or write between two products
 
     def serves(self, model: PreTrainedModel, config: Any) -> bool:
         """Whether it is this model's, compiled as this configuration says. PyTorch's guards leave out hooks."""
@@ -145,6 +143,8 @@ class CompiledStep:
 
     def text(self) -> Callable[..., Any]:
         """What a text's tokens are given to."""
+        if self.watched is not None:
+            self.watched.joins = only_reads(self.model)  # others may bring weights of their own, or write between two products
         return Text(self.model, self.call, self.watched if self.only_computes() else None)
 
     def only_computes(self) -> bool:

@@ -148,6 +148,30 @@ def test_what_is_changed_between_two_texts_is_seen_by_the_second(change, direct)
     assert not torch.allclose(torch.stack(out.scores).float(), torch.stack(before.scores))
 
 
+def test_a_module_of_the_users_own_is_seen_where_it_comes_later(monkeypatch):
+    """Matrices were moved beside it, as at the first text, when all modules were known."""
+    joins, model, ids = [], converted(), tiny_tokens(1, 9)
+
+    class Own(torch.nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x):
+            return self.mlp(x) * 2
+
+    def compile_graph(backend, graph, inputs, may_be_moved):
+        joins.append(may_be_moved)
+        return backend(graph, inputs)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(captured, "compile_graph", compile_graph)
+    generate_compiled(model, ids)
+    model.model.layers[0].mlp = Own(model.model.layers[0].mlp)
+    tokens = generate_compiled(model, ids)
+    assert joins == [True, False] and torch.equal(tokens, generate(model, ids, None, **TOKENS))
+
+
 def test_training_mode_is_seen(direct):
     model, ids = converted(decay="head"), tiny_tokens()
     generate_compiled(model, ids)
