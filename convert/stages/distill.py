@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from convert.errors import ConversionError
 from convert.stages.divergence import Divergence, check_head
+from convert.stages.kin import stranger
 from convert.stages.options import DistillOptions
 from convert.stages.repeats import SHORTEST, with_repeats
 from convert.stages.stage import Stage, draw_curves
@@ -67,6 +68,8 @@ class Distill(Stage):
         tokens = torch.arange(8)[None] % self.student.config.get_text_config().vocab_size
         check_head(o.student, self.student, tokens)
         check_head(o.teacher, self.teacher, tokens.to(self.accelerator.device))
+        if not self.is_control and (differs := stranger(self.student, self.teacher)):
+            self.accelerator.print(f"{o.student} was not converted from {o.teacher} ({differs}), whose predictions it learns all the same")
         self.adapted = self._adapted() if o.lora else None
         return Predictions(self.student, Divergence(self.student, self.teacher, o.kl_weight, o.text_weight))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hf_linattn
 from convert.errors import ConversionError
+from convert.stages.kin import stranger
 from convert.stages.options import TransferOptions
 from convert.stages.stage import Stage, draw_curves
 from convert.truth import attention_output, hidden_states
@@ -83,18 +84,17 @@ class Transfer(Stage):
                 "data parallelism (MULTI_GPU), or on one device"
             )
         softmax = hf_linattn.LinAttnConfig.of(self.student.config).softmax_layers
-        modules, teachers = (dict(attention_modules(model)) for model in (self.student, self.teacher))
+        modules = dict(attention_modules(self.student))
         if any(module.layer_idx < 0 for module in modules.values()):
             raise ConversionError(
                 f"{self.options.student}: one attention serves several layers, and {self.run.command} takes each by itself; "
                 "give it to distill at once"
             )
         names = [name for name, module in modules.items() if module.layer_idx not in softmax]
-        widths = [model.config.get_text_config().hidden_size for model in (self.student, self.teacher)]
-        if set(modules) != set(teachers) or widths[0] != widths[1]:
+        if differs := stranger(self.student, self.teacher):
             raise ConversionError(
-                f"{self.options.student} has {len(modules)} attention layers on {widths[0]} channels and the teacher {len(teachers)} on "
-                f"{widths[1]}: transfer needs the teacher it was converted from"
+                f"{self.options.student} was not converted from {self.options.teacher}: {differs}; {self.run.command} needs the teacher it "
+                "was converted from"
             )
         self.student.requires_grad_(False)
         for name in names:

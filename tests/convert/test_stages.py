@@ -442,6 +442,15 @@ def test_bfloat16_and_checkpointed_gradients(given, name, tmp_path):
             assert other["loss"] == pytest.approx(one["loss"], rel=0.03) and other["loss"] != one["loss"]
 
 
+OTHERS = {
+    "narrow": {"hidden_size": 16},
+    "heads": {"num_attention_heads": 1, "num_key_value_heads": 1},
+    "weights": {"use_cache": True},
+    "words": {"vocab_size": 260},
+    "other": {},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -451,7 +460,17 @@ def test_bfloat16_and_checkpointed_gradients(given, name, tmp_path):
         ("transfer", {"data": ["absent.txt"]}, "no such file"),
         ("transfer", {"data": ["short.txt"], "length": 48}, "shorter than one sequence of 48"),
         ("transfer", {"data": ["short.txt"], "length": 8}, "the text is one row of 8 tokens"),
-        ("transfer", {"teacher": "narrow"}, "transfer needs the teacher it was converted from"),
+        (
+            "transfer",
+            {"teacher": "narrow"},
+            "its hidden_size is 16 and not [0-9]+; convert.transfer needs the teacher it was converted from",
+        ),
+        ("transfer", {"teacher": "heads"}, "its num_attention_heads is 1 and not [0-9]+; convert.transfer needs"),
+        (
+            "transfer",
+            {"teacher": "weights"},
+            "was not converted from weights: its embeddings of tokens are others; convert.transfer needs",
+        ),
         ("distill", {"teacher": "words"}, "has 257 tokens and the teacher 260"),
         ("distill", {"teacher": "other"}, "the tokenizer of .* is not the teacher's"),
         ("distill", {"repeat": 4, "length": 40}, "too short to repeat stretches of 24"),
@@ -461,7 +480,7 @@ def test_bfloat16_and_checkpointed_gradients(given, name, tmp_path):
 def test_what_does_not_fit_is_refused_before_anything_is_written(given, tiny, tmp_path, monkeypatch, name, changes, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("The dog.")
-    for other, edit in (("narrow", {"hidden_size": 16}), ("words", {"vocab_size": 260}), ("other", {})):
+    for other, edit in OTHERS.items():
         if changes.get("teacher") == other:
             shutil.copytree(tiny.teacher, tmp_path / other)
             config = LlamaConfig.from_pretrained(tiny.teacher)
@@ -477,6 +496,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(given, tiny, tm
     with pytest.raises(RecipeError, match=message) as error:
         run(name, given(**changes))
     assert "\n" not in str(error.value) and not Path(given()["output"]).exists()
+
+
+def test_a_teacher_that_the_student_was_not_converted_from_is_told(given, tiny, tmp_path, monkeypatch, capsys):
+    """It may be a better one of the same words."""
+    monkeypatch.chdir(tmp_path)
+    run("distill", given())
+    assert "was not converted from" not in capsys.readouterr().out
+    shutil.copytree(tiny.teacher, tmp_path / "better")
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny.teacher)).save_pretrained(tmp_path / "better")
+    run("distill", given(output="out", teacher="better"))
+    assert "was not converted from better (its embeddings of tokens are others)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_of_other_options_and_a_run_that_has_not_ended_are_refused(given, monkeypatch):
