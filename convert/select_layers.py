@@ -20,7 +20,7 @@ from convert.errors import ConversionError
 from convert.evaluation.selection_options import SelectOptions
 from recipes.common import cli
 from recipes.common.errors import RecipeError
-from recipes.common.files import check_apart, write_json
+from recipes.common.files import check_apart, check_writable, write_json
 from recipes.common.reading import read_json, user_path
 
 
@@ -88,11 +88,13 @@ def _check_file(out: Path, options: SelectOptions, overwrite: bool) -> None:
     if path.is_dir():
         raise ConversionError(f"{out} is a folder; give the name of a file")
     if path.exists() and not overwrite:
-        raise ConversionError(f"{out} exists already; choose another file, or pass --overwrite to replace it")
+        again = ", or pass --overwrite to replace it" if _is_ours(path) else ""
+        raise ConversionError(f"{out} exists already; choose another file{again}")
     if path.exists() and not _is_ours(path):
         raise ConversionError(f"{out} was not written by linattn select-layers, so --overwrite leaves it alone; choose another file")
     if not path.absolute().parent.is_dir():
         raise ConversionError(f"{out} cannot be written, since there is no folder {path.absolute().parent}; choose another place")
+    check_writable(path)
 
 
 def _is_ours(path: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from recipes.common import cli
 from recipes.common.errors import STATUS_FILE, RecipeError, exit_stopped
-from recipes.common.files import hold, write_json
+from recipes.common.files import check_writable, hold, write_json
 from recipes.common.lock import Lock
 from recipes.common.reading import read_json
 from recipes.common.started import run_to_its_end
@@ -57,9 +57,10 @@ class Chain:
                     f"{out} holds a {name} with another {different} ({old.get(different)!s:.200}, now {asked.get(different)!s:.200}); "
                     f"{remedy}, or remove the folder"
                 )
-        elif out.exists() and any(out.iterdir()):
+        elif out.is_dir() and any(out.iterdir()):
             raise RecipeError(f"{out} exists and holds something else; {remedy}")
         else:
+            check_writable(state)
             write_json(state, asked)
 
     def run(self) -> None:
@@ -139,7 +140,9 @@ class Chain:
             if status == 1 and told.is_file():  # accelerate has 1 for whatever the training ended with
                 status = int(told.read_text(encoding="utf-8"))
         if status:
-            self.console.print(f"{module} stopped with status {status}; start again to go on from there", style="bold")
+            # 2: it has said what a user can do, without which it would end in the same way again
+            again = "once that is mended, the same command goes on from there" if status == 2 else "start again to go on from there"
+            self.console.print(f"{module} stopped with status {status}; {again}", style="bold")
             raise SystemExit(2 if status == 2 else 1)
 
 

@@ -88,15 +88,29 @@ def check_target(target: str | Path, command: str, *, overwrite: bool = False, i
     target = output_path(target)
     with stage(f"looking at the output {target}", "choose another place"):
         check_apart(target, inputs)
-        above = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise RecipeError(f"{target} cannot be written, since {above} is no folder that can be; choose another place")
+        check_writable(target)
         clear_up(target.parent, target.name)
         if not os.path.lexists(target):
             return
         if not overwrite:
+            refuse_others(target, command)
             raise RecipeError(f"{target} exists already; choose another place, or pass --overwrite to replace it")
         _check_ours(target, command)
+
+
+def check_writable(path: Path) -> None:
+    """Raise RecipeError where nothing can be made at `path`, by the nearest that there is above it."""
+    above = next(place for place in path.absolute().parents if os.path.lexists(place))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise RecipeError(f"{path} cannot be written, since {above} is no folder that can be; choose another place")
+
+
+def refuse_others(target: Path, command: str) -> None:
+    """Raise RecipeError where what is at `target` is none of `command`'s, as far as that is seen at a glance: nothing would replace it."""
+    if target.is_symlink() or not target.is_dir():
+        raise RecipeError(f"{target} exists already and is no folder; choose another place")
+    if any(target.iterdir()) and ((mark := read_mark(target)) is None or mark.command != command):
+        raise RecipeError(f"{target} exists already and was not written by {command}; choose another place")
 
 
 def check_apart(target: Path, inputs: Iterable[str | Path]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.common.errors import RecipeError
-from recipes.common.files import check_target, clear_up, hold, output_path
+from recipes.common.files import check_target, clear_up, hold, output_path, refuse_others
 from recipes.common.marks import MARK, read_mark
 
 
@@ -32,6 +32,7 @@ def check_run(folder: Path, command: str, *, inputs: Sequence[str | Path] = (), 
     """
     clear_up(folder.parent, folder.name)
     if folder.exists() and not (resume or overwrite):
+        refuse_others(folder, command)
         raise RecipeError(f"{folder} exists already; pass --resume to go on, --overwrite to start anew, or choose another output")
     if not (resume and folder.exists()):
         check_target(folder, command, overwrite=overwrite, inputs=inputs)

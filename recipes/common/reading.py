@@ -221,8 +221,10 @@ def user_path(name: str | Path) -> Path:
     """The path that a user names, where ~ is a home.
 
     Raises:
-        RecipeError: it begins with ~ and a name, and nobody is called that here.
+        RecipeError: it is empty, or begins with ~ and a name, and nobody is called that here.
     """
+    if name == "":  # which pathlib takes for the working folder
+        raise RecipeError("an empty name was given where something is to be read; give a file, a folder, or a hub id")
     try:
         return Path(name).expanduser()
     except RuntimeError:

@@ -267,10 +267,16 @@ def test_unknown_options_are_typers_to_refuse(source: Path, output: Path) -> Non
 def test_existing_output(source: Path, output: Path) -> None:
     output.mkdir()
     (output / "thesis.txt").write_text("mine")
-    assert "exists already" in refused(source, output)
+    assert "exists already and was not written by convert.linearize" in refused(source, output)
     assert "holds no mark of this program" in refused(source, output, "--overwrite")
     file = output / "thesis.txt"
+    assert "exists already and is no folder; choose" in refused(source, file)
     assert "is no folder" in refused(source, file, "--overwrite")
+
+
+def test_an_empty_name(output: Path) -> None:
+    """pathlib takes it for the working folder."""
+    assert "an empty name was given" in refused("", output)
 
 
 def test_output_that_overlaps_the_source(source: Path) -> None:

@@ -63,6 +63,15 @@ def test_a_file_of_somebody_elses_is_left_alone(theirs: str, evaluated: Path, tm
     assert out.read_text() == theirs
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_measured(
+    evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select_layers, "select_layers", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr("os.access", lambda place, mode, **_: place != tmp_path)
+    done = run(evaluated, tmp_path / "layers.json")
+    assert done.exit_code == 2 and f"since {tmp_path} is no folder that can be; choose another place" in done.stderr
+
+
 def test_by_attention_alone(evaluated: Path, tmp_path: Path) -> None:
     for again in ([], ["--overwrite"]):
         done = run(evaluated, tmp_path / "layers.json", "--attention-only", *again)

@@ -53,6 +53,8 @@ def test_a_training_that_fails_says_so_in_one_sentence_with_its_own_status(
         chain(tmp_path / "out").launch("failing")
     status, told = 2 if wrong == "of the user" else 1, capfd.readouterr()
     assert ended.value.code == status and f"failing stopped with status {status}" in told.out
+    again = "once that is mended, the same command goes on from there" if status == 2 else "start again to go on from there"
+    assert again in " ".join(told.out.split())
     (line,) = told.err.strip().splitlines()
     assert line == "error: no text; give some" if status == 2 else line.startswith("error: KeyError")
 
@@ -128,6 +130,9 @@ def test_another_chains_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes").write_text("")
     with pytest.raises(RecipeError, match=f"holds something else; {REMEDY}"):
         chain(tmp_path / "mine")
+    for place in ("notes", "notes/below"):
+        with pytest.raises(RecipeError, match=r"mine/notes is no folder that can be; choose another place"):
+            chain(tmp_path / "mine" / place)
 
 
 def test_two_at_work_in_one_folder_are_refused_and_so_is_another_chain_by_which_nothing_was_made_yet(tmp_path: Path) -> None:
