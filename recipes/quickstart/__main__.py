@@ -24,7 +24,8 @@ from recipes.quickstart.corpus import MARK, stories
 
 HERE = Path(__file__).parent
 COMMAND = "recipes.quickstart"
-FORM = ("--form", "window", "--window", "64", "--kernel", "quadratic", "--decay", "key_head")
+WINDOW = ("--form", "window", "--window", "64")
+FORM = (*WINDOW, "--kernel", "quadratic", "--decay", "key_head")
 """The attention of the converted model: softmax over the last tokens, and the second degree over all that lie before them."""
 KEY = (
     "Its settings: softmax sees the last 64 tokens and the first 4 (window 64 + 4). All between weigh a + b s + c s^2 (quadratic), s being "
@@ -32,6 +33,12 @@ KEY = (
     "(decay per key head). A learned gate mixes the two (gate per token)."
 )
 """What the words mean by which such a model is described."""
+CONTROL = "The row to beat is the window alone, untrained: the same softmax over the last 64 tokens and the first 4, without all between."
+SHORT = (
+    "A teacher of a few minutes looks so little beyond 64 tokens that the window alone may do as well: its loss does not tell what linear "
+    "attention keeps. A real model's does."
+)
+"""What the losses of so small a teacher do not show."""
 SMALL = (
     "A token of so small a model takes longer than the teacher's: the many small operations of a step outweigh attention to 2,048 tokens. "
     "What linear attention saves here is memory."
@@ -85,9 +92,12 @@ class Quickstart(Chain):
             self.step("1. Make a corpus and its tokenizer", out / "corpus", self.make_corpus)
             settings = [f"output={out}/teacher", f"tokenizer={out}/corpus", f"steps={self.steps(300)}", *text]
             self.step("2. Train a small softmax Llama", self.teacher, lambda: self.train("teacher", settings))
-        convert = (f"{PROJECT}convert.linearize", str(self.teacher), f"{out}/swapped", *FORM)
-        self.step("3. Convert it", out / "swapped", lambda: self.call(*convert))
+        self.step("3. Convert it", out / "swapped", lambda: self.convert("swapped", FORM))
         self.console.print(KEY)
+        self.step(
+            "4. Convert it to its window alone, as a control", out / "window", lambda: self.convert("window", (*WINDOW, "--beside", "none"))
+        )
+        self.console.print(CONTROL)
         tuning = [
             f"output={out}/tuned",
             f"model={out}/swapped",
@@ -98,11 +108,11 @@ class Quickstart(Chain):
         if not self.own:
             length = self.length()
             tuning += [f"length={length}", f"batch_size={max(1, 4096 // length)}"]
-        self.step("4. Fine-tune it with noise dropout", out / "tuned" / "model", lambda: self.train("finetune", tuning))
-        named = [f"teacher={self.teacher}", f"swapped={out}/swapped", f"fine-tuned={out}/tuned/model"]
+        self.step("5. Fine-tune it with noise dropout", out / "tuned" / "model", lambda: self.train("finetune", tuning))
+        named = [f"teacher={self.teacher}", f"window alone={out}/window", f"swapped={out}/swapped", f"fine-tuned={out}/tuned/model"]
         options = ["--data", str(self.text), "--stories", str(held_out), "--out", f"{out}/evaluation", "--overwrite"]
         self.step(
-            "5. Evaluate and generate, on stories kept out of training",
+            "6. Evaluate and generate, on stories kept out of training",
             None,
             lambda: self.call(f"{PROJECT}recipes.tinystories.evaluate", *named, *options),
         )
@@ -110,8 +120,13 @@ class Quickstart(Chain):
         places = {"table": "evaluation/evaluation.md", "picture": "evaluation/evaluation.png", "model": "tuned/model"}
         if self.own:
             self.console.print(SMALL)
+            self.console.print(SHORT)
             self.console.print(smollm2.measured())
         self.console.print("   ".join(f"{what}: {out}/{where}" for what, where in places.items()))
+
+    def convert(self, name: str, form: tuple[str, ...]) -> None:
+        """Convert the teacher to an attention of this form, in a folder of this name."""
+        self.call(f"{PROJECT}convert.linearize", str(self.teacher), f"{self.out}/{name}", *form)
 
     def train(self, config: str, settings: list[str]) -> None:
         """Run the training script on one of the configs beside this file."""

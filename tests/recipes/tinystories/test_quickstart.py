@@ -51,9 +51,9 @@ def test_the_whole_job(tmp_path, monkeypatch):
     main(model=None, data=None, out=tmp_path, scale=0.005)
     out = tmp_path / "quickstart"
     report = json.loads((out / "evaluation" / "evaluation.json").read_text())
-    assert [x["name"] for x in report["models"]] == ["teacher", "swapped", "fine-tuned"]
+    assert [x["name"] for x in report["models"]] == ["teacher", "window alone", "swapped", "fine-tuned"]
     linear = "window 64 + 4, gate per token, beside quadratic with decay per key head, temperature=2.0"
-    assert [x["attention"] for x in report["models"]] == ["softmax", linear, linear]
+    assert [x["attention"] for x in report["models"]] == ["softmax", "window 64 + 4", linear, linear]
     assert (out / "evaluation" / "evaluation.png").exists()
 
 
@@ -87,10 +87,11 @@ def test_what_the_job_consists_of(scale, steps, held, tmp_path, monkeypatch, cap
         f"recipes.tinystories.train --config {configs}/teacher.yaml --resume --set output={out}/teacher tokenizer={out}/corpus "
         f"steps={steps[0]} {text}",
         f"convert.linearize {out}/teacher/model {out}/swapped --form window --window 64 --kernel quadratic --decay key_head",
+        f"convert.linearize {out}/teacher/model {out}/window --form window --window 64 --beside none",
         f"recipes.tinystories.train --config {configs}/finetune.yaml --resume --set output={out}/tuned model={out}/swapped "
         f"teacher={out}/teacher/model steps={steps[1]} {text}",
-        f"recipes.tinystories.evaluate teacher={out}/teacher/model swapped={out}/swapped fine-tuned={out}/tuned/model "
-        f"--data {out}/corpus/stories.txt --stories {held} --out {out}/evaluation --overwrite",
+        f"recipes.tinystories.evaluate teacher={out}/teacher/model window alone={out}/window swapped={out}/swapped "
+        f"fine-tuned={out}/tuned/model --data {out}/corpus/stories.txt --stories {held} --out {out}/evaluation --overwrite",
     ]
     assert told(capsys, out) == (True, True)
 
@@ -102,9 +103,14 @@ def test_what_the_job_of_ones_own_model_consists_of(positions, length, batch, ti
     config = {"model_type": "llama"} | ({"max_position_embeddings": positions} if positions else {})
     (model / "config.json").write_text(json.dumps(config))
     asked = commands(monkeypatch, Quickstart(model, tiny.text, out, 0.5))
-    assert [command.split()[0] for command in asked] == ["convert.linearize", "recipes.tinystories.train", "recipes.tinystories.evaluate"]
-    assert asked[1].endswith(f"steps=75 train_data=[{json.dumps(str(tiny.text))}] valid_stories=250 length={length} batch_size={batch}")
-    assert f"teacher={model} swapped={out}/swapped" in asked[2] and told(capsys, out) == (True, False)
+    assert [command.split()[0] for command in asked] == [
+        "convert.linearize",
+        "convert.linearize",
+        "recipes.tinystories.train",
+        "recipes.tinystories.evaluate",
+    ]
+    assert asked[2].endswith(f"steps=75 train_data=[{json.dumps(str(tiny.text))}] valid_stories=250 length={length} batch_size={batch}")
+    assert f"teacher={model} window alone={out}/window swapped={out}/swapped" in asked[3] and told(capsys, out) == (True, False)
 
 
 def test_a_step_that_fails_ends_the_job_with_its_status(tiny, tmp_path, capfd):
