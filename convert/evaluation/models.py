@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 
@@ -12,12 +15,15 @@ from convert.errors import ConversionError, stage
 from convert.evaluation.options import EvaluationOptions, Subject
 from convert.evaluation.windows import windowed
 from convert.gguf import unpacked
+from recipes.common.checkpoint import COMPANIONS
 from recipes.common.loading import load_causal_lm
 from recipes.common.reading import open_file, user_path
 from recipes.common.tokenizing import load_tokenizer
 
-_READ = (".json", ".safetensors", ".gguf", ".model")
-_LOOKED_AT = 2**20
+_READ = {".json", ".safetensors", ".gguf", ".jsonl", ".xz", *(Path(pattern).suffix for pattern in COMPANIONS if pattern.startswith("*."))}
+"""Ends of the names of files that a model, its tokenizer or the rows of tasks are read from."""
+_WHOLE, _LOOKED_AT, _OF_A_TENSOR = 2**24, 2**20, 2**12
+"""Bytes: of a file that is looked at from end to end, of the beginning and the end of a larger one, and of those of each of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -120,19 +126,39 @@ class Models:
 
 
 def stamp(path: str) -> str:
-    """What changes when a model or a text does: a digest of the names, sizes, beginnings and ends of its files; of a hub id, its name."""
+    """What changes when a model or a text does: a digest of the names, sizes and contents of its files, and of large ones of beginnings and
+    ends, their own and those of each tensor; of a hub id, its name."""
     place, digest = user_path(path), blake2b(digest_size=12)
     files = sorted(place.glob("*")) if place.is_dir() else [place] if place.exists() else []
     for file in files:
-        if place.is_dir() and (file.suffix not in _READ or file.name.startswith(".")):
+        if place.is_dir() and (file.suffix not in _READ or file.name.startswith(".") or file.is_dir()):
             continue
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with open_file(file) as opened:
-            digest.update(opened.read(_LOOKED_AT))
-            opened.seek(max(size - _LOOKED_AT, 0))
-            digest.update(opened.read(_LOOKED_AT))
+            for begin, count in [(0, size)] if size <= _WHOLE else [*_ends(0, size, _LOOKED_AT), *_of_tensors(opened, size)]:
+                opened.seek(begin)
+                digest.update(opened.read(count))
     return digest.hexdigest() if files else path
+
+
+def _ends(begin: int, end: int, count: int) -> list[tuple[int, int]]:
+    """Where the first and the last `count` bytes lie."""
+    return [(begin, min(count, end - begin)), (max(begin, end - count), min(count, end - begin))]
+
+
+def _of_tensors(opened: BinaryIO, size: int) -> Iterator[tuple[int, int]]:
+    """Where the beginnings and ends of tensors lie in a safetensors file; of any other file nothing."""
+    opened.seek(0)
+    first = 8 + int.from_bytes(opened.read(8), "little")
+    try:
+        header = json.loads(opened.read(first - 8)) if first <= size else {}
+    except ValueError:
+        return
+    for one in header.values() if isinstance(header, dict) else ():
+        match one:
+            case {"data_offsets": [int(begin), int(end)]} if 0 <= begin <= end <= size - first:
+                yield from _ends(first + begin, first + end, _OF_A_TENSOR)
 
 
 def positions(model: Any) -> int | None:

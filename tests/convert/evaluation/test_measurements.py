@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from byte_models import byte_model, byte_tokenizer
+from safetensors.torch import save_file
 from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel
 
 from convert.errors import ConversionError
@@ -96,6 +97,7 @@ def test_positions_bind_a_model_that_has_an_embedding_for_each() -> None:
 
 
 def test_a_stamp_changes_with_what_is_read_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "_WHOLE", 0)
     monkeypatch.setattr(models, "_LOOKED_AT", 4)
     for name, text in {"config.json": "{1234567890}", "b.safetensors": "weights that are long"}.items():
         (tmp_path / name).write_text(text)
@@ -110,6 +112,34 @@ def test_a_stamp_changes_with_what_is_read_alone(tmp_path: Path, monkeypatch: py
     (tmp_path / "config.json").rename(tmp_path / "other.json")
     seen |= {stamp(str(tmp_path)), stamp(str(tmp_path / "other.json"))}
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_stamp_changes_with_any_tensor(large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings and the last norm, where a file begins and ends, stay as they are where LoRA or new numbers alone have learned."""
+    if large:
+        monkeypatch.setattr(models, "_WHOLE", 0)
+        monkeypatch.setattr(models, "_LOOKED_AT", 4)
+        monkeypatch.setattr(models, "_OF_A_TENSOR", 4)
+    tensors, seen = {f"{layer}.weight": torch.zeros(64) for layer in range(9)}, set()
+    for layer in ("", *tensors):
+        save_file(tensors | ({layer: torch.ones(64)} if layer else {}), tmp_path / "model.safetensors")
+        seen.add(stamp(str(tmp_path)))
+    assert len(seen) == 10
+    for header in (b"[1]", b'{"a": {"data_offsets": [-5, "x"]}, "b": 3}', b"{"):  # is not this function's to refuse
+        (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(99))
+        seen.add(stamp(str(tmp_path)))
+    (tmp_path / "model.safetensors").write_bytes(bytes(3) + b"\xff" * 99)
+    assert len(seen | {stamp(str(tmp_path))}) == 14
+
+
+@pytest.mark.parametrize("name", ["arc_easy.jsonl", "arc_easy.jsonl.xz", "vocab.txt", "chat_template.jinja"])
+def test_a_stamp_changes_with_rows_of_tasks_and_words_of_tokenizers(name: str, tmp_path: Path) -> None:
+    seen = set()
+    for text in ("one row", "two row"):
+        (tmp_path / name).write_text(text)
+        seen.add(stamp(str(tmp_path)))
+    assert len(seen) == 2
 
 
 def test_a_control_is_no_teacher() -> None:
