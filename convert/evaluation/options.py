@@ -221,8 +221,14 @@ class Subject:
 
 
 def named_model(named: str) -> tuple[str, str]:
-    """NAME and MODEL of NAME=MODEL; the name is empty where there is none."""
-    name, _, path = named.rpartition("=") if not user_path(named).exists() else ("", "", named)
+    """NAME and MODEL of NAME=MODEL; the name is empty where there is none. Either may hold a = where MODEL is there."""
+    if user_path(named).exists():
+        return "", named
+    name, *rest = named.split("=")
+    for cut in range(len(rest)):
+        if user_path(path := "=".join(rest[cut:])).exists():
+            return "=".join([name, *rest[:cut]]), path
+    name, _, path = named.rpartition("=")
     return name, path
 
 

@@ -16,7 +16,7 @@ from convert import evaluate
 from convert.card import without_evaluation
 from convert.commands import command
 from convert.errors import ConversionError
-from convert.evaluation.options import EvaluationOptions, chosen, whole_numbers
+from convert.evaluation.options import EvaluationOptions, chosen, named_model, whole_numbers
 from recipes.common import cli
 from recipes.common.files import check_target
 
@@ -151,6 +151,26 @@ def test_another_vocabulary_or_tokenizer_is_refused(evaluated: Path, tmp_path: P
 def test_what_cannot_be_measured_is_refused(more: list[str], said: str, evaluated: Path, tmp_path: Path) -> None:
     done = run(evaluated, tmp_path / "out", *more)
     assert done.exit_code == 2 and said in done.stderr and "Traceback" not in done.stderr, done.output
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("there/a=b", ("", "there/a=b")),
+        ("one=there/a=b", ("one", "there/a=b")),
+        ("one=two=there/a=b", ("one=two", "there/a=b")),
+        ("one=hub/id", ("one", "hub/id")),
+        ("one=two=hub/id", ("one=two", "hub/id")),
+        ("hub/id", ("", "hub/id")),
+    ],
+)
+def test_a_name_and_a_path_may_hold_what_stands_between_them(
+    given: str, found: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`linattn run` with such an output gave its models so, and evaluate asked the hub for b."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there" / "a=b").mkdir(parents=True)
+    assert named_model(given) == found
 
 
 def test_rows_have_names_of_their_own(evaluated: Path, tmp_path: Path) -> None:
