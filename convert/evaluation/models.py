@@ -22,7 +22,7 @@ from recipes.common.tokenizing import load_tokenizer
 
 _READ = {".json", ".safetensors", ".gguf", ".jsonl", ".xz", *(Path(pattern).suffix for pattern in COMPANIONS if pattern.startswith("*."))}
 """Ends of the names of files that a model, its tokenizer or the rows of tasks are read from."""
-_WHOLE, _LOOKED_AT, _OF_A_TENSOR = 2**24, 2**20, 2**12
+_WHOLE, _LOOKED_AT, _OF_A_TENSOR = 2**26, 2**20, 2**12
 """Bytes: of a file that is looked at from end to end, of the beginning and the end of a larger one, and of those of each of its tensors."""
 
 
