@@ -144,19 +144,20 @@ def _names(cls: Any) -> frozenset[str]:
         for name, member in vars(base).items():
             function = inspect.unwrap(getattr(member, "__func__", member)) if callable(member) else None
             if name not in replaced and isinstance(function, FunctionType):
-                names = set(_names_in(function.__code__))
+                names = set(names_in(function.__code__))
                 found |= names
                 if "super" not in names:
                     replaced.add(name)
     return frozenset(found)
 
 
-def _names_in(code: CodeType) -> Iterator[str]:
+def names_in(code: CodeType) -> Iterator[str]:
+    """The names that compiled code uses, its local ones included, and that of functions inside it."""
     yield from code.co_names
     yield from code.co_varnames
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _names_in(constant)
+            yield from names_in(constant)
 
 
 @functools.cache

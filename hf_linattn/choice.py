@@ -28,6 +28,7 @@ from transformers.generation.continuous_batching import ContinuousMixin
 
 from .architectures import refuse_class, refuse_model
 from .config import NAME, LinAttnConfig
+from .positions import count_real_tokens
 
 UNASKED = "_linattn_unasked"  # a model that was given no implementation, and took Transformers' default
 
@@ -75,6 +76,7 @@ def post_init(self: PreTrainedModel) -> None:
     """Transformers' own; then the model is looked through, if it or a part of it is to use linear attention."""
     _post_init(self)
     refuse_model(self)
+    count_real_tokens(self)
     _built[self] = None
 
 
@@ -96,6 +98,7 @@ def set_attn_implementation(self: PreTrainedModel, attn_implementation: str | di
     except Exception:
         _put_back(before)
         raise
+    count_real_tokens(self)
     self.__dict__.pop(UNASKED, None)
 
 
@@ -118,6 +121,7 @@ def set_by_hand(self: PreTrainedConfig, implementation: str | dict | None) -> No
         _put_back(before)
         raise
     for model in models:
+        count_real_tokens(model)
         model.__dict__.pop(UNASKED, None)
 
 

@@ -1,0 +1,76 @@
+"""A causal model that is given a 2D mask and no positions counts real tokens, as `generate` has every model do.
+
+Transformers counts columns, padding or not. Softmax over rotary positions does not mind that, for scores see distances alone. Learned
+features of rotated queries and keys see positions, as tables of positions do, and a text behind padding would get another answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .architectures import names_in
+from .config import NAME
+
+COUNTS = "_linattn_counts_tokens"
+"""Of a forward method that does already."""
+GIVEN = {"attention_mask", "position_ids", "past_key_values"}
+MADE_OF = {"arange", "get_seq_length"}
+"""What a forward method calls that makes its positions of columns. It adds a row where it is to have one, and reads those of a batch."""
+
+
+def count_real_tokens(model: nn.Module) -> None:
+    """Wraps the forward methods of the classes, among those of a model and its parts, that make positions for linear attention.
+
+    It is the class's method that is wrapped: PEFT calls it past `__call__` and its hooks. Other implementations are not touched.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config._attn_implementation == NAME:
+            owner: Any = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+            if not hasattr(owner.forward, COUNTS) and _makes_positions(owner.forward):
+                owner.forward = _counting(owner.forward)
+
+
+def _makes_positions(forward: Callable[..., Any]) -> bool:
+    code = inspect.unwrap(forward).__code__
+    return set(inspect.signature(forward).parameters) >= GIVEN and set(names_in(code)) >= MADE_OF
+
+
+def _counting(forward: Callable[..., Any]) -> Callable[..., Any]:
+    names = list(inspect.signature(forward).parameters)[1:]
+
+    @functools.wraps(forward)
+    def counting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.config._attn_implementation == NAME:
+            given = dict(zip(names, args, strict=False)) | kwargs
+            positions = _positions(**given) if given.get("position_ids") is None else None
+            if positions is not None:
+                return forward(self, **given | {"position_ids": positions})
+        return forward(self, *args, **kwargs)
+
+    setattr(counting, COUNTS, True)
+    return counting
+
+
+def _positions(
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    attention_mask: Any = None,
+    past_key_values: Any = None,
+    **others: Any,
+) -> Tensor | None:
+    """Of the new tokens, int64 (B, N), how many real ones stand before each; None without a 2D mask. A static cache's mask may be longer
+    than the text, and one too short is left to the mask function to refuse."""
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    if inputs is None or not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    before = 0 if past_key_values is None else past_key_values.get_seq_length()
+    every = (attention_mask.to(inputs.device, torch.bool).cumsum(-1) - 1).clamp(min=0)
+    columns = torch.arange(inputs.shape[1], device=inputs.device) + before
+    return every.index_select(-1, columns.clamp(max=every.shape[-1] - 1))
