@@ -22,7 +22,9 @@ COUNTS = "_linattn_counts_tokens"
 """Of a forward method that does already."""
 GIVEN = {"attention_mask", "position_ids", "past_key_values"}
 MADE_OF = {"arange", "get_seq_length"}
-"""What a forward method calls that makes its positions of columns. It adds a row where it is to have one, and reads those of a batch."""
+LOOKED_UP = {"rotary_emb", "pos_emb", "wpe", "embed_positions"}
+"""What a forward method calls that makes its positions of columns and looks them up itself, by a row or by those of a batch. Others hand
+them on, to layers that have none, or to which 0 says that a text begins (RecurrentGemma)."""
 
 
 def count_real_tokens(model: nn.Module) -> None:
@@ -32,14 +34,15 @@ def count_real_tokens(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation == NAME:
-            owner: Any = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-            if not hasattr(owner.forward, COUNTS) and _makes_positions(owner.forward):
-                owner.forward = _counting(owner.forward)
+            for kind in type(module).__mro__:
+                forward: Any = vars(kind).get("forward")
+                if forward is not None and not hasattr(forward, COUNTS) and _makes_positions(forward):
+                    setattr(kind, "forward", _counting(forward))  # noqa: B010
 
 
 def _makes_positions(forward: Callable[..., Any]) -> bool:
-    code = inspect.unwrap(forward).__code__
-    return set(inspect.signature(forward).parameters) >= GIVEN and set(names_in(code)) >= MADE_OF
+    names = set(names_in(inspect.unwrap(forward).__code__))
+    return set(inspect.signature(forward).parameters) >= GIVEN and names >= MADE_OF and bool(names & LOOKED_UP)
 
 
 def _counting(forward: Callable[..., Any]) -> Callable[..., Any]:
