@@ -6,7 +6,7 @@ and the Auto classes of converted checkpoints.
 
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from . import adapters, assisted, cache, choice, deferred, kept_keys, kept_softmax, models  # noqa: F401  (models registers the Auto classes)
+from . import adapters, assisted, cache, choice, deferred, kept_keys, kept_softmax, models, positions  # noqa: F401  (models registers the Auto classes)
 from .attention import linattn_attention
 from .cache import LinearStateLayer, StaticLinearStateLayer, cache_bytes
 from .config import NAME, LinAttnConfig
@@ -29,6 +29,7 @@ choice.install()
 adapters.install()
 assisted.install()
 deferred.install()
+positions.install()
 
 __all__ = [
     "DropoutCallback",

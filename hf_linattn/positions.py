@@ -2,6 +2,9 @@
 
 Transformers counts columns, padding or not. Softmax over rotary positions does not mind that, for scores see distances alone. Learned
 features of rotated queries and keys see positions, as tables of positions do, and a text behind padding would get another answer.
+
+A loop of the user's that asks Transformers for a model's inputs is given another mask for a static cache, which tells nothing of positions;
+so these are made there as well.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from .architectures import names_in
 from .config import NAME
@@ -25,6 +28,9 @@ MADE_OF = {"arange", "get_seq_length"}
 LOOKED_UP = {"rotary_emb", "pos_emb", "wpe", "embed_positions"}
 """What a forward method calls that makes its positions of columns and looks them up itself, by a row or by those of a batch. Others hand
 them on, to layers that have none, or to which 0 says that a text begins (RecurrentGemma)."""
+FIRST = "next_sequence_length", "past_key_values", "attention_mask"
+
+_prepare = GenerationMixin.prepare_inputs_for_generation
 
 
 def count_real_tokens(model: nn.Module) -> None:
@@ -77,3 +83,26 @@ def _positions(
     every = (attention_mask.to(inputs.device, torch.bool).cumsum(-1) - 1).clamp(min=0)
     columns = torch.arange(inputs.shape[1], device=inputs.device) + before
     return every.index_select(-1, columns.clamp(max=every.shape[-1] - 1))
+
+
+@functools.wraps(_prepare)
+def prepare_inputs_for_generation(self: Any, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Transformers' own, with positions where it took the place of a 2D mask by another."""
+    inputs: dict[str, Any] = _prepare(self, input_ids, *args, **kwargs)
+    mask = (dict(zip(FIRST, args, strict=False)) | kwargs).get("attention_mask")
+    if mask is not None and inputs.get("attention_mask") is not mask and inputs.get("position_ids") is None and _counts(self):
+        positions = _positions(**inputs | {"attention_mask": mask})
+        inputs |= {} if positions is None else {"position_ids": positions}
+    return inputs
+
+
+def _counts(model: Any) -> bool:
+    """Whether the base of a language model counts real tokens, and is handed positions by it."""
+    inner = getattr(model, "base_model", None)
+    counts = isinstance(inner, PreTrainedModel) and inner.config._attn_implementation == NAME and hasattr(type(inner).forward, COUNTS)
+    return counts and "position_ids" in inspect.signature(model.forward).parameters
+
+
+def install() -> None:
+    """Wraps what Transformers gives a model of the next tokens."""
+    GenerationMixin.prepare_inputs_for_generation = prepare_inputs_for_generation  # type: ignore[method-assign]

@@ -97,6 +97,22 @@ def test_what_a_loop_generates_is_what_generate_does(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_loop_that_asks_for_the_next_inputs(converted, kind):
+    model, (ids, mask, _) = learned_model(features=6) if converted else tiny_model("llama"), batch()
+    cache = kind(config=model.config, **{"max_cache_len": 32} if kind is StaticCache else {})
+    kept = {"attention_mask": mask[:, :17], "past_key_values": cache}
+    out = model(ids[:, :17], **kept)
+    logits = [out.logits]
+    for column in range(17, 23):
+        kept = model._update_model_kwargs_for_generation(out, kept)
+        out = model(**model.prepare_inputs_for_generation(ids[:, : column + 1], next_sequence_length=1, **kept))
+        logits.append(out.logits)
+    check_rows(torch.cat(logits, 1), model, ids)
+
+
+@torch.no_grad()
 def test_real_tokens_before_padding_keep_their_bits(model):
     ids = tiny_tokens(3, 23)
     mask = (torch.arange(23) < torch.tensor([[23], [11], [17]])).long()
