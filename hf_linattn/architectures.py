@@ -10,7 +10,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Iterator
-from types import CodeType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -74,6 +74,10 @@ def _refuse_config(name: str, config: PreTrainedConfig) -> None:
     refuse_layers_without_attention(config)
     if options.learnable and not type(config).model_type.startswith(PREFIX):
         raise ValueError(missing_parameters(name))
+    if attribute(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} is of an encoder-decoder model, and linear attention does not serve the cross-attention that those have; {_cure()}"
+        )
     if has_cross_attention(config):
         raise ValueError(f"{name} has cross-attention, which linear attention does not serve; {_cure()}")
 
@@ -111,10 +115,34 @@ def _past_the_interface(name: str) -> str:
 
 
 def _cure() -> str:
+    """What to do instead. A model of several parts can have linear attention in some of them."""
+    config = _config_of_the_whole()
+    parts = [name for name in config.sub_configs if getattr(config, name, None) is not None] if config is not None else []
+    if not parts:
+        return 'leave attn_implementation="linattn" out.'
+    part = "text_config" if "text_config" in parts else parts[0]
     return (
-        'leave attn_implementation="linattn" out, or, in a model of several parts, give it to those it can serve: '
-        'attn_implementation={"text_config": "linattn"}.'
+        f'leave attn_implementation="linattn" out, or give it to those of the parts ({", ".join(parts)}) that it can serve: '
+        f'attn_implementation={{"{part}": "linattn"}}.'
     )
+
+
+def _config_of_the_whole() -> PreTrainedConfig | None:
+    """That of the outermost model which is being built, or set: a part knows nothing of the others, so the call stack tells it."""
+    found = None
+    for frame in _frames():
+        own = frame.f_locals.get("self")
+        config = getattr(own, "config", None) if isinstance(own, PreTrainedModel) else own
+        found = config if isinstance(config, PreTrainedConfig) else found
+    return found
+
+
+def _frames() -> Iterator[FrameType]:
+    """The call stack, from the inside out."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def _kind_of(module: nn.Module) -> str | None:
@@ -178,10 +206,5 @@ def _picks_from_a_table(cls: Any) -> bool:
 
 def _is_being_built_inside_another(model: PreTrainedModel) -> bool:
     """A part without attention, such as a convolutional backbone, is judged with the whole; nothing but the call stack tells it yet."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        builder = frame.f_locals.get("self")
-        if frame.f_code.co_name == "__init__" and isinstance(builder, PreTrainedModel) and builder is not model:
-            return True
-        frame = frame.f_back
-    return False
+    builders = (frame.f_locals.get("self") for frame in _frames() if frame.f_code.co_name == "__init__")
+    return any(isinstance(builder, PreTrainedModel) and builder is not model for builder in builders)

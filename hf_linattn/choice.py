@@ -84,8 +84,9 @@ def set_attn_implementation(self: PreTrainedModel, attn_implementation: str | di
     """Transformers' own, all or nothing: where linear attention is refused, every part keeps what it had.
 
     Raises:
-        ValueError: linear attention cannot serve this model, or a part that was to have it.
+        ValueError: linear attention cannot serve this model, or a part that was to have it, or there is no such part.
     """
+    refuse_unknown_parts(self.config, attn_implementation)
     models = [module for module in self.modules() if isinstance(module, PreTrainedModel)]
     before = _implementations(*(model.config for model in models))
     try:
@@ -106,8 +107,9 @@ def set_by_hand(self: PreTrainedConfig, implementation: str | dict | None) -> No
     """Transformers' own setter of `config._attn_implementation`, all or nothing for the models that were built with the config.
 
     Raises:
-        ValueError: linear attention cannot serve one of them.
+        ValueError: linear attention cannot serve one of them, or a part was to have it that there is not.
     """
+    refuse_unknown_parts(self, implementation)
     before = _implementations(self)
     try:
         _implementation.fset(self, implementation)
@@ -123,6 +125,21 @@ def set_by_hand(self: PreTrainedConfig, implementation: str | dict | None) -> No
     for model in models:
         count_real_tokens(model)
         model.__dict__.pop(UNASKED, None)
+
+
+def refuse_unknown_parts(config: PreTrainedConfig, implementation: Any) -> None:
+    """Refuses linear attention for a part that a config has not, which Transformers passes over.
+
+    Raises:
+        ValueError: a dictionary gives it to one.
+    """
+    if not isinstance(implementation, dict):
+        return
+    known = list(config.sub_configs)
+    for part, chosen in implementation.items():
+        if part and part not in known and NAME in str(chosen):
+            has = f"its parts are {', '.join(known)}" if known else f'it has none: give attn_implementation="{NAME}"'
+            raise ValueError(f"attn_implementation={implementation!r} names the part {part!r} of a {type(config).__name__}; {has}.")
 
 
 def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -32,8 +32,8 @@ REFUSED = {
     "ClapModel": ({"text_config": TEXT, "audio_config": {"depths": [1], "num_attention_heads": [4], "patch_embeds_hidden_size": 32}},
                   "ClapAudioSelfAttention of Clap"),
     # cross-attention
-    "BartModel": (SMALL_BART, "has cross-attention"),
-    "T5Model": (SMALL_T5, "has cross-attention"),
+    "BartModel": (SMALL_BART, "is of an encoder-decoder model"),
+    "T5Model": (SMALL_T5, "is of an encoder-decoder model"),
     "BertModel": ({**TEXT, "is_decoder": True, "add_cross_attention": True}, "BertModel has cross-attention"),
     # position biases
     "T5EncoderModel": (SMALL_T5, "adds a position bias"),
@@ -86,6 +86,8 @@ def test_refused_in_a_sentence(name, way):
     sentence = str(caught.value)
     assert REFUSED[name][1] in sentence and "\n" not in sentence
     assert 'leave attn_implementation="linattn" out' in sentence
+    parts = [part for part in config_of(name).sub_configs if getattr(config_of(name), part, None) is not None]
+    assert ("or give it to those of the parts" in sentence) == bool(parts) and all(part in sentence for part in parts)
 
 
 @pytest.mark.parametrize("name", ["DebertaV2Model", "GPTJForCausalLM", "T5EncoderModel"])
@@ -170,6 +172,23 @@ def test_the_advice_for_a_part_holds(name, late):
         if isinstance(module, PreTrainedModel) and module.config._attn_implementation == "linattn"
     }
     assert part in linear and all(name.startswith(part) for name in linear)
+
+
+@pytest.mark.parametrize("name, said", [("T5Model", "it has none: give attn_implementation="), ("ClapModel", "its parts are ")])
+def test_linear_attention_for_a_part_that_there_is_not_is_refused(name, said, tmp_path):
+    cls, asked = getattr(transformers, name), {"text_part": "linattn"}
+    with torch.device("meta"):
+        model = cls(config_of(name))
+        with pytest.raises(ValueError, match=f"names the part 'text_part' of a {cls.config_class.__name__}; {said}"):
+            cls._from_config(config_of(name), attn_implementation=asked)
+    with pytest.raises(ValueError, match=said):
+        model.set_attn_implementation(asked)
+    config_of(name).save_pretrained(tmp_path)
+    cls(config_of(name)).save_pretrained(tmp_path)
+    for load in (cls, AutoModel):
+        with pytest.raises(ValueError, match=said):
+            load.from_pretrained(tmp_path, attn_implementation=asked)
+        assert load.from_pretrained(tmp_path, attn_implementation={"text_part": "sdpa"}) is not None  # nobody's business
 
 
 @torch.no_grad()
