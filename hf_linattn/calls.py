@@ -14,12 +14,16 @@ from transformers import Cache
 from transformers.utils import logging
 
 from .architectures import has_cross_attention
+from .config import LinAttnConfig
 from .values import attribute
 
 logger = logging.get_logger(__name__)
 
 CROSSES = "_linattn_crosses"
 """Of an attention module: its config, and whether it is cross-attention by it."""
+TOLD_DROPPED = "_linattn_told_dropped"
+"""Of an attention module: what is dropped of its softmax has been said."""
+WINDOWED = ("sliding_attention", "chunked_attention")
 KEEPS_KEYS = (
     "Make it from the model's config, DynamicCache(config=model.config), after the model got "
     'attn_implementation="linattn", and leave quantized caches out. Prefix tuning of PEFT fills such a cache with learned keys, '
@@ -96,12 +100,33 @@ def _required_arguments(module_class: Any) -> set[str]:
     return {parameter.name for parameter in parameters if parameter.default is parameter.empty}
 
 
+def _has_windows(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether softmax would not see all tokens in this layer, or in another one that is linear: all layers then say the same."""
+    window = kwargs.get("sliding_window")
+    if isinstance(window, int) and window > 0:
+        return True
+    config: Any = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    if not isinstance(types, (list, tuple)):
+        return False
+    kept = LinAttnConfig.of(config).softmax_layers
+    return any(kind in WINDOWED and layer not in kept for layer, kind in enumerate(types))
+
+
 def warn_about_dropped(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Says once what of the softmax model there is not: softcaps, sinks, attention weights."""
+    """Says once what of the softmax model there is not: sliding windows, softcaps, sinks, attention weights."""
     if is_compiling():
         return
-    name = type(module).__name__
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        logger.warning_once(f"{name}: softcap and attention sinks shape softmax scores; linear attention drops them.")
+    if TOLD_DROPPED not in module.__dict__:
+        module.__dict__[TOLD_DROPPED] = True
+        there = {
+            "sliding windows": _has_windows(module, kwargs),
+            "softcaps": kwargs.get("softcap") is not None,
+            "attention sinks": kwargs.get("s_aux") is not None,
+        }
+        if dropped := [what for what, is_there in there.items() if is_there]:
+            said = f"{type(module).__name__}: {' and '.join(dropped)} shape softmax scores; linear attention drops them."
+            logger.warning_once(said)
     if kwargs.get("output_attentions"):
+        name = type(module).__name__
         logger.warning_once(f"{name}: linear attention computes no attention weights, so output_attentions=True returns none.")

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_causal_mask
 
-from hf_linattn import calls, require_attention_interface
+from hf_linattn import LinAttnConfig, calls, require_attention_interface
 from hf_linattn.models import config_class_for
 
 
@@ -202,8 +202,9 @@ def test_attention_weights_are_none():
 @pytest.mark.parametrize("name, asked, said", [
     ("llama", {}, []),
     ("llama", {"output_attentions": True}, ["LlamaAttention: linear attention computes no attention weights"]),
-    ("gemma2", {}, ["Gemma2Attention: softcap and attention sinks shape softmax scores; linear attention drops them."]),
-    ("gpt_oss", {}, ["GptOssAttention: softcap and attention sinks"]),
+    ("mistral", {}, ["MistralAttention: sliding windows shape softmax scores; linear attention drops them."]),
+    ("gemma2", {}, ["Gemma2Attention: sliding windows and softcaps shape softmax scores; linear attention drops them."]),
+    ("gpt_oss", {}, ["GptOssAttention: sliding windows and attention sinks shape"]),
 ])  # fmt: skip
 def test_what_is_dropped_is_said(name, asked, said, monkeypatch):
     config = sweep.tiny.tiny_config(name) if name == "gpt_oss" else tiny_config(name)
@@ -211,7 +212,19 @@ def test_what_is_dropped_is_said(name, asked, said, monkeypatch):
     told: list[str] = []
     monkeypatch.setattr(calls.logger, "warning_once", told.append)
     model(tiny_tokens(), **asked)
+    model(tiny_tokens(), **asked)
     assert len(set(told)) == len(said) and all(one.startswith(words) for one, words in zip(told, said, strict=False))
+
+
+@torch.no_grad()
+def test_windows_of_layers_that_keep_softmax_are_not_dropped(monkeypatch):
+    config = tiny_config("gemma2")
+    kept = [layer for layer, kind in enumerate(config.layer_types) if kind == "sliding_attention"]
+    LinAttnConfig(softmax_layers=kept).store(config)
+    told: list[str] = []
+    monkeypatch.setattr(calls.logger, "warning_once", told.append)
+    AutoModelForCausalLM.from_config(config, attn_implementation="linattn")(tiny_tokens())
+    assert set(told) == {"Gemma2Attention: softcaps shape softmax scores; linear attention drops them."}
 
 
 @torch.no_grad()
