@@ -5,12 +5,13 @@ well: `linattn calibrate`, `transfer` and `distill` do that.
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_linattn
-from convert.linearize import LinearizeOptions, linearize  # from a wheel: hf_linattn.convert.linearize
+from convert.linearize import ConversionError, LinearizeOptions, linearize  # from a wheel: hf_linattn.convert.linearize
 
 SAID = ["Tell me about a little owl.", "And what did it find?"]
 
@@ -61,4 +62,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("MODEL", "OUTPUT"):
         parser.add_argument(name)
-    main(*vars(parser.parse_args()).values())
+    given = parser.parse_args()
+    if Path(given.OUTPUT).exists():
+        parser.error(f"{given.OUTPUT} exists already; give another OUTPUT")
+    try:
+        main(given.MODEL, given.OUTPUT)
+    except ConversionError as error:
+        parser.error(str(error))

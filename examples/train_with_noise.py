@@ -41,4 +41,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("MODEL", "TEXT", "OUTPUT"):
         parser.add_argument(name)
-    main(*vars(parser.parse_args()).values())
+    given = parser.parse_args()
+    if not Path(given.TEXT).is_file():
+        parser.error(f"{given.TEXT}: no such file; give the text to train on")
+    main(given.MODEL, given.TEXT, given.OUTPUT)

@@ -75,6 +75,25 @@ def test_the_ways_they_are_called(path: Path, monkeypatch: pytest.MonkeyPatch, c
         assert ended.value.code == status and f"usage: {called.replace(' ', ' [-h] ', 1)}" in told.out + told.err
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("convert_and_chat", ["absent", "there"], "error: there exists already; give another OUTPUT"),
+        ("convert_and_chat", ["./absent", "new"], "error: there is no folder ./absent"),
+        ("train_with_noise", ["absent", "absent.txt", "new"], "error: absent.txt: no such file; give the text to train on"),
+    ],
+)
+def test_what_is_missing_is_said_in_a_sentence(
+    name: str, given: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *given])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
 def test_convert_and_chat(softmax: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     example("convert_and_chat", monkeypatch).main(str(softmax), str(tmp_path / "out"))
     told = capsys.readouterr().out
