@@ -14,8 +14,9 @@ from hf_linattn.forms.kept import Kept
 
 STEPS = 24
 """Tokens whose time is taken."""
-_QUIET = 2
-"""On an idle machine nine tokens in ten take no more than so many times what the fastest takes."""
+QUIET = 2
+"""On an idle machine nine tokens in ten take no more than so many times what the fastest takes, and one model of a form no more
+than another."""
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def break_even(student: dict[str, Any], teacher: dict[str, Any]) -> int | None:
 def is_spread(at: dict[str, Any]) -> bool:
     """Whether times of a token lie so far apart that other work must have been under way on the machine."""
     fastest, slow = at.get("ms_spread", (at["ms"], at["ms"]))
-    return bool(slow > _QUIET * fastest)
+    return bool(slow > QUIET * fastest)
 
 
 def held_bytes(cache: Any) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from convert.evaluation.costs import break_even, is_spread
+from convert.evaluation.costs import QUIET, break_even, is_spread
 from convert.evaluation.loss import standard_error
 
 Results = dict[str, dict[str, dict[str, Any]]]
@@ -155,8 +155,19 @@ def _ms(at: dict[str, Any]) -> str:
 
 def _busy(results: Results) -> str:
     """A warning, where times were taken beside other work."""
-    spread = [name for name, found in results.items() if any(map(is_spread, found.get("costs", {"by_length": []})["by_length"]))]
-    return f" Other work was under way as tokens of {', '.join(spread)} were timed: the fastest tell more." if spread else ""
+    alike: dict[tuple[Any, ...], dict[str, float]] = {}
+    busy = set()
+    for name, found in results.items():
+        for at in found.get("costs", {"by_length": []})["by_length"]:
+            model = found.get("model", {})
+            form = (model.get("attention"), model.get("parameters"), at["length"], at["cache_bytes"])
+            alike.setdefault(form, {})[name] = at["ms"]
+            if is_spread(at):
+                busy.add(name)
+    for times in alike.values():  # models of one form take the same time
+        busy |= {name for name, ms in times.items() if ms > QUIET * min(times.values())}
+    told = ", ".join(name for name in results if name in busy)
+    return f" Other work was under way as tokens of {told} were timed: the fastest tell more." if told else ""
 
 
 def _plus_minus(value: float, error: float) -> str:

@@ -41,6 +41,16 @@ def test_times_taken_beside_other_work_are_told_with_their_spread(monkeypatch: p
     assert quiet.cells[1][-1] == "1.30 (1.20 to 1.50)" and "Other work" not in quiet.note
 
 
+def test_models_of_one_form_that_differ_severalfold_tell_of_other_work() -> None:
+    def found(ms: float, attention: str = "linear", size: int = 9) -> dict[str, Any]:
+        at = {"length": 16, "cache_bytes": size, "ms": ms, "ms_spread": [ms, ms]}
+        return {"model": {"attention": attention, "parameters": 5}, "costs": {"by_length": [at], "device": "a device"}}
+
+    others = {"softmax": found(5, "softmax", 12), "longer": found(900, "linear", 10)}
+    assert "as tokens of slow were timed" in of_costs({"fast": found(53), "slow": found(305), **others}).note
+    assert "Other work" not in of_costs({"one": found(53), "another": found(80), **others}).note
+
+
 def costs(*sizes: tuple[int, int]) -> dict[str, Any]:
     return {"by_length": [{"length": length, "cache_bytes": size} for length, size in sizes]}
 
