@@ -67,7 +67,8 @@ def summary(output: Path, report: dict[str, Any]) -> Table:
     """The report as a table for the screen."""
     table = pairs(f"{report['source']} -> {output}")
     linattn, parameters = report["linattn"], report["parameters"]
-    table.add_row("linear layers", f"{len(report['linear_layers'])}, {LinAttnConfig(**linattn).attention.describe()}")
+    form = LinAttnConfig(**linattn).attention.describe(linattn["learnable"])
+    table.add_row("linear layers", f"{len(report['linear_layers'])}, {form}")
     table.add_row("softmax layers", ", ".join(map(str, linattn["softmax_layers"])) or "none")
     table.add_row("parameters", f"{parameters['source']:,} + {parameters['added']:,} new")
     for item in report["dropped"]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from convert import calibrate
 from convert.evaluation.models import Loaded, positions
 from convert.evaluation.options import Subject
 from hf_linattn.config import LinAttnConfig
@@ -37,11 +38,12 @@ def attention_of(config: Any) -> str:
         return "softmax"
     options = LinAttnConfig.of(config)
     kept = ", ".join(map(str, options.softmax_layers))
-    return options.attention.describe() + (f"; softmax in layers {kept} of {config.num_hidden_layers}" if kept else "")
+    return options.attention.describe(options.learnable) + (f"; softmax in layers {kept} of {config.num_hidden_layers}" if kept else "")
 
 
 def trained_tokens(folder: Path) -> int | None:
-    """Tokens of all stages that conversion.json of a checkpoint's folder lists; None where it lists none."""
+    """Tokens of all stages that conversion.json of a checkpoint's folder lists, without calibration's, which nothing learns from by
+    gradients; None where it lists none."""
     path = folder / "conversion.json"
     if not path.is_file():
         return None
@@ -50,7 +52,8 @@ def trained_tokens(folder: Path) -> int | None:
     except RecipeError:
         return None  # it is not what is evaluated
     stages = report.get("stages") if isinstance(report, dict) else None
-    tokens = [stage.get("tokens") for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    listed = [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+    tokens = [stage.get("tokens") for stage in listed if stage.get("stage") != calibrate.COMMAND]
     return sum(count for count in tokens if isinstance(count, int)) or None
 
 

@@ -98,8 +98,8 @@ class Form(ABC):
     # ---- in words, for reports and model cards
 
     @abstractmethod
-    def describe(self) -> str:
-        """A few words that tell this form from others in a table: "linear with decay"."""
+    def describe(self, learned: bool = False) -> str:
+        """A few words that tell this form from others in a table: "linear with decay"; of numbers that are learned, where they start."""
 
     @abstractmethod
     def formula(self, learnable: bool) -> str:

@@ -32,6 +32,8 @@ LARGEST_START = 0.98
 """Largest start of what a bound limits, as a share of that bound: the temperature (linear), b (quadratic)."""
 CONVERTED_TEMPERATURE = {"linear": LARGEST_START, "quadratic": 2.0}
 """Where a conversion starts the temperature."""
+LEARNED = {"linear": ("temperature",), "quadratic": ("b", "temperature")}
+"""Options of f that are where learned numbers start."""
 DECAY_WORDS = {
     "none": "",
     "head": ", with a {} decay per query head",
@@ -305,11 +307,12 @@ class Polynomial(Form):
     FEW: ClassVar[int] = MOST_TOKENS
     SEARCHED: ClassVar[dict[str, tuple[float, ...]]] = {"log_temperature": (-1.4, -0.7, 0.0, 0.7, 1.4), "b_logit": (-2.0, 0.0, 2.0)}
 
-    def describe(self) -> str:
+    def describe(self, learned: bool = False) -> str:
         decays = {"none": "", "head": " with decay", "key_head": " with decay per key head", "token": " with decay per token"}
         usual = PolynomialOptions(kernel=self.options.kernel)
         numbers = {name: getattr(self.options, name) for name in ("a", "b", "c", "temperature", "normalize_qk", "features", "feature_map")}
-        others = [f"{name}={value}" for name, value in numbers.items() if value != getattr(usual, name)]
+        moving = LEARNED[self.options.kernel] if learned else ()
+        others = [f"{name}{' from ' if name in moving else '='}{value}" for name, value in numbers.items() if value != getattr(usual, name)]
         gate = [] if self.options.input_gate == "none" else [f"input gate per {self.options.input_gate}"]
         after = [] if self.options.output_map == "none" else [f"output {self.options.output_map.replace('_', ' and ')}"]
         return ", ".join((self.options.kernel + decays[self.options.decay], *others, *gate, *after))

@@ -119,11 +119,11 @@ class Window(Form):
         super().__init__(options)
         self.beside = Polynomial(options) if options.beside == "polynomial" else None
 
-    def describe(self) -> str:
+    def describe(self, learned: bool = False) -> str:
         size = f"window {self.options.window} + {self.options.sinks}"
         if self.beside is None:
             return size
-        return f"{size}, gate per {self.options.gate}, beside {self.beside.describe()}"
+        return f"{size}, gate per {self.options.gate}, beside {self.beside.describe(learned)}"
 
     def formula(self, learnable: bool) -> str:
         softmax = f"those of softmax over the last {self.options.window} tokens and the first {self.options.sinks}"

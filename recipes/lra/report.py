@@ -90,8 +90,8 @@ def row_of(result: dict[str, Any]) -> str:
         return "softmax" + (", dropout" if result["dropout"] == "standard" else "")
     from hf_linattn import LinAttnConfig  # late, since importing torch takes seconds
 
-    name = LinAttnConfig(**(result.get("linattn") or {})).attention.describe()
-    return name + (", noise" if result["dropout"] == "noise" else "")
+    options = LinAttnConfig(**(result.get("linattn") or {}))
+    return options.attention.describe(options.learnable) + (", noise" if result["dropout"] == "noise" else "")
 
 
 def gather(results: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -59,6 +59,15 @@ def others(**options: Any) -> list[str]:
     return [form.describe() for form in LinAttnConfig(**options).attention.alternatives()]
 
 
+def test_of_numbers_that_are_learned_is_told_where_they_start() -> None:
+    for options, fixed, learned in (
+        ({"kernel": "linear", "temperature": 0.5}, "linear, temperature=0.5", "linear, temperature from 0.5"),
+        ({"form": "window", "kernel": "quadratic", "b": 0.5}, "quadratic, b=0.5", "quadratic, b from 0.5"),
+    ):
+        form = LinAttnConfig(**options).attention
+        assert form.describe().endswith(fixed) and form.describe(learned=True).endswith(learned)
+
+
 def test_the_forms_beside_one() -> None:
     decays = ("", " with decay", " with decay per key head")
     both = [kernel + decay for kernel in ("linear", "quadratic") for decay in decays]

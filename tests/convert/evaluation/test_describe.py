@@ -42,8 +42,9 @@ def test_a_control_is_softmax_under_a_window() -> None:
     assert found["attention"] == "softmax, last 64 tokens and first 4, untrained" and found["learned"] == {}
 
 
-def test_tokens_are_those_of_all_stages(evaluated: Path, tmp_path: Path) -> None:
+def test_tokens_are_those_of_all_stages_that_train(evaluated: Path, tmp_path: Path) -> None:
     shutil.copy(evaluated / "student" / "conversion.json", tmp_path)
     report = json.loads((tmp_path / "conversion.json").read_text())
-    (tmp_path / "conversion.json").write_text(json.dumps(report | {"stages": [{"tokens": 1000}, {"tokens": 500}]}))
+    stages = [{"stage": "convert.calibrate", "tokens": 9000}, {"stage": "convert.transfer", "tokens": 1000}, {"tokens": 500}]
+    (tmp_path / "conversion.json").write_text(json.dumps(report | {"stages": stages}))
     assert trained_tokens(tmp_path) == 1500 and trained_tokens(tmp_path / "absent") is None

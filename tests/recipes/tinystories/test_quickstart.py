@@ -52,7 +52,7 @@ def test_the_whole_job(tmp_path, monkeypatch):
     out = tmp_path / "quickstart"
     report = json.loads((out / "evaluation" / "evaluation.json").read_text())
     assert [x["name"] for x in report["models"]] == ["teacher", "window alone", "swapped", "fine-tuned"]
-    linear = "window 64 + 4, gate per token, beside quadratic with decay per key head, temperature=2.0"
+    linear = "window 64 + 4, gate per token, beside quadratic with decay per key head, temperature from 2.0"
     assert [x["attention"] for x in report["models"]] == ["softmax", "window 64 + 4", linear, linear]
     assert (out / "evaluation" / "evaluation.png").exists()
 
