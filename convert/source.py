@@ -8,13 +8,14 @@ from transformers.models.auto import modeling_auto
 
 from convert.errors import ConversionError
 from convert.quantised import refuse_quantised
-from hf_linattn.models import BASE_MODEL_TYPES, PREFIX
+from hf_linattn.models import BASE_MODEL_TYPES, PREFIX, those_supported
 from recipes.common.checkpoint import INDEX, Checkpoint, open_checkpoint
 
 __all__ = ["INDEX", "Source", "open_source"]
 
 Source = Checkpoint
 _ENCODERS = {*modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}
+_ENCODER_DECODERS = {*modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
 _DECODER_HEADS = ("ForCausalLM", "LMHeadModel")
 
 
@@ -37,13 +38,18 @@ def check_architecture(config: dict[str, Any], name: str) -> None:
         raise ConversionError(f"{name} holds quantised weights: convert the unquantised checkpoint")
     if model_type in BASE_MODEL_TYPES:
         return
-    supported = ", ".join(BASE_MODEL_TYPES)
-    if config.get("is_encoder_decoder") or _is_encoder(model_type, architectures):
+    if config.get("is_encoder_decoder", model_type in _ENCODER_DECODERS):
         raise ConversionError(
-            f"{name} is an encoder ({model_type}), and only decoders are converted ({supported}): "
-            "load it with attn_implementation='linattn' instead"
+            f"{name} is an encoder-decoder ({model_type}), which linear attention does not serve, for its decoder has cross-attention; "
+            "give a decoder"
         )
-    raise ConversionError(f"{name} has the architecture {model_type}, which cannot be converted; supported are {supported}")
+    if _is_encoder(model_type, architectures):
+        raise ConversionError(
+            f"{name} is an encoder ({model_type}), and only decoders are converted: load it with attn_implementation='linattn' instead"
+        )
+    raise ConversionError(
+        f"{name} has the architecture {model_type}, which is not among those that can be converted; {those_supported(model_type)}"
+    )
 
 
 def _is_encoder(model_type: str, architectures: list[str]) -> bool:

@@ -7,6 +7,7 @@ for, and importing this module imports no architecture.
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -197,11 +198,17 @@ def config_class_for(model_type: str) -> type:
     """The configuration class of converted checkpoints of a base ``model_type`` such as ``"llama"``.
 
     Raises:
-        ValueError: an architecture that is not supported; the message lists those that are.
+        ValueError: an architecture that is not supported; the message says where those that are stand.
     """
     if model_type not in BASE_MODEL_TYPES:
-        raise ValueError(f"the architecture {model_type!r} is not supported; supported are {', '.join(BASE_MODEL_TYPES)}")
+        raise ValueError(f"the architecture {model_type!r} is not supported; {those_supported(model_type)}")
     return getattr(sys.modules[__name__], _CLASS + CONFIG_MAPPING_NAMES[model_type])
+
+
+def those_supported(model_type: str) -> str:
+    """Where the supported architectures are named, with those that are called nearly so."""
+    near = difflib.get_close_matches(model_type, BASE_MODEL_TYPES)
+    return "hf_linattn.models.BASE_MODEL_TYPES names those that are" + (f", {' and '.join(near)} among them" if near else "")
 
 
 def model_class_for(config_class: type, architecture: str | None = None) -> type:

@@ -315,7 +315,9 @@ def test_the_plain_architecture_is_left_as_it_was(softmax_checkpoint: Callable[.
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="'bert' is not supported; supported are llama"):
-        config_class_for("bert")
+    with pytest.raises(
+        ValueError, match="'gpt_neo' is not supported; hf_linattn.models.BASE_MODEL_TYPES names those that are, gpt_neox and"
+    ):
+        config_class_for("gpt_neo")
     with pytest.raises(ValueError, match="'LlamaForNothing' is not supported; supported are LlamaModel"):
         model_class_for(config_class_for("llama"), "LlamaForNothing")
