@@ -21,6 +21,7 @@ from convert.evaluation.recall import measure_recall
 from convert.evaluation.store import Store
 from convert.evaluation.tasks import local_rows, measure_task
 from convert.evaluation.text import Rows, first_rows
+from recipes.common.threads import threads
 
 _LIGHTER = 4
 """How many times the tokens of a batch of text fit where only the last logits of a row are wanted."""
@@ -76,7 +77,7 @@ def measure_all(options: EvaluationOptions, store: Store, tell: Callable[[str], 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What figures are taken on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads()}"
     return {"device": name, "torch": str(torch.__version__), "transformers": transformers.__version__}
 
 

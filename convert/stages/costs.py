@@ -26,7 +26,10 @@ def training_memory(student: str | Path, options: dict[str, Any]) -> str:
     states = 16 * numbers + (2 if half else 4) * numbers  # weights, gradients and two moments in float32; the teacher
     kept = (4 if options["gradient_checkpointing"] else _KEPT_A_CHANNEL * (1 if half else 1.6)) * tokens * width * layers
     logits = 6 * 4 * min(NUMBERS_AT_ONCE, tokens * config.vocab_size) if "kl_weight" in options else 4 * tokens * width * layers
+    size, unit = (2**30, "GiB") if states + kept + logits >= 2**30 / 10 else (2**20, "MiB")
+    many = f"{numbers / 10**6:,.0f}M" if numbers >= 10**6 else f"{numbers:,}"
     return (
-        f"about {(states + kept + logits) / 2**30:.1f} GiB a device: {states / 2**30:.1f} for {numbers / 10**6:,.0f}M numbers of student, "
-        f"optimizer and teacher, {math.ceil(kept / 2**20) / 1024:.1f} for activations of {tokens:,} tokens, {logits / 2**30:.1f} to compare"
+        f"about {(states + kept + logits) / size:.1f} {unit} a device: {states / size:.1f} for {many} numbers of student, "
+        f"optimizer and teacher, {math.ceil(1024 * kept / size) / 1024:.1f} for activations of {tokens:,} tokens, "
+        f"{logits / size:.1f} to compare"
     )

@@ -66,7 +66,7 @@ class StageOptions:
 
     def sources(self, names: list[str]) -> list[Source]:
         """Where the text comes from."""
-        return [Source(name, self.split, self.column, self.separator) for name in names]
+        return [Source(name, self.split, self.column, self.separator, column_option="--column") for name in names]
 
     def reads(self) -> list[str]:
         """The files, folders and hub ids that the stage reads."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 import hf_linattn
-from convert.errors import ConversionError, stage
+from convert.errors import ConversionError, OptionError, stage
 from convert.gguf import unpacked
 from convert.stages.options import StageOptions
 from convert.stages.result import Trained, write_result
@@ -48,7 +48,7 @@ class Stage(Loop):
         train_rows, valid_rows: the text.
     """
 
-    remedy = "lower learning_rate or head_learning_rate and start anew"
+    remedy = "lower {learning_rate} or {head_learning_rate} and start anew"
     _dropped = -1.0
 
     def __init__(self, options: StageOptions, command: str, resume: bool, overwrite: bool) -> None:
@@ -73,9 +73,9 @@ class Stage(Loop):
         processes = self.accelerator.num_processes
         self.rows_per_step = o.batch_size * o.gradient_accumulation * processes
         if len(self.train_rows) < self.rows_per_step:
-            raise ConversionError(
+            raise OptionError(
                 f"the text is {len(self.train_rows)} rows of {o.length} tokens to train on and one step takes {self.rows_per_step}; "
-                "give more text, or lower batch_size, gradient_accumulation or length"
+                "give more text, or lower {batch_size}, {gradient_accumulation} or {length}"
             )
         self.tokens_per_step = self.rows_per_step * o.length
         steps = max(1, round(o.tokens / self.tokens_per_step))
@@ -208,13 +208,13 @@ class Stage(Loop):
         if self.is_control and is_converted:
             raise ConversionError(f"{o.student} is converted, and a control is not: give the teacher itself, or leave out --control")
         if not is_converted and not self.is_control:
-            raise ConversionError(f"{o.student} is not converted (model_type {model_type}): give the output of convert.linearize")
+            raise ConversionError(f"{o.student} is not converted (model_type {model_type}): give what linattn convert wrote")
         _check_length(o.student, self.student, o.length)
         if o.window_drop:
             try:
                 hf_linattn.set_window_drop(self.student, 0.0)
             except ValueError as error:
-                raise ConversionError(f"window_drop: {error}") from None
+                raise ConversionError(f"--window-drop: {error}") from None
         # A cache would be built in every step, and documents packed together would then see one another.
         self.student.config.use_cache = False
         if o.gradient_checkpointing:

@@ -130,6 +130,8 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
                 f"`model = peft.AutoPeftModelForCausalLM.from_pretrained({name!r}).merge_and_unload()` and "
                 "`model.save_pretrained('merged')`, and give that folder"
             )
+        if (folder / "model" / "config.json").is_file():
+            raise RecipeError(f"{name} is the folder of a run, whose model lies below it; give {Path(name) / 'model'}")
         raise RecipeError(f"{name} is no checkpoint: it has no config.json")
     config = _with_floats(read_json(not_outside(folder, path)))
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):

@@ -38,12 +38,14 @@ class Source:
     name: a text file (documents apart by `separator`), a table (.jsonl, .json, .parquet or .csv; a document in each row's `column`), both
         also as .xz (text and .jsonl), a folder of such files, or a data set's id on the hub (`split` of it).
     column: holds text, or a conversation: a list of messages, each {"role": ..., "content": ...}.
+    column_option: what a user calls the column where it is given.
     """
 
     name: str
     split: str = "train"
     column: str = "text"
     separator: str = "<|endoftext|>"
+    column_option: str = "text_column"
 
     def __post_init__(self) -> None:
         if not self.separator:
@@ -57,6 +59,8 @@ class Source:
         """
         path = user_path(self.name)
         if path.is_dir():
+            if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+                raise RecipeError(f"{path} holds a model and no text; give a text file, a folder of them, or a data set's id on the hub")
             found = [file for file in sorted(path.rglob("*")) if _kind(file) and not any(x.startswith(".") for x in file.parts[-2:])]
             if not found:
                 raise RecipeError(f"{path} is a folder without text; give one that holds {', '.join((*_TEXT, *_LINES, *_TABLES))} files")
@@ -201,7 +205,7 @@ def _lines(source: Source, path: Path, render: Render | None) -> Iterator[str]:
             if not isinstance(row, dict):
                 raise RecipeError(f"{where} is no JSON object with the text in its column {source.column!r}")
             if source.column not in row:
-                raise _no_column(str(where), source.column, row)
+                raise _no_column(where, source, row)
             yield from _parts(_text(row[source.column], where, render))
 
 
@@ -219,7 +223,7 @@ def _rows(source: Source, path: Path | None, render: Render | None) -> Iterator[
     except Exception as error:  # datasets, huggingface_hub, pyarrow and the network each raise their own
         raise RecipeError(f"{name}: the data set cannot be loaded ({sentence(error)})") from None
     if source.column not in data.column_names:
-        raise _no_column(name, source.column, data.column_names)
+        raise _no_column(name, source, data.column_names)
     return (part for batch in data.iter(_ROWS) for row in batch[source.column] for part in _parts(_text(row, name, render)))
 
 
@@ -229,8 +233,8 @@ def _require_datasets(name: str) -> None:
         raise RecipeError(f"{name} is read by the library datasets: `pip install datasets`, or give .txt or .jsonl files")
 
 
-def _no_column(where: str, column: str, columns: Iterable[str]) -> RecipeError:
-    return RecipeError(f"{where} has no column {column!r}; set text_column to one of {', '.join(columns)}")
+def _no_column(where: str, source: Source, columns: Iterable[str]) -> RecipeError:
+    return RecipeError(f"{where} has no column {source.column!r}; set {source.column_option} to one of {', '.join(columns)}")
 
 
 def _text(value: Any, where: str, render: Render | None) -> str:

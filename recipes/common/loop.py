@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from recipes.common.accelerating import own_part, whole
 from recipes.common.compiling import compile_in_place, compile_options, layers
-from recipes.common.errors import RecipeError
+from recipes.common.errors import OptionError
 from recipes.common.run import Run
 
 
@@ -48,7 +48,7 @@ class Loop(ABC):
         step: optimizer steps done.
         seconds: of training so far, over all resumes.
         tokens_per_step: of all processes; 0 where tokens are not what is counted.
-        remedy: what a user can do about a loss that is no number.
+        remedy: what a user can do about a loss that is no number; options in braces, as of OptionError.
     """
 
     accelerator: Accelerator
@@ -60,7 +60,7 @@ class Loop(ABC):
     step: int = 0
     seconds: float = 0.0
     tokens_per_step: int = 0
-    remedy: str = "lower learning_rate and start anew"
+    remedy: str = "lower {learning_rate} and start anew"
     counts_validation: bool = False
     """Whether `seconds` holds the time of validations and checkpoints as well."""
 
@@ -180,7 +180,7 @@ class Loop(ABC):
         means, norm, bad = sums.read()
         self.read_clock()
         if bad:
-            raise RecipeError(self._no_number(f"the {'loss' if bad > 0 else 'gradient'} at step {abs(bad)}{self.blame(means)}"))
+            raise OptionError(self._no_number(f"the {'loss' if bad > 0 else 'gradient'} at step {abs(bad)}{self.blame(means)}"))
         rate = self.optimizer.param_groups[0]["lr"] if self.schedule is None else self.schedule.get_last_lr()[0]
         values = {**means, "learning_rate": rate, **({} if norm is None else {"gradient_norm": norm})}
         if self.tokens_per_step:
@@ -197,7 +197,7 @@ class Loop(ABC):
         trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
         bad = torch.stack([~torch.isfinite(own_part(weight.detach())).all() for weight in trained.values()]).int()
         if wrong := [name for name, is_bad in zip(trained, self.accelerator.reduce(bad, "sum").tolist(), strict=True) if is_bad]:
-            raise RecipeError(self._no_number(f"the weight {wrong[0]} after step {self.step}"))
+            raise OptionError(self._no_number(f"the weight {wrong[0]} after step {self.step}"))
         self.run.save(self.step, {"seconds": self.seconds, **self.progress()})
 
     def _no_number(self, what: str) -> str:

@@ -58,7 +58,7 @@ def main(
 
     logging.set_verbosity_error()
     target = usable_device(device)
-    texts = last_stories([Source(data, split, column, separator)], stories)
+    texts = last_stories([Source(data, split, column, separator, column_option="--column")], stories)
     prompts = prompt or first_words(texts, 2, 8)
     asked = {"length": length, "lengths": lengths, "tokens": tokens, "batch_size": batch_size}
     results = [measure(model, texts, prompts, device=target, dtype=dtype, **asked) for model in named]  # type: ignore[arg-type]

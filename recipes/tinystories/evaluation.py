@@ -20,6 +20,7 @@ from recipes.common import cli
 from recipes.common.errors import RecipeError
 from recipes.common.plots import save_figure
 from recipes.common.tables import ShownTable
+from recipes.common.threads import threads
 from recipes.common.tokenizing import load_tokenizer, start_token
 from recipes.common.tokens import by_size
 from recipes.tinystories.metrics import Prediction
@@ -75,7 +76,7 @@ def usable_device(name: str) -> torch.device:
 
 def machine(device: torch.device) -> dict[str, str]:
     """What the figures were taken on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {threads()}"
     return {"device": name, "torch": str(torch.__version__)}
 
 
@@ -142,7 +143,7 @@ def describe(model: PreTrainedModel) -> str:
     if not is_linear(model):
         return "softmax"
     options = hf_linattn.LinAttnConfig.of(model.config)
-    words = [options.attention.describe()]
+    words = [options.attention.describe(options.learnable)]
     if kept := options.softmax_layers:
         words.append(f"softmax in {len(kept)} of {model.config.num_hidden_layers} layers")
     return ", ".join(words)

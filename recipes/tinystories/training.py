@@ -23,6 +23,7 @@ from recipes.common.loop import Loop, Pace
 from recipes.common.plots import plot_curves
 from recipes.common.run import Run
 from recipes.common.state import check_written
+from recipes.common.threads import threads
 from recipes.common.tokenizing import load_tokenizer
 from recipes.common.tokens import chat_template, tokenized
 from recipes.common.windows import Windows, own_batches, training_order
@@ -35,7 +36,7 @@ from recipes.tinystories.settings import COMMAND, Settings
 class Training(Loop):
     """One run: everything is made in __init__, so that bad input is refused before anything is written but the run's folder."""
 
-    remedy = "lower learning_rate or linattn_learning_rate and start anew"
+    remedy = "lower {learning_rate} or {linattn_learning_rate} and start anew"
 
     def __init__(self, settings: Settings, resume: bool, overwrite: bool, inputs: Sequence[str | Path] = ()) -> None:
         self.settings = s = settings
@@ -198,7 +199,7 @@ class Training(Loop):
         if self.teacher is not None:
             divergence = "KL divergence from the teacher's predictions"
             loss = divergence if s.teacher_weight == 1 else f"{s.teacher_weight:g} {divergence} + {1 - s.teacher_weight:g} {loss}"
-        on = f"{torch.get_num_threads()} threads of the CPU" if device == "cpu" else device
+        on = f"{threads()} of the CPU" if device == "cpu" else device
         rows = self.tokens_per_step // s.length
         return f"{self.pace.steps} steps of {rows} x {s.length} tokens on {on}; loss: {loss}, nats a token"
 

@@ -104,6 +104,9 @@ def test_a_file_instead_of_a_folder(source: Path, output: Path) -> None:
 def test_folder_that_is_no_checkpoint(output: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "is no checkpoint: it has no config.json" in refused(tmp_path / "empty", output)
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    assert f"is the folder of a run, whose model lies below it; give {tmp_path / 'run' / 'model'}\n" in refused(tmp_path / "run", output)
 
 
 def test_adapter(output: Path, tmp_path: Path) -> None:
@@ -208,6 +211,12 @@ def test_other_architectures(tmp_path: Path, output: Path) -> None:
         encoder(BertConfig(**sizes)).save_pretrained(tmp_path / name)
         message = refused(tmp_path / name, output)
         assert "encoder" in message and "attn_implementation='linattn'" in message
+    for model_type in ("t5", "bart"):
+        for more in ({"is_encoder_decoder": True}, {}):
+            (tmp_path / "both").mkdir(exist_ok=True)
+            (tmp_path / "both" / "config.json").write_text(json.dumps({"model_type": model_type, **more}))
+            message = refused(tmp_path / "both", output)
+            assert f"is an encoder-decoder ({model_type})" in message and "attn_implementation" not in message
     # a model type may have heads of both kinds, and a config need not name any
     for heads, said in (
         ({"architectures": ["BertLMHeadModel"]}, "has the architecture bert"),
@@ -218,7 +227,7 @@ def test_other_architectures(tmp_path: Path, output: Path) -> None:
             check_architecture({"model_type": "bert", **heads}, "a model")
     BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "bloom")
     message = refused(tmp_path / "bloom", output)
-    assert "bloom" in message and "supported are llama" in message
+    assert "bloom" in message and "hf_linattn.models.BASE_MODEL_TYPES names those that are\n" in message
 
 
 def test_other_heads(source: Path, output: Path) -> None:

@@ -38,7 +38,7 @@ from convert.stages.stage import spread
 from convert.stages.transfer import Transfer
 from hf_linattn.models import attention_modules
 from recipes.common import cli
-from recipes.common.errors import RecipeError
+from recipes.common.errors import OptionError, RecipeError
 from recipes.common.state import read_records
 
 
@@ -161,8 +161,9 @@ def test_a_layer_whose_error_is_no_number_is_named(given, tiny, tmp_path):
     with torch.no_grad():
         model.model.layers[2].self_attn.v_proj.weight[0, 0] = torch.nan
     model.save_pretrained(tmp_path / "student")
-    with pytest.raises(RecipeError, match=r"the loss at step 1 in model\.layers\.2\.self_attn is no finite number"):
+    with pytest.raises(OptionError, match=r"the loss at step 1 in model\.layers\.2\.self_attn is no finite number") as caught:
         run("transfer", given(student=str(tmp_path / "student")))
+    assert "; lower --learning_rate or --head_learning_rate and start anew" in caught.value.told("--{}".format)
 
 
 # -- distill ---------------------------------------------------------------------------------------------------------
@@ -454,7 +455,7 @@ OTHERS = {
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("transfer", {"student": "teacher"}, "is not converted"),
+        ("transfer", {"student": "teacher"}, r"is not converted \(model_type llama\): give what linattn convert wrote"),
         ("transfer", {"length": 65}, "length 65 is more than the 64 positions of .*; give --length 64 or less"),
         ("transfer", {"batch_size": 10_000}, "one step takes 10000; give more text"),
         ("transfer", {"data": ["absent.txt"]}, "no such file"),

@@ -90,6 +90,16 @@ def test_a_conversation_goes_through_the_chat_template(tmp_path, tokenizer):
         list(read_documents(source, chat_template(tokenizer)))
 
 
+def test_the_column_is_named_as_the_user_gives_it_and_a_model_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"story": "x"}\n')
+    with pytest.raises(RecipeError, match="set --column to one of story"):
+        list(read_documents(Source(str(tmp_path), column_option="--column")))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RecipeError, match="holds a model and no text"):
+        Source(str(tmp_path)).check()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
