@@ -76,7 +76,7 @@ def test_the_stages_follow_one_another_and_go_on_where_they_stopped(recipe, call
         main(str(tmp_path / "recipe.yaml"))
     assert called == ["convert.linearize", "convert.transfer", "convert.distill"]
     said = " ".join(capsys.readouterr().out.split())
-    assert "GiB a device" in said and said.startswith("Everything goes into ") and "goes on where it was. ┏" in said
+    assert "MiB a device" in said and said.startswith("Everything goes into ") and "goes on where it was. ┏" in said
     for cell in ("tokens", "rows a step and process", "minutes", "transfer │ 256 │ 4 of 32 tokens │ not measured", "distill │ 384 │"):
         assert cell in said, said
     place, shared = str(tmp_path / "out"), ["--length=32", "--batch-size=4", "--log-every=1", "--save-every=1", "--valid-rows=2"]
