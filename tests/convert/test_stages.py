@@ -359,7 +359,7 @@ def test_a_window_is_dropped_ever_less_and_a_resume_draws_the_same(given, tiny, 
         patch.setattr(stage, "before_step", die)
         run(name, values)
     assert run(name, values, resume=True) == expected
-    with pytest.raises(RecipeError, match="window_drop: .* has no window beside another attention"):
+    with pytest.raises(RecipeError, match="--window-drop: .* has no window beside another attention"):
         run(name, given(output=str(tmp_path / "none"), window_drop=0.5))
 
 
