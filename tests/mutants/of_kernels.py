@@ -6,7 +6,7 @@ MUTANTS = [
     *named(
         KERNELS,
         ("one new token that is padding counted", "kernels/decode.cu",
-         "if (!is_taken(args.problem, step.at.batch, 0))", "if (false)",
+         "= is_taken(args.problem, step.at.batch, 0);", "= true;",
          "kernels/test_emulated.py::test_one_token"),
         ("slots of a ring that hold no token looked at", "kernels/window/near.cuh", "min(seen + 1, int64_t{w.window})", "w.window",
          "kernels/test_emulated_window.py::test_one_token_of_a_window"),
@@ -39,8 +39,7 @@ MUTANTS = [
         ("a row's last column in padding", "kernels/generic/slope.cu", "row_last[tid] = !u.real(n) ? 0.0f : REVERSE",
          "row_last[tid] = REVERSE",
          "kernels/test_emulated.py::test_generic"),
-        ("a decay's running sum without the 32 tokens before", "kernels/tile/gates.cu", "    sum += before;\n    if (token < length",
-         "    if (token < length",
+        ("a decay's running sum without the lanes before", "kernels/tile/gates.cu", "(lane == 0 ? own[i] : before + own[i])", "own[i]",
          "kernels/test_emulated.py::test_what_multiplies_the_weights"),
         ("a walk that takes on no chunk behind it", "kernels/chunks/walk.cuh",
          "    if (keeps) add_to_state(kBack ? slope_of(head) : 1.f);\n", "",

@@ -31,9 +31,9 @@ MUTANTS = [
         # resets and crops
         ("tokens recorded before a reset kept", CACHE, "reader._recent, reader.is_incomplete = None, False",
          "reader.is_incomplete = False"),
-        ("numbers kept beyond a write", KEPT, "if self._written != (", "if not self._tensors and (",
+        ("numbers kept beyond a write", KEPT, "or self._written != written:", "and self._written != written:",
          "forms/test_kept.py"),
-        ("numbers kept beyond a text", CACHE, "if tokens > 1:\n            self._kept.forget()", "if tokens > 1:",
+        ("numbers kept beyond a text", CACHE, "if not few:\n            self._kept.forget()\n", "if not few:\n",
          "forms/test_kept.py"),
         ("reads counted on through a reset", CACHE, "is_incomplete = None, False\n        self._reads = None",
          "is_incomplete = None, False"),
