@@ -24,6 +24,7 @@ import hf_linattn
 from convert.linearize import linearize
 from recipes.common.errors import RecipeError
 from recipes.common.state import read_records
+from recipes.common.threads import threads
 from recipes.tinystories.model import load_model
 from recipes.tinystories.train import main
 from recipes.tinystories.training import Training
@@ -115,7 +116,7 @@ def test_it_says_what_the_loss_is(weight, told, settings, tiny, capsys):
     s = settings(steps=2, samples=0, **({} if weight is None else {"teacher": str(tiny.model), "teacher_weight": weight}))
     train(s)
     said = capsys.readouterr().out
-    assert told in said and f"2 steps of 4 x 32 tokens on {torch.get_num_threads()} threads of the CPU" in said
+    assert told in said and f"2 steps of 4 x 32 tokens on {threads()} of the CPU" in said
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
