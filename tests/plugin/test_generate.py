@@ -100,6 +100,9 @@ def test_an_assistant_model_drafts(model):
     assert torch.equal(generate(model, ids, assistant_model=assistant), generate(model, ids))
 
 
+types_of_few = pytest.mark.skipif(
+    transformers.__version__ < "5.23", reason="softmax models of Transformers 5.17 by itself end in an error there"
+)
 ends_early = pytest.mark.skipif(transformers.__version__ < "5.23", reason="Transformers 5.17 by itself ends such a text at its first token")
 
 
@@ -113,7 +116,9 @@ def test_an_encoder_and_its_decoder_draft_as_without_this_package(drafts):
 
 
 @pytest.mark.parametrize("options", [{"decay": "head"}, {**WINDOW, "softmax_layers": [1]}, {"softmax_layers": [0]}], ids=str)
-@pytest.mark.parametrize("name", ["llama", "qwen3"])  # the latter's config names a type for each layer, and goes on to name all of them
+@pytest.mark.parametrize(
+    "name", ["llama", pytest.param("qwen3", marks=types_of_few)]
+)  # the latter's config goes on to name all layers' types
 def test_a_model_drafts_by_its_first_layers(name, options):
     """While it does, its config says that there are fewer layers than one that keeps softmax."""
     model, ids = tiny_model(name, **options), tiny_tokens(1)
