@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +13,7 @@ import torch
 import torch.multiprocessing as mp
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
+from tqdm import tqdm
 
 
 def launch(command: Callable[..., object], *arguments: Any) -> mp.ProcessContext:
@@ -27,6 +29,7 @@ def finish(started: mp.ProcessContext) -> None:
 
 def _as_rank(rank: int, port: int, command: Callable[..., object], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # forks share the one they have, and one that is killed while it holds it stops all others for good
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ |= {name: str(number) for name, number in numbers.items()} | {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
     AcceleratorState._reset_state(reset_partial_state=True)
