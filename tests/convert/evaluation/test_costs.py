@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ def test_the_head_is_asked_for_one_token_alone() -> None:
 
 def test_times_taken_beside_other_work_are_told_with_their_spread(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([tick for step in range(STEPS) for tick in (step, step + (0.0012 if step % 4 == 0 else 0.116))])
-    monkeypatch.setattr("convert.evaluation.costs.time.perf_counter", lambda: next(ticks))
+    monkeypatch.setattr("convert.evaluation.costs.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
     at = measure_costs(byte_model(), (16,))["by_length"][0]
     assert (at["ms"], at["ms_spread"]) == (116.0, [1.2, 116.0])
     busy = of_costs({"busy": {"costs": {"by_length": [at], "device": "a device"}}})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from launched import finish, launch
 from transformers import AutoModelForSequenceClassification
 
+from recipes.common import loop
 from recipes.common.config import dump, load_config, to_dict
 from recipes.common.errors import RecipeError
 from recipes.lra import report, train, training
@@ -229,7 +230,7 @@ def test_killed_and_resumed_it_goes_on_to_the_same_numbers(tmp_path, monkeypatch
 @pytest.mark.parametrize(("scores", "best"), [([0.75, 0.5, 0.25], 8), ([0.5, 0.75, 0.75], 24), ([0.5, 0.5, 0.25], 16)])
 def test_the_best_score_and_the_time_survive_a_resume(tmp_path, monkeypatch, scores, best):
     clock = iter(np.arange(0, 100_000, 10.0))
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))  # other threads look at clocks too
     evaluate, left = Training.evaluate, iter(scores)
     monkeypatch.setattr(
         Training, "evaluate", lambda self, name, count=None: (next(left), 1.0) if name == "valid" else evaluate(self, name, count)
@@ -337,7 +338,7 @@ def test_noise_and_learning_rate_come_down_to_nothing(tmp_path):
 
 def test_a_budget_of_minutes_ends_the_run_with_the_rate_at_nothing(tmp_path, monkeypatch):
     clock = iter(np.arange(0, 10_000, 0.05))
-    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))  # other threads look at clocks too
     monkeypatch.setattr(training, "STEPS_BETWEEN_CLOCK_READINGS", 1)
     result = run(settings(tmp_path, steps=100_000, max_minutes=0.02))
     assert 15 < result["steps"] < 40 and 1.1 < result["seconds"] < 1.4
